@@ -1,0 +1,22 @@
+// The kernels built for avx2; setup.py gives this file its own flags.
+#include <cstdint>
+#include <immintrin.h>
+#include "kernels.h"
+
+namespace pgap {
+namespace isa_avx2 {
+
+#include "vec.h"
+#include "noise.h"
+
+using V = Avx2;
+constexpr int kTileRows = 4, kPanelVectors = 3, kPanel = kPanelVectors * V::N;
+
+#include "kernels.inl"
+
+}  // namespace isa_avx2
+
+const Kernels kernels_avx2 = {"avx2", isa_avx2::kPanel, isa_avx2::dense, isa_avx2::low_rank,
+                                isa_avx2::to_float, isa_avx2::round_to, isa_avx2::transform};
+
+}  // namespace pgap

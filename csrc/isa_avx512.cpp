@@ -1,0 +1,22 @@
+// The kernels built for avx512; setup.py gives this file its own flags.
+#include <cstdint>
+#include <immintrin.h>
+#include "kernels.h"
+
+namespace pgap {
+namespace isa_avx512 {
+
+#include "vec.h"
+#include "noise.h"
+
+using V = Avx512;
+constexpr int kTileRows = 6, kPanelVectors = 4, kPanel = kPanelVectors * V::N;
+
+#include "kernels.inl"
+
+}  // namespace isa_avx512
+
+const Kernels kernels_avx512 = {"avx512", isa_avx512::kPanel, isa_avx512::dense, isa_avx512::low_rank,
+                                isa_avx512::to_float, isa_avx512::round_to, isa_avx512::transform};
+
+}  // namespace pgap

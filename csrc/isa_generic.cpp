@@ -1,0 +1,22 @@
+// The kernels built for generic; setup.py gives this file its own flags.
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace pgap {
+namespace isa_generic {
+
+#include "vec.h"
+#include "noise.h"
+
+using V = Generic<8>;
+constexpr int kTileRows = 4, kPanelVectors = 2, kPanel = kPanelVectors * V::N;
+
+#include "kernels.inl"
+
+}  // namespace isa_generic
+
+const Kernels kernels_generic = {"generic", isa_generic::kPanel, isa_generic::dense, isa_generic::low_rank,
+                                isa_generic::to_float, isa_generic::round_to, isa_generic::transform};
+
+}  // namespace pgap

@@ -1,0 +1,196 @@
+// Vector types: one per instruction set, the same operations on each.
+// Included inside a namespace of its own by every isa_*.cpp, so that no two translation units share a symbol
+// that was compiled with different flags. No standard library here for the same reason.
+//
+//   F  N floats          U  N 32-bit words          W  N 64-bit words, in an order only narrow() knows
+//
+// fma is explicit everywhere; the files are compiled with -ffp-contract=off.
+
+static inline float bits_to_float(uint32_t u) { float f; __builtin_memcpy(&f, &u, 4); return f; }
+static inline uint32_t float_to_bits(float f) { uint32_t u; __builtin_memcpy(&u, &f, 4); return u; }
+
+// 16-bit storage types; the vector types below load them as float and round to nearest even.
+struct BF16 { uint16_t bits; };
+struct FP16 { uint16_t bits; };
+
+static inline float widen(float x) { return x; }
+static inline float widen(BF16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
+static inline float widen(FP16 x) {
+    const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
+    if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
+    // Exact for normal and subnormal values alike: the exponent is rebiased by a power of two.
+    return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 13) * 0x1p112f));
+}
+
+static inline void narrow_to(float& out, float x) { out = x; }
+static inline void narrow_to(BF16& out, float x) {
+    const uint32_t b = float_to_bits(x);
+    out.bits = (b & 0x7fffffffu) > 0x7f800000u ? uint16_t((b >> 16) | 0x40u)
+                                               : uint16_t((b + 0x7fffu + ((b >> 16) & 1u)) >> 16);
+}
+static inline void narrow_to(FP16& out, float x) {
+    const uint32_t b = float_to_bits(x), sign = (b >> 16) & 0x8000u, a = b & 0x7fffffffu;
+    uint32_t h;
+    if (a > 0x7f800000u) h = 0x7e00u;
+    else if (a >= 0x477ff000u) h = 0x7c00u;  // 65520 and above round to infinity
+    else if (a < 0x38800000u)                // subnormal: let the adder round to multiples of 2^-24
+        h = float_to_bits(bits_to_float(a) + 0.5f) - 0x3f000000u;
+    else h = (a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13;
+    out.bits = uint16_t(sign | h);
+}
+
+template <int LANES> struct Generic {
+    static constexpr int N = LANES;
+    struct F { float v[N]; };
+    struct U { uint32_t v[N]; };
+    struct W { uint64_t v[N]; };
+#define PGAP_EACH for (int i = 0; i < N; ++i)
+    static F set(float x) { F r; PGAP_EACH r.v[i] = x; return r; }
+    static U setu(uint32_t x) { U r; PGAP_EACH r.v[i] = x; return r; }
+    static F load(const float* p) { F r; PGAP_EACH r.v[i] = p[i]; return r; }
+    template <class T> static F load(const T* p) { F r; PGAP_EACH r.v[i] = widen(p[i]); return r; }
+    template <class T> static void store(T* p, F a) { PGAP_EACH narrow_to(p[i], a.v[i]); }
+    static void storeu(uint32_t* p, U a) { PGAP_EACH p[i] = a.v[i]; }
+    static F add(F a, F b) { F r; PGAP_EACH r.v[i] = a.v[i] + b.v[i]; return r; }
+    static F mul(F a, F b) { F r; PGAP_EACH r.v[i] = a.v[i] * b.v[i]; return r; }
+    static F fma(F a, F b, F c) { F r; PGAP_EACH r.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]); return r; }
+    static F fnma(F a, F b, F c) { F r; PGAP_EACH r.v[i] = __builtin_fmaf(-a.v[i], b.v[i], c.v[i]); return r; }
+    static F sqrt(F a) { F r; PGAP_EACH r.v[i] = __builtin_sqrtf(a.v[i]); return r; }
+    static F from_int(U a) { F r; PGAP_EACH r.v[i] = float(int32_t(a.v[i])); return r; }
+    static F as_f(U a) { F r; PGAP_EACH r.v[i] = bits_to_float(a.v[i]); return r; }
+    static U as_u(F a) { U r; PGAP_EACH r.v[i] = float_to_bits(a.v[i]); return r; }
+    static U addu(U a, U b) { U r; PGAP_EACH r.v[i] = a.v[i] + b.v[i]; return r; }
+    static U andu(U a, U b) { U r; PGAP_EACH r.v[i] = a.v[i] & b.v[i]; return r; }
+    static U oru(U a, U b) { U r; PGAP_EACH r.v[i] = a.v[i] | b.v[i]; return r; }
+    static U xoru(U a, U b) { U r; PGAP_EACH r.v[i] = a.v[i] ^ b.v[i]; return r; }
+    template <int S> static U shr(U a) { U r; PGAP_EACH r.v[i] = a.v[i] >> S; return r; }
+    static U lane_bits(uint32_t word, int first) {  // bit first+i of word, moved to bit 31 of lane i
+        U r; PGAP_EACH r.v[i] = (word >> (first + i)) << 31; return r;
+    }
+    static W counters(uint32_t c) { W r; PGAP_EACH r.v[i] = c + uint32_t(i); return r; }
+    static W setw(uint32_t x) { W r; PGAP_EACH r.v[i] = x; return r; }
+    static W mulw(W a, W m) { W r; PGAP_EACH r.v[i] = uint64_t(uint32_t(a.v[i])) * uint32_t(m.v[i]); return r; }
+    static W high(W a) { W r; PGAP_EACH r.v[i] = a.v[i] >> 32; return r; }
+    static W xorw(W a, W b) { W r; PGAP_EACH r.v[i] = a.v[i] ^ b.v[i]; return r; }
+    static W xor3(W a, W b, W c) { return xorw(xorw(a, b), c); }
+    static U narrow(W a) { U r; PGAP_EACH r.v[i] = uint32_t(a.v[i]); return r; }
+    static void prefetch(const void*) {}
+#undef PGAP_EACH
+};
+
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+struct Avx2 {
+    static constexpr int N = 8;
+    using F = __m256;
+    using U = __m256i;
+    struct W { __m256i even, odd; };  // 64-bit lanes: words 0,2,4,6 and 1,3,5,7
+    static F set(float x) { return _mm256_set1_ps(x); }
+    static U setu(uint32_t x) { return _mm256_set1_epi32(int(x)); }
+    static F load(const float* p) { return _mm256_loadu_ps(p); }
+    static F load(const BF16* p) {
+        return as_f(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+    }
+    static F load(const FP16* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+    static void store(float* p, F a) { _mm256_storeu_ps(p, a); }
+    static void store(BF16* p, F a) {
+        const U b = as_u(a), odd = andu(shr<16>(b), setu(1));
+        U r = shr<16>(addu(addu(b, setu(0x7fff)), odd));
+        const U nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+        r = _mm256_blendv_epi8(r, oru(shr<16>(b), setu(0x40)), nan);
+        r = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08);
+        _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(r));
+    }
+    static void store(FP16* p, F a) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)); }
+    static void storeu(uint32_t* p, U a) { _mm256_storeu_si256((__m256i*)p, a); }
+    static F add(F a, F b) { return _mm256_add_ps(a, b); }
+    static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+    static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+    static F fnma(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); }
+    static F sqrt(F a) { return _mm256_sqrt_ps(a); }
+    static F from_int(U a) { return _mm256_cvtepi32_ps(a); }
+    static F as_f(U a) { return _mm256_castsi256_ps(a); }
+    static U as_u(F a) { return _mm256_castps_si256(a); }
+    static U addu(U a, U b) { return _mm256_add_epi32(a, b); }
+    static U andu(U a, U b) { return _mm256_and_si256(a, b); }
+    static U oru(U a, U b) { return _mm256_or_si256(a, b); }
+    static U xoru(U a, U b) { return _mm256_xor_si256(a, b); }
+    template <int S> static U shr(U a) { return _mm256_srli_epi32(a, S); }
+    static U lane_bits(uint32_t word, int first) {
+        const U iota = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        return _mm256_slli_epi32(_mm256_srlv_epi32(setu(word >> first), iota), 31);
+    }
+    static W counters(uint32_t c) {
+        const U even = _mm256_setr_epi32(0, 0, 2, 0, 4, 0, 6, 0), base = _mm256_set1_epi64x(c);
+        const U first = _mm256_add_epi32(base, even);
+        return {first, _mm256_add_epi32(first, _mm256_set1_epi64x(1))};
+    }
+    static W setw(uint32_t x) { const U v = _mm256_set1_epi64x(x); return {v, v}; }
+    static W mulw(W a, W m) { return {_mm256_mul_epu32(a.even, m.even), _mm256_mul_epu32(a.odd, m.odd)}; }
+    static W high(W a) { return {_mm256_srli_epi64(a.even, 32), _mm256_srli_epi64(a.odd, 32)}; }
+    static W xorw(W a, W b) { return {xoru(a.even, b.even), xoru(a.odd, b.odd)}; }
+    static W xor3(W a, W b, W c) { return xorw(xorw(a, b), c); }
+    static U narrow(W a) { return _mm256_blend_epi32(a.even, _mm256_slli_epi64(a.odd, 32), 0xaa); }
+    static void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+};
+#endif
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+struct Avx512 {
+    static constexpr int N = 16;
+    using F = __m512;
+    using U = __m512i;
+    struct W { __m512i even, odd; };
+    static F set(float x) { return _mm512_set1_ps(x); }
+    static U setu(uint32_t x) { return _mm512_set1_epi32(int(x)); }
+    static F load(const float* p) { return _mm512_loadu_ps(p); }
+    static F load(const BF16* p) {
+        return as_f(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+    }
+    static F load(const FP16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+    static void store(float* p, F a) { _mm512_storeu_ps(p, a); }
+    static void store(BF16* p, F a) {
+        const U b = as_u(a), odd = andu(shr<16>(b), setu(1));
+        U r = shr<16>(addu(addu(b, setu(0x7fff)), odd));
+        const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+        r = _mm512_mask_or_epi32(r, nan, shr<16>(b), setu(0x40));
+        _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(r));
+    }
+    static void store(FP16* p, F a) {
+        _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+    }
+    static void storeu(uint32_t* p, U a) { _mm512_storeu_si512(p, a); }
+    static F add(F a, F b) { return _mm512_add_ps(a, b); }
+    static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+    static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+    static F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }
+    static F sqrt(F a) { return _mm512_sqrt_ps(a); }
+    static F from_int(U a) { return _mm512_cvtepi32_ps(a); }
+    static F as_f(U a) { return _mm512_castsi512_ps(a); }
+    static U as_u(F a) { return _mm512_castps_si512(a); }
+    static U addu(U a, U b) { return _mm512_add_epi32(a, b); }
+    static U andu(U a, U b) { return _mm512_and_si512(a, b); }
+    static U oru(U a, U b) { return _mm512_or_si512(a, b); }
+    static U xoru(U a, U b) { return _mm512_xor_si512(a, b); }
+    template <int S> static U shr(U a) { return _mm512_srli_epi32(a, S); }
+    static U lane_bits(uint32_t word, int first) {
+        return _mm512_maskz_set1_epi32(__mmask16(word >> first), int(0x80000000u));
+    }
+    static W counters(uint32_t c) {
+        const U even = _mm512_setr_epi32(0, 0, 2, 0, 4, 0, 6, 0, 8, 0, 10, 0, 12, 0, 14, 0);
+        const U first = _mm512_add_epi32(_mm512_set1_epi64(c), even);
+        return {first, _mm512_add_epi32(first, _mm512_set1_epi64(1))};
+    }
+    static W setw(uint32_t x) { const U v = _mm512_set1_epi64(x); return {v, v}; }
+    static W mulw(W a, W m) { return {_mm512_mul_epu32(a.even, m.even), _mm512_mul_epu32(a.odd, m.odd)}; }
+    static W high(W a) { return {_mm512_srli_epi64(a.even, 32), _mm512_srli_epi64(a.odd, 32)}; }
+    static W xorw(W a, W b) { return {xoru(a.even, b.even), xoru(a.odd, b.odd)}; }
+    static W xor3(W a, W b, W c) {
+        return {_mm512_ternarylogic_epi64(a.even, b.even, c.even, 0x96),
+                _mm512_ternarylogic_epi64(a.odd, b.odd, c.odd, 0x96)};
+    }
+    static U narrow(W a) {
+        return as_u(_mm512_mask_moveldup_ps(as_f(a.even), __mmask16(0xaaaa), as_f(a.odd)));
+    }
+    static void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+};
+#endif

@@ -1,0 +1,206 @@
+"""Argument checks of the ops. Every check runs before anything is written and names the argument it refuses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .noise import check_uint
+
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_INDEX_LIMIT = 1 << 63
+
+
+def choice(name: str, value: str, accepted: Sequence[str]) -> str:
+    """Return ``value`` if it is one of ``accepted``."""
+    if value not in accepted:
+        raise ValueError(f"{name}: got {value!r}; accepted: {', '.join(map(repr, accepted))}")
+    return value
+
+
+def tensors(name: str, value: Sequence[Tensor], dtypes: Sequence[torch.dtype] = WEIGHT_DTYPES) -> list[Tensor]:
+    """A non-empty list of tensors of one accepted dtype on one device."""
+    if isinstance(value, Tensor) or not isinstance(value, (list, tuple)):
+        raise TypeError(f"{name}: got {type(value).__name__}; accepted: a list of tensors")
+    if not value:
+        raise ValueError(f"{name}: got an empty list; accepted: at least one tensor")
+    accepted = ", ".join(str(d) for d in dtypes)
+    for i, t in enumerate(value):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}[{i}]: got {type(t).__name__}; accepted: a tensor")
+        if t.layout != torch.strided:
+            raise TypeError(f"{name}[{i}]: got layout {t.layout}; accepted: torch.strided")
+        if t.dtype not in dtypes:
+            raise TypeError(f"{name}[{i}]: got dtype {t.dtype}; accepted: {accepted}")
+        if t.dtype != value[0].dtype or t.device != value[0].device:
+            raise ValueError(
+                f"{name}[{i}]: got {t.dtype} on {t.device}; accepted: {value[0].dtype} on {value[0].device}, "
+                f"as {name}[0] (call once per dtype and device)"
+            )
+    return list(value)
+
+
+def matrix_layout(name: str, tensor: Tensor) -> tuple[int, int, int]:
+    """(rows, columns, row stride in memory) of a row-contiguous tensor; vectors and scalars are one row.
+
+    Rows (``tensor[i]``) must each be contiguous and must not overlap; anything else raises.
+    """
+    if tensor.dim() < 2 or tensor.numel() == 0:
+        rows, columns = 1, tensor.numel()
+        regular = columns <= 1 or tensor.is_contiguous()
+        ld = columns
+    else:
+        rows = tensor.shape[0]
+        columns = tensor.numel() // rows
+        ld = tensor.stride(0) if rows > 1 else columns
+        regular = tensor.is_contiguous() or (ld >= columns and tensor[0].is_contiguous())
+    if not regular:
+        raise ValueError(
+            f"{name}: got shape {tuple(tensor.shape)} with strides {tensor.stride()}; accepted: contiguous rows that "
+            "do not overlap (a contiguous tensor or a slice of one along its first or last dimension)"
+        )
+    return rows, columns, ld
+
+
+def disjoint(name: str, values: Sequence[Tensor], layouts: Sequence[tuple[int, int, int]]) -> None:
+    """Refuse lists in which two tensors share an element (duplicates, overlapping views)."""
+    spans = []
+    for i, (t, (rows, columns, ld)) in enumerate(zip(values, layouts, strict=True)):
+        if rows * columns:
+            begin = t.data_ptr() // t.element_size()
+            spans.append((begin, begin + (rows - 1) * ld + columns, i))
+    spans.sort()
+    reach, owner = -1, -1
+    for begin, end, i in spans:
+        if begin < reach and not _interleaved(spans, begin, layouts, i):
+            raise ValueError(
+                f"{name}[{i}] overlaps {name}[{owner}]; accepted: tensors that share no element "
+                "(tied weights once, duplicates removed)"
+            )
+        if end > reach:
+            reach, owner = end, i
+
+
+def _interleaved(spans: list, begin: int, layouts: Sequence[tuple[int, int, int]], i: int) -> bool:
+    """Whether tensor i, whose extent meets others', still shares no element: column slices of one matrix."""
+    _, columns, ld = layouts[i]
+    for other_begin, other_end, j in spans:
+        own_end = begin + (layouts[i][0] - 1) * ld + columns
+        if j == i or other_end <= begin or other_begin >= own_end:
+            continue
+        _, other_columns, other_ld = layouts[j]
+        distance = (begin - other_begin) % ld
+        if other_ld != ld or distance < other_columns or distance + columns > ld:
+            return False
+    return True
+
+
+def tensor_ids(name: str, value: Sequence[int], count: int) -> list[int]:
+    """One 32-bit id per tensor; shards of one weight share theirs."""
+    if len(value) != count:
+        raise ValueError(f"{name}: got {len(value)} ids for {count} tensors; accepted: one per tensor")
+    return [check_uint(f"{name}[{i}]", v, 32) for i, v in enumerate(value)]
+
+
+def key_bits(name: str, key: int | Tensor) -> int | Tensor:
+    """A key as the int64 bit pattern in which keys travel in tensors."""
+    if isinstance(key, Tensor):
+        if key.dtype != torch.int64 or key.numel() != 1:
+            raise TypeError(
+                f"{name}: got a {key.dtype} tensor of shape {tuple(key.shape)}; accepted: an integer in [0, 2**64) or "
+                "one int64 bit pattern"
+            )
+        return key.reshape(())
+    value = check_uint(name, key, 64)
+    return value - (1 << 64) if value >> 63 else value
+
+
+def key_tensor(name: str, keys: Sequence[int | Tensor]) -> Tensor:
+    """Keys as an int64 tensor; on the device of the first key that is a tensor."""
+    bits = [key_bits(f"{name}[{i}]", key) for i, key in enumerate(keys)]
+    given = [b for b in bits if isinstance(b, Tensor)]
+    if not given:
+        return torch.tensor(bits, dtype=torch.int64)
+    device = given[0].device
+    return torch.stack([torch.as_tensor(b, dtype=torch.int64, device=device) for b in bits])
+
+
+def scalar_row(name: str, value: Any, count: int) -> Tensor:
+    """A float, one float per tensor, or a tensor of either, as float32 of length 1 or ``count``.
+
+    Values on the host must be finite in float32; values on a device are not read here.
+    """
+    if isinstance(value, Tensor):
+        if not value.dtype.is_floating_point or value.numel() not in (1, count):
+            raise TypeError(
+                f"{name}: got a {value.dtype} tensor of shape {tuple(value.shape)}; accepted: floating point, one value "
+                f"or {count} (one per tensor)"
+            )
+        row = value.detach().reshape(-1).float()
+        if row.device.type == "cpu" and not row.isfinite().all():
+            raise ValueError(f"{name}: got {value.tolist()}; accepted: finite values")
+        return row
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    if len(values) not in (1, count):
+        raise ValueError(f"{name}: got {len(values)} values; accepted: one, or {count} (one per tensor)")
+    for v in values:
+        if isinstance(v, bool) or not isinstance(v, (int, float)):
+            raise TypeError(f"{name}: got {v!r} ({type(v).__name__}); accepted: a finite float, one or one per tensor")
+        if not math.isfinite(v) or abs(v) > torch.finfo(torch.float32).max:
+            raise ValueError(f"{name}: got {v}; accepted: a float that is finite in float32")
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def scalar_table(name: str, rows: Sequence[Tensor]) -> Tensor:
+    """Rows of length 1 or T as one table with as many columns as the longest."""
+    width = max(len(row) for row in rows)
+    device = next((row.device for row in rows if row.device.type != "cpu"), torch.device("cpu"))
+    return torch.stack([row.to(device).expand(width) for row in rows])
+
+
+def slices(
+    name: str, value: Sequence[tuple[int, int]] | None, layouts: Sequence[tuple[int, int, int]]
+) -> list[int]:
+    """(base, row_stride) per tensor, flattened; the default is the whole, unsharded tensor."""
+    if value is None:
+        return [x for _, columns, _ in layouts for x in (0, max(columns, 1))]
+    if len(value) != len(layouts):
+        raise ValueError(f"{name}: got {len(value)} for {len(layouts)} tensors; accepted: one (base, row_stride) each")
+    flat = []
+    for i, ((base, row_stride), (rows, columns, _)) in enumerate(zip(value, layouts, strict=True)):
+        check_uint(f"{name}[{i}] base", base, 63)
+        check_uint(f"{name}[{i}] row_stride", row_stride, 63)
+        row_stride = max(row_stride, 1)
+        if rows * columns and base % row_stride + columns > row_stride:
+            raise ValueError(
+                f"{name}[{i}]: got base {base} and row_stride {row_stride} for rows of {columns}; accepted: shards that "
+                f"end within an unsharded row (column {base % row_stride} + {columns} > {row_stride})"
+            )
+        if base + max(rows - 1, 0) * row_stride + columns > _INDEX_LIMIT:
+            raise ValueError(
+                f"{name}[{i}]: got base {base}, row_stride {row_stride} for shape {rows} x {columns}; accepted: "
+                "logical indices below 2**63"
+            )
+        flat += [base, row_stride]
+    return flat
+
+
+def outputs(out: Sequence[Tensor] | None, weights: list[Tensor]) -> list[Tensor]:
+    """The tensors to write: ``weights`` themselves, or ``out`` of the same shapes, dtype and device, apart from them."""
+    if out is None:
+        return weights
+    out = tensors("out", out, (weights[0].dtype,))
+    if len(out) != len(weights) or out[0].device != weights[0].device:
+        raise ValueError(
+            f"out: got {len(out)} tensors on {out[0].device}; accepted: {len(weights)} on {weights[0].device}"
+        )
+    for i, (o, w) in enumerate(zip(out, weights, strict=True)):
+        if o.shape != w.shape:
+            raise ValueError(f"out[{i}]: got shape {tuple(o.shape)}; accepted: {tuple(w.shape)}, that of weights[{i}]")
+    both = out + weights
+    disjoint("out + weights", both, [matrix_layout(f"out[{i % len(out)}]", t) for i, t in enumerate(both)])
+    return out

@@ -1,0 +1,90 @@
+"""Builds the C++ extension pgap_kernels/_C.abi3.so where it can; the package works, slowly, without it.
+
+    pip install --no-build-isolation .                       uses the installed torch; extension if it compiles
+    PGAP_FORCE_BUILD=1 pip install --no-build-isolation .    a failed build is an error
+"""
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+FORCE = os.environ.get("PGAP_FORCE_BUILD", "0") not in ("", "0")
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+# Every instruction set in its own translation unit with its own flags; dispatch.cpp picks one at run time.
+# GCC 12's AVX-512 headers trip its own uninitialised-variable warnings.
+ISA_FLAGS = {
+    "isa_avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "isa_avx512": [
+        *["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
+        *["-mprefer-vector-width=512", "-Wno-uninitialized", "-Wno-maybe-uninitialized"],
+    ],
+}
+SOURCES = ["ops", "dispatch", "isa_generic", *(ISA_FLAGS if X86 else ())]
+
+
+class BuildCpuKernels(build_ext):
+    """Compiles each source with its own flags; a failure is a warning unless PGAP_FORCE_BUILD=1."""
+
+    def run(self):
+        try:
+            import torch
+            from torch.utils.cpp_extension import include_paths, library_paths
+        except ImportError as error:
+            return self._failed(
+                "torch is not installed where the build runs. Install it first, then build against it: "
+                "`pip install torch` and `pip install --no-build-isolation .`",
+                error,
+            )
+        if tuple(int(x) for x in torch.__version__.split(".")[:2]) < (2, 10):
+            return self._failed(f"torch {torch.__version__} is older than 2.10, the first with the stable ABI used", None)
+        extension = self.extensions[0]
+        extension.include_dirs += include_paths()
+        extension.library_dirs += library_paths()
+        try:
+            super().run()
+        except Exception as error:
+            self._failed(f"the compiler failed: {error}", error)
+
+    def build_extension(self, ext):
+        compile_one = self.compiler._compile
+
+        def compile_with_isa(obj, src, ext_name, cc_args, extra, pp_opts):
+            flags = ISA_FLAGS.get(Path(src).stem, [])
+            compile_one(obj, src, ext_name, cc_args, [*extra, *flags], pp_opts)
+
+        self.compiler._compile = compile_with_isa
+        super().build_extension(ext)
+
+    def _failed(self, reason, error):
+        if FORCE:
+            raise SystemExit(f"pgap_kernels: PGAP_FORCE_BUILD=1 and the extension was not built: {reason}") from error
+        sys.stderr.write(
+            f"pgap_kernels: warning: the C++ extension was not built ({reason}). The package will run on its "
+            "plain-PyTorch reference, which is slow. PGAP_FORCE_BUILD=1 turns this into an error.\n"
+        )
+        self.extensions = []
+
+    def get_ext_filename(self, name):
+        return str(Path(*name.split("."))) + ".abi3.so"
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "pgap_kernels._C",
+            [f"csrc/{name}.cpp" for name in SOURCES],
+            depends=[*map(str, sorted(Path("csrc").glob("*.h"))), "csrc/kernels.inl"],
+            libraries=["torch", "torch_cpu", "c10"],
+            define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000"), ("Py_LIMITED_API", "0x030a0000")],
+            extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"],
+            py_limited_api=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildCpuKernels},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
