@@ -1,7 +1,7 @@
 """Builds the C++ extension pgap_kernels/_C.abi3.so where it can; the package works, slowly, without it.
 
-    pip install --no-build-isolation .                       uses the installed torch; extension if it compiles
-    PGAP_FORCE_BUILD=1 pip install --no-build-isolation .    a failed build is an error
+pip install --no-build-isolation .                       uses the installed torch; extension if it compiles
+PGAP_FORCE_BUILD=1 pip install --no-build-isolation .    a failed build is an error
 """
 
 import os
@@ -41,7 +41,9 @@ class BuildCpuKernels(build_ext):
                 error,
             )
         if tuple(int(x) for x in torch.__version__.split(".")[:2]) < (2, 10):
-            return self._failed(f"torch {torch.__version__} is older than 2.10, the first with the stable ABI used", None)
+            return self._failed(
+                f"torch {torch.__version__} is too old: 2.10 is the first with the stable ABI used", None
+            )
         extension = self.extensions[0]
         extension.include_dirs += include_paths()
         extension.library_dirs += library_paths()

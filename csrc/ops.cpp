@@ -38,16 +38,16 @@ struct Rows { int64_t rows, cols, ld; };
 
 Rows rows_of(const Tensor& t) {
     const int64_t dim = t.dim(), numel = t.numel();
-    if (dim < 2 || numel == 0) {
+    if (dim < 2) {
         STD_TORCH_CHECK(numel < 2 || t.stride(0) == 1, "weights: accepted: contiguous rows");
         return {1, numel, numel};
     }
-    const int64_t rows = t.size(0), cols = numel / rows, ld = rows > 1 ? t.stride(0) : cols;
-    int64_t expect = 1;
+    int64_t cols = 1;
     for (int64_t i = dim - 1; i > 0; --i) {
-        STD_TORCH_CHECK(t.size(i) == 1 || t.stride(i) == expect, "weights: accepted: contiguous rows");
-        expect *= t.size(i);
+        STD_TORCH_CHECK(numel == 0 || t.size(i) == 1 || t.stride(i) == cols, "weights: accepted: contiguous rows");
+        cols *= t.size(i);
     }
+    const int64_t rows = t.size(0), ld = numel > 0 && rows > 1 ? t.stride(0) : cols;
     STD_TORCH_CHECK(ld >= cols, "weights: accepted: rows that do not overlap");
     return {rows, cols, ld};
 }
@@ -279,7 +279,7 @@ void low_rank(std::vector<Tensor> in, std::vector<Tensor> out, std::vector<Tenso
         std::vector<LowRankWork> batch(end - begin);
         torch::stable::parallel_for(0, int64_t(batch.size()), 1, [&](int64_t i, int64_t stop) {
             for (; i < stop; ++i)
-                if (pieces[begin + size_t(i)].rows * pieces[begin + size_t(i)].cols)
+                if (pieces[begin + size_t(i)].rows * pieces[begin + size_t(i)].cols > 0)
                     batch[size_t(i)] = prepare(begin + size_t(i));
         });
         for (LowRankWork& w : batch) w.pass.left = w.left.data(), w.pass.right = w.right.data();

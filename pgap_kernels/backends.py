@@ -38,7 +38,7 @@ def select(op: str, device: torch.device, dtype: torch.dtype, requested: str | N
         if reason:
             raise ValueError(f"backend: {requested!r} does not serve {op} on {device} {dtype}: {reason}")
         return backend
-    reasons = []
+    reasons: list[str] = []
     for backend in BACKENDS:
         reason = backend.refusal(op, device, dtype)
         if reason is None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from .noise import check_uint
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_INDEX_LIMIT = 1 << 63
+_INDEX_LIMIT = (1 << 63) - 1
 
 
 def choice(name: str, value: str, accepted: Sequence[str]) -> str:
@@ -49,14 +49,13 @@ def matrix_layout(name: str, tensor: Tensor) -> tuple[int, int, int]:
 
     Rows (``tensor[i]``) must each be contiguous and must not overlap; anything else raises.
     """
-    if tensor.dim() < 2 or tensor.numel() == 0:
+    if tensor.dim() < 2:
         rows, columns = 1, tensor.numel()
         regular = columns <= 1 or tensor.is_contiguous()
         ld = columns
     else:
-        rows = tensor.shape[0]
-        columns = tensor.numel() // rows
-        ld = tensor.stride(0) if rows > 1 else columns
+        rows, columns = tensor.shape[0], math.prod(tensor.shape[1:])
+        ld = tensor.stride(0) if rows > 1 and columns else columns
         regular = tensor.is_contiguous() or (ld >= columns and tensor[0].is_contiguous())
     if not regular:
         raise ValueError(
@@ -137,8 +136,8 @@ def scalar_row(name: str, value: Any, count: int) -> Tensor:
     if isinstance(value, Tensor):
         if not value.dtype.is_floating_point or value.numel() not in (1, count):
             raise TypeError(
-                f"{name}: got a {value.dtype} tensor of shape {tuple(value.shape)}; accepted: floating point, one value "
-                f"or {count} (one per tensor)"
+                f"{name}: got a {value.dtype} tensor of shape {tuple(value.shape)}; accepted: floating point, one "
+                f"value or {count} (one per tensor)"
             )
         row = value.detach().reshape(-1).float()
         if row.device.type == "cpu" and not row.isfinite().all():
@@ -162,9 +161,7 @@ def scalar_table(name: str, rows: Sequence[Tensor]) -> Tensor:
     return torch.stack([row.to(device).expand(width) for row in rows])
 
 
-def slices(
-    name: str, value: Sequence[tuple[int, int]] | None, layouts: Sequence[tuple[int, int, int]]
-) -> list[int]:
+def slices(name: str, value: Sequence[tuple[int, int]] | None, layouts: Sequence[tuple[int, int, int]]) -> list[int]:
     """(base, row_stride) per tensor, flattened; the default is the whole, unsharded tensor."""
     if value is None:
         return [x for _, columns, _ in layouts for x in (0, max(columns, 1))]
@@ -177,20 +174,20 @@ def slices(
         row_stride = max(row_stride, 1)
         if rows * columns and base % row_stride + columns > row_stride:
             raise ValueError(
-                f"{name}[{i}]: got base {base} and row_stride {row_stride} for rows of {columns}; accepted: shards that "
-                f"end within an unsharded row (column {base % row_stride} + {columns} > {row_stride})"
+                f"{name}[{i}]: got base {base} and row_stride {row_stride} for rows of {columns}; accepted: shards "
+                f"that end within an unsharded row (column {base % row_stride} + {columns} > {row_stride})"
             )
         if base + max(rows - 1, 0) * row_stride + columns > _INDEX_LIMIT:
             raise ValueError(
                 f"{name}[{i}]: got base {base}, row_stride {row_stride} for shape {rows} x {columns}; accepted: "
-                "logical indices below 2**63"
+                "base + (rows - 1) * row_stride + columns below 2**63"
             )
         flat += [base, row_stride]
     return flat
 
 
 def outputs(out: Sequence[Tensor] | None, weights: list[Tensor]) -> list[Tensor]:
-    """The tensors to write: ``weights`` themselves, or ``out`` of the same shapes, dtype and device, apart from them."""
+    """The tensors to write: ``weights`` themselves, or ``out`` of the same shapes, dtype and device, apart."""
     if out is None:
         return weights
     out = tensors("out", out, (weights[0].dtype,))

@@ -7,7 +7,6 @@ tensors. Formulas are those of docs/kernels.md; rounding happens once, when a we
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,8 +27,8 @@ _DENSE = (
     "int[] slices, str distribution, str tier, str? backend"
 )
 _LOWRANK = (
-    "Tensor[] left, Tensor[] right, Tensor[] core, Tensor keys, Tensor coefficient, Tensor decay, Tensor? rounding_key, "
-    "int[] tensor_ids, int[] slices, int rank, str core_kind, str? backend"
+    "Tensor[] left, Tensor[] right, Tensor[] core, Tensor keys, Tensor coefficient, Tensor decay, "
+    "Tensor? rounding_key, int[] tensor_ids, int[] slices, int rank, str core_kind, str? backend"
 )
 _library.define(f"dense_perturb_(Tensor(a!)[] weights, {_DENSE}) -> ()")
 _library.define(f"dense_perturb_.out(Tensor[] weights, {_DENSE}, *, Tensor(a!)[] out) -> ()")
@@ -250,7 +249,7 @@ def draw(
         key: integer in [0, 2**64) from ``noise.derive``, or an int64 tensor with its bit pattern.
         tensor_id: 32-bit id of the tensor the noise belongs to.
         distribution: "normal" (exact tier) or "rademacher".
-        offset: logical index of the first element, offset + numel <= 2**63.
+        offset: logical index of the first element, offset + numel < 2**63.
         device, backend: where and by whom it is drawn.
 
     Returns:
@@ -261,7 +260,7 @@ def draw(
     """
     out = torch.empty(shape, dtype=torch.float32, device=device)
     check_uint("offset", offset, 63)
-    span = [(offset, min(offset + max(out.numel(), 1), (1 << 63) - 1))]
+    span = [(offset, min(offset + max(out.numel(), 1), (1 << 63) - 1))]  # one unsharded row, up to the last element
     flat = out.view(-1)
     assemble_gradient_(
         [flat], [(key, 1.0)], tensor_ids=[tensor_id], distribution=distribution, slices=span, backend=backend
@@ -274,7 +273,7 @@ Factor = Sequence[Tensor] | Key
 
 def _factor(name: str, value: Factor, weights: list[Tensor], dim: int) -> tuple[list[Tensor], int | Tensor, int | None]:
     """A stored or regenerated factor as (tensors, key bits, rank if stored)."""
-    if not isinstance(value, (list, tuple)):
+    if isinstance(value, (int, Tensor)):
         return [], checks.key_bits(name, value), None
     factors = checks.tensors(name, value, tuple({torch.float32, weights[0].dtype}))
     if len(factors) != len(weights) or factors[0].device != weights[0].device:
@@ -372,13 +371,15 @@ def _unsigned(key: int | Tensor) -> int | Tensor:
 def _core(core: Factor | None, weights: list[Tensor], rank: int) -> tuple[list[Tensor], int | Tensor, str]:
     if core is None:
         return [], 0, "none"
-    if not isinstance(core, (list, tuple)):
+    if isinstance(core, (int, Tensor)):
         return [], checks.key_bits("core", core), "regenerated"
     cores = checks.tensors("core", core, tuple({torch.float32, weights[0].dtype}))
     kind = "diagonal" if cores[0].dim() == 1 else "full"
     shape = (rank,) if kind == "diagonal" else (rank, rank)
     if len(cores) != len(weights) or cores[0].device != weights[0].device:
-        raise ValueError(f"core: got {len(cores)} tensors on {cores[0].device}; accepted: one per weight, on its device")
+        raise ValueError(
+            f"core: got {len(cores)} tensors on {cores[0].device}; accepted: one per weight, on its device"
+        )
     for i, c in enumerate(cores):
         if c.shape != shape or not c.is_contiguous():
             raise ValueError(

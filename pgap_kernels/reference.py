@@ -160,13 +160,15 @@ def _flat(source: Tensor, out: Tensor, row_stride: int) -> tuple[Tensor, Tensor,
     """Both tensors as matrices, as one row where rows follow each other in memory and in the logical index."""
     source, out = _matrix(source), _matrix(out)
     rows, columns = out.shape
-    if rows * columns and source.is_contiguous() and out.is_contiguous() and row_stride == columns:
+    if source.is_contiguous() and out.is_contiguous() and row_stride == columns:
         return source.view(1, -1), out.view(1, -1), rows * columns
     return source, out, row_stride
 
 
 def _dense(sources, outs, read, keys, coefficients, decay, rounding_keys, stages, tensor_ids, slices, distribution):
     for t, (source, out) in enumerate(zip(sources, outs, strict=True)):
+        if out.numel() == 0:
+            continue
         base, row_stride = slices[2 * t : 2 * t + 2]
         source, out, row_stride = _flat(source, out, row_stride)
         column = t if coefficients.shape[1] > 1 else 0
@@ -254,6 +256,8 @@ def lowrank_perturb_(
     """W <- W - d W + a A C B^T; formula and rounding in ``ops.lowrank_perturb_``."""
     left_key, right_key, core_key = keys.tolist()
     for t, (source, target) in enumerate(zip(weights, out, strict=True)):
+        if target.numel() == 0:
+            continue
         base, row_stride = slices[2 * t : 2 * t + 2]
         (m, n), device, dtype = source.shape, source.device, source.dtype
 

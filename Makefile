@@ -1,0 +1,41 @@
+# make demo   set up, fetch model and data, fine-tune a language model with forward passes alone (about ten minutes)
+# make test   set up, then lint, type-check and run every test
+# Both prepare what is missing and are quick the second time.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+KERNELS := $(wildcard csrc/*) setup.py
+DEMO_OUTPUT ?= runs/demo
+
+.PHONY: demo test lint setup fetch clean
+.DELETE_ON_ERROR:
+
+demo: setup fetch
+	$(BIN)/pgap-kernels finetune --baseline --output $(DEMO_OUTPUT)
+
+test: setup fetch lint
+	$(BIN)/python -m pytest -n 2
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fetch: setup
+	$(BIN)/pgap-kernels finetune --fetch-only
+
+setup: $(VENV)/installed
+
+$(VENV)/requirements: requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+	touch $@
+
+# Built against the torch just installed; editable, so that only a change of the C++ side builds again.
+$(VENV)/installed: $(VENV)/requirements $(KERNELS) pyproject.toml
+	PGAP_FORCE_BUILD=1 $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build runs *.egg-info pgap_kernels/*.so

@@ -1,0 +1,1 @@
+"""Measurements; each module is run by hand and prints its table, or JSON with --json."""

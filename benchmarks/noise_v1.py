@@ -1,0 +1,214 @@
+"""The evidence behind docs/noise_v1.md: error of the exact transform, CPU time, compiled slots per weight.
+
+    python -m benchmarks.noise_v1 error [--angles 1024]     every u (2**23) x a grid of angles, against float64
+    python -m benchmarks.noise_v1 time  [--elements 32M]    each ISA against torch.normal and the copy floor
+    python -m benchmarks.noise_v1 slots                     a plain dense pass, compiled for sm_80, sm_90, gfx942
+
+Timings need an idle machine. No GPU is used: slots are counted in compiled code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+
+from pgap_kernels import cpu, dense_perturb_
+from pgap_kernels.triton.noise import box_muller, philox7
+
+ISAS = ("avx512", "avx2", "generic")
+
+
+# ---- error ----------------------------------------------------------------------------------------------------------
+
+
+def transform(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The extension's Box-Muller of int32 word tensors."""
+    even, odd = torch.empty(len(a)), torch.empty(len(a))
+    torch.ops.pgap_kernels_cpu.box_muller(a, b, even, odd)
+    return even, odd
+
+
+def error(angles: int) -> list[dict]:
+    """Largest |z - z64| and |z - z64| / max(|z64|, 1) over all 2**23 values of u and ``angles`` angles."""
+    k = torch.arange(1 << 23)
+    radius = (-2 * torch.log((2 * k + 1).double() * 2.0**-24)).sqrt()
+    words = (k << 9).to(torch.int32)
+    worst = {"absolute": 0.0, "relative": 0.0, "max_abs_z": 0.0}
+    # Odd multiples of an odd step: every octant and both sides of each axis, no alignment with powers of two.
+    grid = [(i * 2 + 1) * ((1 << 24) // (2 * angles)) + (i % 7) - 3 for i in range(angles)]
+    for angle in (*grid, 0, 1, (1 << 22) - 1, 1 << 22, (1 << 23) - 1, 1 << 23, (1 << 24) - 1):
+        word = (angle << 8) - ((angle << 8) >> 31 << 32)
+        z = transform(words, torch.full((1 << 23,), word, dtype=torch.int32))
+        theta = 2 * math.pi * angle * 2.0**-24
+        for got, factor in zip(z, (math.cos(theta), math.sin(theta)), strict=True):
+            exact = radius * factor
+            off = (got.double() - exact).abs_()
+            worst["absolute"] = max(worst["absolute"], off.max().item())
+            worst["relative"] = max(worst["relative"], (off / exact.abs().clamp_(min=1.0)).max().item())
+            worst["max_abs_z"] = max(worst["max_abs_z"], got.abs().max().item())
+    return [{"angles": len(grid) + 7, "radii": 1 << 23, **worst}]
+
+
+# ---- CPU time -------------------------------------------------------------------------------------------------------
+
+
+def _median(f: Callable[[], object], repeats: int) -> float:
+    f()
+    seconds = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        f()
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
+
+
+def time_here(elements: int, repeats: int) -> list[dict]:
+    """This process's ISA: one dense pass, the torch.normal idiom and ``add_`` of a scalar, on one and all threads."""
+    w = torch.randn(elements)
+    rows = []
+    for threads in sorted({1, os.cpu_count() or 1}):
+        torch.set_num_threads(threads)
+        floor = _median(lambda: w.add_(1.0), repeats)
+        idiom = _median(lambda: w.add_(torch.normal(0.0, 1.0, w.shape), alpha=1e-3), 3)
+        for distribution in ("normal", "rademacher"):
+            ours = _median(
+                lambda d=distribution: dense_perturb_([w], [(1, 1e-3)], tensor_ids=[1], distribution=d), repeats
+            )
+            rows.append(
+                {
+                    "isa": cpu.isa()[0],
+                    "threads": threads,
+                    "elements": elements,
+                    "distribution": distribution,
+                    "seconds": ours,
+                    "floor_ratio": ours / floor,
+                    "speedup_vs_torch_normal": idiom / ours,
+                }
+            )
+    return rows
+
+
+def time_all(elements: int, repeats: int) -> list[dict]:
+    """Each ISA in a process of its own, as PGAP_ISA is read once."""
+    rows = []
+    for isa in ISAS:
+        command = [sys.executable, "-m", "benchmarks.noise_v1", "time", "--this-isa", "--json"]
+        command += ["--elements", str(elements), "--repeats", str(repeats)]
+        done = subprocess.run(command, env={**os.environ, "PGAP_ISA": isa}, capture_output=True, text=True, check=True)
+        rows += json.loads(done.stdout)
+    return rows
+
+
+# ---- compiled code --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def dense_pass(w_ptr, coefficient_ptr, key_ptr, tensor_id, BLOCK: tl.constexpr):
+    """W <- W + a z: BLOCK consecutive counters, four contiguous runs of weights."""
+    pid = tl.program_id(0).to(tl.int64)
+    a = tl.load(coefficient_ptr)
+    key = tl.load(key_ptr).to(tl.uint64, bitcast=True)
+    group = pid // (1024 // BLOCK)
+    r = (pid % (1024 // BLOCK)) * BLOCK + tl.arange(0, BLOCK)
+    c0 = (group << 10).to(tl.uint32) | r.to(tl.uint32)
+    words = philox7(
+        c0, (group >> 22).to(tl.uint32), tensor_id.to(tl.uint32), key.to(tl.uint32), (key >> 32).to(tl.uint32)
+    )
+    z0, z1 = box_muller(words[0], words[1])
+    z2, z3 = box_muller(words[2], words[3])
+    here = w_ptr + group * 4096 + r
+    w0, w1 = tl.load(here), tl.load(here + 1024)
+    w2, w3 = tl.load(here + 2048), tl.load(here + 3072)
+    tl.store(here, (w0.to(tl.float32) + a * z0).to(w0.dtype))
+    tl.store(here + 1024, (w1.to(tl.float32) + a * z1).to(w0.dtype))
+    tl.store(here + 2048, (w2.to(tl.float32) + a * z2).to(w0.dtype))
+    tl.store(here + 3072, (w3.to(tl.float32) + a * z3).to(w0.dtype))
+
+
+def compile_dense(dtype: str, target, block: int, warps: int):
+    """The pass for one target, without a device."""
+    source = triton.compiler.ASTSource(
+        fn=dense_pass,
+        signature={"w_ptr": f"*{dtype}", "coefficient_ptr": "*fp32", "key_ptr": "*i64", "tensor_id": "i32"}
+        | {"BLOCK": "constexpr"},
+        constexprs={"BLOCK": block},
+        attrs={(i,): [["tt.divisibility", 16]] for i in range(3)},
+    )
+    return triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": False})
+
+
+def sass(cubin: bytes) -> str:
+    """Disassembly by the tool that comes with Triton."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        return subprocess.run([str(tool), "-c", str(path)], capture_output=True, text=True, check=True).stdout
+
+
+def slots(block: int = 1024, warps: int = 4) -> list[dict]:
+    """Instructions per weight up to the kernel's unconditional exit (slow paths included: an upper bound)."""
+    rows = []
+    for name, target in (("sm_80", ("cuda", 80, 32)), ("sm_90", ("cuda", 90, 32)), ("gfx942", ("hip", "gfx942", 64))):
+        for dtype in ("bf16", "fp32"):
+            compiled = compile_dense(dtype, triton.backends.compiler.GPUTarget(*target), block, warps)
+            row: dict = {"target": name, "dtype": dtype}
+            per_thread = 4 * block / (warps * target[2])
+            if target[0] == "cuda":
+                lines = [x for x in sass(compiled.asm["cubin"]).splitlines() if re.match(r"\s+/\*[0-9a-f]{4,}\*/", x)]
+                end = next(i for i, x in enumerate(lines) if "EXIT" in x and "@" not in x)
+                kinds = collections.Counter(re.findall(r"(?:LDG|STG)\.E\.\d+", "\n".join(lines)))
+                row |= {"slots_per_weight": (end + 1) / per_thread, "widest": sorted(kinds)[:1] and max(kinds)}
+                row["spills"] = sum("STL" in x or "LDL" in x for x in lines)
+            else:
+                code = compiled.asm["amdgcn"]
+                body = code[: code.index("s_endpgm")]
+                count = sum(bool(re.match(r"\s+[vs]_|\s+(global|buffer|ds)_", x)) for x in body.splitlines())
+                row |= {
+                    "slots_per_weight": count / per_thread,
+                    "spills": int(re.search(r"vgpr_spill_count:\s*(\d+)", code)[1]),
+                }
+                row["widest"] = max(re.findall(r"(?:global|buffer)_(?:load|store)_dwordx?\d?", code), default="")
+            rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("error", "time", "slots"))
+    parser.add_argument("--angles", type=int, default=1024, help="angles of the error sweep")
+    parser.add_argument("--elements", type=int, default=32 << 20, help="float32 weights of the timing")
+    parser.add_argument("--repeats", type=int, default=7, help="runs per timing; the median counts")
+    parser.add_argument("--this-isa", action="store_true", help="time only the ISA of this process")
+    parser.add_argument("--json", action="store_true", help="print rows as JSON")
+    args = parser.parse_args()
+    if args.what == "error":
+        rows = error(args.angles)
+    elif args.what == "time":
+        rows = (time_here if args.this_isa else time_all)(args.elements, args.repeats)
+    else:
+        rows = slots()
+    if args.json:
+        print(json.dumps(rows))
+        return
+    for row in rows:
+        print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""How a direction reaches the forward: weights are written in place, and always find their way back.
+
+A direction is a list of moves. A move is one op call: it adds ``a * direction`` to some weights of one device and
+dtype, with decay, in one pass, and knows how far from the clean weights it stands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+
+
+class Weight(NamedTuple):
+    """A trainable tensor with its name, its id in the noise contract and its param group."""
+
+    name: str
+    tensor: Tensor
+    id: int
+    group: dict[str, Any]
+
+
+PerWeight = Callable[[Weight], float]
+
+
+def buckets(weights: Sequence[Weight], also: Callable[[Weight], Any] = lambda _: None) -> list[list[Weight]]:
+    """Weights that may share an op call: one device, dtype and value of ``also``."""
+    found: dict[Any, list[Weight]] = {}
+    for weight in weights:
+        key = (weight.tensor.device, weight.tensor.dtype, also(weight))
+        found.setdefault(key, []).append(weight)
+    return list(found.values())
+
+
+class Move:
+    """One op call's share of a direction; ``offset`` is where it stands, in units of each weight's smoothing radius."""
+
+    def __init__(self, weights: list[Weight]) -> None:
+        self.weights = weights
+        self.offset = 0.0
+
+    def add(self, coefficient: list[float], decay: list[float] | float, rounding: dict[str, Any]) -> None:
+        """W <- W - d W + a * direction in one pass."""
+        raise NotImplementedError
+
+    def to(self, offset: float, eps: PerWeight) -> None:
+        """Stand at W + offset * eps * direction."""
+        if offset != self.offset:
+            self.add([(offset - self.offset) * eps(w) for w in self.weights], 0.0, {})
+            self.offset = offset
+
+    def land(self, step: PerWeight, eps: PerWeight, decay: PerWeight, rounding_key: int) -> None:
+        """Restore and update in one pass: W <- (1 - d) W + step * direction, W being the clean weights."""
+        self.add(*self.landing(step, eps, decay, rounding_key))
+        self.offset = 0.0
+
+    def landing(
+        self, step: PerWeight, eps: PerWeight, decay: PerWeight, rounding_key: int
+    ) -> tuple[list[float], list[float], dict[str, Any]]:
+        """Coefficients, decays and rounding of the landing pass.
+
+        16-bit weights round stochastically: to nearest would lose steps under half an ulp.
+        """
+        decays = [decay(w) for w in self.weights]
+        coefficient = [step(w) - self.offset * (1.0 - d) * eps(w) for w, d in zip(self.weights, decays, strict=True)]
+        is_16_bit = self.weights[0].tensor.dtype != torch.float32
+        return coefficient, decays, {"rounding": "stochastic", "rounding_key": rounding_key} if is_16_bit else {}
+
+
+class DenseMove(Move):
+    """Direction z(key): dense normal noise."""
+
+    def __init__(self, weights: list[Weight], key: int) -> None:
+        super().__init__(weights)
+        self.key = key
+
+    def add(
+        self, coefficient: list[float], decay: list[float] | float, rounding: dict[str, Any], others: Sequence = ()
+    ) -> None:
+        ops.dense_perturb_(
+            [w.tensor for w in self.weights],
+            [*others, (self.key, coefficient)],
+            tensor_ids=[w.id for w in self.weights],
+            decay=decay,
+            **rounding,
+        )
+
+    def switch(self, key: int, eps: PerWeight) -> None:
+        """Leave this key's direction and stand at W + eps * z(key), in one pass."""
+        leave = (self.key, [-self.offset * eps(w) for w in self.weights])
+        self.key, before = key, self.key
+        try:
+            self.add([eps(w) for w in self.weights], 0.0, {}, [leave])
+        except BaseException:
+            self.key = before
+            raise
+        self.offset = 1.0
+
+    def land(
+        self,
+        step: PerWeight,
+        eps: PerWeight,
+        decay: PerWeight,
+        rounding_key: int,
+        others: Sequence[tuple[int, PerWeight]] = (),
+    ) -> None:
+        """As ``Move.land``, adding step_j * z(key_j) of other keys in the same pass."""
+        draws = [(key, [step_j(w) for w in self.weights]) for key, step_j in others]
+        self.add(*self.landing(step, eps, decay, rounding_key), draws)
+        self.offset = 0.0
+
+
+class SubspaceMove(Move):
+    """Direction scale * U Z V^T on matrices of one rank."""
+
+    def __init__(
+        self, weights: list[Weight], left: list[Tensor], right: list[Tensor], cores: list[Tensor], scale: list[float]
+    ) -> None:
+        super().__init__(weights)
+        self.left, self.right, self.cores, self.scale = left, right, cores, scale
+
+    def add(self, coefficient: list[float], decay: list[float] | float, rounding: dict[str, Any]) -> None:
+        ops.lowrank_perturb_(
+            [w.tensor for w in self.weights],
+            self.left,
+            self.right,
+            core=self.cores,
+            coefficient=[a * s for a, s in zip(coefficient, self.scale, strict=True)],
+            tensor_ids=[w.id for w in self.weights],
+            decay=decay,
+            **rounding,
+        )
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C back while weights are written; it is delivered when the pass is over."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[tuple[int, Any]] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if held and callable(handler):
+            handler(*held[0])
+
+
+class ForwardState:
+    """RNG states and module buffers, so that every forward of a step starts from the same ones."""
+
+    def __init__(self, model: nn.Module | None, devices: set[torch.device]) -> None:
+        self.rng = torch.get_rng_state()
+        self.cuda = {d: torch.cuda.get_rng_state(d) for d in devices if d.type == "cuda"}
+        modules = model.modules() if model is not None else ()
+        self.buffers = [
+            (module, name, buffer, buffer.clone())
+            for module in modules
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+
+    def restore(self) -> None:
+        """Put everything back as it was when this object was made."""
+        torch.set_rng_state(self.rng)
+        for device, state in self.cuda.items():
+            torch.cuda.set_rng_state(state, device)
+        for module, name, buffer, value in self.buffers:
+            module._buffers[name] = buffer  # a forward may have put another tensor there
+            buffer.copy_(value)

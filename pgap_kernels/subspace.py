@@ -1,0 +1,75 @@
+"""P-GAP's subspace: gradient assembly from probe losses, and its randomised SVD."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .ops import draw
+
+OVERSAMPLING = 8
+
+
+class Basis(NamedTuple):
+    """U (m, r), S (r,), V (n, r) of a matrix; float32, columns of U and V orthonormal."""
+
+    left: Tensor
+    singular_values: Tensor
+    right: Tensor
+
+
+def randomized_svd(matrix: Tensor, rank: int, test_matrix: Tensor, power_iterations: int = 1) -> Basis:
+    """Truncated SVD by a randomised range finder (Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1).
+
+    Args:
+        matrix: G (m, n), float32.
+        rank: 1 <= rank <= min(m, n).
+        test_matrix: Omega (n, p) with p >= rank; p = rank + ``OVERSAMPLING`` is usual.
+        power_iterations: each multiplies the gap between singular values.
+
+    Returns:
+        The ``rank`` leading singular triplets as far as the range of G Omega holds them.
+
+    Raises:
+        ValueError: rank or test_matrix do not fit.
+    """
+    m, n = matrix.shape
+    if not 1 <= rank <= min(m, n):
+        raise ValueError(f"rank: got {rank}; accepted: 1 to {min(m, n)} for a matrix of {m} x {n}")
+    if test_matrix.shape[0] != n or not rank <= test_matrix.shape[1] <= min(m, n):
+        raise ValueError(
+            f"test_matrix: got shape {tuple(test_matrix.shape)}; accepted: ({n}, p) with {rank} <= p <= {min(m, n)}"
+        )
+    q = torch.linalg.qr(matrix @ test_matrix).Q
+    for _ in range(power_iterations):
+        q = torch.linalg.qr(matrix.T @ q).Q
+        q = torch.linalg.qr(matrix @ q).Q
+    # SVD of Q^T G through the QR of its transpose: the dense SVD is of p x p only.
+    v, r = torch.linalg.qr(matrix.T @ q)
+    inner_u, s, inner_vh = torch.linalg.svd(r.T)
+    left, right = q @ inner_u[:, :rank], v @ inner_vh.T[:, :rank]
+    return Basis(left.contiguous(), s[:rank].contiguous(), right.contiguous())
+
+
+def gradient_basis(
+    shape: torch.Size, draws: list, rank: int, *, tensor_id: int, range_key: int, scratch: Tensor, device: torch.device
+) -> Basis:
+    """Basis of one matrix from its probes:  G = sum_j (rho_j / h) Q_j  in ``scratch``, then the randomised SVD.
+
+    Args:
+        shape: (m, n) of the matrix.
+        draws: (key of Q_j, rho_j / h).
+        rank: of the basis, <= min(m, n).
+        tensor_id: of the matrix.
+        range_key: key of role 9, for the test matrix.
+        scratch: float32, at least m * n elements on ``device``; overwritten.
+        device: of the matrix.
+    """
+    m, n = shape
+    gradient = scratch[: m * n].view(m, n)
+    ops.assemble_gradient_([gradient], draws, tensor_ids=[tensor_id])
+    columns = min(rank + OVERSAMPLING, m, n)
+    return randomized_svd(gradient, rank, draw((n, columns), range_key, tensor_id, device=device))
