@@ -89,6 +89,7 @@ std::vector<Piece> regrouped(const std::vector<Piece>& pieces, DType dtype) {
         if (p.ld_in == p.cols && p.ld_out == p.cols && p.row_stride == p.cols) {
             p.cols *= p.rows, p.rows = 1, p.row_stride = p.ld_in = p.ld_out = p.cols;
         }
+        if (p.rows == 1) p.row_stride = p.cols;
         if (p.rows == 1 || p.row_stride <= p.cols + 4096) {
             result.push_back(p);
             continue;

@@ -86,20 +86,23 @@ def disjoint(name: str, values: Sequence[Tensor], layouts: Sequence[tuple[int, i
 
 def _interleaved(spans: list, begin: int, layouts: Sequence[tuple[int, int, int]], i: int) -> bool:
     """Whether tensor i, whose extent meets others', still shares no element: column slices of one matrix."""
-    _, columns, ld = layouts[i]
+    rows, columns, own_ld = layouts[i]
+    end = begin + (rows - 1) * own_ld + columns
     for other_begin, other_end, j in spans:
-        own_end = begin + (layouts[i][0] - 1) * ld + columns
-        if j == i or other_end <= begin or other_begin >= own_end:
+        if j == i or other_end <= begin or other_begin >= end:
             continue
-        _, other_columns, other_ld = layouts[j]
+        other_rows, other_columns, other_ld = layouts[j]
+        ld = other_ld if rows == 1 else own_ld  # a single row fits any row stride
         distance = (begin - other_begin) % ld
-        if other_ld != ld or distance < other_columns or distance + columns > ld:
+        if (other_rows > 1 and other_ld != ld) or distance < other_columns or distance + columns > ld:
             return False
     return True
 
 
 def tensor_ids(name: str, value: Sequence[int], count: int) -> list[int]:
     """One 32-bit id per tensor; shards of one weight share theirs."""
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{name}: got {value!r}; accepted: a list of 32-bit integers, one per tensor")
     if len(value) != count:
         raise ValueError(f"{name}: got {len(value)} ids for {count} tensors; accepted: one per tensor")
     return [check_uint(f"{name}[{i}]", v, 32) for i, v in enumerate(value)]
@@ -149,7 +152,7 @@ def scalar_row(name: str, value: Any, count: int) -> Tensor:
     for v in values:
         if isinstance(v, bool) or not isinstance(v, (int, float)):
             raise TypeError(f"{name}: got {v!r} ({type(v).__name__}); accepted: a finite float, one or one per tensor")
-        if not math.isfinite(v) or abs(v) > torch.finfo(torch.float32).max:
+        if not abs(v) <= torch.finfo(torch.float32).max:
             raise ValueError(f"{name}: got {v}; accepted: a float that is finite in float32")
     return torch.tensor(values, dtype=torch.float32)
 
@@ -168,7 +171,12 @@ def slices(name: str, value: Sequence[tuple[int, int]] | None, layouts: Sequence
     if len(value) != len(layouts):
         raise ValueError(f"{name}: got {len(value)} for {len(layouts)} tensors; accepted: one (base, row_stride) each")
     flat = []
-    for i, ((base, row_stride), (rows, columns, _)) in enumerate(zip(value, layouts, strict=True)):
+    for i, (span, (rows, columns, _)) in enumerate(zip(value, layouts, strict=True)):
+        if not isinstance(span, (list, tuple)):
+            raise TypeError(f"{name}[{i}]: got {span!r}; accepted: (base, row_stride)")
+        if len(span) != 2:
+            raise ValueError(f"{name}[{i}]: got {span!r}; accepted: (base, row_stride)")
+        base, row_stride = span
         check_uint(f"{name}[{i}] base", base, 63)
         check_uint(f"{name}[{i}] row_stride", row_stride, 63)
         row_stride = max(row_stride, 1)

@@ -2,6 +2,9 @@
 
 An op takes lists of tensors, checks everything before anything is written, and passes scalars and keys in small
 tensors. Formulas are those of docs/kernels.md; rounding happens once, when a weight is written.
+
+Under ``torch.compile`` the public functions run as they are, between graphs: their checks read addresses. The ops
+themselves, ``torch.ops.pgap_kernels.*``, can be traced.
 """
 
 from __future__ import annotations
@@ -87,6 +90,8 @@ def _aligned_core_impl(singular_values, keys, tensor_ids, sign_ids, delta, backe
     for core, s, sign in zip(cores, singular_values, signs, strict=True):
         s = s.double()
         norm = s.norm()
+        if not norm.isfinite():
+            raise ValueError("singular_values: got NaN or infinity; accepted: finite values")
         if norm > 0:
             diagonal = core.diagonal()
             alpha = (s @ diagonal.double() - sign.double() * delta**0.5 * norm) / norm**2
@@ -144,6 +149,7 @@ def _draws(draws: Sequence[Draw], count: int) -> tuple[Tensor, Tensor]:
     return keys, checks.scalar_table("draws coefficient", rows)
 
 
+@torch.compiler.disable
 def dense_perturb_(
     weights: Sequence[Tensor],
     draws: Sequence[Draw],
@@ -200,6 +206,7 @@ def dense_perturb_(
             _ops.dense_perturb_.out(weights, *args, out=checks.outputs(out, weights))
 
 
+@torch.compiler.disable
 def assemble_gradient_(
     gradients: Sequence[Tensor],
     draws: Sequence[Draw],
@@ -232,6 +239,7 @@ def assemble_gradient_(
         _ops.assemble_gradient_(gradients, keys, coefficients, ids, spans, distribution, tier, backend)
 
 
+@torch.compiler.disable
 def draw(
     shape: Sequence[int] | int,
     key: Key,
@@ -293,6 +301,7 @@ def _factor(name: str, value: Factor, weights: list[Tensor], dim: int) -> tuple[
     return factors, 0, rank
 
 
+@torch.compiler.disable
 def lowrank_perturb_(
     weights: Sequence[Tensor],
     left: Factor,
@@ -342,6 +351,8 @@ def lowrank_perturb_(
         raise ValueError("rank: got None with both factors regenerated; accepted: the rank of the factors")
     if len(set(given)) > 1:
         raise ValueError(f"rank: got left {left_rank}, right {right_rank}, rank {rank}; accepted: one rank for all")
+    if isinstance(given[0], bool) or not isinstance(given[0], int):
+        raise TypeError(f"rank: got {given[0]!r}; accepted: an integer")
     limit = min((min(w.shape) for w in weights if w.numel() and slices is None), default=given[0])
     if not 1 <= given[0] <= limit:
         raise ValueError(f"rank: got {given[0]}; accepted: 1 to {limit}, the shortest side among the weights")
@@ -356,6 +367,10 @@ def lowrank_perturb_(
     a = checks.scalar_row("coefficient", coefficient, len(weights))
     d = checks.scalar_row("decay", decay, len(weights))
     spans = checks.slices("slices", slices, layouts)
+    for i, (rows, columns, _) in enumerate(layouts):
+        row, column = divmod(spans[2 * i], spans[2 * i + 1])
+        if slices is not None and (row + rows + column + columns) * given[0] >= 1 << 63:
+            raise ValueError(f"slices[{i}]: got {slices[i]}; accepted: factor elements with indices below 2**63")
     args = (left_factors, right_factors, cores, keys, a, d, keys_rounding, ids, spans, given[0], core_kind, backend)
     with torch.no_grad():
         if out is None:
@@ -388,6 +403,7 @@ def _core(core: Factor | None, weights: list[Tensor], rank: int) -> tuple[list[T
     return cores, 0, kind
 
 
+@torch.compiler.disable
 def aligned_core(
     singular_values: Sequence[Tensor],
     key: Key,
@@ -422,7 +438,9 @@ def aligned_core(
     for i, s in enumerate(values):
         if s.dim() != 1 or not len(s):
             raise ValueError(f"singular_values[{i}]: got shape {tuple(s.shape)}; accepted: (rank,) with rank >= 1")
-    delta = float(checks.scalar_row("delta", float(delta), 1))
+    delta = float(checks.scalar_row("delta", delta, 1))
+    if sign_ids is not None and sign_key is None:
+        raise ValueError("sign_ids: got ids without a sign_key; accepted: both, or neither for xi = +1")
     if delta < 0:
         raise ValueError(f"delta: got {delta}; accepted: 0 or more")
     ids = checks.tensor_ids("tensor_ids", tensor_ids, len(values))

@@ -56,22 +56,31 @@ class Move:
             self.add([(offset - self.offset) * eps(w) for w in self.weights], 0.0, {})
             self.offset = offset
 
-    def land(self, step: PerWeight, eps: PerWeight, decay: PerWeight, rounding_key: int) -> None:
-        """Restore and update in one pass: W <- (1 - d) W + step * direction, W being the clean weights."""
-        self.add(*self.landing(step, eps, decay, rounding_key))
-        self.offset = 0.0
+    def landing(self, step: PerWeight, eps: PerWeight, decay: PerWeight) -> dict[str, Any]:
+        """Coefficient and decay of the pass that restores and updates: W <- (1 - d) W + step * direction."""
+        decays = [decay(w) for w in self.weights]
+        coefficient = [step(w) - self.offset * (1.0 - d) * eps(w) for w, d in zip(self.weights, decays, strict=True)]
+        return {"coefficient": coefficient, "decay": decays}
 
-    def landing(
-        self, step: PerWeight, eps: PerWeight, decay: PerWeight, rounding_key: int
-    ) -> tuple[list[float], list[float], dict[str, Any]]:
-        """Coefficients, decays and rounding of the landing pass.
+    def land(self, landing: dict[str, Any], rounding_key: int) -> None:
+        """Make the pass that ``landing`` worked out.
 
         16-bit weights round stochastically: to nearest would lose steps under half an ulp.
         """
-        decays = [decay(w) for w in self.weights]
-        coefficient = [step(w) - self.offset * (1.0 - d) * eps(w) for w, d in zip(self.weights, decays, strict=True)]
         is_16_bit = self.weights[0].tensor.dtype != torch.float32
-        return coefficient, decays, {"rounding": "stochastic", "rounding_key": rounding_key} if is_16_bit else {}
+        self.add(**landing, rounding={"rounding": "stochastic", "rounding_key": rounding_key} if is_16_bit else {})
+        self.offset = 0.0
+
+    def take_back(self, landing: dict[str, Any], offset: float) -> None:
+        """Undo ``land``: stand again at ``offset``, from which it was made."""
+        keep = [1.0 - d for d in landing["decay"]]
+
+        def reverse(values: list[float]) -> list[float]:
+            return [-value / k for value, k in zip(values, keep, strict=True)]
+
+        others = {"others": [(key, reverse(a)) for key, a in landing["others"]]} if "others" in landing else {}
+        self.add(reverse(landing["coefficient"]), reverse(landing["decay"]), {}, **others)
+        self.offset = offset
 
 
 class DenseMove(Move):
@@ -103,18 +112,12 @@ class DenseMove(Move):
             raise
         self.offset = 1.0
 
-    def land(
-        self,
-        step: PerWeight,
-        eps: PerWeight,
-        decay: PerWeight,
-        rounding_key: int,
-        others: Sequence[tuple[int, PerWeight]] = (),
-    ) -> None:
-        """As ``Move.land``, adding step_j * z(key_j) of other keys in the same pass."""
+    def landing(
+        self, step: PerWeight, eps: PerWeight, decay: PerWeight, others: Sequence[tuple[int, PerWeight]] = ()
+    ) -> dict[str, Any]:
+        """As ``Move.landing``, adding step_j * z(key_j) of other keys in the same pass."""
         draws = [(key, [step_j(w) for w in self.weights]) for key, step_j in others]
-        self.add(*self.landing(step, eps, decay, rounding_key), draws)
-        self.offset = 0.0
+        return {**super().landing(step, eps, decay), "others": draws}
 
 
 class SubspaceMove(Move):
@@ -145,14 +148,18 @@ def uninterrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    held: list[tuple[int, Any]] = []
-    handler = signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
+    held: list[int] = []
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is None:  # installed by something other than Python: not ours to replace
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-        if held and callable(handler):
-            handler(*held[0])
+        if held:
+            signal.raise_signal(signal.SIGINT)
 
 
 class ForwardState:
@@ -161,19 +168,19 @@ class ForwardState:
     def __init__(self, model: nn.Module | None, devices: set[torch.device]) -> None:
         self.rng = torch.get_rng_state()
         self.cuda = {d: torch.cuda.get_rng_state(d) for d in devices if d.type == "cuda"}
-        modules = model.modules() if model is not None else ()
-        self.buffers = [
-            (module, name, buffer, buffer.clone())
-            for module in modules
+        self.places = [
+            (module, name, buffer)
+            for module in (model.modules() if model is not None else ())
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
+        self.saved = {id(buffer): buffer.clone() for _, _, buffer in self.places}
 
     def restore(self) -> None:
         """Put everything back as it was when this object was made."""
         torch.set_rng_state(self.rng)
         for device, state in self.cuda.items():
             torch.cuda.set_rng_state(state, device)
-        for module, name, buffer, value in self.buffers:
+        for module, name, buffer in self.places:
             module._buffers[name] = buffer  # a forward may have put another tensor there
-            buffer.copy_(value)
+            buffer.copy_(self.saved[id(buffer)])  # always: batch norm changes its statistics behind the version counter

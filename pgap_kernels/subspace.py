@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .ops import draw
 
 OVERSAMPLING = 8
 
@@ -51,11 +50,11 @@ def randomized_svd(matrix: Tensor, rank: int, test_matrix: Tensor, power_iterati
     v, r = torch.linalg.qr(matrix.T @ q)
     inner_u, s, inner_vh = torch.linalg.svd(r.T)
     left, right = q @ inner_u[:, :rank], v @ inner_vh.T[:, :rank]
-    return Basis(left.contiguous(), s[:rank].contiguous(), right.contiguous())
+    return Basis(left.contiguous(), s[:rank].clone(), right.contiguous())
 
 
 def gradient_basis(
-    shape: torch.Size, draws: list, rank: int, *, tensor_id: int, range_key: int, scratch: Tensor, device: torch.device
+    shape: torch.Size, draws: list, rank: int, *, tensor_id: int, range_key: int, scratch: Tensor
 ) -> Basis:
     """Basis of one matrix from its probes:  G = sum_j (rho_j / h) Q_j  in ``scratch``, then the randomised SVD.
 
@@ -65,11 +64,10 @@ def gradient_basis(
         rank: of the basis, <= min(m, n).
         tensor_id: of the matrix.
         range_key: key of role 9, for the test matrix.
-        scratch: float32, at least m * n elements on ``device``; overwritten.
-        device: of the matrix.
+        scratch: float32, at least m * n elements on the matrix's device; overwritten.
     """
     m, n = shape
     gradient = scratch[: m * n].view(m, n)
     ops.assemble_gradient_([gradient], draws, tensor_ids=[tensor_id])
     columns = min(rank + OVERSAMPLING, m, n)
-    return randomized_svd(gradient, rank, draw((n, columns), range_key, tensor_id, device=device))
+    return randomized_svd(gradient, rank, ops.draw((n, columns), range_key, tensor_id, device=scratch.device))

@@ -29,7 +29,7 @@ class Cost(NamedTuple):
 
     weight_passes: float  # reads and writes of every weight per step, refreshes spread over their window
     state_bytes: int  # kept between steps
-    scratch_bytes: int  # largest transient
+    scratch_bytes: int  # largest transient, up to the O((m + n)(r + 8)) of an SVD
 
 
 def positive(name: str, value: float, *, zero: bool = False) -> float:
@@ -43,9 +43,9 @@ def positive(name: str, value: float, *, zero: bool = False) -> float:
 
 def at_least_one(name: str, value: int) -> int:
     """Check that a hyper-parameter is an integer >= 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < 1:
         raise ValueError(f"{name}: got {value!r}; accepted: an integer, 1 or more")
-    return value
+    return value.__index__()
 
 
 def group_eps(weight: Weight) -> float:
@@ -54,7 +54,7 @@ def group_eps(weight: Weight) -> float:
 
 
 def group_decay(weight: Weight) -> float:
-    """lr * weight_decay of a step; vectors (biases, norm scales) do not decay."""
+    """lr * weight_decay of a step; tensors of one dimension (biases, norm scales) do not decay."""
     return weight.group["lr"] * weight.group["weight_decay"] if weight.tensor.dim() > 1 else 0.0
 
 
@@ -79,7 +79,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         steps: number of steps taken.
         skipped: number of steps skipped for a non-finite loss.
         passes: number of weight passes so far.
-        seconds: accumulated wall seconds by "forward", "perturb" and "refresh" (refreshes with their forwards).
+        seconds: accumulated wall seconds by "forward", "perturb" and "refresh" (refreshes with their forwards), as the
+            host sees them: work queued on a GPU counts where the host waits for it.
     """
 
     def __init__(
@@ -96,16 +97,16 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.on_nonfinite = checks.choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
         self.tensor_ids = dict(tensor_ids or {})
         self.model = params if isinstance(params, nn.Module) else model
-        self.steps = self.skipped = self.passes = 0
+        self.steps = self.skipped = self.passes = self._passes_this_step = 0
         self.seconds = {"forward": 0.0, "perturb": 0.0, "refresh": 0.0}
         self._weights: list[Weight] | None = None
         self._clock: str | None = None
         self._warned_loss = False
         if isinstance(params, nn.Module):
             params = [(name, p) for name, p in params.named_parameters() if p.requires_grad]
-            if not params:
-                raise ValueError("params: got a module without parameters that require grad; accepted: at least one")
-        super().__init__(params, defaults)
+        super().__init__(params or [{"params": []}], defaults)
+        if not self.weights():
+            raise ValueError("params: got no trainable parameter (requires_grad); accepted: at least one")
         if any(w.tensor.dtype != torch.float32 for w in self.weights()):
             warnings.warn(
                 "16-bit weights are perturbed in place: each step rounds them, so they are not restored exactly "
@@ -149,11 +150,13 @@ class ZOOptimizer(torch.optim.Optimizer):
                     stacklevel=4,
                 )
             for i, tensor in enumerate(group["params"]):
-                name = given[i] if given is not None else str(index)
+                name = noise.canonical_name(given[i]) if given is not None else str(index)
                 index += 1
                 place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
                 if tensor.numel() and place in found:
                     continue  # tied: same storage under another name
+                if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
+                    continue  # frozen
                 tid = self.tensor_ids.get(name, noise.tensor_id(name))
                 noise.check_uint(f"tensor_ids[{name!r}]", tid, 32)
                 if tid in names:
@@ -163,7 +166,12 @@ class ZOOptimizer(torch.optim.Optimizer):
                     )
                 names[tid] = name
                 found[place if tensor.numel() else name] = Weight(name, tensor, tid, group)
-        return list(found.values())
+        weights = list(found.values())
+        for bucket in buckets(weights):
+            tensors = checks.tensors(f"params ({bucket[0].name!r})", [w.tensor for w in bucket])
+            layouts = [checks.matrix_layout(f"params ({w.name!r})", w.tensor) for w in bucket]
+            checks.disjoint("params", tensors, layouts)
+        return weights
 
     # ---- keys, passes and forwards ------------------------------------------------------------------------------
 
@@ -222,13 +230,52 @@ class ZOOptimizer(torch.optim.Optimizer):
             for move in moves:
                 move.switch(key, eps)
 
+    def land(
+        self,
+        moves: Sequence[Move],
+        step: PerWeight,
+        eps: PerWeight,
+        **others: Any,
+    ) -> None:
+        """The step's last pass: restore the weights, add step * direction and decay; the step then counts as taken.
+
+        All coefficients are worked out and checked before the first write.
+        """
+        landings = [move.landing(step, eps, group_decay, **others) for move in moves]
+        limit = torch.finfo(torch.float32).max
+        for landing in landings:
+            for values in (landing["coefficient"], *(draw[1] for draw in landing.get("others", ()))):
+                if not all(abs(value) <= limit for value in values):
+                    raise NonFiniteLossError(
+                        f"the update of step {self.steps} overflows float32 though its losses are finite; the weights "
+                        "are restored. Lower lr, raise eps, or pass on_nonfinite='skip'"
+                    )
+        offsets = [move.offset for move in moves]
+        landed = 0
+        with uninterrupted():
+            try:
+                with self.weight_pass() as rounding_key:
+                    for move, landing in zip(moves, landings, strict=True):
+                        move.land(landing, rounding_key)
+                        landed += 1
+            except BaseException:  # say, out of memory in a later group: no weight keeps half a step
+                for move, landing, offset in list(zip(moves, landings, offsets, strict=True))[:landed]:
+                    move.take_back(landing, offset)
+                raise
+            self.steps += 1
+
     def forward(self, closure: Closure) -> Tensor:
-        """One forward: the loss as a float32 scalar tensor, in the RNG and buffer state of the step's first one."""
+        """One forward: the loss as a scalar tensor, in the RNG and buffer state of the step's first one."""
         with self.timed("forward"):
             self._forward_state.restore()
-            loss = torch.as_tensor(closure()).detach()
-        if loss.numel() != 1:
-            raise ValueError(f"closure: returned shape {tuple(loss.shape)}; accepted: a scalar loss")
+            value = closure()
+        if not isinstance(value, (Tensor, int, float)):
+            raise TypeError(f"closure: returned {type(value).__name__}; accepted: a scalar tensor or a float")
+        loss = torch.as_tensor(value).detach()
+        if loss.numel() != 1 or loss.is_complex():
+            raise ValueError(
+                f"closure: returned {loss.dtype} of shape {tuple(loss.shape)}; accepted: a real scalar loss"
+            )
         if loss.dtype in (torch.float16, torch.bfloat16) and not self._warned_loss:
             self._warned_loss = True
             warnings.warn(
@@ -236,7 +283,7 @@ class ZOOptimizer(torch.optim.Optimizer):
                 "reduce the loss in float32",
                 stacklevel=4,
             )
-        return loss.reshape(()).float()
+        return loss.reshape(())
 
     def two_sided(self, moves: Sequence[Move], closure: Closure, eps: PerWeight) -> tuple[float, float]:
         """Losses at W + eps * direction and W - eps * direction; the weights stay at the latter.
@@ -280,19 +327,22 @@ class ZOOptimizer(torch.optim.Optimizer):
         self._passes_this_step = 0
         self._forward_state = ForwardState(self.model, {w.tensor.device for w in self.weights()})
         try:
-            loss = self.estimate_and_update(closure)
+            return self.estimate_and_update(closure)
         except NonFiniteLossError:
+            self._forward_state.restore()
             if self.on_nonfinite == "raise":
                 raise
             self.skipped += 1
-            loss = math.nan
+            self.steps += 1
+            return math.nan
+        except BaseException:
+            self._forward_state.restore()
+            raise
         finally:
             del self._forward_state
-        self.steps += 1
-        return loss
 
     def estimate_and_update(self, closure: Closure) -> float:
-        """The method's recipe: directions, losses, one fused update. Returns the mean loss."""
+        """The method's recipe: directions, losses, and ``land`` at the end. Returns the mean loss."""
         raise NotImplementedError
 
     def cost(self) -> Cost:
@@ -300,13 +350,17 @@ class ZOOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_weights": None}
+        # "step" is in there once a scheduler has bound its counter to this very object.
+        return {k: v for k, v in self.__dict__.items() if k != "step"} | {"_weights": None}
 
     # ---- state --------------------------------------------------------------------------------------------------
 
     def method_state(self) -> dict[str, Any]:
         """Tensors and numbers of the method beyond seed and step, for ``state_dict``."""
         return {}
+
+    def check_method_state(self, state: dict[str, Any]) -> None:
+        """Raise ValueError if ``load_method_state`` cannot take this state; nothing has been loaded yet."""
 
     def load_method_state(self, state: dict[str, Any]) -> None:
         """Inverse of ``method_state``."""
@@ -333,6 +387,15 @@ class ZOOptimizer(torch.optim.Optimizer):
                 f"state_dict: got {zo['method']} under noise contract {zo['contract_version']}; accepted: "
                 f"{type(self).__name__} under {CONTRACT_VERSION}: another stream would not continue the run"
             )
+        saved = [group.get("param_names") for group in state_dict["param_groups"]]
+        own = [group.get("param_names") for group in self.param_groups]
+        if [names and list(map(noise.canonical_name, names)) for names in saved] != [
+            names and list(map(noise.canonical_name, names)) for names in own
+        ]:
+            raise ValueError(
+                f"state_dict: got parameters {saved}; accepted: those of this optimizer in their order, {own}"
+            )
+        self.check_method_state(zo["state"])
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "zo"})
         self._weights = None
         self.seed, self.steps, self.skipped = zo["seed"], zo["steps"], zo["skipped"]

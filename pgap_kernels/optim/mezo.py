@@ -6,7 +6,7 @@ from typing import Any
 
 from ..noise import Role
 from ..perturbation import PerWeight
-from .base import Closure, Cost, Params, ZOOptimizer, at_least_one, group_decay, group_eps
+from .base import Closure, Cost, Params, ZOOptimizer, at_least_one, group_eps
 
 
 class MeZO(ZOOptimizer):
@@ -19,7 +19,7 @@ class MeZO(ZOOptimizer):
         params: a model, named parameters or param groups.
         lr: learning rate, >= 0.
         eps: smoothing radius, > 0; a group's own eps gives it its own projected gradient.
-        weight_decay: decoupled, on matrices only.
+        weight_decay: decoupled, on tensors of two or more dimensions.
         probes: n, directions per step.
         **options: model, seed, tensor_ids, on_nonfinite, of ``ZOOptimizer``.
     """
@@ -55,7 +55,5 @@ class MeZO(ZOOptimizer):
                     self.switch_to(moves, key, group_eps)
                 losses.append(self.two_sided(moves, closure, group_eps))
             others = [(key, step(probe)) for probe, key in enumerate(keys[:-1])]
-            with self.weight_pass() as rounding_key:
-                for move in moves:
-                    move.land(step(-1), group_eps, group_decay, rounding_key, others)
+            self.land(moves, step(-1), group_eps, others=others)
         return sum(plus + minus for plus, minus in losses) / (2 * self.probes)

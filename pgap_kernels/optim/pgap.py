@@ -13,7 +13,7 @@ from .. import checks, ops
 from ..noise import Role
 from ..perturbation import Move, SubspaceMove, Weight, buckets
 from ..subspace import Basis, gradient_basis
-from .base import Closure, Cost, Params, ZOOptimizer, at_least_one, group_decay, group_eps, positive
+from .base import Closure, Cost, Params, ZOOptimizer, at_least_one, group_eps, positive
 
 PAPER_PROBE_EPS = 1e-3
 
@@ -42,7 +42,8 @@ class PGAP(ZOOptimizer):
         scale: "subzero": sqrt(m n)/r, the norm of dense noise, so that MeZO's eps and lr carry over; "paper": 1.
         exclude: names (fnmatch patterns, e.g. "*embed*") of matrices that take dense noise instead.
         eps_probe: smoothing radius of the probes; by default eps, or 1e-3 with scale="paper".
-        eps_dense, lr_dense: of tensors that take dense noise; by default eps and lr. lr_dense follows lr's schedule.
+        eps_dense, lr_dense: of tensors that take dense noise, in every group; by default the group's eps and lr.
+            lr_dense is kept as a ratio to ``lr``, so schedules and groups with their own lr scale it; decay goes by lr.
         **options: model, seed, tensor_ids, on_nonfinite, of ``ZOOptimizer``.
     """
 
@@ -113,7 +114,7 @@ class PGAP(ZOOptimizer):
     # ---- the step -----------------------------------------------------------------------------------------------
 
     def estimate_and_update(self, closure: Closure) -> float:
-        if self.steps % self.window == 0:
+        if self.steps % self.window == 0 or any(w.name not in self.bases for w in self.matrices()):
             self._refresh_due = True
         if self._refresh_due:
             with self.timed("refresh"):
@@ -123,9 +124,7 @@ class PGAP(ZOOptimizer):
             moves = self.moves()
         with self.restoring(moves, self._eps):
             plus, minus = self.two_sided(moves, closure, self._eps)
-            with self.weight_pass() as rounding_key:
-                for move in moves:
-                    move.land(self._step(plus - minus), self._eps, group_decay, rounding_key)
+            self.land(moves, self._step(plus - minus), self._eps)
         return (plus + minus) / 2
 
     def moves(self) -> list[Move]:
@@ -182,9 +181,8 @@ class PGAP(ZOOptimizer):
             self.move_to(moves, 0.0, self._probe_eps)
         range_key = self.key(Role.RANGE_FINDER)
         for bucket in buckets(self.matrices()):
-            device = bucket[0].tensor.device
             largest = max(w.tensor.numel() for w in bucket)
-            scratch = torch.empty(largest, dtype=torch.float32, device=device)
+            scratch = torch.empty(largest, dtype=torch.float32, device=bucket[0].tensor.device)
             for w in bucket:
                 norm = 2 * self._probe_eps(w) * self.probes
                 self.bases[w.name] = gradient_basis(
@@ -194,7 +192,6 @@ class PGAP(ZOOptimizer):
                     tensor_id=w.id,
                     range_key=range_key,
                     scratch=scratch,
-                    device=device,
                 )
 
     # ---- state --------------------------------------------------------------------------------------------------
@@ -202,11 +199,20 @@ class PGAP(ZOOptimizer):
     def method_state(self) -> dict[str, Any]:
         return {"bases": {name: tuple(basis) for name, basis in self.bases.items()}, "refresh_due": self._refresh_due}
 
+    def check_method_state(self, state: dict[str, Any]) -> None:
+        if not state["bases"]:
+            return
+        own = {w.name: self.rank_of(w) for w in self.matrices()}
+        saved = {name: len(singular_values) for name, (_, singular_values, _) in state["bases"].items()}
+        wrong = sorted(set(own.items()) ^ set(saved.items()))
+        if wrong:
+            name = wrong[0][0]
+            raise ValueError(
+                f"state_dict: got rank {saved.get(name)} for {name!r} (None: no subspace); accepted: {own.get(name)}, "
+                "as in this optimizer"
+            )
+
     def load_method_state(self, state: dict[str, Any]) -> None:
         devices = {w.name: w.tensor.device for w in self.matrices()}
-        bases = state["bases"]
-        missing = sorted(set(devices) - set(bases)) if bases else []
-        if missing:
-            raise ValueError(f"state_dict: no basis for {missing[0]!r}; accepted: the state of the same matrices")
-        self.bases = {name: Basis(*(t.to(devices[name]) for t in basis)) for name, basis in bases.items()}
+        self.bases = {name: Basis(*(t.to(devices[name]) for t in basis)) for name, basis in state["bases"].items()}
         self._refresh_due = state["refresh_due"]

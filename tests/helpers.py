@@ -1,0 +1,41 @@
+"""What several test files share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The tensor's bit patterns, with one pattern for every NaN."""
+    integers = tensor.contiguous().view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
+    return torch.where(tensor.isnan(), -1, integers)
+
+
+def assert_same_bits(got: Tensor, want: Tensor) -> None:
+    """Equal dtype, shape and bits: -0 is not +0, and NaN is NaN."""
+    assert got.dtype == want.dtype and got.shape == want.shape
+    different = (bits(got) != bits(want)).flatten().nonzero().flatten()
+    if len(different):
+        i = int(different[0])
+        raise AssertionError(
+            f"{len(different)} of {got.numel()} elements differ, first [{i}]: "
+            f"{got.flatten()[i].item()!r} != {want.flatten()[i].item()!r}"
+        )
+
+
+def weights(shapes, dtype=torch.float32, seed: int = 0, scale: float = 1.0) -> list[Tensor]:
+    """Random tensors of those shapes."""
+    generator = torch.Generator().manual_seed(seed)
+    return [(scale * torch.randn(shape, generator=generator)).to(dtype) for shape in shapes]
+
+
+def clones(tensors: list[Tensor]) -> list[Tensor]:
+    return [t.clone() for t in tensors]
+
+
+def poison(tensors: list[Tensor]) -> list[Tensor]:
+    """Tensors of the same shapes and dtype, full of NaN."""
+    return [torch.full_like(t, float("nan")) for t in tensors]

@@ -1,0 +1,401 @@
+"""lowrank_perturb_ and aligned_core: accuracy against float64, factors, shards, rounding, alignment."""
+
+import math
+
+import pytest
+import torch
+from helpers import DTYPES, assert_same_bits, clones, poison, weights
+
+from pgap_kernels import noise, ops, reference
+
+BACKENDS = ("reference", "cpu")
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+RANKS = (1, 2, 3, 8, 16, 33, 64)
+CORES = ("none", "diagonal", "full", "regenerated")
+LEFT, RIGHT, CORE, SIGN = (
+    noise.derive(4, 1, role) for role in (noise.Role.LEFT, noise.Role.RIGHT, noise.Role.CORE, noise.Role.SIGN)
+)
+ROUNDING = {"rounding": "stochastic", "rounding_key": noise.derive(4, 1, noise.Role.ROUNDING)}
+IDS = [noise.tensor_id(f"w{i}") for i in range(4)]
+TABLE = torch.ops.pgap_kernels
+
+
+def shapes_of(rank: int) -> list[tuple[int, int]]:
+    """A square of the rank's size, odd rectangles both ways, and one larger than a panel and a row block."""
+    return [(rank, rank), (rank + 1, 2 * rank + 35), (2 * rank + 65, rank + 3), (131, 197)]
+
+
+def stored(rank: int, core: str, dtype=torch.float32, scale: float = 1.0):
+    """(W, A, B, C) with float32 factors; C as the op takes it."""
+    shapes = shapes_of(rank)
+    w = weights(shapes, dtype, seed=rank, scale=scale)
+    left = weights([(m, rank) for m, _ in shapes], seed=1)
+    right = weights([(n, rank) for _, n in shapes], seed=2)
+    cores = {
+        "none": None,
+        "diagonal": weights([(rank,)] * len(shapes), seed=3),
+        "full": weights([(rank, rank)] * len(shapes), seed=4),
+        "regenerated": CORE,
+    }[core]
+    return w, left, right, cores
+
+
+def core_matrices(cores, rank: int) -> list[torch.Tensor]:
+    if cores is None:
+        return [torch.eye(rank)] * len(IDS)
+    if isinstance(cores, int):
+        return [ops.draw((rank, rank), cores, ident) for ident in IDS]
+    return [c.diag() if c.dim() == 1 else c for c in cores]
+
+
+def perturbed(tensors, left, right, **options):
+    tensors = clones(tensors)
+    ops.lowrank_perturb_(tensors, left, right, **{"tensor_ids": IDS[: len(tensors)], **options})
+    return tensors
+
+
+def assert_all_same(got, want):
+    for g, w in zip(got, want, strict=True):
+        assert_same_bits(g, w)
+
+
+# ---- accuracy ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_error_is_at_most_twice_that_of_pytorch(backend, dtype, rank, core, decay):
+    """Largest and root mean square error over the list, against float64; PyTorch's addmm in W's dtype beside it."""
+    w, left, right, cores = stored(rank, core, dtype)
+    got = perturbed(w, left, right, core=cores, coefficient=0.3, decay=decay, backend=backend)
+    own, torch_own = [], []
+    for i, c in enumerate(core_matrices(cores, rank)):
+        exact = (1 - decay) * w[i].double() + 0.3 * left[i].double() @ c.double() @ right[i].double().T
+        a, b = left[i].to(dtype), right[i].to(dtype)
+        if core != "none":
+            a = a @ c.to(dtype)
+        plain = torch.addmm(w[i], a, b.T, beta=1 - decay, alpha=0.3)
+        own.append((got[i].double() - exact).flatten())
+        torch_own.append((plain.double() - exact).flatten())
+    own, torch_own = torch.cat(own), torch.cat(torch_own)
+    assert own.abs().max() <= 2 * torch_own.abs().max()
+    assert own.square().mean().sqrt() <= 2 * torch_own.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rounds_once(backend, dtype, rank):
+    """With factors representable in W's dtype the result is within half an ulp, plus what a float32 sum of rank
+    products may lose, of the exact one: factors are not rounded again and nothing is rounded to 16 bits early."""
+    w, left, right, _ = stored(rank, "none", dtype)
+    left, right = ([f.to(dtype) for f in factors] for factors in (left, right))
+    got = perturbed(w, left, right, coefficient=0.25, backend=backend)
+    info = torch.finfo(dtype)
+    for g, x, a, b in zip(got, w, left, right, strict=True):
+        exact = x.double() + 0.25 * a.double() @ b.double().T
+        products = 0.25 * a.double().abs() @ b.double().abs().T
+        gamma = (rank + 2) * 2.0**-24 / (1 - (rank + 2) * 2.0**-24)
+        lost = gamma * products + 2.0**-24 * (x.double().abs() + products)
+        half_ulp = torch.maximum(exact.abs() + lost, torch.tensor(info.smallest_normal)) * info.eps / 2
+        assert ((g.double() - exact).abs() <= half_ulp + lost).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rank_one_needs_no_sum(dtype):
+    """One product, one scaling, one addition: the same bits from both backends."""
+    w, left, right, _ = stored(1, "none", dtype)
+    got, want = (perturbed(w, left, right, coefficient=0.3, backend=b, **ROUNDING) for b in ("cpu", "reference"))
+    assert_all_same(got, want)
+
+
+# ---- factors -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("rank", (1, 3, 16, 33))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_regenerated_factors_are_draws(backend, dtype, rank, core):
+    w, _, _, cores = stored(rank, core, dtype)
+    left = [ops.draw((m, rank), LEFT, i) for (m, _), i in zip(shapes_of(rank), IDS, strict=True)]
+    right = [ops.draw((n, rank), RIGHT, i) for (_, n), i in zip(shapes_of(rank), IDS, strict=True)]
+    options = {"coefficient": 0.1, "backend": backend}
+    want = perturbed(w, left, right, core=cores, **options)
+    assert_all_same(perturbed(w, LEFT, right, core=cores, **options), want)
+    assert_all_same(perturbed(w, left, RIGHT, core=cores, **options), want)
+    assert_all_same(perturbed(w, LEFT, RIGHT, core=cores, rank=rank, **options), want)
+    if core == "regenerated":
+        drawn = core_matrices(cores, rank)
+        assert_all_same(perturbed(w, left, right, core=drawn, **options), want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_keys_in_tensors(backend):
+    w, left, _, _ = stored(3, "none")
+    signed = [torch.tensor(key - (key >> 63 << 64)) for key in (RIGHT, CORE)]
+    want = perturbed(w, left, RIGHT, core=CORE, coefficient=0.1, backend=backend)
+    got = perturbed(w, left, signed[0], core=signed[1].view(1), coefficient=torch.tensor([0.1]), backend=backend)
+    assert_all_same(got, want)
+    top = 2**64 - 5
+    want = perturbed(w, left, top, coefficient=0.1, backend=backend)
+    assert_all_same(perturbed(w, left, torch.tensor(-5), coefficient=0.1, backend=backend), want)
+
+
+@pytest.mark.parametrize("core", ["none", "diagonal", "full"])
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_factors_in_either_dtype(backend, dtype, core):
+    """A factor in W's dtype is its float32 copy."""
+    w, left, right, cores = stored(8, core, dtype)
+    left, right = ([f.to(dtype) for f in factors] for factors in (left, right))
+    cores = cores and [c.to(dtype) for c in cores]
+    got = perturbed(w, left, right, core=cores, coefficient=0.1, backend=backend)
+    wide = [[f.float() for f in factors] if factors else None for factors in (left, right, cores)]
+    assert_all_same(got, perturbed(w, wide[0], wide[1], core=wide[2], coefficient=0.1, backend=backend))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_zero_coefficient_changes_nothing(backend, dtype):
+    w, left, right, cores = stored(8, "full", dtype)
+    assert_all_same(perturbed(w, left, right, core=cores, coefficient=0.0, backend=backend), w)
+
+
+# ---- lists, threads, layouts, shards -------------------------------------------------------------------------------
+
+CASES = [(16, "full"), (33, "none"), (5, "regenerated"), (8, "diagonal")]
+
+
+@pytest.mark.parametrize(("rank", "core"), CASES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_lists_and_out_do_not_matter(set_threads, dtype, rank, core):
+    w, left, right, cores = stored(rank, core, dtype)
+    options = {"coefficient": [0.1, 0.2, 0.3, 0.4], "decay": [0.0, 0.01, 0.02, 0.0], **ROUNDING}
+    set_threads(1)
+    want = perturbed(w, left, right, core=cores, **options)
+    set_threads(2)
+    assert_all_same(perturbed(w, left, right, core=cores, **options), want)
+    out, before = poison(w), clones(w)
+    ops.lowrank_perturb_(w, left, right, core=cores, tensor_ids=IDS, out=out, **options)
+    assert_all_same(out, want)
+    assert_all_same(w, before)
+    for order in ([2], [3, 0], [3, 2, 1, 0]):
+
+        def pick(values, order=order):
+            return [values[i] for i in order] if isinstance(values, list) else values
+
+        chosen = {name: pick(value) for name, value in options.items()}
+        some = perturbed(pick(w), pick(left), pick(right), core=pick(cores), **{**chosen, "tensor_ids": pick(IDS)})
+        assert_all_same(some, pick(want))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_per_tensor_scalars_are_single_calls(backend):
+    w, left, right, cores = stored(8, "full")
+    coefficients, decays = [0.1, -0.2, 0.3, 0.0], [0.0, 0.01, 0.02, 0.5]
+    got = perturbed(w, left, right, core=cores, coefficient=coefficients, decay=torch.tensor(decays), backend=backend)
+    for i in range(4):
+        options = {"core": [cores[i]], "coefficient": coefficients[i], "decay": decays[i], "backend": backend}
+        assert_same_bits(got[i], perturbed([w[i]], [left[i]], [right[i]], **options)[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_views_are_written_and_nothing_else(backend, dtype):
+    (whole,) = weights([(90, 150)], dtype)
+    (source,) = weights([(90, 150)], dtype, seed=6)
+    for rows, columns in [((3, 80), (0, 150)), ((0, 90), (7, 141)), ((11, 12), (5, 6)), ((20, 61), (64, 150))]:
+        rows, columns = slice(*rows), slice(*columns)
+        view = whole[rows, columns]
+        before, shape = whole.clone(), view.shape
+        left, right = weights([(shape[0], 1), (shape[1], 1)], seed=7)
+        (want,) = perturbed([view.contiguous()], [left], [right], coefficient=0.3, backend=backend, **ROUNDING)
+        ops.lowrank_perturb_([view], [left], [right], coefficient=0.3, tensor_ids=IDS[:1], backend=backend, **ROUNDING)
+        assert_same_bits(view.contiguous(), want)
+        mask = torch.ones(whole.shape, dtype=torch.bool)
+        mask[rows, columns] = False
+        assert_same_bits(whole[mask], before[mask])
+        out, from_view = whole.clone(), source[rows, columns]
+        ops.lowrank_perturb_([from_view], [left], [right], coefficient=0.3, out=[out[rows, columns]], backend=backend)
+        (want,) = perturbed([from_view.contiguous()], [left], [right], coefficient=0.3, backend=backend)
+        assert_same_bits(out[rows, columns].contiguous(), want)
+        assert_same_bits(out[mask], whole[mask])
+
+
+@pytest.mark.parametrize(
+    "shard", [(0, 70, 0, 110), (7, 30, 0, 110), (0, 70, 40, 110), (33, 34, 5, 99), (60, 70, 109, 110)]
+)
+@pytest.mark.parametrize(("backend", "rank"), [("cpu", 1), ("cpu", 16), ("cpu", 33), ("reference", 1)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shards_are_slices_of_the_whole(dtype, backend, rank, shard):
+    """Factors and rounding words are drawn by the shard's place. (The reference's matmul is free in its sums, so it is
+    held to this where there are none.)"""
+    top, bottom, left, right = shard
+    (w,) = weights([(70, 110)], dtype)
+    core = CORE if backend == "cpu" else None
+    options = {"coefficient": 0.1, "rank": rank, "core": core, "backend": backend, **ROUNDING}
+    (whole,) = perturbed([w], LEFT, RIGHT, **options)
+    local = w[top:bottom, left:right].contiguous()
+    (got,) = perturbed([local], LEFT, RIGHT, slices=[(top * 110 + left, 110)], **options)
+    assert_same_bits(got, whole[top:bottom, left:right].contiguous())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_matrices(backend):
+    for shape in ((0, 5), (5, 0), (0, 0)):
+        w = [torch.empty(shape), torch.ones(4, 3)]
+        ops.lowrank_perturb_(w, LEFT, RIGHT, rank=2, coefficient=0.1, tensor_ids=IDS[:2], backend=backend)
+        (want,) = perturbed(
+            [torch.ones(4, 3)], LEFT, RIGHT, rank=2, coefficient=0.1, tensor_ids=IDS[1:2], backend=backend
+        )
+        assert_same_bits(w[1], want)
+
+
+# ---- stochastic rounding -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_stochastic_pass_rounds_the_float32_pass(backend, dtype, decay):
+    """With factors representable in W's dtype the float32 pass gives what is rounded (by the rounding that test_dense
+    holds to its definition)."""
+    w, left, right, _ = stored(8, "none", dtype)
+    left, right = ([f.to(dtype).float() for f in factors] for factors in (left, right))
+    options = {"coefficient": 0.125, "decay": decay, "backend": backend}
+    got = perturbed(w, left, right, **options, **ROUNDING)
+    wide = perturbed([x.float() for x in w], left, right, **options)
+    for g, value, ident in zip(got, wide, IDS, strict=True):
+        words = reference.words(0, value.numel(), ident, ROUNDING["rounding_key"], value.device).view(value.shape)
+        assert_same_bits(g, reference.stochastic_round(value, words, dtype))
+        assert not torch.equal(g, value.to(dtype)) or g.numel() < 100
+
+
+# ---- registration --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_version_counters(backend):
+    w, left, right, cores = stored(3, "full")
+    out = poison(w)
+    others = [*left, *right, *cores]
+
+    def versions(tensors):
+        return [t._version for t in tensors]
+
+    before, before_out, before_others = versions(w), versions(out), versions(others)
+    ops.lowrank_perturb_(w, left, right, core=cores, coefficient=0.1, out=out, backend=backend)
+    assert versions(w) == before
+    assert all(a > b for a, b in zip(versions(out), before_out, strict=True))
+    ops.lowrank_perturb_(w, left, right, core=cores, coefficient=0.1, backend=backend)
+    assert all(a > b for a, b in zip(versions(w), before, strict=True))
+    assert versions(others) == before_others
+
+
+def lowrank_arguments(dtype, backend):
+    w = weights([(5, 7), (9, 4)], dtype)
+    left = weights([(5, 2), (9, 2)], seed=1)
+    scalars = (torch.tensor([0, 5, 6]), torch.tensor([0.1]), torch.tensor([0.0, 0.1]))
+    rounding = torch.tensor(3) if dtype != torch.float32 else None
+    return w, left, [], [], *scalars, rounding, [1, 2], [0, 7, 0, 4], 2, "regenerated", backend
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend, dtype):
+    arguments = lowrank_arguments(dtype, backend)
+    torch.library.opcheck(TABLE.lowrank_perturb_.default, arguments)
+    torch.library.opcheck(TABLE.lowrank_perturb_.out, arguments, {"out": clones(arguments[0])})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_aligned_core(backend):
+    singular_values = [torch.tensor([3.0, 1.0]), torch.tensor([2.0, 1.0, 0.5])]
+    arguments = (singular_values, torch.tensor([5, -6]), [1, 2], [0, 0], 0.5, backend)
+    torch.library.opcheck(TABLE.aligned_core.default, arguments)
+
+
+def test_compiled_op():
+    arguments = lowrank_arguments(torch.float32, None)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def step(w):
+        TABLE.lowrank_perturb_(w, *arguments[1:])
+        (z,) = TABLE.aligned_core([w[0][0]], arguments[4][1:2], [1], [1], 0.5, None)
+        return z + 1
+
+    got, want = clones(arguments[0]), clones(arguments[0])
+    result = step(got)
+    TABLE.lowrank_perturb_(want, *arguments[1:])
+    assert_all_same(got, want)
+    (z,) = TABLE.aligned_core([want[0][0]], arguments[4][1:2], [1], [1], 0.5, None)
+    assert torch.equal(result, z + 1)
+
+
+# ---- aligned core --------------------------------------------------------------------------------------------------
+
+SINGULAR_VALUES = [torch.linspace(3, 0.01, rank) for rank in (1, 2, 7, 16)]
+
+
+@pytest.mark.parametrize("signs", ["fixed", "per matrix", "global"])
+@pytest.mark.parametrize("delta", [0.0, 0.5, 4.0, 100.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_alignment(backend, delta, signs):
+    """<S, Z> = xi sqrt(delta) |S|, but for the rounding of the diagonal to float32: 2**-24 |z_ii| each."""
+    options = {
+        "fixed": {},
+        "per matrix": {"sign_key": SIGN},
+        "global": {"sign_key": SIGN, "sign_ids": [0] * 4},
+    }[signs]
+    cores = ops.aligned_core(SINGULAR_VALUES, CORE, tensor_ids=IDS, delta=delta, backend=backend, **options)
+    for s, z, ident in zip(SINGULAR_VALUES, cores, IDS, strict=True):
+        sign_id = 0 if signs == "global" else ident
+        xi = 1.0 if signs == "fixed" else ops.draw(1, SIGN, sign_id, distribution="rademacher").item()
+        s, diagonal = s.double(), z.diagonal().double()
+        rounding = 2.0**-24 * (s * diagonal.abs()).sum() * (1 + 1e-6)
+        assert abs((s @ diagonal - xi * math.sqrt(delta) * s.norm()).item()) <= rounding
+        start = ops.draw(z.shape, CORE, ident)
+        off = ~torch.eye(len(s), dtype=torch.bool)
+        assert_same_bits(z[off], start[off])
+        assert not torch.equal(z.diagonal(), start.diagonal())
+        # What moved the diagonal is parallel to S.
+        alpha = (s @ start.diagonal().double() - xi * math.sqrt(delta) * s.norm()) / s.norm() ** 2
+        want = start.diagonal().double() - alpha * s
+        assert ((diagonal - want).abs() <= 2.0**-24 * want.abs() + 1e-12).all()
+
+
+def test_signs_differ_between_matrices_and_agree_under_one_id():
+    ids, s = list(range(64)), [torch.ones(2)] * 64
+
+    def signs(**options):
+        cores = ops.aligned_core(s, CORE, tensor_ids=ids, delta=1.0, sign_key=SIGN, **options)
+        return {float(z.diagonal().sum().sign()) for z in cores}
+
+    assert signs() == {-1.0, 1.0}
+    assert len(signs(sign_ids=[7] * 64)) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"sign_key": SIGN}])
+def test_aligned_core_has_the_same_bits_everywhere(options):
+    got, want = (
+        ops.aligned_core(SINGULAR_VALUES, CORE, tensor_ids=IDS, delta=0.7, backend=b, **options)
+        for b in ("cpu", "reference")
+    )
+    assert_all_same(got, want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_to_align(backend):
+    (core,) = ops.aligned_core([torch.zeros(5)], CORE, tensor_ids=IDS[:1], delta=0.7, backend=backend)
+    assert_same_bits(core, ops.draw((5, 5), CORE, IDS[0]))
+
+
+def test_aligned_core_depends_on_its_own_matrix_only():
+    together = ops.aligned_core(SINGULAR_VALUES, CORE, tensor_ids=IDS, delta=0.7, sign_key=SIGN)
+    for i, s in enumerate(SINGULAR_VALUES):
+        (alone,) = ops.aligned_core([s], CORE, tensor_ids=[IDS[i]], delta=0.7, sign_key=SIGN)
+        assert_same_bits(alone, together[i])
