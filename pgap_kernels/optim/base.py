@@ -18,6 +18,7 @@ from ..perturbation import DenseMove, ForwardState, Move, PerWeight, Weight, buc
 
 Closure = Callable[[], "Tensor | float"]
 Params = nn.Module | Iterable[Any]
+_NOTHING_TO_TRAIN = "params: got no trainable parameter (requires_grad); accepted: at least one"
 
 
 class NonFiniteLossError(RuntimeError):
@@ -104,9 +105,11 @@ class ZOOptimizer(torch.optim.Optimizer):
         self._warned_loss = False
         if isinstance(params, nn.Module):
             params = [(name, p) for name, p in params.named_parameters() if p.requires_grad]
-        super().__init__(params or [{"params": []}], defaults)
+            if not params:
+                raise ValueError(_NOTHING_TO_TRAIN)
+        super().__init__(params, defaults)
         if not self.weights():
-            raise ValueError("params: got no trainable parameter (requires_grad); accepted: at least one")
+            raise ValueError(_NOTHING_TO_TRAIN)
         if any(w.tensor.dtype != torch.float32 for w in self.weights()):
             warnings.warn(
                 "16-bit weights are perturbed in place: each step rounds them, so they are not restored exactly "
