@@ -27,30 +27,62 @@ ISA_FLAGS = {
 SOURCES = ["ops", "dispatch", "isa_generic", *(ISA_FLAGS if X86 else ())]
 
 
+def not_built(reason, error=None):
+    """A build without the extension: an error if PGAP_FORCE_BUILD=1, else a warning."""
+    if FORCE:
+        raise SystemExit(f"pgap_kernels: PGAP_FORCE_BUILD=1 and the extension was not built: {reason}") from error
+    sys.stderr.write(
+        f"pgap_kernels: warning: the C++ extension was not built ({reason}). The package will run on its plain-PyTorch "
+        "reference, which is slow. PGAP_FORCE_BUILD=1 turns this into an error.\n"
+    )
+
+
+def extensions():
+    """The extension, or nothing (hence a pure-Python package) where there is no torch to build against."""
+    try:
+        import torch
+        from torch.utils.cpp_extension import include_paths, library_paths
+    except ImportError as error:
+        not_built(
+            "torch is not installed where the build runs. Install it first, then build against it: "
+            "`pip install torch` and `pip install --no-build-isolation .`",
+            error,
+        )
+        return []
+    if tuple(int(x) for x in torch.__version__.split(".")[:2]) < (2, 10):
+        not_built(f"torch {torch.__version__} is too old: the stable ABI starts at 2.10")
+        return []
+    return [
+        Extension(
+            "pgap_kernels._C",
+            [f"csrc/{name}.cpp" for name in SOURCES],
+            depends=[*map(str, sorted(Path("csrc").glob("*.h"))), "csrc/kernels.inl"],
+            include_dirs=include_paths(),
+            library_dirs=library_paths(),
+            libraries=["torch", "torch_cpu", "c10"],
+            define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000"), ("Py_LIMITED_API", "0x030a0000")],
+            extra_compile_args=[
+                "-std=c++17",
+                "-O3",
+                "-g0",
+                "-fvisibility=hidden",
+                "-ffp-contract=off",
+                "-fno-math-errno",
+            ],
+            py_limited_api=True,
+        )
+    ]
+
+
 class BuildCpuKernels(build_ext):
     """Compiles each source with its own flags; a failure is a warning unless PGAP_FORCE_BUILD=1."""
 
     def run(self):
         try:
-            import torch
-            from torch.utils.cpp_extension import include_paths, library_paths
-        except ImportError as error:
-            return self._failed(
-                "torch is not installed where the build runs. Install it first, then build against it: "
-                "`pip install torch` and `pip install --no-build-isolation .`",
-                error,
-            )
-        if tuple(int(x) for x in torch.__version__.split(".")[:2]) < (2, 10):
-            return self._failed(
-                f"torch {torch.__version__} is too old: 2.10 is the first with the stable ABI used", None
-            )
-        extension = self.extensions[0]
-        extension.include_dirs += include_paths()
-        extension.library_dirs += library_paths()
-        try:
             super().run()
         except Exception as error:
-            self._failed(f"the compiler failed: {error}", error)
+            not_built(f"the compiler failed: {error}", error)
+            self.extensions = []
 
     def build_extension(self, ext):
         compile_one = self.compiler._compile
@@ -62,31 +94,12 @@ class BuildCpuKernels(build_ext):
         self.compiler._compile = compile_with_isa
         super().build_extension(ext)
 
-    def _failed(self, reason, error):
-        if FORCE:
-            raise SystemExit(f"pgap_kernels: PGAP_FORCE_BUILD=1 and the extension was not built: {reason}") from error
-        sys.stderr.write(
-            f"pgap_kernels: warning: the C++ extension was not built ({reason}). The package will run on its "
-            "plain-PyTorch reference, which is slow. PGAP_FORCE_BUILD=1 turns this into an error.\n"
-        )
-        self.extensions = []
-
     def get_ext_filename(self, name):
         return str(Path(*name.split("."))) + ".abi3.so"
 
 
 setup(
-    ext_modules=[
-        Extension(
-            "pgap_kernels._C",
-            [f"csrc/{name}.cpp" for name in SOURCES],
-            depends=[*map(str, sorted(Path("csrc").glob("*.h"))), "csrc/kernels.inl"],
-            libraries=["torch", "torch_cpu", "c10"],
-            define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000"), ("Py_LIMITED_API", "0x030a0000")],
-            extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"],
-            py_limited_api=True,
-        )
-    ],
+    ext_modules=extensions(),
     cmdclass={"build_ext": BuildCpuKernels},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )
