@@ -55,33 +55,5 @@ def assemble_gradient_(gradients, keys, coefficients, tensor_ids, slices, distri
     )
 
 
-def lowrank_perturb_(
-    weights,
-    out,
-    left,
-    right,
-    core,
-    keys,
-    coefficient,
-    decay,
-    rounding_key,
-    tensor_ids,
-    slices,
-    rank,
-    core_kind,
-):
-    torch.ops.pgap_kernels_cpu.low_rank(
-        weights,
-        out,
-        left,
-        right,
-        core,
-        keys,
-        coefficient,
-        decay,
-        rounding_key,
-        tensor_ids,
-        slices,
-        rank,
-        core_kind,
-    )
+def lowrank_perturb_(*args):
+    torch.ops.pgap_kernels_cpu.low_rank(*args)  # the same arguments in the same order
