@@ -10,7 +10,7 @@ from typing import Any
 #: The one table of per-method defaults. An option left out takes the value of its method's row.
 METHODS: dict[str, dict[str, float | int]] = {
     "mezo": {"lr": 6e-5, "eps": 1e-3},
-    "pgap": {"lr": 1.2e-4, "eps": 1e-3, "rank": 16, "window": 100, "probes": 10, "delta": 2.0},
+    "pgap": {"lr": 1.2e-4, "eps": 1e-3, "rank": 64, "window": 100, "probes": 10, "delta": 2.0},
 }
 
 DTYPES = ("float32", "bfloat16", "float16")
