@@ -1,10 +1,9 @@
-"""The evidence behind docs/noise_v1.md: error of the exact transform, CPU time, compiled slots per weight.
+"""The evidence behind docs/noise_v1.md: error of the exact transform, compiled slots per weight.
 
     python -m benchmarks.noise_v1 error [--angles 1024]     every u (2**23) x a grid of angles, against float64
-    python -m benchmarks.noise_v1 time  [--elements 32M]    each ISA against torch.normal and the copy floor
     python -m benchmarks.noise_v1 slots                     a plain dense pass, compiled for sm_80, sm_90, gfx942
 
-Timings need an idle machine. No GPU is used: slots are counted in compiled code.
+No GPU is used: slots are counted in compiled code. CPU time is measured by benchmarks.kernels.
 """
 
 from __future__ import annotations
@@ -13,25 +12,16 @@ import argparse
 import collections
 import json
 import math
-import os
 import re
-import statistics
 import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
 
-from pgap_kernels import cpu, dense_perturb_
 from pgap_kernels.triton.noise import box_muller, philox7
-
-ISAS = ("avx512", "avx2", "generic")
-
 
 # ---- error ----------------------------------------------------------------------------------------------------------
 
@@ -62,56 +52,6 @@ def error(angles: int) -> list[dict]:
             worst["relative"] = max(worst["relative"], (off / exact.abs().clamp_(min=1.0)).max().item())
             worst["max_abs_z"] = max(worst["max_abs_z"], got.abs().max().item())
     return [{"angles": len(grid) + 7, "radii": 1 << 23, **worst}]
-
-
-# ---- CPU time -------------------------------------------------------------------------------------------------------
-
-
-def _median(f: Callable[[], object], repeats: int) -> float:
-    f()
-    seconds = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        f()
-        seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds)
-
-
-def time_here(elements: int, repeats: int) -> list[dict]:
-    """This process's ISA: one dense pass, the torch.normal idiom and ``add_`` of a scalar, on one and all threads."""
-    w = torch.randn(elements)
-    rows = []
-    for threads in sorted({1, os.cpu_count() or 1}):
-        torch.set_num_threads(threads)
-        floor = _median(lambda: w.add_(1.0), repeats)
-        idiom = _median(lambda: w.add_(torch.normal(0.0, 1.0, w.shape), alpha=1e-3), 3)
-        for distribution in ("normal", "rademacher"):
-            ours = _median(
-                lambda d=distribution: dense_perturb_([w], [(1, 1e-3)], tensor_ids=[1], distribution=d), repeats
-            )
-            rows.append(
-                {
-                    "isa": cpu.isa()[0],
-                    "threads": threads,
-                    "elements": elements,
-                    "distribution": distribution,
-                    "seconds": ours,
-                    "floor_ratio": ours / floor,
-                    "speedup_vs_torch_normal": idiom / ours,
-                }
-            )
-    return rows
-
-
-def time_all(elements: int, repeats: int) -> list[dict]:
-    """Each ISA in a process of its own, as PGAP_ISA is read once."""
-    rows = []
-    for isa in ISAS:
-        command = [sys.executable, "-m", "benchmarks.noise_v1", "time", "--this-isa", "--json"]
-        command += ["--elements", str(elements), "--repeats", str(repeats)]
-        done = subprocess.run(command, env={**os.environ, "PGAP_ISA": isa}, capture_output=True, text=True, check=True)
-        rows += json.loads(done.stdout)
-    return rows
 
 
 # ---- compiled code --------------------------------------------------------------------------------------------------
@@ -190,19 +130,11 @@ def slots(block: int = 1024, warps: int = 4) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("error", "time", "slots"))
+    parser.add_argument("what", choices=("error", "slots"))
     parser.add_argument("--angles", type=int, default=1024, help="angles of the error sweep")
-    parser.add_argument("--elements", type=int, default=32 << 20, help="float32 weights of the timing")
-    parser.add_argument("--repeats", type=int, default=7, help="runs per timing; the median counts")
-    parser.add_argument("--this-isa", action="store_true", help="time only the ISA of this process")
     parser.add_argument("--json", action="store_true", help="print rows as JSON")
     args = parser.parse_args()
-    if args.what == "error":
-        rows = error(args.angles)
-    elif args.what == "time":
-        rows = (time_here if args.this_isa else time_all)(args.elements, args.repeats)
-    else:
-        rows = slots()
+    rows = error(args.angles) if args.what == "error" else slots()
     if args.json:
         print(json.dumps(rows))
         return
