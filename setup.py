@@ -56,7 +56,7 @@ def extensions():
         Extension(
             "pgap_kernels._C",
             [f"csrc/{name}.cpp" for name in SOURCES],
-            depends=[*map(str, sorted(Path("csrc").glob("*.h"))), "csrc/kernels.inl"],
+            depends=[*map(str, sorted(Path("csrc").glob("*.h"))), "csrc/kernels.inl", "setup.py"],
             include_dirs=include_paths(),
             library_dirs=library_paths(),
             libraries=["torch", "torch_cpu", "c10"],

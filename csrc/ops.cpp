@@ -18,12 +18,12 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using namespace pgap;
 
-DType dtype_of(const Tensor& t) {
+DType dtype_of(const Tensor& t, const char* name = "weights") {
     switch (t.scalar_type()) {
         case ScalarType::Float: return DType::f32;
         case ScalarType::BFloat16: return DType::bf16;
         case ScalarType::Half: return DType::f16;
-        default: STD_TORCH_CHECK(false, "weights: accepted: float32, bfloat16, float16");
+        default: STD_TORCH_CHECK(false, name, ": accepted: float32, bfloat16, float16");
     }
 }
 
@@ -72,8 +72,13 @@ std::vector<Piece> pieces_of(const std::vector<Tensor>& in, const std::vector<Te
             p.in = in[t].const_data_ptr();
             p.ld_in = w.ld;
         }
-        STD_TORCH_CHECK(p.base >= 0 && p.row_stride >= std::max<int64_t>(p.cols, 1), "slices: accepted: base >= 0, "
-                        "row_stride >= columns");
+        STD_TORCH_CHECK(tensor_ids[t] >= 0 && tensor_ids[t] <= int64_t(UINT32_MAX), "tensor_ids: accepted: 32 bits");
+        int64_t last = 0;  // one past the last logical index
+        STD_TORCH_CHECK(p.base >= 0 && p.row_stride >= std::max<int64_t>(p.cols, 1) &&
+                            !__builtin_mul_overflow(std::max<int64_t>(p.rows - 1, 0), p.row_stride, &last) &&
+                            !__builtin_add_overflow(last, p.base, &last) &&
+                            !__builtin_add_overflow(last, p.cols, &last),
+                        "slices: accepted: base >= 0, row_stride >= columns, indices below 2**63");
         pieces.push_back(p);
     }
     return pieces;
@@ -144,8 +149,11 @@ void dense(std::vector<Tensor> in, std::vector<Tensor> out, Tensor keys, Tensor 
     check_cpu(keys, ScalarType::Long, "keys");
     check_cpu(coefficients, ScalarType::Float, "coefficients");
     check_cpu(decay, ScalarType::Float, "decay");
-    const int64_t count = int64_t(out.size()), columns = std::max(coefficients.size(1), decay.size(1));
-    STD_TORCH_CHECK(columns == 1 || columns == count, "coefficients: accepted: one column, or one per tensor");
+    const int64_t count = int64_t(out.size());
+    const auto is_table = [&](const Tensor& t) { return t.dim() == 2 && (t.size(1) == 1 || t.size(1) == count); };
+    STD_TORCH_CHECK(is_table(coefficients) && is_table(decay), "coefficients, decay: accepted: tables of one column, or "
+                    "one per tensor");
+    const int64_t columns = std::max(coefficients.size(1), decay.size(1));
     int64_t draws = 0;
     for (int64_t n : stages) {
         STD_TORCH_CHECK(n >= 0, "stages: accepted: draws per stage");
@@ -181,7 +189,7 @@ void dense(std::vector<Tensor> in, std::vector<Tensor> out, Tensor keys, Tensor 
 std::vector<float> to_float(const Tensor& t) {
     STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous(), "factors: accepted: contiguous CPU tensors");
     std::vector<float> values(size_t(t.numel()));
-    kernels().to_float(dtype_of(t), t.const_data_ptr(), values.data(), t.numel());
+    kernels().to_float(dtype_of(t, "factors"), t.const_data_ptr(), values.data(), t.numel());
     return values;
 }
 
@@ -226,6 +234,8 @@ void low_rank(std::vector<Tensor> in, std::vector<Tensor> out, std::vector<Tenso
                         (core.empty() || core.size() == count),
                     "left, right, core: accepted: empty (regenerated) or one per weight");
     const bool full = core_kind == "full", diagonal = core_kind == "diagonal";
+    STD_TORCH_CHECK(full || diagonal || core_kind == "none" || core_kind == "regenerated",
+                    "core_kind: accepted: none, diagonal, full, regenerated");
     STD_TORCH_CHECK((full || diagonal) == !core.empty(), "core: accepted: tensors for a diagonal or full core only");
     const DType dtype = dtype_of(out[0]);
     const std::vector<Piece> pieces = pieces_of(in, out, tensor_ids, slices, dtype);

@@ -12,7 +12,7 @@ import torch
 from . import cpu, reference
 
 BACKENDS: tuple[ModuleType, ...] = (cpu, reference)
-OPS = ("dense_perturb_", "lowrank_perturb_", "assemble_gradient_")
+OPS = ("dense_perturb_", "lowrank_perturb_", "assemble_gradient_", "aligned_core")
 
 
 def names() -> list[str]:

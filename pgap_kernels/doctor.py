@@ -23,6 +23,7 @@ _PHILOX_ANSWERS = {
 }
 _NORMALS = {0: 0x3EAF4791, 1024: 0xBF360FC6, 2048: 0x3F3FC6D4, 3072: 0x3F9666D2, 4096: 0xBFA3E0D8}
 _SIGNS = 0xBB7BC6D7
+_NO_TRITON = "triton: has the noise but no kernels for the ops yet"
 _PACKAGES = ("torch", "triton", "numpy", "transformers", "peft", "accelerate", "gguf")
 
 
@@ -46,17 +47,17 @@ def _choices() -> list[dict[str, str]]:
     for op in backends.OPS:
         for kind in kinds:
             for dtype in WEIGHT_DTYPES:
-                if op == "assemble_gradient_" and dtype != torch.float32:
+                if op in ("assemble_gradient_", "aligned_core") and dtype != torch.float32:
                     continue
                 device = torch.device(kind)
                 refusals = [(b.name, b.refusal(op, device, dtype)) for b in backends.BACKENDS]
-                why = [f"{name}: {reason}" for name, reason in refusals if reason]
+                why = [_NO_TRITON, *(f"{name}: {reason}" for name, reason in refusals if reason)]
                 row = {"op": op, "device": kind, "dtype": str(dtype).removeprefix("torch.")}
                 try:
                     row["backend"] = backends.select(op, device, dtype).name
                 except ValueError as error:
                     row["backend"], why = "none", [str(error)]
-                rows.append(row | {"reason": "; ".join(why) or "first choice"})
+                rows.append(row | {"reason": "; ".join(why)})
     return rows
 
 

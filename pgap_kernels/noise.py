@@ -11,9 +11,9 @@ CONTRACT_VERSION = 1
 ROUNDS = 7  # element noise
 KEY_ROUNDS = 10  # key derivation
 
-_MASK32 = 0xFFFFFFFF
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
+MASK32 = 0xFFFFFFFF
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 _DERIVE_TAG = 0x50474150
 
 _WRAPPER_SEGMENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -66,9 +66,9 @@ def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int], rounds:
     x0, x1, x2, x3 = (check_uint("counter", word, 32) for word in counter)
     k0, k1 = (check_uint("key", word, 32) for word in key)
     for _ in range(rounds):
-        p0, p1 = _MULTIPLIERS[0] * x0, _MULTIPLIERS[1] * x2
-        x0, x1, x2, x3 = (p1 >> 32) ^ x1 ^ k0, p1 & _MASK32, (p0 >> 32) ^ x3 ^ k1, p0 & _MASK32
-        k0, k1 = (k0 + _KEY_INCREMENTS[0]) & _MASK32, (k1 + _KEY_INCREMENTS[1]) & _MASK32
+        p0, p1 = MULTIPLIERS[0] * x0, MULTIPLIERS[1] * x2
+        x0, x1, x2, x3 = (p1 >> 32) ^ x1 ^ k0, p1 & MASK32, (p0 >> 32) ^ x3 ^ k1, p0 & MASK32
+        k0, k1 = (k0 + KEY_INCREMENTS[0]) & MASK32, (k1 + KEY_INCREMENTS[1]) & MASK32
     return x0, x1, x2, x3
 
 
@@ -91,8 +91,8 @@ def derive(seed: int, step: int, role: int, probe: int = 0) -> int:
     check_uint("step", step, 64)
     check_uint("role", role, 8)
     check_uint("probe", probe, 24)
-    counter = (step & _MASK32, step >> 32, role | probe << 8, _DERIVE_TAG)
-    x0, x1, _, _ = philox4x32(counter, (seed & _MASK32, seed >> 32), KEY_ROUNDS)
+    counter = (step & MASK32, step >> 32, role | probe << 8, _DERIVE_TAG)
+    x0, x1, _, _ = philox4x32(counter, (seed & MASK32, seed >> 32), KEY_ROUNDS)
     return x0 | x1 << 32
 
 
@@ -111,11 +111,11 @@ def tensor_id(name: str) -> int:
     """
     value = 0x811C9DC5
     for byte in canonical_name(name).encode():
-        value = ((value ^ byte) * 0x01000193) & _MASK32
+        value = ((value ^ byte) * 0x01000193) & MASK32
     return value
 
 
 def element_counter(index: int, tensor_id: int) -> tuple[tuple[int, int, int, int], int]:
     """Counter and output lane of the element with logical row-major index ``index`` in the unsharded tensor."""
     block = (index >> 12) << 10 | (index & 1023)
-    return (block & _MASK32, block >> 32, tensor_id, 0), index >> 10 & 3
+    return (block & MASK32, block >> 32, tensor_id, 0), index >> 10 & 3

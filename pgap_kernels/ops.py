@@ -353,7 +353,10 @@ def lowrank_perturb_(
         raise ValueError(f"rank: got left {left_rank}, right {right_rank}, rank {rank}; accepted: one rank for all")
     if isinstance(given[0], bool) or not isinstance(given[0], int):
         raise TypeError(f"rank: got {given[0]!r}; accepted: an integer")
-    limit = min((min(w.shape) for w in weights if w.numel() and slices is None), default=given[0])
+    spans = checks.slices("slices", slices, layouts)
+    # Of a shard only the unsharded row is known: it bounds the rank too.
+    sides = [min(w.shape) if slices is None else spans[2 * i + 1] for i, w in enumerate(weights) if w.numel()]
+    limit = min(sides, default=given[0])
     if not 1 <= given[0] <= limit:
         raise ValueError(f"rank: got {given[0]}; accepted: 1 to {limit}, the shortest side among the weights")
     cores, core_key, core_kind = _core(core, weights, given[0])
@@ -366,7 +369,6 @@ def lowrank_perturb_(
     ids = checks.tensor_ids("tensor_ids", tensor_ids, len(weights))
     a = checks.scalar_row("coefficient", coefficient, len(weights))
     d = checks.scalar_row("decay", decay, len(weights))
-    spans = checks.slices("slices", slices, layouts)
     for i, (rows, columns, _) in enumerate(layouts):
         row, column = divmod(spans[2 * i], spans[2 * i + 1])
         if slices is not None and (row + rows + column + columns) * given[0] >= 1 << 63:

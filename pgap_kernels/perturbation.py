@@ -40,26 +40,34 @@ def buckets(weights: Sequence[Weight], also: Callable[[Weight], Any] = lambda _:
 
 
 class Move:
-    """One op call's share of a direction; ``offset`` is where it stands, in units of each weight's smoothing radius."""
+    """One op call's share of a direction; ``offset`` is where it stands, in units of each weight's smoothing radius.
 
-    def __init__(self, weights: list[Weight]) -> None:
+    ``scale`` multiplies the direction of each weight; coefficients that reach ``add`` have it in them.
+    """
+
+    def __init__(self, weights: list[Weight], scale: list[float] | None = None) -> None:
         self.weights = weights
+        self.scale = scale or [1.0] * len(weights)
         self.offset = 0.0
 
     def add(self, coefficient: list[float], decay: list[float] | float, rounding: dict[str, Any]) -> None:
-        """W <- W - d W + a * direction in one pass."""
+        """W <- W - d W + a * direction in one pass; a has the scale in it."""
         raise NotImplementedError
 
     def to(self, offset: float, eps: PerWeight) -> None:
         """Stand at W + offset * eps * direction."""
         if offset != self.offset:
-            self.add([(offset - self.offset) * eps(w) for w in self.weights], 0.0, {})
+            distance = offset - self.offset
+            self.add([distance * eps(w) * s for w, s in zip(self.weights, self.scale, strict=True)], 0.0, {})
             self.offset = offset
 
     def landing(self, step: PerWeight, eps: PerWeight, decay: PerWeight) -> dict[str, Any]:
         """Coefficient and decay of the pass that restores and updates: W <- (1 - d) W + step * direction."""
         decays = [decay(w) for w in self.weights]
-        coefficient = [step(w) - self.offset * (1.0 - d) * eps(w) for w, d in zip(self.weights, decays, strict=True)]
+        coefficient = [
+            (step(w) - self.offset * (1.0 - d) * eps(w)) * s
+            for w, d, s in zip(self.weights, decays, self.scale, strict=True)
+        ]
         return {"coefficient": coefficient, "decay": decays}
 
     def land(self, landing: dict[str, Any], rounding_key: int) -> None:
@@ -126,8 +134,8 @@ class SubspaceMove(Move):
     def __init__(
         self, weights: list[Weight], left: list[Tensor], right: list[Tensor], cores: list[Tensor], scale: list[float]
     ) -> None:
-        super().__init__(weights)
-        self.left, self.right, self.cores, self.scale = left, right, cores, scale
+        super().__init__(weights, scale)
+        self.left, self.right, self.cores = left, right, cores
 
     def add(self, coefficient: list[float], decay: list[float] | float, rounding: dict[str, Any]) -> None:
         ops.lowrank_perturb_(
@@ -135,7 +143,7 @@ class SubspaceMove(Move):
             self.left,
             self.right,
             core=self.cores,
-            coefficient=[a * s for a, s in zip(coefficient, self.scale, strict=True)],
+            coefficient=coefficient,
             tensor_ids=[w.id for w in self.weights],
             decay=decay,
             **rounding,

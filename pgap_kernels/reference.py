@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .noise import _KEY_INCREMENTS, _MASK32, _MULTIPLIERS, ROUNDS
+from .noise import KEY_INCREMENTS, MASK32, MULTIPLIERS, ROUNDS
 
 name = "reference"
 
@@ -84,11 +84,11 @@ def philox(c0: Tensor, c1: Tensor, tensor_id: int, key: int) -> tuple[Tensor, Te
     """Philox4x32-7 of counters (c0, c1, tensor_id, 0); words are held in int64."""
     x0, x1 = c0, c1
     x2, x3 = torch.full_like(c0, tensor_id), torch.zeros_like(c0)
-    k0, k1 = key & _MASK32, key >> 32 & _MASK32
+    k0, k1 = key & MASK32, key >> 32 & MASK32
     for _ in range(ROUNDS):
-        p0, p1 = x0 * _MULTIPLIERS[0], x2 * _MULTIPLIERS[1]  # wraps modulo 2**64: both words stay right
-        x0, x1, x2, x3 = (p1 >> 32 & _MASK32) ^ x1 ^ k0, p1 & _MASK32, (p0 >> 32 & _MASK32) ^ x3 ^ k1, p0 & _MASK32
-        k0, k1 = (k0 + _KEY_INCREMENTS[0]) & _MASK32, (k1 + _KEY_INCREMENTS[1]) & _MASK32
+        p0, p1 = x0 * MULTIPLIERS[0], x2 * MULTIPLIERS[1]  # wraps modulo 2**64: both words stay right
+        x0, x1, x2, x3 = (p1 >> 32 & MASK32) ^ x1 ^ k0, p1 & MASK32, (p0 >> 32 & MASK32) ^ x3 ^ k1, p0 & MASK32
+        k0, k1 = (k0 + KEY_INCREMENTS[0]) & MASK32, (k1 + KEY_INCREMENTS[1]) & MASK32
     return x0, x1, x2, x3
 
 
@@ -97,7 +97,7 @@ def _group_words(begin: int, count: int, tensor_id: int, key: int, device: torch
     first, last = begin >> 12, (begin + count - 1) >> 12
     group = torch.arange(first, last + 1, device=device, dtype=torch.int64)[:, None]
     r = torch.arange(1024, device=device, dtype=torch.int64)[None, :]
-    c0, c1 = (group << 10 & _MASK32) | r, (group >> 22).expand(-1, 1024)
+    c0, c1 = (group << 10 & MASK32) | r, (group >> 22).expand(-1, 1024)
     return philox(c0, c1, tensor_id, key), begin - (first << 12)
 
 

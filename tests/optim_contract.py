@@ -96,7 +96,7 @@ def dense_direction(shape, seed: int, step: int, name: str, role: Role = Role.DE
 
 
 def aligned_core(s: Tensor, seed: int, step: int, name: str, xi: str, delta: float) -> tuple[Tensor, float]:
-    """Z and xi, from the formulas of METHODS.md 3.1 with the contract's draws."""
+    """Z and xi, from P-GAP's formulas (2510.18228) with the contract's draws."""
     tid, r = noise.tensor_id(name), len(s)
     z = draw((r, r), noise.derive(seed, step, Role.CORE), tid).double()
     sign = 1.0

@@ -150,9 +150,9 @@ def test_table_names_what_changed_and_where_the_time_went(model, table, tmp_path
         "forward",
         "perturb",
         "total",
-        "as published",
+        "plain PyTorch",
         "ratio",
-        "peak memory (MiB)",
+        "process peak so far (MiB)",
         "completed",
     )
     result = json.loads((tmp_path / "run" / "report.json").read_text())

@@ -622,3 +622,27 @@ def test_compiled_public_function():
     (want,) = perturbed([w], DRAWS[:2])
     assert torch.equal(step(w), want * 2)
     assert_same_bits(w, want)
+
+
+# ---- the extension guards memory whoever calls it -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "coefficients, decay, ids, span, accepted",
+    [
+        (torch.ones(1, 2), torch.zeros(1, 3), [1, 2, 3], (0, 8), "tables of one column"),
+        (torch.ones(1, 0), torch.zeros(1, 1), [1, 2, 3], (0, 8), "tables of one column"),
+        (torch.ones(1), torch.zeros(1, 1), [1, 2, 3], (0, 8), "tables of one column"),
+        (torch.ones(1, 1), torch.zeros(1, 1), [1, 2, 1 << 32], (0, 8), "tensor_ids"),
+        (torch.ones(1, 1), torch.zeros(1, 1), [1, 2, 3], ((1 << 63) - 4, 8), "slices"),
+        (torch.ones(1, 1), torch.zeros(1, 1), [1, 2, 3], (0, 7), "slices"),
+    ],
+)
+def test_extension_refuses_what_it_cannot_index(coefficients, decay, ids, span, accepted):
+    weights = [torch.zeros(8) for _ in range(3)]
+    keys = torch.tensor([1])
+    with pytest.raises(RuntimeError, match=accepted):
+        torch.ops.pgap_kernels_cpu.dense(
+            weights, weights, keys, coefficients, decay, None, [1], ids, [*span] * 3, "normal"
+        )
+    assert all((w == 0).all() for w in weights)

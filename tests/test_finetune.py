@@ -154,6 +154,26 @@ def test_csv_and_jsonl_give_the_same_prompts(llama, tmp_path):
     assert tokenizer.decode(from_csv.train[0].tokens).endswith("It was")
 
 
+def test_jsonl_may_hold_unicode_line_separators_and_a_byte_order_mark(tmp_path):
+    path = tmp_path / "data.jsonl"
+    record = json.dumps({"text": "one\u2028two\u0085three", "label": 1}, ensure_ascii=False)
+    path.write_text("\ufeff" + record + "\n", encoding="utf-8")
+    assert data._jsonl_records(path) == [{"text": "one\u2028two\u0085three", "label": 1}]
+
+
+def test_a_csv_field_beyond_the_readers_limit_is_a_user_error(tmp_path):
+    path = tmp_path / "data.csv"
+    path.write_text("text,label\n" + "x" * 200_000 + ",1\n")
+    with pytest.raises(UserError, match=r"^--data: data\.csv .*field larger"):
+        data._csv_records(path)
+
+
+def test_every_seed_of_the_contract_is_accepted(llama, tmp_path):
+    assert config_for(llama, tmp_path, seed=2**64 - 1).seed == 2**64 - 1
+    with pytest.raises(UserError, match=r"^--seed: got 18446744073709551616"):
+        config_for(llama, tmp_path, seed=2**64)
+
+
 def test_long_sentences_are_dropped_and_counted(llama, tmp_path):
     path = csv_file(tmp_path / "long.csv", extra=[("good " * 40, 1)] * 3)
     dataset = data.load(config_for(llama, tmp_path, data=str(path)), load(llama)[1])
@@ -161,7 +181,7 @@ def test_long_sentences_are_dropped_and_counted(llama, tmp_path):
     assert any("3 of 203 sentences dropped" in note for note in dataset.notes)
 
 
-# ---- the methods as published ---------------------------------------------------------------------------------------
+# ---- the methods in plain PyTorch -----------------------------------------------------------------------------------
 
 
 class Quadratic(torch.nn.Module):
@@ -420,7 +440,7 @@ def test_built_in_model_and_data_are_what_the_docs_say(built_in):
 
 
 @pytest.mark.model
-def test_a_run_on_the_built_in_model_restores_and_reports(built_in, tmp_path):
+def test_a_run_on_the_built_in_model_learns_something_and_reports(built_in, tmp_path):
     result = job.run(
         Config(
             method="mezo",

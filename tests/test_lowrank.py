@@ -399,3 +399,21 @@ def test_aligned_core_depends_on_its_own_matrix_only():
     for i, s in enumerate(SINGULAR_VALUES):
         (alone,) = ops.aligned_core([s], CORE, tensor_ids=[IDS[i]], delta=0.7, sign_key=SIGN)
         assert_same_bits(alone, together[i])
+
+
+def test_rank_of_a_shard_is_bounded_by_its_unsharded_row():
+    w = torch.zeros(4, 4)
+    with pytest.raises(ValueError, match=r"^rank: got 9; accepted: 1 to 8"):
+        ops.lowrank_perturb_([w], 1, 2, rank=9, coefficient=1.0, tensor_ids=[1], slices=[(0, 8)])
+    assert (w == 0).all()
+    ops.lowrank_perturb_([w], 1, 2, rank=8, coefficient=1.0, tensor_ids=[1], slices=[(0, 8)])
+    assert (w != 0).all()
+
+
+def test_extension_refuses_an_unknown_core():
+    w, one = torch.zeros(4, 4), torch.ones(1)
+    with pytest.raises(RuntimeError, match="core_kind"):
+        torch.ops.pgap_kernels_cpu.low_rank(
+            [w], [w], [], [], [], torch.tensor([1, 2, 3]), one, one, None, [1], [0, 4], 2, "fulll"
+        )
+    assert (w == 0).all()

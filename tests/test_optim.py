@@ -243,7 +243,7 @@ def test_learning_rate_zero_leaves_the_weights(method, options):
     "xi, delta", [("per_matrix", 0.0), ("per_matrix", 1.0), ("per_matrix", 3.0), ("global", 1.0), ("fixed", 3.0)]
 )
 def test_pgap_estimator_mean(xi, delta):
-    """METHODS.md 3.2:  E[rho Z] = M + (delta - 1) a S^, plus delta (sum of the other a) S^ if matrices share a sign.
+    """The mean:  E[rho Z] = M + (delta - 1) a S^, plus delta (sum of the other a) S^ if matrices share a sign.
 
     A loss that is linear, <T, W>, has rho = <T, D> whatever eps and W; eps = 1 makes its float32 rounding negligible.
     """
@@ -1025,3 +1025,38 @@ def test_learning(method, options):
     for _ in range(400):
         opt.step(lambda: loss_of(model))
     assert loss_of(model).item() < start / 2
+
+
+# ---- found in review ------------------------------------------------------------------------------------------------
+
+
+def test_a_float_loss_keeps_its_digits():
+    model = nn.Linear(3, 2)
+    before = snapshot(model)
+    losses = iter([1 + 3e-8, 1.0])  # one and the same in float32
+    MeZO(model, lr=1.0).step(lambda: next(losses))
+    moved = max((after - before[name]).abs().max().item() for name, after in snapshot(model).items())
+    assert moved > 3e-8 / 2e-3 / 2  # rho z, with some |z| above a half
+
+
+def test_a_state_under_another_tensor_id_is_refused():
+    model = nn.Linear(3, 2)
+    state = MeZO(model, tensor_ids={"weight": 5}).state_dict()
+    with pytest.raises(ValueError, match=r"^state_dict: 'weight' had the tensor id 5"):
+        MeZO(model).load_state_dict(state)
+    MeZO(model, tensor_ids={"weight": 5}).load_state_dict(state)
+
+
+def test_an_override_for_no_parameter_is_refused():
+    with pytest.raises(ValueError, match=r"^tensor_ids: got 'wieght'"):
+        MeZO(nn.Linear(3, 2), tensor_ids={"wieght": 5})
+
+
+def test_an_update_that_overflows_with_its_scale_is_skipped():
+    model = nn.Linear(64, 64, bias=False)
+    before = snapshot(model)
+    opt = PGAP(model, lr=2e35, rank=1, window=10, probes=1, on_nonfinite="skip")
+    opt.step(lambda: (model.weight * torch.arange(64.0)).sum())
+    assert opt.skipped == 1 and opt.steps == 1
+    for name, after in snapshot(model).items():
+        assert ((after - before[name]).abs() <= 1e-5).all()

@@ -77,7 +77,7 @@ def test_leading_values_agree_on_decaying_spectra(decay):
 
 @pytest.mark.parametrize("m, n, rank", [(256, 192, 32), (512, 128, 16), (128, 128, 64)])
 def test_keeps_most_of_the_energy_of_pure_noise(m, n, rank):
-    """A refresh's G is nearly pure noise. METHODS.md 3.3 measures 80 % of what an exact truncation keeps."""
+    """A refresh's G is nearly pure noise. About 80 % of what an exact truncation keeps is usual."""
     g = normal(m, n)
     kept = (randomized_svd(g, rank, omega_for(m, n, rank)).singular_values ** 2).sum()
     best = (torch.linalg.svdvals(g)[:rank] ** 2).sum()

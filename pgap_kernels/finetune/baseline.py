@@ -1,4 +1,5 @@
-"""MeZO and P-GAP as published: noise from ``torch.normal`` one parameter at a time, elementwise ops out of place.
+"""MeZO and P-GAP in plain PyTorch, as their authors go about it: MeZO after its published code, P-GAP, whose code is
+not public, after its paper. Noise from ``torch.normal`` one parameter at a time, elementwise ops out of place.
 
 These are the yardstick for the fused kernels, so they are deliberately not made faster. Both have
 ``step(closure) -> float`` and ``seconds`` like the optimizers of `pgap_kernels.optim`.

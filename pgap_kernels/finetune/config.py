@@ -85,7 +85,7 @@ class Config:
         ):
             self._require(name, "an integer of at least 1", lambda value: value >= 1)
         for name in ("seed", "data_seed"):
-            self._require(name, "an integer from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
+            self._require(name, "an integer from 0 to 2^64 - 1", lambda value: 0 <= value < 2**64)
         for name in ("lr", "delta"):
             self._require(name, "a finite number of at least 0", lambda value: math.isfinite(value) and value >= 0)
         self._require("eps", "a finite number above 0", lambda value: math.isfinite(value) and value > 0)

@@ -105,12 +105,15 @@ def _default_rows(path: Path) -> list[tuple[str, str]]:
 
 def _csv_records(path: Path) -> list[dict[str, Any]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        return list(csv.DictReader(file))
+        try:
+            return list(csv.DictReader(file))
+        except csv.Error as error:
+            raise UserError(f"--data: {path.name} is not a CSV file that can be read ({error})") from error
 
 
 def _jsonl_records(path: Path) -> list[dict[str, Any]]:
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -115,6 +115,9 @@ def fetch_archive(archive: Archive) -> Path:
 
 def _pip_download(archive: Archive, folder: Path) -> None:
     print(f"fetching {archive.requirement} (once)", file=sys.stderr)
+    # With the hash, pip refuses a wrong file before it runs anything of it.
+    wanted = folder / "requirement.txt"
+    wanted.write_text(f"{archive.requirement} --hash=sha256:{archive.sha256}\n", encoding="utf-8")
     command = [
         sys.executable,
         "-m",
@@ -126,7 +129,9 @@ def _pip_download(archive: Archive, folder: Path) -> None:
         *archive.pip_options,
         "--dest",
         str(folder),
-        archive.requirement,
+        "--require-hashes",
+        "--requirement",
+        str(wanted),
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode or not (folder / archive.filename).exists():

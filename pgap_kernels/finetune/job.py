@@ -113,7 +113,7 @@ def _tune(config: Config, model: Any, scorer: Scorer, dataset: data.Dataset, res
 
 
 def _run_baseline(config: Config, model: Any, scorer: Scorer, dataset: data.Dataset, result: dict[str, Any]) -> None:
-    """A few steps of the method as published, from the same weights and on the same batches."""
+    """A few steps of the method in plain PyTorch, from the same weights and on the same batches."""
     options: dict[str, Any] = config.method_options()
     if config.method == "pgap":
         options["full_refresh"] = config.baseline_full_refresh
@@ -121,7 +121,7 @@ def _run_baseline(config: Config, model: Any, scorer: Scorer, dataset: data.Data
     method = BASELINES[config.method](model, **options, seed=config.seed)
     clock = StepClock()
     losses: list[float] = []
-    with tqdm(total=config.baseline_steps, desc=f"{config.method} as published", **BAR) as bar:
+    with tqdm(total=config.baseline_steps, desc=f"{config.method} in plain PyTorch", **BAR) as bar:
         for step in range(config.baseline_steps):
             losses.append(_timed_step(method, clock, config, scorer, dataset, step))
             bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)

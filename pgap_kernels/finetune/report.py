@@ -131,7 +131,7 @@ def _timings(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Timing by the name of who took it, only where at least one step was completed."""
     found = {"pgap_kernels": report["timing"]}
     if report["baseline"]:
-        found["as published"] = report["baseline"]["timing"]
+        found["plain PyTorch"] = report["baseline"]["timing"]
     return {name: timing for name, timing in found.items() if timing and timing["steps"]}
 
 
@@ -191,5 +191,5 @@ def _time_table(report: dict[str, Any]) -> Table:
         table.add_row(label, *(f"{value:.4f}" for value in seconds), *ratio)
     peaks = [report["peak_memory_mib"]] + ([report["baseline"]["peak_memory_mib"]] if len(timings) == 2 else [])
     table.add_section()
-    table.add_row("peak memory (MiB)", *(f"{peak:.0f}" for peak in peaks), *([""] * (len(timings) - 1)))
+    table.add_row("process peak so far (MiB)", *(f"{peak:.0f}" for peak in peaks), *([""] * (len(timings) - 1)))
     return table

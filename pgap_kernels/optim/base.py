@@ -110,6 +110,9 @@ class ZOOptimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
         if not self.weights():
             raise ValueError(_NOTHING_TO_TRAIN)
+        unknown = sorted(set(self.tensor_ids) - {w.name for w in self.weights()})
+        if unknown:
+            raise ValueError(f"tensor_ids: got {unknown[0]!r}; accepted: names of this optimizer's parameters")
         if any(w.tensor.dtype != torch.float32 for w in self.weights()):
             warnings.warn(
                 "16-bit weights are perturbed in place: each step rounds them, so they are not restored exactly "
@@ -274,7 +277,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             value = closure()
         if not isinstance(value, (Tensor, int, float)):
             raise TypeError(f"closure: returned {type(value).__name__}; accepted: a scalar tensor or a float")
-        loss = torch.as_tensor(value).detach()
+        loss = value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
         if loss.numel() != 1 or loss.is_complex():
             raise ValueError(
                 f"closure: returned {loss.dtype} of shape {tuple(loss.shape)}; accepted: a real scalar loss"
@@ -376,6 +379,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             "seed": self.seed,
             "steps": self.steps,
             "skipped": self.skipped,
+            "tensor_ids": {w.name: w.id for w in self.weights()},
             "state": self.method_state(),
         }
         return {**super().state_dict(), "zo": zo}
@@ -397,6 +401,14 @@ class ZOOptimizer(torch.optim.Optimizer):
         ]:
             raise ValueError(
                 f"state_dict: got parameters {saved}; accepted: those of this optimizer in their order, {own}"
+            )
+        ids = {w.name: w.id for w in self.weights()}
+        moved = sorted(name for name, tid in zo["tensor_ids"].items() if ids.get(name) != tid)
+        if moved:
+            name = moved[0]
+            raise ValueError(
+                f"state_dict: {name!r} had the tensor id {zo['tensor_ids'][name]}; accepted: {ids.get(name)}, as in "
+                "this optimizer (tensor_ids=): another stream would not continue the run"
             )
         self.check_method_state(zo["state"])
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "zo"})
