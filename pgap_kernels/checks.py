@@ -122,13 +122,16 @@ def key_bits(name: str, key: int | Tensor) -> int | Tensor:
 
 
 def key_tensor(name: str, keys: Sequence[int | Tensor]) -> Tensor:
-    """Keys as an int64 tensor; on the device of the first key that is a tensor."""
-    bits = [key_bits(f"{name}[{i}]", key) for i, key in enumerate(keys)]
+    """Keys as an int64 tensor; see ``pack_keys``."""
+    return pack_keys([key_bits(f"{name}[{i}]", key) for i, key in enumerate(keys)])
+
+
+def pack_keys(bits: Sequence[int | Tensor]) -> Tensor:
+    """Checked key bits as one int64 tensor, on the device of the first that is a tensor."""
     given = [b for b in bits if isinstance(b, Tensor)]
     if not given:
         return torch.tensor(bits, dtype=torch.int64)
-    device = given[0].device
-    return torch.stack([torch.as_tensor(b, dtype=torch.int64, device=device) for b in bits])
+    return torch.stack([torch.as_tensor(b, dtype=torch.int64, device=given[0].device) for b in bits])
 
 
 def scalar_row(name: str, value: Any, count: int) -> Tensor:

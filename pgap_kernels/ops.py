@@ -360,7 +360,7 @@ def lowrank_perturb_(
     if not 1 <= given[0] <= limit:
         raise ValueError(f"rank: got {given[0]}; accepted: 1 to {limit}, the shortest side among the weights")
     cores, core_key, core_kind = _core(core, weights, given[0])
-    keys = checks.key_tensor("left, right, core keys", [_unsigned(k) for k in (left_key, right_key, core_key)])
+    keys = checks.pack_keys([left_key, right_key, core_key])
     keys_rounding = _rounding_keys(rounding, rounding_key)
     if tensor_ids is None:
         if not left_factors or not right_factors or core_kind == "regenerated" or keys_rounding is not None:
@@ -379,10 +379,6 @@ def lowrank_perturb_(
             _ops.lowrank_perturb_(weights, *args)
         else:
             _ops.lowrank_perturb_.out(weights, *args, out=checks.outputs(out, weights))
-
-
-def _unsigned(key: int | Tensor) -> int | Tensor:
-    return key if isinstance(key, Tensor) else key % (1 << 64)
 
 
 def _core(core: Factor | None, weights: list[Tensor], rank: int) -> tuple[list[Tensor], int | Tensor, str]:

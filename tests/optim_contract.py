@@ -6,13 +6,14 @@ import math
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pgap_kernels import draw, noise
 from pgap_kernels.noise import Role
-from pgap_kernels.optim import PGAP
+from pgap_kernels.optim import PGAP, MeZO
 
 UNIT = torch.finfo(torch.float32).eps / 2  # a rounding to nearest in float32 moves a value by at most UNIT * |value|
 SECOND_ORDER = 1.001  # products of two roundings, and error-free quantities replaced by computed ones
@@ -139,3 +140,72 @@ def restored_bound(weights: Tensor, passes: int, eps: float, largest: float = 40
     by the tests of the direction).
     """
     return SECOND_ORDER * UNIT * passes * (weights.abs() + eps * largest * (1 + 2 * 2 * (roundings + 3)))
+
+
+SMALL_PGAP = {"rank": 2, "window": 2, "probes": 2}
+METHODS = [pytest.param(MeZO, {"probes": 2}, id="mezo"), pytest.param(PGAP, SMALL_PGAP, id="pgap")]
+
+
+def make(method, options, model=None, **more):
+    model = Net() if model is None else model
+    return model, method(model, **({"lr": 0.05, "eps": 1e-3, "seed": 11} | options | more))
+
+
+def two_groups(model, lr=0.05, eps=1e-3):
+    """The model's parameters in two groups, each with its own lr and eps."""
+    inner = [(n, p) for n, p in model.named_parameters() if n.startswith("inner")]
+    rest = [(n, p) for n, p in model.named_parameters() if not n.startswith("inner")]
+    return [{"params": inner}, {"params": rest, "lr": lr / 4, "eps": eps * 2}]
+
+
+def weights_of(opt):
+    return {w.name: w.tensor.detach().clone() for w in opt.weights()}
+
+
+def assert_same_bits(left, right):
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def check_applied(name, clean, new, pairs, losses, directions, *, lr, eps, decay, dense=True):
+    """The update of one tensor is along the directions that were evaluated, and those are the contract's.
+
+    Every stored weight is one pass from the stored weight before it, so with the passes' errors e_i (``pass_error``)
+      |(W+ - W-) - 2 eps D| <= e(W-)             and
+      |W_new - ((1 - d) W - sum_j a_j (W+_j - W-_j) / (2 eps))| <= sum_i e_i + sum_j |a_j| e(W-_j) / (2 eps).
+    """
+    count = len(pairs)
+    total = torch.zeros_like(clean)
+    expected = (1 - decay) * clean
+    update = torch.zeros_like(clean)
+    before = None
+    land = []
+    for (plus, minus), (loss_plus, loss_minus), direction in zip(pairs, losses, directions, strict=True):
+        leave = [] if before is None else [(eps, before)]
+        total += pass_error(plus, *leave, (eps, direction))
+        error = pass_error(minus, (2 * eps, direction))
+        total += error
+        off = (plus - minus - 2 * eps * direction.value).abs()
+        assert (off <= error).all(), f"{name}: not the contract's direction"
+        a = lr / count * (loss_plus - loss_minus) / (2 * eps)
+        update -= a * (plus - minus) / (2 * eps)
+        total += abs(a) * error / (2 * eps)
+        land.append((a, direction))
+        before = direction
+    land[-1] = (abs(land[-1][0]) + eps, land[-1][1])
+    total += pass_error(new, *land, decayed=decay * pairs[-1][1].abs())
+    assert ((new - expected - update).abs() <= total).all(), f"{name}: the update is not along what was evaluated"
+    assert total.norm() < 0.01 * update.norm(), f"{name}: the bound would let a wrong update pass"
+
+
+def failing(kind):
+    """What a closure does at the moment it fails."""
+    if isinstance(kind, float):
+        return lambda: torch.tensor(kind)
+    if kind == "vector":
+        return lambda: torch.zeros(2)
+
+    def fail():
+        raise kind("deliberate")
+
+    return fail
