@@ -29,10 +29,12 @@ fetch: setup
 
 setup: $(VENV)/installed
 
-$(VENV)/requirements: requirements-dev.txt requirements-triton.txt
+$(VENV)/requirements: requirements-dev.txt requirements-triton.txt requirements-triton-oldest.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-triton.txt
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/triton-oldest \
+		--requirement requirements-triton-oldest.txt
 	touch $@
 
 # Built against the torch just installed; editable, so that only a change of the C++ side builds again.

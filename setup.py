@@ -24,7 +24,7 @@ ISA_FLAGS = {
         *["-mprefer-vector-width=512", "-Wno-uninitialized", "-Wno-maybe-uninitialized"],
     ],
 }
-SOURCES = ["ops", "dispatch", "isa_generic", *(ISA_FLAGS if X86 else ())]
+SOURCES = ["ops", "ops_rules", "dispatch", "isa_generic", *(ISA_FLAGS if X86 else ())]
 
 
 def not_built(reason, error=None):
@@ -56,7 +56,7 @@ def extensions():
         Extension(
             "pgap_kernels._C",
             [f"csrc/{name}.cpp" for name in SOURCES],
-            depends=[*map(str, sorted(Path("csrc").glob("*.h"))), "csrc/kernels.inl", "setup.py"],
+            depends=[*map(str, sorted(Path("csrc").glob("*.[hi]*"))), "setup.py"],
             include_dirs=include_paths(),
             library_dirs=library_paths(),
             libraries=["torch", "torch_cpu", "c10"],

@@ -1,9 +1,8 @@
-"""The evidence behind docs/noise_v1.md: error of the exact transform, compiled slots per weight.
+"""The evidence behind docs/noise_v1.md: error of the exact transform.
 
     python -m benchmarks.noise_v1 error [--angles 1024]     every u with some angles, every angle with some u
-    python -m benchmarks.noise_v1 slots                     a plain dense pass, compiled for sm_80, sm_90, gfx942
 
-No GPU is used: slots are counted in compiled code. CPU time is measured by benchmarks.kernels.
+Slots of compiled code are counted by benchmarks.compiled, CPU time is measured by benchmarks.kernels.
 """
 
 from __future__ import annotations
@@ -11,18 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
-import subprocess
-import tempfile
-from pathlib import Path
 
 import torch
-import triton
-import triton.language as tl
 
-from pgap_kernels.triton.noise import box_muller, philox7
-
-# ---- error ----------------------------------------------------------------------------------------------------------
+import pgap_kernels.cpu  # noqa: F401  registers the extension's operators
 
 
 def transform(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,87 +69,13 @@ def _worst(name: str, sweeps) -> dict:
     return row
 
 
-# ---- compiled code --------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def dense_pass(w_ptr, coefficient_ptr, key_ptr, tensor_id, BLOCK: tl.constexpr):
-    """W <- W + a z: BLOCK consecutive counters, four contiguous runs of weights."""
-    pid = tl.program_id(0).to(tl.int64)
-    a = tl.load(coefficient_ptr)
-    key = tl.load(key_ptr).to(tl.uint64, bitcast=True)
-    group = pid // (1024 // BLOCK)
-    r = (pid % (1024 // BLOCK)) * BLOCK + tl.arange(0, BLOCK)
-    c0 = (group << 10).to(tl.uint32) | r.to(tl.uint32)
-    words = philox7(
-        c0, (group >> 22).to(tl.uint32), tensor_id.to(tl.uint32), key.to(tl.uint32), (key >> 32).to(tl.uint32)
-    )
-    z0, z1 = box_muller(words[0], words[1])
-    z2, z3 = box_muller(words[2], words[3])
-    here = w_ptr + group * 4096 + r
-    w0, w1 = tl.load(here), tl.load(here + 1024)
-    w2, w3 = tl.load(here + 2048), tl.load(here + 3072)
-    tl.store(here, (w0.to(tl.float32) + a * z0).to(w0.dtype))
-    tl.store(here + 1024, (w1.to(tl.float32) + a * z1).to(w0.dtype))
-    tl.store(here + 2048, (w2.to(tl.float32) + a * z2).to(w0.dtype))
-    tl.store(here + 3072, (w3.to(tl.float32) + a * z3).to(w0.dtype))
-
-
-def compile_dense(dtype: str, target, block: int, warps: int):
-    """The pass for one target, without a device."""
-    source = triton.compiler.ASTSource(
-        fn=dense_pass,
-        signature={"w_ptr": f"*{dtype}", "coefficient_ptr": "*fp32", "key_ptr": "*i64", "tensor_id": "i32"}
-        | {"BLOCK": "constexpr"},
-        constexprs={"BLOCK": block},
-        attrs={(i,): [["tt.divisibility", 16]] for i in range(3)},
-    )
-    return triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": False})
-
-
-def sass(cubin: bytes) -> str:
-    """Disassembly by the tool that comes with Triton."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        return subprocess.run([str(tool), "-c", str(path)], capture_output=True, text=True, check=True).stdout
-
-
-def slots(block: int = 1024, warps: int = 4) -> list[dict]:
-    """Instructions per weight up to the kernel's unconditional exit (slow paths included: an upper bound)."""
-    rows = []
-    for name, target in (("sm_80", ("cuda", 80, 32)), ("sm_90", ("cuda", 90, 32)), ("gfx942", ("hip", "gfx942", 64))):
-        for dtype in ("bf16", "fp32"):
-            compiled = compile_dense(dtype, triton.backends.compiler.GPUTarget(*target), block, warps)
-            row: dict = {"target": name, "dtype": dtype}
-            per_thread = 4 * block / (warps * target[2])
-            if target[0] == "cuda":
-                lines = [x for x in sass(compiled.asm["cubin"]).splitlines() if re.match(r"\s+/\*[0-9a-f]{4,}\*/", x)]
-                end = next(i for i, x in enumerate(lines) if "EXIT" in x and "@" not in x)
-                wide = sorted(set(re.findall(r"(?:LDG|STG)\.E\.128", "\n".join(lines))))
-                row |= {"slots_per_weight": (end + 1) / per_thread, "wide": " ".join(wide)}
-                row["spills"] = sum("STL" in x or "LDL" in x for x in lines)
-            else:
-                code = compiled.asm["amdgcn"]
-                body = code[: code.index("s_endpgm")]
-                count = sum(bool(re.match(r"\s+[vs]_|\s+(global|buffer|ds)_", x)) for x in body.splitlines())
-                row |= {
-                    "slots_per_weight": count / per_thread,
-                    "spills": int(re.search(r"vgpr_spill_count:\s*(\d+)", code)[1]),
-                }
-                row["wide"] = max(re.findall(r"(?:global|buffer)_(?:load|store)_dwordx?\d?", code), default="")
-            rows.append(row)
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("error", "slots"))
+    parser.add_argument("what", choices=("error",), help="the sweep against float64")
     parser.add_argument("--angles", type=int, default=1024, help="angles of the error sweep")
     parser.add_argument("--json", action="store_true", help="print rows as JSON")
     args = parser.parse_args()
-    rows = error(args.angles) if args.what == "error" else slots()
+    rows = error(args.angles)
     if args.json:
         print(json.dumps(rows))
         return

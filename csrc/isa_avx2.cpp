@@ -13,10 +13,20 @@ using V = Avx2;
 constexpr int kTileRows = 4, kPanelVectors = 3, kPanel = kPanelVectors * V::N;
 
 #include "kernels.inl"
+#include "rules.inl"
 
 }  // namespace isa_avx2
 
-const Kernels kernels_avx2 = {"avx2", isa_avx2::kPanel, isa_avx2::dense, isa_avx2::low_rank,
-                                isa_avx2::to_float, isa_avx2::round_to, isa_avx2::transform};
+const Kernels kernels_avx2 = {"avx2",
+                                isa_avx2::kPanel,
+                                isa_avx2::dense,
+                                isa_avx2::masked,
+                                isa_avx2::preconditioned,
+                                isa_avx2::affine,
+                                isa_avx2::reduce,
+                                isa_avx2::low_rank,
+                                isa_avx2::to_float,
+                                isa_avx2::round_to,
+                                isa_avx2::transform};
 
 }  // namespace pgap

@@ -13,10 +13,20 @@ using V = Avx512;
 constexpr int kTileRows = 6, kPanelVectors = 4, kPanel = kPanelVectors * V::N;
 
 #include "kernels.inl"
+#include "rules.inl"
 
 }  // namespace isa_avx512
 
-const Kernels kernels_avx512 = {"avx512", isa_avx512::kPanel, isa_avx512::dense, isa_avx512::low_rank,
-                                isa_avx512::to_float, isa_avx512::round_to, isa_avx512::transform};
+const Kernels kernels_avx512 = {"avx512",
+                                isa_avx512::kPanel,
+                                isa_avx512::dense,
+                                isa_avx512::masked,
+                                isa_avx512::preconditioned,
+                                isa_avx512::affine,
+                                isa_avx512::reduce,
+                                isa_avx512::low_rank,
+                                isa_avx512::to_float,
+                                isa_avx512::round_to,
+                                isa_avx512::transform};
 
 }  // namespace pgap

@@ -13,10 +13,20 @@ using V = Generic<8>;
 constexpr int kTileRows = 4, kPanelVectors = 2, kPanel = kPanelVectors * V::N;
 
 #include "kernels.inl"
+#include "rules.inl"
 
 }  // namespace isa_generic
 
-const Kernels kernels_generic = {"generic", isa_generic::kPanel, isa_generic::dense, isa_generic::low_rank,
-                                isa_generic::to_float, isa_generic::round_to, isa_generic::transform};
+const Kernels kernels_generic = {"generic",
+                                isa_generic::kPanel,
+                                isa_generic::dense,
+                                isa_generic::masked,
+                                isa_generic::preconditioned,
+                                isa_generic::affine,
+                                isa_generic::reduce,
+                                isa_generic::low_rank,
+                                isa_generic::to_float,
+                                isa_generic::round_to,
+                                isa_generic::transform};
 
 }  // namespace pgap

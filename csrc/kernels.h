@@ -1,5 +1,5 @@
 // What the kernels are given and the table through which one instruction set's build of them is called.
-// Plain C++ without torch: ops.cpp checks and fills these, kernels.inl computes.
+// Plain C++ without torch: ops*.cpp check and fill these, *.inl compute.
 #pragma once
 #include <cstdint>
 
@@ -7,6 +7,16 @@ namespace pgap {
 
 enum class DType : int32_t { f32, bf16, f16 };
 enum class Distribution : int32_t { normal, rademacher };
+enum class Mask : int32_t { threshold, share, bits };
+enum class Rule : int32_t { perturb, momentum, adam, hizoo, helene, helene_refresh };
+constexpr int64_t kMaxScalars = 8;  // of a rule
+
+// Another tensor of a piece's shape that a pass reads or writes beside it: a state, an anchor.
+struct Companion {
+    void* data;  // null: none; written only where it is a state that a rule updates
+    int64_t ld;
+    DType dtype;
+};
 
 // A block of rows of one weight. Element (row, col) lies at out[row * ld_out + col] and has the logical index
 // base + row * row_stride + col in the unsharded tensor.
@@ -15,18 +25,61 @@ struct Piece {
     void* out;
     int64_t rows, cols, ld_in, ld_out, base, row_stride;
     uint32_t tensor_id;
-    int64_t scalar;  // column of the coefficient and decay tables
+    int64_t scalar;  // column of the tables of scalars
+    Companion first, second;
+    const uint32_t* bits;  // a mask: bit e & 31 of number e >> 5 is that of element e, counted in the tensor given
+    int64_t element;       // number there of the piece's first element
+};
+
+// sum_j a_j z(key_j). Tables of scalars, here and below, are [rows][columns]; a piece names its column.
+struct Draws {
+    Distribution distribution;
+    int64_t count, columns;
+    const uint64_t* keys;
+    const float* coefficients;
 };
 
 struct DensePass {
     DType dtype;
+    Draws draws;
+    int64_t stages;
+    const int64_t* draws_per_stage;  // [stages]
+    const float* decay;              // [stages][columns]
+    const uint64_t* rounding_keys;   // [stages], null: round to nearest
+};
+
+struct MaskedPass {
+    DType dtype;
+    Draws draws;
+    const float* decay;            // [1][columns]
+    const uint64_t* rounding_key;  // null: nearest, here and below
+    Mask mask;
+    const float* threshold;        // [1][columns]
+    uint64_t mask_key;
+    int64_t word_limit;            // words below it are kept
+};
+
+struct PreconditionedPass {
+    DType dtype;
+    Draws draws;           // of g
+    const float* restore;  // [draws][columns], the coefficients of b
+    Rule rule;
+    int64_t scalar_rows;
+    const float* scalars;  // [scalar_rows][columns], of which kMaxScalars is the most
+    const float* decay;
+    const uint64_t* rounding_key;
+};
+
+struct AffinePass {
+    DType dtype;
+    const float* coefficient;  // [1][columns]
+    const uint64_t* rounding_key;
+};
+
+struct ReducePass {
+    DType dtype;
     Distribution distribution;
-    int64_t stages, table_columns;
-    const int64_t* draws_per_stage;     // [stages]
-    const uint64_t* keys;               // [sum of draws_per_stage]
-    const float* coefficients;          // [draws][table_columns]
-    const float* decay;                 // [stages][table_columns]
-    const uint64_t* rounding_keys;      // [stages], null: round to nearest
+    const uint64_t* key;  // null: squares
 };
 
 // W <- W - d W + a P Bt with P (rows x rank) row-major and Bt packed in panels; in == null writes a P Bt.
@@ -43,7 +96,12 @@ struct LowRankPass {
 struct Kernels {
     const char* name;
     int64_t right_panel;  // columns of B that are packed together
+    // Of a piece, the groups group_begin .. group_end; reduce writes one partial sum for each.
     void (*dense)(const DensePass&, const Piece&, int64_t group_begin, int64_t group_end);
+    void (*masked)(const MaskedPass&, const Piece&, int64_t group_begin, int64_t group_end);
+    void (*preconditioned)(const PreconditionedPass&, const Piece&, int64_t group_begin, int64_t group_end);
+    void (*affine)(const AffinePass&, const Piece&, int64_t group_begin, int64_t group_end);
+    void (*reduce)(const ReducePass&, const Piece&, int64_t group_begin, int64_t group_end, double* partials);
     void (*low_rank)(const LowRankPass&, int64_t row_begin, int64_t row_end);
     void (*to_float)(DType from, const void* in, float* out, int64_t count);
     void (*round_to)(DType to, float* values, int64_t count);  // to the nearest value of a 16-bit type, kept as float

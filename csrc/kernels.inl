@@ -2,21 +2,59 @@
 
 // ---- element noise ------------------------------------------------------------------------------------------
 
-// Where a pass stands within one group: the blocks it needs (multiples of V::N) and, if the group is one
-// contiguous run of weights, where they lie, so that they are fetched while the noise is computed.
-struct GroupSpan {
-    int64_t block_begin, block_end;
-    const char* run;
+// Where a pass stands within one group of logical elements. Indices of elements are relative to the group.
+struct Group {
+    int64_t number;
+    int64_t row, row_end, start;     // rows of the piece that reach into it; index of the first one's first element
+    int64_t first, last;             // all that is covered lies in first .. last
+    int64_t block_begin, block_end;  // blocks of counters needed, multiples of V::N
+    const char* run;                 // if the group is one run of weights: where it lies, to be fetched meanwhile
     int64_t run_bytes;
 };
 
+// False if no row of the piece reaches into the group.
+template <class T> static bool enter_group(const Piece& p, int64_t number, Group& g) {
+    const int64_t e0 = number * kGroup, behind = e0 - p.base - p.cols;
+    const int64_t row = behind < 0 ? 0 : behind / p.row_stride + 1, start = p.base + row * p.row_stride - e0;
+    int64_t row_end = row;
+    for (int64_t s = start; row_end < p.rows && s < kGroup; s += p.row_stride) ++row_end;
+    if (row_end == row) return false;
+    const int64_t tail = start + (row_end - 1 - row) * p.row_stride + p.cols;
+    const int64_t first = start > 0 ? start : 0, last = tail < kGroup ? tail : kGroup;
+    g = {number, row, row_end, start, first, last, 0, kBlocks, nullptr, 0};
+    if (first / kBlocks == (last - 1) / kBlocks) {
+        g.block_begin = first % kBlocks / V::N * V::N;
+        g.block_end = ((last - 1) % kBlocks / V::N + 1) * V::N;
+    } else if (row_end - row == 1 && last - first == kGroup && p.in) {
+        g.run = (const char*)((const T*)p.in + row * p.ld_in - start);
+        g.run_bytes = kGroup * int64_t(sizeof(T));
+    }
+    return true;
+}
+
+// f(row, column, lo, n): elements lo .. lo + n of the group are those of a row from a column on.
+template <class F> static void each_row(const Piece& p, const Group& g, F f) {
+    int64_t start = g.start;
+    for (int64_t row = g.row; row < g.row_end; ++row, start += p.row_stride) {
+        const int64_t lo = start > 0 ? start : 0, hi = start + p.cols < kGroup ? start + p.cols : kGroup;
+        f(row, lo - start, lo, hi - lo);
+    }
+}
+
+static Philox7<V> philox_of(const Group& g, uint32_t tensor_id, uint64_t key) {
+    return Philox7<V>(uint32_t(uint64_t(g.number) >> 22), tensor_id, key);
+}
+static uint32_t block_of(const Group& g) { return uint32_t(uint64_t(g.number) << 10); }
+
 // delta = a z  (first draw)   or   delta = fma(a, z, delta)
-template <bool FIRST> static void add_normal(float* delta, const GroupSpan& span, const Philox7<V>& philox,
-                                             uint32_t block, float coefficient) {
+template <bool FIRST> static void add_normal(float* delta, const Group& g, uint32_t tensor_id, uint64_t key,
+                                             float coefficient) {
+    const Philox7<V> philox = philox_of(g, tensor_id, key);
+    const uint32_t block = block_of(g);
     const V::F a = V::set(coefficient);
-    const char* ahead = span.run;
-    const int64_t step = span.run ? span.run_bytes * V::N / kBlocks : 0;
-    for (int64_t r = span.block_begin; r < span.block_end; r += V::N) {
+    const char* ahead = g.run;
+    const int64_t step = g.run ? g.run_bytes * V::N / kBlocks : 0;
+    for (int64_t r = g.block_begin; r < g.block_end; r += V::N) {
         if (FIRST && step) {
             for (int64_t b = 0; b < step; b += 64) V::prefetch(ahead + b);
             ahead += step;
@@ -34,15 +72,15 @@ template <bool FIRST> static void add_normal(float* delta, const GroupSpan& span
 }
 
 // Signs of the group's 4096 elements: 128 consecutive words, all in one output lane.
-template <bool FIRST> static void add_rademacher(float* delta, int64_t group, const GroupSpan& span,
-                                                 uint32_t tensor_id, uint64_t key, float coefficient) {
-    const int64_t word = group * (kGroup / 32), block = ((word >> 12) << 10) | (word & 1023);
+template <bool FIRST> static void add_rademacher(float* delta, const Group& g, uint32_t tensor_id, uint64_t key,
+                                                 float coefficient) {
+    const int64_t word = g.number * (kGroup / 32), block = ((word >> 12) << 10) | (word & 1023);
     const int lane = int((word >> 10) & 3);
     const Philox7<V> philox(uint32_t(uint64_t(block) >> 32), tensor_id, key);
     const V::F a = V::set(coefficient);
     const V::U minus = V::setu(0x80000000u);
-    const char* ahead = span.run;
-    const int64_t step = span.run ? span.run_bytes * V::N / 128 : 0;
+    const char* ahead = g.run;
+    const int64_t step = g.run ? g.run_bytes * V::N / 128 : 0;
     for (int i = 0; i < 128; i += V::N) {
         for (int64_t b = 0; FIRST && b < step; b += 64) V::prefetch(ahead + b);
         ahead += step;
@@ -64,10 +102,29 @@ template <bool FIRST> static void add_rademacher(float* delta, int64_t group, co
     }
 }
 
-static void rounding_words(uint32_t* words, const GroupSpan& span, const Philox7<V>& philox, uint32_t block) {
-    for (int64_t r = span.block_begin; r < span.block_end; r += V::N) {
+template <bool FIRST> static void add_draw(float* delta, const Group& g, Distribution distribution, uint32_t tensor_id,
+                                           uint64_t key, float a) {
+    if (distribution == Distribution::rademacher) add_rademacher<FIRST>(delta, g, tensor_id, key, a);
+    else add_normal<FIRST>(delta, g, tensor_id, key, a);
+}
+
+// delta = sum_j a_j z(key_j) over the draws begin .. end
+static void combine(float* delta, const Group& g, const Draws& draws, int64_t begin, int64_t end, const Piece& p) {
+    if (begin == end)
+        for (int64_t i = g.first; i < g.last; ++i) delta[i] = 0.0f;
+    for (int64_t j = begin; j < end; ++j) {
+        const float a = draws.coefficients[j * draws.columns + p.scalar];
+        if (j == begin) add_draw<true>(delta, g, draws.distribution, p.tensor_id, draws.keys[j], a);
+        else add_draw<false>(delta, g, draws.distribution, p.tensor_id, draws.keys[j], a);
+    }
+}
+
+// The word of each element under a key: of stochastic rounding, or of a random mask.
+static void element_words(uint32_t* words, const Group& g, uint32_t tensor_id, uint64_t key) {
+    const Philox7<V> philox = philox_of(g, tensor_id, key);
+    for (int64_t r = g.block_begin; r < g.block_end; r += V::N) {
         V::U x[4];
-        philox.words(block + uint32_t(r), x);
+        philox.words(block_of(g) + uint32_t(r), x);
         for (int lane = 0; lane < 4; ++lane) V::storeu(words + lane * kBlocks + r, x[lane]);
     }
 }
@@ -126,72 +183,50 @@ template <class T> static void apply_stochastic(T* out, const T* in, const float
     }
 }
 
+// Words or nullptr, for rounding to nearest.
+template <class T> static void apply(T* out, const T* in, const float* delta, const uint32_t* words, int64_t n,
+                                     float decay) {
+    if (words) apply_stochastic(out, in, delta, words, n, decay);
+    else apply_nearest(out, in, delta, n, decay);
+}
+
+// f(0 of the C++ type that holds a dtype)
+template <class F> static void with_type(DType dtype, F f) {
+    switch (dtype) {
+        case DType::f32: return f(float());
+        case DType::bf16: return f(BF16());
+        case DType::f16: return f(FP16());
+    }
+}
+
 // ---- dense: W <- W - d W + sum_j a_j z(key_j), stage by stage ------------------------------------------------
 
 template <class T> static void dense_groups(const DensePass& pass, const Piece& p, int64_t begin, int64_t end) {
     alignas(64) float delta[kGroup];
     alignas(64) uint32_t words[kGroup];
-    const int64_t stride = p.row_stride;
-    for (int64_t g = begin; g < end; ++g) {
-        const int64_t e0 = g * kGroup, behind = e0 - p.base - p.cols;
-        int64_t row0 = behind < 0 ? 0 : behind / stride + 1;
-        // Index of a row's first element relative to the group; rows stop at row_end.
-        const int64_t start0 = p.base + row0 * stride - e0;
-        int64_t row_end = row0, start = start0;
-        while (row_end < p.rows && start < kGroup) ++row_end, start += stride;
-        if (row_end == row0) continue;
-        const int64_t first = start0 > 0 ? start0 : 0;
-        const int64_t tail = start0 + (row_end - 1 - row0) * stride + p.cols;
-        const int64_t last = tail < kGroup ? tail : kGroup;
-        GroupSpan span = {0, kBlocks, nullptr, 0};
-        if (first / kBlocks == (last - 1) / kBlocks) {
-            span.block_begin = first % kBlocks / V::N * V::N;
-            span.block_end = ((last - 1) % kBlocks / V::N + 1) * V::N;
-        } else if (row_end - row0 == 1 && last - first == kGroup && p.in) {
-            span.run = (const char*)((const T*)p.in + row0 * p.ld_in - start0);
-            span.run_bytes = kGroup * int64_t(sizeof(T));
-        }
-        const uint32_t block = uint32_t(uint64_t(g) << 10), block_hi = uint32_t(uint64_t(g) >> 22);
+    const bool stochastic = pass.rounding_keys && sizeof(T) == 2;
+    for (int64_t number = begin; number < end; ++number) {
+        Group g;
+        if (!enter_group<T>(p, number, g)) continue;
         int64_t draw = 0;
         for (int64_t stage = 0; stage < pass.stages; ++stage) {
-            if (pass.draws_per_stage[stage] == 0)
-                for (int64_t i = first; i < last; ++i) delta[i] = 0.0f;
-            for (int64_t j = 0; j < pass.draws_per_stage[stage]; ++j, ++draw) {
-                const float a = pass.coefficients[draw * pass.table_columns + p.scalar];
-                const uint64_t key = pass.keys[draw];
-                if (pass.distribution == Distribution::rademacher) {
-                    if (j == 0) add_rademacher<true>(delta, g, span, p.tensor_id, key, a);
-                    else add_rademacher<false>(delta, g, span, p.tensor_id, key, a);
-                } else {
-                    const Philox7<V> philox(block_hi, p.tensor_id, key);
-                    if (j == 0) add_normal<true>(delta, span, philox, block, a);
-                    else add_normal<false>(delta, span, philox, block, a);
-                }
-            }
-            const float decay = pass.decay[stage * pass.table_columns + p.scalar];
-            const bool stochastic = pass.rounding_keys && sizeof(T) == 2;
-            if (stochastic)
-                rounding_words(words, span, Philox7<V>(block_hi, p.tensor_id, pass.rounding_keys[stage]), block);
+            combine(delta, g, pass.draws, draw, draw + pass.draws_per_stage[stage], p);
+            draw += pass.draws_per_stage[stage];
+            if (stochastic) element_words(words, g, p.tensor_id, pass.rounding_keys[stage]);
+            const float decay = pass.decay[stage * pass.draws.columns + p.scalar];
             const T* source = (const T*)(stage == 0 ? p.in : p.out);
             const int64_t ld_source = stage == 0 ? p.ld_in : p.ld_out;
-            start = start0;
-            for (int64_t row = row0; row < row_end; ++row, start += stride) {
-                const int64_t lo = start > 0 ? start : 0, hi = start + p.cols < kGroup ? start + p.cols : kGroup;
-                T* out = (T*)p.out + row * p.ld_out + (lo - start);
-                const T* in = source ? source + row * ld_source + (lo - start) : nullptr;
-                if (stochastic) apply_stochastic(out, in, delta + lo, words + lo, hi - lo, decay);
-                else apply_nearest(out, in, delta + lo, hi - lo, decay);
-            }
+            each_row(p, g, [&](int64_t row, int64_t column, int64_t lo, int64_t n) {
+                T* out = (T*)p.out + row * p.ld_out + column;
+                const T* in = source ? source + row * ld_source + column : nullptr;
+                apply(out, in, delta + lo, stochastic ? words + lo : nullptr, n, decay);
+            });
         }
     }
 }
 
 static void dense(const DensePass& pass, const Piece& piece, int64_t begin, int64_t end) {
-    switch (pass.dtype) {
-        case DType::f32: return dense_groups<float>(pass, piece, begin, end);
-        case DType::bf16: return dense_groups<BF16>(pass, piece, begin, end);
-        case DType::f16: return dense_groups<FP16>(pass, piece, begin, end);
-    }
+    with_type(pass.dtype, [&](auto t) { dense_groups<decltype(t)>(pass, piece, begin, end); });
 }
 
 // ---- low rank: W <- W - d W + a P Bt -------------------------------------------------------------------------
@@ -270,14 +305,10 @@ template <class T> static void low_rank_rows(const LowRankPass& pass, int64_t be
 }
 
 static void low_rank(const LowRankPass& pass, int64_t begin, int64_t end) {
-    switch (pass.dtype) {
-        case DType::f32: return low_rank_rows<float>(pass, begin, end);
-        case DType::bf16: return low_rank_rows<BF16>(pass, begin, end);
-        case DType::f16: return low_rank_rows<FP16>(pass, begin, end);
-    }
+    with_type(pass.dtype, [&](auto t) { low_rank_rows<decltype(t)>(pass, begin, end); });
 }
 
-// ---- conversions of small factors -----------------------------------------------------------------------------
+// ---- conversions ----------------------------------------------------------------------------------------------
 
 template <class T> static void widen_all(const T* in, float* out, int64_t count) {
     for (int64_t i = 0; i < count; ++i) out[i] = widen(in[i]);
@@ -291,11 +322,7 @@ template <class T> static void round_all(float* values, int64_t count) {
 }
 
 static void to_float(DType from, const void* in, float* out, int64_t count) {
-    switch (from) {
-        case DType::f32: return widen_all((const float*)in, out, count);
-        case DType::bf16: return widen_all((const BF16*)in, out, count);
-        case DType::f16: return widen_all((const FP16*)in, out, count);
-    }
+    with_type(from, [&](auto t) { widen_all((const decltype(t)*)in, out, count); });
 }
 
 static void round_to(DType to, float* values, int64_t count) {

@@ -2,6 +2,46 @@
 
 from . import noise
 from ._version import __version__
-from .ops import aligned_core, assemble_gradient_, dense_perturb_, draw, lowrank_perturb_
+from .ops import (
+    HELENE,
+    Adam,
+    AlignedCore,
+    HiZOO,
+    Momentum,
+    aligned_core,
+    anchor_affine_,
+    assemble_gradient_,
+    dense_perturb_,
+    draw,
+    lowrank_perturb_,
+    masked_perturb_,
+    preconditioned_perturb_,
+    preconditioned_update_,
+    raise_if_skipped,
+    seeded_dot,
+    squared_norms,
+    threshold_bits,
+)
 
-__all__ = ["__version__", "aligned_core", "assemble_gradient_", "dense_perturb_", "draw", "lowrank_perturb_", "noise"]
+__all__ = [
+    "HELENE",
+    "Adam",
+    "AlignedCore",
+    "HiZOO",
+    "Momentum",
+    "__version__",
+    "aligned_core",
+    "anchor_affine_",
+    "assemble_gradient_",
+    "dense_perturb_",
+    "draw",
+    "lowrank_perturb_",
+    "masked_perturb_",
+    "noise",
+    "preconditioned_perturb_",
+    "preconditioned_update_",
+    "raise_if_skipped",
+    "seeded_dot",
+    "squared_norms",
+    "threshold_bits",
+]

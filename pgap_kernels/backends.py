@@ -9,10 +9,20 @@ from types import ModuleType
 
 import torch
 
-from . import cpu, reference
+from . import cpu, reference, triton
 
-BACKENDS: tuple[ModuleType, ...] = (cpu, reference)
-OPS = ("dense_perturb_", "lowrank_perturb_", "assemble_gradient_", "aligned_core")
+BACKENDS: tuple[ModuleType, ...] = (cpu, triton, reference)
+OPS = (
+    "dense_perturb_",
+    "masked_perturb_",
+    "lowrank_perturb_",
+    "preconditioned_update_",
+    "preconditioned_perturb_",
+    "anchor_affine_",
+    "reduce",
+    "assemble_gradient_",
+    "aligned_core",
+)
 
 
 def names() -> list[str]:

@@ -68,9 +68,14 @@ def matrix_layout(name: str, tensor: Tensor) -> tuple[int, int, int]:
 def disjoint(name: str, values: Sequence[Tensor], layouts: Sequence[tuple[int, int, int]]) -> None:
     """Refuse lists in which two tensors share an element (duplicates, overlapping views)."""
     spans = []
+    # In bytes, so that lists of several dtypes can be checked together.
+    layouts = [
+        (rows, columns * t.element_size(), ld * t.element_size())
+        for t, (rows, columns, ld) in zip(values, layouts, strict=True)
+    ]
     for i, (t, (rows, columns, ld)) in enumerate(zip(values, layouts, strict=True)):
         if rows * columns:
-            begin = t.data_ptr() // t.element_size()
+            begin = t.data_ptr()
             spans.append((begin, begin + (rows - 1) * ld + columns, i))
     spans.sort()
     reach, owner = -1, -1
@@ -131,7 +136,13 @@ def pack_keys(bits: Sequence[int | Tensor]) -> Tensor:
     given = [b for b in bits if isinstance(b, Tensor)]
     if not given:
         return torch.tensor(bits, dtype=torch.int64)
-    return torch.stack([torch.as_tensor(b, dtype=torch.int64, device=given[0].device) for b in bits])
+    device = given[0].device
+    return torch.stack([b.to(device) if isinstance(b, Tensor) else _filled(b, torch.int64, device) for b in bits])
+
+
+def _filled(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A host value beside device ones: a fill, unlike a copy, neither waits nor stops a graph capture."""
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 def scalar_row(name: str, value: Any, count: int) -> Tensor:
@@ -164,7 +175,13 @@ def scalar_table(name: str, rows: Sequence[Tensor]) -> Tensor:
     """Rows of length 1 or T as one table with as many columns as the longest."""
     width = max(len(row) for row in rows)
     device = next((row.device for row in rows if row.device.type != "cpu"), torch.device("cpu"))
-    return torch.stack([row.to(device).expand(width) for row in rows])
+    return torch.stack([_row_on(device, row).expand(width) for row in rows])
+
+
+def _row_on(device: torch.device, row: Tensor) -> Tensor:
+    if row.device == device or len(row) > 1:
+        return row.to(device)
+    return _filled(row.item(), row.dtype, device)
 
 
 def slices(name: str, value: Sequence[tuple[int, int]] | None, layouts: Sequence[tuple[int, int, int]]) -> list[int]:
@@ -197,18 +214,25 @@ def slices(name: str, value: Sequence[tuple[int, int]] | None, layouts: Sequence
     return flat
 
 
-def outputs(out: Sequence[Tensor] | None, weights: list[Tensor]) -> list[Tensor]:
-    """The tensors to write: ``weights`` themselves, or ``out`` of the same shapes, dtype and device, apart."""
-    if out is None:
-        return weights
-    out = tensors("out", out, (weights[0].dtype,))
-    if len(out) != len(weights) or out[0].device != weights[0].device:
+def companions(
+    name: str, value: Sequence[Tensor], weights: list[Tensor], dtypes: Sequence[torch.dtype], written: bool = True
+) -> list[Tensor]:
+    """Tensors that go with the weights element by element: one per weight, of its shape and device.
+
+    Those that are ``written`` may not share an element with each other or with the weights.
+    """
+    given = tensors(name, value, dtypes)
+    if len(given) != len(weights) or given[0].device != weights[0].device:
         raise ValueError(
-            f"out: got {len(out)} tensors on {out[0].device}; accepted: {len(weights)} on {weights[0].device}"
+            f"{name}: got {len(given)} tensors on {given[0].device}; accepted: {len(weights)} on {weights[0].device}"
         )
-    for i, (o, w) in enumerate(zip(out, weights, strict=True)):
-        if o.shape != w.shape:
-            raise ValueError(f"out[{i}]: got shape {tuple(o.shape)}; accepted: {tuple(w.shape)}, that of weights[{i}]")
-    both = out + weights
-    disjoint("out + weights", both, [matrix_layout(f"out[{i % len(out)}]", t) for i, t in enumerate(both)])
-    return out
+    for i, (t, w) in enumerate(zip(given, weights, strict=True)):
+        if t.shape != w.shape:
+            raise ValueError(
+                f"{name}[{i}]: got shape {tuple(t.shape)}; accepted: {tuple(w.shape)}, that of weights[{i}]"
+            )
+    layouts = [matrix_layout(f"{name}[{i}]", t) for i, t in enumerate(given)]
+    if written:
+        layouts += [matrix_layout(f"weights[{i}]", w) for i, w in enumerate(weights)]
+        disjoint(f"{name} + weights", given + weights, layouts)
+    return given

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from . import reference
+
 name = "cpu"
 
 
@@ -55,5 +57,46 @@ def assemble_gradient_(gradients, keys, coefficients, tensor_ids, slices, distri
     )
 
 
-def lowrank_perturb_(*args):
-    torch.ops.pgap_kernels_cpu.low_rank(*args)  # the same arguments in the same order
+def masked_perturb_(*args):
+    torch.ops.pgap_kernels_cpu.masked(*args[:-1])  # the same arguments in the same order, but for the tier
+
+
+def preconditioned_(*args):
+    torch.ops.pgap_kernels_cpu.preconditioned(*args[:-1])  # likewise
+
+
+def anchor_affine_(*args):
+    torch.ops.pgap_kernels_cpu.affine(*args)  # the same arguments in the same order
+
+
+def reduce(tensors, anchors, keys, tensor_ids, slices, distribution, tier):
+    totals = torch.empty(len(tensors), dtype=torch.float64)
+    torch.ops.pgap_kernels_cpu.reduce(tensors, anchors, keys, tensor_ids, slices, distribution, totals)
+    return totals
+
+
+def aligned_core(singular_values, keys, tensor_ids, sign_ids, delta):
+    return reference.aligned_core(singular_values, keys, tensor_ids, sign_ids, delta, assemble_gradient_)
+
+
+def lowrank_perturb_(
+    weights,
+    out,
+    left,
+    right,
+    core,
+    keys,
+    coefficient,
+    decay,
+    rounding_key,
+    tensor_ids,
+    slices,
+    rank,
+    core_kind,
+    delta,
+    sign_ids,
+):
+    if core_kind == "aligned":  # small matrices: made first, then stored ones like any other
+        core, core_kind = aligned_core(core, keys[2:], tensor_ids, sign_ids, delta.item()), "full"
+    args = (left, right, core, keys[:3], coefficient, decay, rounding_key, tensor_ids, slices, rank, core_kind)
+    torch.ops.pgap_kernels_cpu.low_rank(weights, out, *args)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
+import importlib.util
+import itertools
 import json
+import os
 import platform
 import sys
+import textwrap
+import warnings
 from typing import Any
 
 import torch
@@ -23,7 +29,7 @@ _PHILOX_ANSWERS = {
 }
 _NORMALS = {0: 0x3EAF4791, 1024: 0xBF360FC6, 2048: 0x3F3FC6D4, 3072: 0x3F9666D2, 4096: 0xBFA3E0D8}
 _SIGNS = 0xBB7BC6D7
-_NO_TRITON = "triton: has the noise but no kernels for the ops yet"
+_FLOAT32_ONLY = ("assemble_gradient_", "aligned_core")
 _PACKAGES = ("torch", "triton", "numpy", "transformers", "peft", "accelerate", "gguf")
 
 
@@ -31,7 +37,10 @@ def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return None
+        if importlib.util.find_spec(package) is None:
+            return None
+        # ROCm's Triton, say, is distributed under another name.
+        return getattr(importlib.import_module(package), "__version__", "of unknown version")
 
 
 def _devices() -> list[str]:
@@ -41,39 +50,84 @@ def _devices() -> list[str]:
     return devices
 
 
-def _choices() -> list[dict[str, str]]:
-    kinds = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+def _no_gpu() -> str | None:
+    """What keeps CUDA tensors from existing here, or None."""
+    if torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "no such device here: this PyTorch is built without CUDA and ROCm"
+    return "no such device here: PyTorch finds no CUDA or ROCm device"
+
+
+def _served_by(op: str, device: torch.device, dtype: torch.dtype) -> str:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the reference is slow: the table says who serves
+            return backends.select(op, device, dtype).name
+    except ValueError:
+        return "none"
+
+
+def _why(served: str, refusals: dict[str, str | None]) -> list[str]:
+    """What kept an op from each of the other backends."""
+    refused = [f"{name}: {reason}" for name, reason in refusals.items() if reason]
+    forced = os.environ.get("PGAP_BACKEND")
+    if forced:
+        return [f"PGAP_BACKEND={forced} is {'set' if forced in refusals else 'unknown'}", *refused]
+    spare = [name for name, reason in refusals.items() if not reason and name not in (served, "reference")]
+    return refused + [f"{name}: serves too, if forced" for name in spare]
+
+
+def _choices() -> list[dict[str, Any]]:
+    """Who serves an op, and why no other does; for a GPU also where there is none."""
     rows = []
-    for op in backends.OPS:
-        for kind in kinds:
-            for dtype in WEIGHT_DTYPES:
-                if op in ("assemble_gradient_", "aligned_core") and dtype != torch.float32:
-                    continue
-                device = torch.device(kind)
-                refusals = [(b.name, b.refusal(op, device, dtype)) for b in backends.BACKENDS]
-                why = [_NO_TRITON, *(f"{name}: {reason}" for name, reason in refusals if reason)]
-                row = {"op": op, "device": kind, "dtype": str(dtype).removeprefix("torch.")}
-                try:
-                    row["backend"] = backends.select(op, device, dtype).name
-                except ValueError as error:
-                    row["backend"], why = "none", [str(error)]
-                rows.append(row | {"reason": "; ".join(why)})
+    for op, kind, dtype in itertools.product(backends.OPS, ("cpu", "cuda"), WEIGHT_DTYPES):
+        if op in _FLOAT32_ONLY and dtype != torch.float32:
+            continue
+        device, missing = torch.device(kind), _no_gpu() if kind == "cuda" else None
+        served = _served_by(op, device, dtype)
+        why = _why(served, {b.name: b.refusal(op, device, dtype) for b in backends.BACKENDS})
+        rows.append(
+            {
+                "op": op,
+                "device": kind,
+                "present": missing is None,
+                "dtype": str(dtype).removeprefix("torch."),
+                "backend": served,
+                "reason": "; ".join([missing, *why] if missing else why),
+            }
+        )
     return rows
 
 
+def _known_draws(backend: str, device: torch.device) -> tuple[bool, bool]:
+    """Whether a backend draws the contract's normals, and its signs."""
+    key, tid = noise.derive(1, 2, noise.Role.DENSE), noise.tensor_id("weight")
+    bits = draw(4097, key, tid, device=device, backend=backend).cpu().view(torch.int32).long() & 0xFFFFFFFF
+    signs = draw(32, key, tid, distribution="rademacher", device=device, backend=backend).tolist()
+    return (
+        all(bits[i] == answer for i, answer in _NORMALS.items()),
+        sum((sign > 0) << i for i, sign in enumerate(signs)) == _SIGNS,
+    )
+
+
 def _self_test() -> dict[str, bool]:
+    """Known answers: of key derivation, and of every backend on every device where it draws."""
     results = {
         f"philox4x32-{rounds}": noise.philox4x32(_PHILOX_COUNTER, _PHILOX_KEY, rounds) == answer
         for rounds, answer in _PHILOX_ANSWERS.items()
     }
-    key, tid = noise.derive(1, 2, noise.Role.DENSE), noise.tensor_id("weight")
-    for backend in backends.BACKENDS:
-        if backend.refusal("assemble_gradient_", torch.device("cpu"), torch.float32):
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in gpus)]
+    for backend, device in itertools.product(backends.BACKENDS, devices):
+        if backend.refusal("assemble_gradient_", device, torch.float32):
             continue
-        bits = draw(4097, key, tid, backend=backend.name).view(torch.int32).long() & 0xFFFFFFFF
-        results[f"normal, {backend.name}"] = all(bits[i] == answer for i, answer in _NORMALS.items())
-        signs = draw(32, key, tid, distribution="rademacher", backend=backend.name).tolist()
-        results[f"rademacher, {backend.name}"] = sum((sign > 0) << i for i, sign in enumerate(signs)) == _SIGNS
+        where = f"{backend.name} on {device}"
+        try:
+            results[f"normal, {where}"], results[f"rademacher, {where}"] = _known_draws(backend.name, device)
+        except Exception as error:  # whatever a compiler or a driver throws is the finding
+            said = f"{type(error).__name__}: {error}".splitlines()[0]
+            results[f"{where}: {said}"] = False
     return results
 
 
@@ -97,6 +151,26 @@ def examine() -> dict[str, Any]:
     }
 
 
+def _table(choices: list[dict[str, Any]]) -> list[str]:
+    """The choices as text: ops and dtypes with the same answer share a row."""
+    dtypes: dict[tuple, list[str]] = {}
+    for row in choices:
+        dtypes.setdefault((row["op"], row["device"], row["backend"], row["reason"]), []).append(row["dtype"])
+    ops: dict[tuple, list[str]] = {}
+    for (op, *answer), names in dtypes.items():
+        ops.setdefault((*answer, ", ".join(names)), []).append(op)
+    cells = [("op", "device", "dtype", "backend", "why not another")]
+    for (device, name, why, kinds), served in sorted(ops.items(), key=lambda item: item[0][0]):
+        cells.append((", ".join(served), device, kinds, name, why))
+    widths = (25, 8, 11, 11, 62)
+    lines = []
+    for cell in cells:
+        columns = [textwrap.wrap(text, width - 1) for text, width in zip(cell, widths, strict=True)]
+        for parts in itertools.zip_longest(*columns, fillvalue=""):
+            lines.append("".join(f"{part:{width}}" for part, width in zip(parts, widths, strict=True)).rstrip())
+    return lines
+
+
 def main(json_output: bool = False) -> int:
     """Print the report; the exit status is 0 if every self-test passed, else 1."""
     report = examine()
@@ -111,9 +185,9 @@ def main(json_output: bool = False) -> int:
     print("devices: " + ", ".join(report["devices"]))
     isa = report["isa"]
     print(f"extension: {report['extension']}" + (f", ISA {isa['used']} (best here: {isa['best']})" if isa else ""))
-    print(f"\n{'op':20}{'device':8}{'dtype':10}{'backend':11}why not another")
-    for row in report["choices"]:
-        print(f"{row['op']:20}{row['device']:8}{row['dtype']:10}{row['backend']:11}{row['reason']}")
+    print()
+    for line in _table(report["choices"]):
+        print(line)
     print()
     for name, ok in report["self_test"].items():
         print(f"{'ok  ' if ok else 'FAIL'} {name}")

@@ -1,6 +1,7 @@
 """The noise contract, version 1: keys, tensor ids, and which counter an element has. No tensors here.
 
-``docs/noise_v1.md`` is the text of the contract; ``reference.py``, ``csrc/noise.h`` and ``triton/noise.py`` draw it.
+``docs/noise_v1.md`` is the text of the contract; ``reference/noise.py``, ``csrc/noise.h`` and ``triton/noise.py`` draw
+it.
 """
 
 from __future__ import annotations

@@ -132,17 +132,22 @@ class SubspaceMove(Move):
     """Direction scale * U Z V^T on matrices of one rank."""
 
     def __init__(
-        self, weights: list[Weight], left: list[Tensor], right: list[Tensor], cores: list[Tensor], scale: list[float]
+        self,
+        weights: list[Weight],
+        left: list[Tensor],
+        right: list[Tensor],
+        core: ops.AlignedCore | list[Tensor],
+        scale: list[float],
     ) -> None:
         super().__init__(weights, scale)
-        self.left, self.right, self.cores = left, right, cores
+        self.left, self.right, self.core = left, right, core
 
     def add(self, coefficient: list[float], decay: list[float] | float, rounding: dict[str, Any]) -> None:
         ops.lowrank_perturb_(
             [w.tensor for w in self.weights],
             self.left,
             self.right,
-            core=self.cores,
+            core=self.core,
             coefficient=coefficient,
             tensor_ids=[w.id for w in self.weights],
             decay=decay,

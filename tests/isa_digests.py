@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 
+import cases
 import torch
 from helpers import DTYPES, poison, weights
 
@@ -53,6 +54,20 @@ def dense_digests(backend: str | None) -> dict[str, str]:
     return result
 
 
+def rule_digests(backend: str | None) -> dict[str, str]:
+    """Of every case of the ops whose bits are those of the reference."""
+    families = {"masked": cases.masked, "preconditioned": cases.preconditioned, "anchored": cases.anchored}
+    return {
+        f"{family} {name}": digest(cases.run(case, backend))
+        for family, chosen in families.items()
+        for name, case in chosen.items()
+    }
+
+
+def reduce_digests(backend: str | None) -> dict[str, str]:
+    return {f"reduced {name}": digest(cases.run(case, backend)) for name, case in cases.reduced.items()}
+
+
 def transform_digest() -> str:
     generator = torch.Generator().manual_seed(5)
     edges = torch.tensor([0, -1, 0x1FF, 0x200, 2**31 - 1, -(2**31)], dtype=torch.int32)
@@ -97,4 +112,5 @@ def lowrank_digests() -> dict[str, str]:
 
 if __name__ == "__main__":
     found = {"isa": torch.ops.pgap_kernels_cpu.isa().split(",")[0], "transform": transform_digest()}
-    print(json.dumps({**found, **draw_digests("cpu"), **dense_digests("cpu"), **lowrank_digests()}))
+    exact = {**draw_digests("cpu"), **dense_digests("cpu"), **rule_digests("cpu")}
+    print(json.dumps({**found, **exact, **reduce_digests("cpu"), **lowrank_digests()}))

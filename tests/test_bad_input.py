@@ -10,55 +10,49 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import bits
+from refusals import KEYS, SCALARS, refused
 
 import pgap_kernels
-from pgap_kernels import ops
+from pgap_kernels import backends, ops
 
-OPS = ("dense_perturb_", "assemble_gradient_", "lowrank_perturb_")
+WITH_OUT = ("dense_perturb_", "masked_perturb_", "preconditioned_perturb_", "lowrank_perturb_")
+ROUNDING = (*WITH_OUT, "preconditioned_update_", "anchor_affine_")
+OPS = (*ROUNDING, "assemble_gradient_")
+WITH_DECAY = tuple(op for op in ROUNDING if op != "anchor_affine_")
+WITH_DRAWS = tuple(op for op in OPS if op not in ("lowrank_perturb_", "anchor_affine_"))
+# What an op needs beside weights, draws and ids; the low-rank op is apart.
+EXTRAS = {
+    "dense_perturb_": lambda w: {},
+    "assemble_gradient_": lambda w: {},
+    "masked_perturb_": lambda w: {"threshold": 0.5},
+    "preconditioned_update_": lambda w: {"state": [like(w, 0.0)], "rule": ops.Momentum(0.1)},
+    "preconditioned_perturb_": lambda w: {"curvature": like(w, 2.0)},
+    "anchor_affine_": lambda w: {"anchors": like(w, 1.0), "coefficient": 0.5},
+}
 WHOLE_SHAPES = [(6, 8), (5, 7)]
+
+
+def like(tensors: list[torch.Tensor], value: float) -> list[torch.Tensor]:
+    """Contiguous float32 tensors of their shapes."""
+    return [torch.full(t.shape, value) for t in tensors]
 
 
 def good(op: str, dtype=torch.float32) -> dict:
     """Arguments that the op accepts, on two matrices."""
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in WHOLE_SHAPES]
-    if op == "assemble_gradient_":
-        return {"gradients": tensors, "draws": [(1, 0.5), (2, 0.25)], "tensor_ids": [1, 2]}
-    if op == "dense_perturb_":
-        return {"weights": tensors, "draws": [(1, 0.5), (2, 0.25)], "tensor_ids": [1, 2]}
+    draws = {"draws": [(1, 0.5), (2, 0.25)]} if op in WITH_DRAWS else {}
+    if op != "lowrank_perturb_":
+        return {written(op): tensors, "tensor_ids": [1, 2], **draws, **EXTRAS[op](tensors)}
     left = [torch.randn(m, 2, generator=generator) for m, _ in WHOLE_SHAPES]
     right = [torch.randn(n, 2, generator=generator) for _, n in WHOLE_SHAPES]
     return {"weights": tensors, "left": left, "right": right, "coefficient": 0.5, "tensor_ids": [1, 2]}
 
 
-def storages(value) -> list[torch.Tensor]:
-    """The whole storages behind every tensor in an argument that has values to look at."""
-    if isinstance(value, torch.Tensor):
-        if value.layout != torch.strided or value.device.type == "meta":
-            return []
-        return [torch.empty(0, dtype=value.dtype).set_(value.untyped_storage())]
-    return [s for v in value for s in storages(v)] if isinstance(value, (list, tuple)) else []
-
-
-def pattern(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view(torch.uint8).clone()
-
-
-def refused(op: str, arguments: dict, error, match: str) -> None:
-    behind = storages(list(arguments.values()))
-    before, versions = [pattern(s) for s in behind], [t._version for t in flat(arguments)]
-    with pytest.raises(error, match=match):
-        getattr(ops, op)(**arguments)
-    assert all(torch.equal(pattern(s), b) for s, b in zip(behind, before, strict=True))
-    assert [t._version for t in flat(arguments)] == versions
-
-
-def flat(value) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [t for v in value for t in flat(v)] if isinstance(value, (list, tuple)) else []
+def on(op: str, tensors: list[torch.Tensor]) -> dict:
+    """Arguments for other tensors."""
+    extra = {"left": 1, "right": 2, "rank": 1} if op == "lowrank_perturb_" else EXTRAS[op](tensors)
+    return {**good(op), written(op): tensors, "tensor_ids": list(range(len(tensors))), **extra}
 
 
 def written(op: str) -> str:
@@ -112,7 +106,7 @@ def test_tensor_lists(op, case):
     refused(op, {**good(op), written(op): value}, error, f"^{written(op)}{match}")
 
 
-@pytest.mark.parametrize("op", ["dense_perturb_", "lowrank_perturb_"])
+@pytest.mark.parametrize("op", ROUNDING)
 def test_mixed_dtypes(op):
     arguments = good(op)
     arguments["weights"][1] = arguments["weights"][1].bfloat16()
@@ -124,7 +118,7 @@ def test_gradients_are_float32(dtype):
     refused("assemble_gradient_", good("assemble_gradient_", dtype), TypeError, r"^gradients\[0\]: got dtype .*16")
 
 
-@pytest.mark.parametrize("op", ["dense_perturb_", "assemble_gradient_"])
+@pytest.mark.parametrize("op", [op for op in OPS if op != "lowrank_perturb_"])
 @pytest.mark.parametrize("bad", [torch.zeros(16)[::2], torch.zeros(1).expand(9), torch.zeros(2, 6, 8).transpose(1, 2)])
 def test_vectors_and_stacks(op, bad):
     refused(op, {**good(op), written(op): [bad, torch.zeros(3)]}, ValueError, rf"^{written(op)}\[0\]: got shape")
@@ -150,19 +144,13 @@ def overlaps() -> dict[str, list[torch.Tensor]]:
 @pytest.mark.parametrize("order", [1, -1])
 @pytest.mark.parametrize("op", OPS)
 def test_overlapping_tensors(op, order, case):
-    tensors = overlaps()[case][::order]
-    arguments = {**good(op), written(op): tensors}
-    if op == "lowrank_perturb_":
-        arguments.update(left=1, right=2, rank=1)
-    refused(op, arguments, ValueError, rf"^{written(op)}\[\d\] overlaps {written(op)}\[\d\]")
+    refused(op, on(op, overlaps()[case][::order]), ValueError, rf"^{written(op)}\[\d\] overlaps {written(op)}\[\d\]")
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_three_tensors_of_which_two_overlap(op):
     whole = torch.zeros(12, 20)
-    arguments = {**good(op), written(op): [whole[:, 15:], whole[:, :8], whole[:, 7:15]], "tensor_ids": [1, 2, 3]}
-    if op == "lowrank_perturb_":
-        arguments.update(left=1, right=2, rank=1)
+    arguments = on(op, [whole[:, 15:], whole[:, :8], whole[:, 7:15]])
     refused(op, arguments, ValueError, rf"^{written(op)}\[\d\] overlaps")
 
 
@@ -182,66 +170,30 @@ def apart() -> dict[str, list[torch.Tensor]]:
 @pytest.mark.parametrize("op", OPS)
 def test_tensors_of_one_storage_that_share_nothing(op, case):
     tensors = apart()[case]
-    arguments = {**good(op), written(op): tensors, "tensor_ids": list(range(len(tensors)))}
-    if op == "lowrank_perturb_":
-        arguments.update(left=1, right=2, rank=1)
-    getattr(ops, op)(**arguments)
+    getattr(ops, op)(**on(op, tensors))
     assert all((t != 0).all() for t in tensors)
 
 
 # ---- scalars -------------------------------------------------------------------------------------------------------
 
-SCALARS = [
-    (math.nan, ValueError),
-    (math.inf, ValueError),
-    (-math.inf, ValueError),
-    (1e39, ValueError),
-    (10**400, ValueError),
-    ([0.1, math.nan], ValueError),
-    ([0.1, 0.2, 0.3], ValueError),
-    ([], ValueError),
-    ("0.1", TypeError),
-    (None, TypeError),
-    (True, TypeError),
-    (1j, TypeError),
-    ([0.1, "x"], TypeError),
-    (torch.tensor(math.nan), ValueError),
-    (torch.tensor([0.1, math.inf]), ValueError),
-    (torch.tensor(1e300, dtype=torch.float64), ValueError),
-    (torch.tensor(1), TypeError),
-    (torch.zeros(3), TypeError),
-]
-
 
 @pytest.mark.parametrize(("value", "error"), SCALARS, ids=lambda v: repr(v)[:24])
 @pytest.mark.parametrize("op", OPS)
 def test_coefficients(op, value, error):
-    if op == "lowrank_perturb_":
+    if op not in WITH_DRAWS:
         refused(op, {**good(op), "coefficient": value}, error, "^coefficient: got")
     else:
         refused(op, {**good(op), "draws": [(1, 0.5), (2, value)]}, error, r"^draws\[1\] coefficient: got")
 
 
 @pytest.mark.parametrize(("value", "error"), SCALARS, ids=lambda v: repr(v)[:24])
-@pytest.mark.parametrize("op", ["dense_perturb_", "lowrank_perturb_"])
+@pytest.mark.parametrize("op", WITH_DECAY)
 def test_decays(op, value, error):
     refused(op, {**good(op), "decay": value}, error, "^decay: got")
 
 
-KEYS = [
-    (-1, ValueError),
-    (1 << 64, ValueError),
-    (1.0, TypeError),
-    (True, TypeError),
-    (None, TypeError),
-    (torch.tensor(1.0), TypeError),
-    (torch.tensor(1, dtype=torch.int32), TypeError),
-    (torch.tensor([1, 2]), TypeError),
-]
-
-
 @pytest.mark.parametrize(("key", "error"), KEYS, ids=lambda v: repr(v)[:24])
-@pytest.mark.parametrize("op", ["dense_perturb_", "assemble_gradient_"])
+@pytest.mark.parametrize("op", WITH_DRAWS)
 def test_draw_keys(op, key, error):
     refused(op, {**good(op), "draws": [(1, 0.5), (key, 0.5)]}, error, r"^draws key\[1\]: got")
 
@@ -256,7 +208,7 @@ def test_factor_keys(name, key, error):
 
 
 @pytest.mark.parametrize(("key", "error"), KEYS, ids=lambda v: repr(v)[:24])
-@pytest.mark.parametrize("op", ["dense_perturb_", "lowrank_perturb_"])
+@pytest.mark.parametrize("op", ROUNDING)
 def test_rounding_keys(op, key, error):
     arguments = {**good(op, torch.bfloat16), "rounding": "stochastic", "rounding_key": key}
     refused(op, arguments, ValueError if key is None else error, "^rounding_key")
@@ -273,7 +225,7 @@ def test_rounding_keys(op, key, error):
         ([(1, 2, 3)], TypeError),
     ],
 )
-@pytest.mark.parametrize("op", ["dense_perturb_", "assemble_gradient_"])
+@pytest.mark.parametrize("op", WITH_DRAWS)
 def test_draws(op, draws, error):
     refused(op, {**good(op), "draws": draws}, error, r"^draws(\[0\])?: got")
 
@@ -305,22 +257,19 @@ def test_tensor_ids(op, ids, error):
         ("distribution", "uniform", "'normal', 'rademacher'"),
         ("tier", "exactly", "'exact', 'fast'"),
         ("rounding", "up", "'nearest', 'stochastic'"),
-        ("backend", "gpu", "cpu, reference"),
+        ("backend", "gpu", "cpu, .*reference"),
     ],
 )
 @pytest.mark.parametrize("op", OPS)
 def test_unknown_options(op, name, value, match):
-    if (op, name) in {
-        ("lowrank_perturb_", "distribution"),
-        ("lowrank_perturb_", "tier"),
-        ("assemble_gradient_", "rounding"),
-    }:
+    takes = {"distribution": WITH_DRAWS, "tier": WITH_DRAWS, "rounding": ROUNDING, "backend": OPS}
+    if op not in takes[name]:
         refused(op, {**good(op), name: value}, TypeError, name)  # no such argument
     else:
         refused(op, {**good(op), name: value}, ValueError, f"^{name}: got '{value}'; accepted: .*{match}")
 
 
-@pytest.mark.parametrize("op", ["dense_perturb_", "lowrank_perturb_"])
+@pytest.mark.parametrize("op", ROUNDING)
 def test_stochastic_rounding_needs_a_key(op):
     arguments = {**good(op, torch.float16), "rounding": "stochastic"}
     refused(op, arguments, ValueError, "^rounding_key: got None")
@@ -329,7 +278,7 @@ def test_stochastic_rounding_needs_a_key(op):
 def test_unknown_backend_in_the_environment(monkeypatch):
     monkeypatch.setenv("PGAP_BACKEND", "cuda")
     for op in OPS:
-        refused(op, good(op), ValueError, "^backend: got 'cuda'; accepted: .*cpu, reference")
+        refused(op, good(op), ValueError, "^backend: got 'cuda'; accepted: .*cpu, .*reference")
 
 
 @pytest.mark.parametrize("name", ["reference", "cpu"])
@@ -337,7 +286,7 @@ def test_backend_in_the_environment(monkeypatch, name):
     """The variable decides, an argument overrides it."""
     monkeypatch.setenv("PGAP_BACKEND", name)
     called = []
-    for module in (pgap_kernels.ops.backends.cpu, pgap_kernels.ops.backends.reference):
+    for module in (backends.cpu, backends.reference):
         original = module.dense_perturb_
 
         def spy(*args, module=module, original=original):
@@ -410,7 +359,7 @@ def outs() -> dict:
 
 
 @pytest.mark.parametrize("case", outs())
-@pytest.mark.parametrize("op", ["dense_perturb_", "lowrank_perturb_"])
+@pytest.mark.parametrize("op", WITH_OUT)
 def test_out(op, case):
     make, error, match = outs()[case]
     arguments = good(op)
@@ -502,7 +451,8 @@ def test_rank_is_an_integer(rank):
         ({"delta": "x"}, (TypeError, ValueError), "delta"),
         ({"key": -1}, ValueError, "key"),
         ({"key": 1.0}, TypeError, "key"),
-        ({"sign_key": 1 << 64}, ValueError, "key, sign_key"),
+        ({"sign_key": 1 << 64}, ValueError, "sign_key: got"),
+        ({"sign_ids": [1, 2]}, ValueError, "sign_ids: got ids without a sign_key"),
         ({"tensor_ids": [1]}, ValueError, "tensor_ids: got 1 ids for 2"),
         ({"tensor_ids": [1, -1]}, ValueError, r"tensor_ids\[1\]"),
         ({"sign_key": 1, "sign_ids": [1]}, ValueError, "sign_ids: got 1 ids for 2"),
@@ -512,6 +462,83 @@ def test_rank_is_an_integer(rank):
 def test_aligned_core(change, error, match):
     arguments = {"singular_values": factor((2,), (3,)), "key": 1, "tensor_ids": [1, 2], "delta": 0.5, **change}
     refused("aligned_core", arguments, error, f"^{match}")
+
+
+def in_pass(**change) -> ops.AlignedCore:
+    return ops.AlignedCore(**{"key": 1, "singular_values": factor((2,), (2,)), "delta": 0.5, **change})
+
+
+ALIGNED_IN_PASS = {
+    "values one short": ({"singular_values": factor((2,))}, ValueError, r"core\.singular_values: got 1 tensors"),
+    "values of no list": ({"singular_values": torch.ones(2)}, TypeError, r"core\.singular_values: got Tensor"),
+    "values of another rank": (
+        {"singular_values": factor((2,), (3,))},
+        ValueError,
+        r"core\.singular_values\[1\]: got shape \(3,\); accepted: contiguous \(2,\)",
+    ),
+    "values of a matrix": (
+        {"singular_values": factor((2, 2), (2,))},
+        ValueError,
+        r"core\.singular_values\[0\]: got shape \(2, 2\)",
+    ),
+    "values none": (
+        {"singular_values": factor((0,), (0,))},
+        ValueError,
+        r"core\.singular_values\[0\]: got shape \(0,\)",
+    ),
+    "values strided": (
+        {"singular_values": [torch.ones(2), torch.ones(4)[::2]]},
+        ValueError,
+        r"core\.singular_values\[1\]: got shape",
+    ),
+    "values of float64": (
+        {"singular_values": factor((2,), (2,), dtype=torch.float64)},
+        TypeError,
+        r"core\.singular_values\[0\]: got dtype torch.float64",
+    ),
+    "values on meta": (
+        {"singular_values": [s.to("meta") for s in factor((2,), (2,))]},
+        ValueError,
+        r"core\.singular_values: got 2 tensors on meta",
+    ),
+    "delta negative": ({"delta": -0.1}, ValueError, r"core\.delta: got -0.1"),
+    "delta negative in a tensor": ({"delta": torch.tensor(-0.5)}, ValueError, r"core\.delta: got -0.5"),
+    "delta nan": ({"delta": math.nan}, ValueError, r"core\.delta: got nan"),
+    "delta of two": ({"delta": [0.1, 0.2]}, ValueError, r"core\.delta: got 2 values"),
+    "delta a string": ({"delta": "x"}, TypeError, r"core\.delta: got 'x'"),
+    "key": ({"key": -1}, ValueError, r"core\.key: got -1"),
+    "key none": ({"key": None}, TypeError, r"core\.key: got None"),
+    "sign key": ({"sign_key": 1 << 64}, ValueError, r"core\.sign_key: got"),
+    "sign ids alone": ({"sign_ids": [1, 2]}, ValueError, r"core\.sign_ids: got ids without a sign_key"),
+    "sign ids one short": ({"sign_key": 1, "sign_ids": [1]}, ValueError, r"core\.sign_ids: got 1 ids for 2"),
+    "sign ids wide": ({"sign_key": 1, "sign_ids": [1, 1 << 32]}, ValueError, r"core\.sign_ids\[1\]"),
+}
+
+
+@pytest.mark.parametrize("case", ALIGNED_IN_PASS)
+def test_aligned_in_the_pass(case):
+    change, error, match = ALIGNED_IN_PASS[case]
+    refused("lowrank_perturb_", {**good("lowrank_perturb_"), "core": in_pass(**change)}, error, f"^{match}")
+
+
+@pytest.mark.parametrize("signed", [{}, {"sign_key": 1}])
+def test_aligned_in_the_pass_needs_ids(signed):
+    arguments = {**good("lowrank_perturb_"), "core": in_pass(**signed), "tensor_ids": None}
+    refused("lowrank_perturb_", arguments, ValueError, "^tensor_ids: got")
+
+
+@pytest.mark.parametrize("rank", [-1, 0, 513])
+def test_aligned_ranks(rank):
+    arguments = {
+        "weights": factor((520, 530)),
+        "left": 1,
+        "right": 2,
+        "rank": rank,
+        "core": ops.AlignedCore(3, factor((max(rank, 0),)), 0.5),
+        "coefficient": 1.0,
+        "tensor_ids": [1],
+    }
+    refused("lowrank_perturb_", arguments, ValueError, f"^rank: got {rank}; accepted: 1 to 512, the most")
 
 
 # ---- without the extension -----------------------------------------------------------------------------------------

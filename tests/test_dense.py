@@ -5,9 +5,9 @@ import functools
 import math
 from fractions import Fraction
 
-import numpy as np
 import pytest
 import torch
+from exact import exact_dense, round32
 from helpers import DTYPES, assert_same_bits, clones, poison, weights
 
 from pgap_kernels import noise, ops, reference
@@ -37,25 +37,6 @@ def assert_all_same(got, want):
 
 
 # ---- the formula ---------------------------------------------------------------------------------------------------
-
-
-def round32(x: Fraction) -> Fraction:
-    """To the nearest float32, ties to even."""
-    near = np.float32(float(x))
-    candidates = [near, np.nextafter(near, np.float32(np.inf)), np.nextafter(near, np.float32(-np.inf))]
-    best = min(candidates, key=lambda c: (abs(Fraction(float(c)) - x), int(c.view(np.uint32)) & 1))
-    return Fraction(float(best))
-
-
-def exact_dense(w: float, zs: list[float], coefficients: list[float], decay: float) -> float:
-    """delta = a_1 z_1, fma(a_j, z_j, delta), fma(-d, w, delta) if d != 0, w + delta: each rounded to float32."""
-    a = [Fraction(float(np.float32(c))) for c in coefficients]
-    delta = round32(a[0] * Fraction(zs[0]))
-    for c, z in zip(a[1:], zs[1:], strict=True):
-        delta = round32(c * Fraction(z) + delta)
-    if decay:
-        delta = round32(-Fraction(float(np.float32(decay))) * Fraction(w) + delta)
-    return float(round32(Fraction(w) + delta))
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1, 1e-8])

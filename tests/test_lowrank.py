@@ -301,7 +301,8 @@ def lowrank_arguments(dtype, backend):
     left = weights([(5, 2), (9, 2)], seed=1)
     scalars = (torch.tensor([0, 5, 6]), torch.tensor([0.1]), torch.tensor([0.0, 0.1]))
     rounding = torch.tensor(3) if dtype != torch.float32 else None
-    return w, left, [], [], *scalars, rounding, [1, 2], [0, 7, 0, 4], 2, "regenerated", backend
+    core = (2, "regenerated", torch.ones(1), [])
+    return w, left, [], [], *scalars, rounding, [1, 2], [0, 7, 0, 4], *core, backend
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -399,6 +400,68 @@ def test_aligned_core_depends_on_its_own_matrix_only():
     for i, s in enumerate(SINGULAR_VALUES):
         (alone,) = ops.aligned_core([s], CORE, tensor_ids=[IDS[i]], delta=0.7, sign_key=SIGN)
         assert_same_bits(alone, together[i])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_aligned_core_of_many_ranks_at_once(backend):
+    """Ranks are padded to one another in the sums: that changes no bit, up to the largest rank."""
+    values = [torch.linspace(3, 0.01, rank) for rank in (1, 3, 16, 16, 31, 32, 33, 511, 512)]
+    ids, options = list(range(len(values))), {"delta": 0.7, "sign_key": SIGN, "backend": backend}
+    together = ops.aligned_core(values, CORE, tensor_ids=ids, **options)
+    for i, s in enumerate(values):
+        assert_same_bits(together[i], ops.aligned_core([s], CORE, tensor_ids=[i], **options)[0])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_singular_values_that_are_not_finite(backend, bad):
+    values = [torch.ones(3), torch.tensor([1.0, bad, 1.0])]
+    with pytest.raises(ValueError, match=r"^singular_values: got NaN or infinity"):
+        ops.aligned_core(values, CORE, tensor_ids=[1, 2], delta=0.5, backend=backend)
+    w = [torch.zeros(5, 4), torch.zeros(6, 3)]
+    core = ops.AlignedCore(CORE, values, 0.5)
+    with pytest.raises(ValueError, match=r"^singular_values: got NaN or infinity"):
+        ops.lowrank_perturb_(w, LEFT, RIGHT, rank=3, core=core, coefficient=1.0, tensor_ids=[1, 2], backend=backend)
+    assert all((t == 0).all() for t in w)
+
+
+SIGNS = {
+    "fixed": {},
+    "per matrix": {"sign_key": SIGN},
+    "of ids": {"sign_key": SIGN, "sign_ids": [5, 6, 5, 7]},
+    "key in a tensor": {"sign_key": torch.tensor([SIGN - (SIGN >> 63 << 64)])},
+}
+
+
+@pytest.mark.parametrize("factors", ["stored", "regenerated"])
+@pytest.mark.parametrize("signs", SIGNS)
+@pytest.mark.parametrize("rank", (1, 3, 16, 33))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_core_aligned_in_the_pass_is_the_core_aligned_before(backend, dtype, rank, signs, factors):
+    w, left, right, _ = stored(rank, "none", dtype)
+    values = [torch.linspace(3, 0.01, rank) * (i + 1) for i in range(4)]
+    rest = {"coefficient": [0.1, 0.2, 0.3, 0.4], "decay": 0.01, "rank": rank, "backend": backend, **ROUNDING}
+    if factors == "regenerated":
+        left, right = LEFT, RIGHT
+    cores = ops.aligned_core(values, CORE, tensor_ids=IDS, delta=0.7, backend=backend, **SIGNS[signs])
+    want = perturbed(w, left, right, core=cores, **rest)
+    for delta in (0.7, torch.tensor([0.7])):
+        core = ops.AlignedCore(CORE, values, delta, **SIGNS[signs])
+        assert_all_same(perturbed(w, left, right, core=core, **rest), want)
+    out = poison(w)
+    ops.lowrank_perturb_(w, left, right, core=core, tensor_ids=IDS, out=out, **rest)
+    assert_all_same(out, want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_with_an_aligned_core(backend):
+    w, left, *_ = lowrank_arguments(torch.float32, backend)
+    values = [torch.tensor([3.0, 1.0]), torch.tensor([2.0, 1.0])]
+    scalars = (torch.tensor([0, 5, 6, 7]), torch.tensor([0.1]), torch.tensor([0.0]))
+    core = (2, "aligned", torch.tensor([0.5]), [1, 1])
+    arguments = (w, left, [], values, *scalars, None, [1, 2], [0, 7, 0, 4], *core, backend)
+    torch.library.opcheck(TABLE.lowrank_perturb_.default, arguments)
 
 
 def test_rank_of_a_shard_is_bounded_by_its_unsharded_row():

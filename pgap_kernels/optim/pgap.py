@@ -134,16 +134,15 @@ class PGAP(ZOOptimizer):
         for bucket in buckets(self.matrices(), also=self.rank_of):
             ids = [w.id for w in bucket]
             bases = [self.bases[w.name] for w in bucket]
-            cores = ops.aligned_core(
-                [b.singular_values for b in bases],
+            core = ops.AlignedCore(
                 self.key(Role.CORE),
-                tensor_ids=ids,
-                delta=self.delta_now(),
-                sign_key=sign_key,
-                sign_ids=[0] * len(ids) if self.xi == "global" else None,
-            )
+                [b.singular_values for b in bases],
+                self.delta_now(),
+                sign_key,
+                [0] * len(ids) if self.xi == "global" else None,
+            ).where_best(bucket[0].tensor, ids)
             left, right = [b.left for b in bases], [b.right for b in bases]
-            moves.append(SubspaceMove(bucket, left, right, cores, [self._scale(w) for w in bucket]))
+            moves.append(SubspaceMove(bucket, left, right, core, [self._scale(w) for w in bucket]))
         dense = [w for w in self.weights() if self.is_dense(w)]
         return moves + list(self.dense_moves(self.key(Role.DENSE), dense))
 

@@ -2,13 +2,15 @@
 
     words(block) = Philox4x32-7 of the counter (block lo, block hi, tensor id, 0)
     normal       = sqrt(-2 ln u) * (cos, sin)(angle) of the word pairs (x0, x1) and (x2, x3)
+    element e    = group e >> 12, output lane (e >> 10) & 3, block (group << 10) | (e & 1023)
 
-Only +, -, x, explicit fma, correctly rounded sqrt and integer operations: no libdevice, no inline assembly, so the
-bits are those of the reference on every target. Compile with ``enable_fp_fusion=False``.
+The exact tier is +, -, x, explicit fma, correctly rounded sqrt and integer operations: no libdevice, no inline
+assembly, so the bits are those of the reference on every target. Compile with ``enable_fp_fusion=False``.
 """
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import libdevice
 
 
 @triton.jit
@@ -57,3 +59,70 @@ def box_muller(a, b):
     q = tl.fma(q, w, -4.934784889221191)
     q = tl.fma(q, w, 0.9999998807907104)
     return radius * (y * p), radius * q
+
+
+@triton.jit
+def fast_box_muller(a, b):
+    """The same two normals from NVIDIA's approximate units, |dz| <= 1e-3: the fast tier, for CUDA targets only."""
+    u = ((a >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 0.999999940395355224609375
+    radius = tl.sqrt(tl.abs(1.3862943611198906 * libdevice.fast_log2f(u)))  # abs: near 1 the sign may be wrong
+    angle = ((b >> 8).to(tl.int32).to(tl.float32) - 8388608.0) * 3.7450702829e-07
+    return -radius * libdevice.fast_cosf(angle), -radius * libdevice.fast_sinf(angle)
+
+
+@triton.jit
+def group_words(group, r, tensor_id, key):
+    """Words of the counters r (below 1024) of one group of 4096 elements: lane l is that of element l * 1024 + r."""
+    low = (group << 10).to(tl.uint32) | r.to(tl.uint32)
+    high = (group >> 22).to(tl.uint32)
+    return philox7(low, high, tensor_id, key.to(tl.uint32), (key >> 32).to(tl.uint32))
+
+
+@triton.jit
+def group_noise(group, r, tensor_id, key, DISTRIBUTION: tl.constexpr, FAST: tl.constexpr):
+    """z of the elements l * 1024 + r of a group, l = 0..3, as four tensors; r is a tile (rows, 8) of 8 i + j."""
+    if DISTRIBUTION == "rademacher":
+        # Word e >> 5 of the stream of words: the 8 signs of a tile's row lie in one byte of one word.
+        row = tl.arange(0, r.shape[0])[:, None]
+        shift = ((row & 3) * 8 + tl.arange(0, 8)[None, :]).to(tl.uint32)
+        base = (group & 31).to(tl.int32) * 128
+        z0 = _signs(group, base + (row >> 2), shift, tensor_id, key)
+        z1 = _signs(group, base + 32 + (row >> 2), shift, tensor_id, key)
+        z2 = _signs(group, base + 64 + (row >> 2), shift, tensor_id, key)
+        z3 = _signs(group, base + 96 + (row >> 2), shift, tensor_id, key)
+    else:
+        x0, x1, x2, x3 = group_words(group, r, tensor_id, key)
+        if FAST:
+            z0, z1 = fast_box_muller(x0, x1)
+            z2, z3 = fast_box_muller(x2, x3)
+        else:
+            z0, z1 = box_muller(x0, x1)
+            z2, z3 = box_muller(x2, x3)
+    return z0, z1, z2, z3
+
+
+@triton.jit
+def _signs(group, word, shift, tensor_id, key):
+    x0, x1, x2, x3 = group_words(group >> 5, word & 1023, tensor_id, key)
+    lane = word >> 10
+    x = tl.where(lane < 2, tl.where(lane == 0, x0, x1), tl.where(lane == 2, x2, x3))
+    # The sign bit of -1.0 where the stream's bit is 0.
+    return ((((x >> shift) & 1) ^ 1) << 31 | 0x3F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def element_normal(e, tensor_id, key):
+    """Exact normal number e (int64, any shape): one Philox call each, for small or irregular draws."""
+    r = (e & 1023).to(tl.int32)
+    x0, x1, x2, x3 = group_words(e >> 12, r, tensor_id, key)
+    lane = ((e >> 10) & 3).to(tl.int32)
+    even, odd = box_muller(tl.where(lane < 2, x0, x2), tl.where(lane < 2, x1, x3))
+    return tl.where((lane & 1) == 0, even, odd)
+
+
+@triton.jit
+def element_word(e, tensor_id, key):
+    """Word of element e (int64, any shape)."""
+    x0, x1, x2, x3 = group_words(e >> 12, (e & 1023).to(tl.int32), tensor_id, key)
+    lane = ((e >> 10) & 3).to(tl.int32)
+    return tl.where(lane < 2, tl.where(lane == 0, x0, x1), tl.where(lane == 2, x2, x3))

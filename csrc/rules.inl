@@ -1,0 +1,225 @@
+// Passes with a rule of their own over the noise of a group: masks, preconditioned updates, anchors, sums.
+// Included after kernels.inl. Rules are scalar loops in the reference's order of operations; fma only where written.
+
+// ---- masked: delta = sum_j a_j z_j where kept, -0 elsewhere; W <- W - d W + delta ---------------------------------
+
+template <class T> static void masked_groups(const MaskedPass& pass, const Piece& p, int64_t begin, int64_t end) {
+    alignas(64) float delta[kGroup];
+    alignas(64) uint32_t words[kGroup], mask_words[kGroup];
+    const bool stochastic = pass.rounding_key && sizeof(T) == 2;
+    const float threshold = pass.threshold[p.scalar], decay = pass.decay[p.scalar];
+    for (int64_t number = begin; number < end; ++number) {
+        Group g;
+        if (!enter_group<T>(p, number, g)) continue;
+        combine(delta, g, pass.draws, 0, pass.draws.count, p);
+        if (pass.mask == Mask::share) element_words(mask_words, g, p.tensor_id, pass.mask_key);
+        if (stochastic) element_words(words, g, p.tensor_id, *pass.rounding_key);
+        each_row(p, g, [&](int64_t row, int64_t column, int64_t lo, int64_t n) {
+            const T* in = (const T*)p.in + row * p.ld_in + column;
+            const int64_t element = p.element + row * p.cols + column;
+            float* d = delta + lo;
+            switch (pass.mask) {
+                case Mask::threshold:
+                    for (int64_t i = 0; i < n; ++i) d[i] = __builtin_fabsf(widen(in[i])) <= threshold ? d[i] : -0.0f;
+                    break;
+                case Mask::share:
+                    for (int64_t i = 0; i < n; ++i) d[i] = mask_words[lo + i] < pass.word_limit ? d[i] : -0.0f;
+                    break;
+                case Mask::bits:  // without a branch, which would be mispredicted
+                    for (int64_t i = 0, e = element; i < n; ++i, ++e) {
+                        const uint32_t keep = 0u - (p.bits[e >> 5] >> (e & 31) & 1u);
+                        d[i] = bits_to_float((float_to_bits(d[i]) & keep) | (0x80000000u & ~keep));
+                    }
+                    break;
+            }
+            apply((T*)p.out + row * p.ld_out + column, in, d, stochastic ? words + lo : nullptr, n, decay);
+        });
+    }
+}
+
+static void masked(const MaskedPass& pass, const Piece& piece, int64_t begin, int64_t end) {
+    with_type(pass.dtype, [&](auto t) { masked_groups<decltype(t)>(pass, piece, begin, end); });
+}
+
+// ---- preconditioned: g = sum_j c_j z_j, b = sum_j r_j z_j; a rule; W <- W - d W + delta ---------------------------
+
+// A run of n elements: delta holds b and takes the rule's delta; g, and z of the last draw; states; scalars.
+struct RuleRun {
+    int64_t n;
+    float* __restrict delta;
+    const float *g, *z;
+    float *__restrict first, *__restrict second;
+    const float* s;
+};
+
+static inline float fma1(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+static inline float root(float a) { return __builtin_sqrtf(a); }
+
+// delta = b / sqrt(H)
+static void rule_perturb(const RuleRun& r) {
+    for (int64_t i = 0; i < r.n; ++i) r.delta[i] = r.delta[i] / root(r.first[i]);
+}
+
+// m = fma(beta, m, g);  delta = fma(-lr, m, b)
+static void rule_momentum(const RuleRun& r) {
+    const float lr = r.s[0], beta = r.s[1];
+    for (int64_t i = 0; i < r.n; ++i) {
+        const float m = r.first[i] = fma1(beta, r.first[i], r.g[i]);
+        r.delta[i] = fma1(-lr, m, r.delta[i]);
+    }
+}
+
+// m = fma(beta1, m, rest1 g);  v = fma(beta2, v, rest2 g^2);  delta = fma(-lr, m / (sqrt(v correction) + eps), b)
+static void rule_adam(const RuleRun& r) {
+    const float lr = r.s[0], beta1 = r.s[1], rest1 = r.s[2], beta2 = r.s[3], rest2 = r.s[4], correction = r.s[5],
+                eps = r.s[6];
+    for (int64_t i = 0; i < r.n; ++i) {
+        const float g = r.g[i];
+        const float m = r.first[i] = fma1(beta1, r.first[i], rest1 * g);
+        const float v = r.second[i] = fma1(beta2, r.second[i], rest2 * (g * g));
+        r.delta[i] = fma1(-lr, m / (root(v * correction) + eps), r.delta[i]);
+    }
+}
+
+// H' = fma(growth H, z^2, rest H);  delta = fma(-lr, g / sqrt(H'), b / sqrt(H))
+static void rule_hizoo(const RuleRun& r) {
+    const float lr = r.s[0], rest = r.s[1], growth = r.s[2];
+    for (int64_t i = 0; i < r.n; ++i) {
+        const float h = r.first[i], z = r.z[i];
+        const float updated = r.first[i] = fma1(growth * h, z * z, rest * h);
+        r.delta[i] = fma1(-lr, r.g[i] / root(updated), r.delta[i] / root(h));
+    }
+}
+
+// m = fma(beta1, m, anneal g);  h = fma(beta2, h, rest2 g^2) if REFRESH
+// delta = fma(-lr, m / fma(gamma, max(h, floor), eps), b)
+template <bool REFRESH> static void rule_helene(const RuleRun& r) {
+    const float lr = r.s[0], beta1 = r.s[1], anneal = r.s[2], gamma = r.s[3], floor = r.s[4], eps = r.s[5],
+                beta2 = r.s[6], rest2 = r.s[7];
+    for (int64_t i = 0; i < r.n; ++i) {
+        const float g = r.g[i];
+        const float m = r.first[i] = fma1(beta1, r.first[i], anneal * g);
+        if (REFRESH) r.second[i] = fma1(beta2, r.second[i], rest2 * (g * g));
+        const float h = r.second[i];
+        r.delta[i] = fma1(-lr, m / fma1(gamma, h > floor ? h : floor, eps), r.delta[i]);
+    }
+}
+
+static void apply_rule(Rule rule, const RuleRun& run) {
+    switch (rule) {
+        case Rule::perturb: return rule_perturb(run);
+        case Rule::momentum: return rule_momentum(run);
+        case Rule::adam: return rule_adam(run);
+        case Rule::hizoo: return rule_hizoo(run);
+        case Rule::helene: return rule_helene<false>(run);
+        case Rule::helene_refresh: return rule_helene<true>(run);
+    }
+}
+
+// Both sums from each z, which is drawn once.
+static void both_sums(float* g, float* b, float* z, const Group& group, const PreconditionedPass& pass,
+                      const Piece& p) {
+    for (int64_t j = 0; j < pass.draws.count; ++j) {
+        add_draw<true>(z, group, pass.draws.distribution, p.tensor_id, pass.draws.keys[j], 1.0f);
+        const int64_t at = j * pass.draws.columns + p.scalar;
+        const float c = pass.draws.coefficients[at], r = pass.restore[at];
+        for (int64_t i = group.first; i < group.last; ++i) {
+            g[i] = j ? fma1(c, z[i], g[i]) : c * z[i];
+            b[i] = j ? fma1(r, z[i], b[i]) : r * z[i];
+        }
+    }
+}
+
+static float* state_at(const Companion& c, int64_t row, int64_t column) {
+    return c.data ? (float*)c.data + row * c.ld + column : nullptr;
+}
+
+template <class T> static void preconditioned_groups(const PreconditionedPass& pass, const Piece& p, int64_t begin,
+                                                     int64_t end) {
+    alignas(64) float delta[kGroup], g[kGroup], z[kGroup];
+    alignas(64) uint32_t words[kGroup];
+    const bool stochastic = pass.rounding_key && sizeof(T) == 2;
+    const float decay = pass.decay[p.scalar];
+    float scalars[kMaxScalars] = {};
+    for (int64_t k = 0; k < pass.scalar_rows; ++k) scalars[k] = pass.scalars[k * pass.draws.columns + p.scalar];
+    for (int64_t number = begin; number < end; ++number) {
+        Group group;
+        if (!enter_group<T>(p, number, group)) continue;
+        both_sums(g, delta, z, group, pass, p);
+        if (stochastic) element_words(words, group, p.tensor_id, *pass.rounding_key);
+        each_row(p, group, [&](int64_t row, int64_t column, int64_t lo, int64_t n) {
+            apply_rule(pass.rule, {n, delta + lo, g + lo, z + lo, state_at(p.first, row, column),
+                                   state_at(p.second, row, column), scalars});
+            apply((T*)p.out + row * p.ld_out + column, (const T*)p.in + row * p.ld_in + column, delta + lo,
+                  stochastic ? words + lo : nullptr, n, decay);
+        });
+    }
+}
+
+static void preconditioned(const PreconditionedPass& pass, const Piece& piece, int64_t begin, int64_t end) {
+    with_type(pass.dtype, [&](auto t) { preconditioned_groups<decltype(t)>(pass, piece, begin, end); });
+}
+
+// ---- affine: W <- fma(c, X, W0), X = Delta where given, else W - W0 -----------------------------------------------
+
+// n elements of a companion as float32.
+static void load(const Companion& c, int64_t row, int64_t column, float* to, int64_t n) {
+    with_type(c.dtype, [&](auto t) { widen_all((const decltype(t)*)c.data + row * c.ld + column, to, n); });
+}
+
+template <class T> static void affine_groups(const AffinePass& pass, const Piece& p, int64_t begin, int64_t end) {
+    alignas(64) float x[kGroup], origin[kGroup];
+    alignas(64) uint32_t words[kGroup];
+    const bool stochastic = pass.rounding_key && sizeof(T) == 2;
+    const float c = pass.coefficient[p.scalar];
+    for (int64_t number = begin; number < end; ++number) {
+        Group g;
+        if (!enter_group<T>(p, number, g)) continue;
+        if (stochastic) element_words(words, g, p.tensor_id, *pass.rounding_key);
+        each_row(p, g, [&](int64_t row, int64_t column, int64_t lo, int64_t n) {
+            load(p.first, row, column, origin, n);
+            if (p.second.data) {
+                load(p.second, row, column, x, n);
+            } else {
+                const T* in = (const T*)p.in + row * p.ld_in + column;
+                for (int64_t i = 0; i < n; ++i) x[i] = widen(in[i]) - origin[i];
+            }
+            for (int64_t i = 0; i < n; ++i) x[i] = fma1(c, x[i], origin[i]);
+            T* const out = (T*)p.out + row * p.ld_out + column;
+            apply(out, (const T*)nullptr, x, stochastic ? words + lo : nullptr, n, 0.0f);
+        });
+    }
+}
+
+static void affine(const AffinePass& pass, const Piece& piece, int64_t begin, int64_t end) {
+    with_type(pass.dtype, [&](auto t) { affine_groups<decltype(t)>(pass, piece, begin, end); });
+}
+
+// ---- reduce: sum x z with a key, sum x^2 without; x = T, or T - T0 in float32 -------------------------------------
+
+// A group's sum in index order: products are exact in float64, so neither threads nor instruction sets matter.
+template <class T> static void reduce_groups(const ReducePass& pass, const Piece& p, int64_t begin, int64_t end,
+                                             double* partials) {
+    alignas(64) float z[kGroup], x[kGroup], origin[kGroup];
+    for (int64_t number = begin; number < end; ++number) {
+        double sum = 0;
+        Group g;
+        if (enter_group<T>(p, number, g)) {
+            if (pass.key) add_draw<true>(z, g, pass.distribution, p.tensor_id, *pass.key, 1.0f);
+            each_row(p, g, [&](int64_t row, int64_t column, int64_t lo, int64_t n) {
+                widen_all((const T*)p.in + row * p.ld_in + column, x, n);
+                if (p.first.data) {
+                    load(p.first, row, column, origin, n);
+                    for (int64_t i = 0; i < n; ++i) x[i] -= origin[i];
+                }
+                const float* other = pass.key ? z + lo : x;
+                for (int64_t i = 0; i < n; ++i) sum += double(x[i]) * double(other[i]);
+            });
+        }
+        *partials++ = sum;
+    }
+}
+
+static void reduce(const ReducePass& pass, const Piece& piece, int64_t begin, int64_t end, double* partials) {
+    with_type(pass.dtype, [&](auto t) { reduce_groups<decltype(t)>(pass, piece, begin, end, partials); });
+}

@@ -1,0 +1,94 @@
+"""Sums over whole tensors: products with regenerated noise, squared norms, squared distances."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import backends, checks
+from ._arguments import Key, Slices, noise_options
+from ._library import define, table
+
+
+def _reduce_impl(tensors, *args):
+    backend = backends.select("reduce", tensors[0].device, tensors[0].dtype, args[-1])
+    return backend.reduce(tensors, *args[:-1])
+
+
+def _fake_reduce(tensors, *args):
+    return tensors[0].new_empty(len(tensors), dtype=torch.float64)
+
+
+define(
+    "reduce(Tensor[] tensors, Tensor[] anchors, Tensor keys, int[] tensor_ids, int[] slices, str distribution, "
+    "str tier, str? backend) -> Tensor",
+    _reduce_impl,
+    _fake_reduce,
+)
+
+
+@torch.compiler.disable
+def seeded_dot(
+    tensors: Sequence[Tensor],
+    key: Key,
+    *,
+    tensor_ids: Sequence[int],
+    distribution: str = "normal",
+    tier: str = "exact",
+    slices: Slices | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """<z(key), T> of each tensor, the noise regenerated on the way (K6 of the kernel algebra; LOREN, diagnostics).
+
+    Products and sums are float64. The result does not depend on threads, grid or the list; backends agree to the
+    order of summation.
+
+    Args:
+        tensors: float32, bfloat16 or float16, laid out as the weights of ``dense_perturb_``; only read.
+        key, tensor_ids, distribution, tier, slices, backend: as there.
+
+    Returns:
+        float64 tensor (number of tensors,) on their device.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    values = checks.tensors("tensors", tensors)
+    layouts = [checks.matrix_layout(f"tensors[{i}]", t) for i, t in enumerate(values)]
+    noise_options(distribution, tier)
+    keys = checks.key_tensor("key", [key])
+    ids = checks.tensor_ids("tensor_ids", tensor_ids, len(values))
+    spans = checks.slices("slices", slices, layouts)
+    with torch.no_grad():
+        return table.reduce(values, [], keys, ids, spans, distribution, tier, backend)
+
+
+@torch.compiler.disable
+def squared_norms(
+    tensors: Sequence[Tensor], anchors: Sequence[Tensor] | None = None, *, backend: str | None = None
+) -> Tensor:
+    """Squared Frobenius norm of each tensor, or of its distance from an anchor (K5r, K6 of the kernel algebra; DiZO).
+
+    The difference is taken in float32, squares and sums in float64.
+
+    Args:
+        tensors: as in ``seeded_dot``.
+        anchors: one per tensor, of its shape, in the tensors' dtype or float32.
+        backend: name of the backend to force; None chooses.
+
+    Returns:
+        float64 tensor (number of tensors,) on their device.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    values = checks.tensors("tensors", tensors)
+    layouts = [checks.matrix_layout(f"tensors[{i}]", t) for i, t in enumerate(values)]
+    dtypes = tuple({torch.float32: None, values[0].dtype: None})
+    origin = [] if anchors is None else checks.companions("anchors", anchors, values, dtypes, written=False)
+    spans = checks.slices("slices", None, layouts)
+    none = torch.zeros(0, dtype=torch.int64)
+    with torch.no_grad():
+        return table.reduce(values, origin, none, [0] * len(values), spans, "normal", "exact", backend)

@@ -1,0 +1,29 @@
+"""Passes that were not made because a scalar on the device was not finite."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+
+def raise_if_skipped(device: torch.device | str | None = None) -> None:
+    """Report passes that were skipped on a device: a place to call it is where the host waits for the device anyway.
+
+    Scalars on the host are checked when they are passed. One on a GPU is seen by the kernels only: if it is NaN or
+    infinite the whole pass writes nothing and leaves a mark, which this reads (one small copy, which waits) and clears.
+
+    Args:
+        device: the one to ask; None asks all that were used.
+
+    Raises:
+        FloatingPointError: a pass was skipped since the last call.
+    """
+    launch = sys.modules.get("pgap_kernels.triton.launch")  # without it nothing was launched
+    skipped = launch.take_skipped(None if device is None else torch.device(device)) if launch else []
+    if skipped:
+        names = ", ".join(map(str, skipped))
+        raise FloatingPointError(
+            f"a pass on {names} wrote nothing: a coefficient, decay, delta or singular value on the device was NaN or "
+            "infinite; look at the losses they come from"
+        )

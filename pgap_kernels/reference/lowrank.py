@@ -1,0 +1,107 @@
+"""W <- W - d W + a A C B^T, and P-GAP's aligned core; ``ops.lowrank``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+
+from .dense import assemble_gradient_
+from .layout import column, rounded
+from .noise import noise
+
+
+def _sums(rows: Tensor) -> Tensor:
+    """Sums of rows of a power of two, by halves: the same bits on every device, and whatever zeros were appended."""
+    while rows.shape[1] > 1:
+        half = rows.shape[1] // 2
+        rows = rows[:, :half] + rows[:, half:]
+    return rows[:, 0]
+
+
+def aligned(cores: list[Tensor], singular_values: list[Tensor], signs: list[Tensor], delta: float) -> list[Tensor]:
+    """Shift the diagonals of regenerated cores so that <S, Z> = xi sqrt(delta) |S|; in place, in float64 inside."""
+    diagonals = [core.diagonal() for core in cores]
+    s, z = (pad_sequence(rows, batch_first=True).double() for rows in (singular_values, diagonals))
+    rank = s.shape[1]
+    s, z = (pad(rows, (0, (1 << (rank - 1).bit_length()) - rank)) for rows in (s, z))
+    norm = _sums(s * s).sqrt()
+    if not norm.isfinite().all():
+        raise ValueError("singular_values: got NaN or infinity; accepted: finite values")
+    alpha = (_sums(s * z) - torch.cat(signs).double() * delta**0.5 * norm) / norm**2
+    shifted = z - torch.where(norm > 0, alpha, 0.0)[:, None] * s
+    for diagonal, row in zip(diagonals, shifted, strict=True):
+        diagonal.copy_(row[: diagonal.shape[0]])
+    return cores
+
+
+def cores_and_signs(singular_values, keys, tensor_ids, sign_ids, assemble):
+    """Z_init and xi of each matrix, drawn by a backend's ``assemble_gradient_``."""
+    device, one = singular_values[0].device, torch.ones(1, 1, dtype=torch.float32)
+    cores = [torch.empty(len(s), len(s), device=device, dtype=torch.float32) for s in singular_values]
+    signs = [torch.ones(1, device=device, dtype=torch.float32) for _ in singular_values]
+    layouts = [x for s in singular_values for x in (0, len(s))]
+    assemble(cores, keys[:1], one, tensor_ids, layouts, "normal", "exact")
+    if len(keys) > 1:
+        assemble(signs, keys[1:], one, sign_ids, [0, 1] * len(signs), "rademacher", "exact")
+    return cores, signs
+
+
+def aligned_core(singular_values, keys, tensor_ids, sign_ids, delta, assemble=assemble_gradient_):
+    """Noise from the backend, r numbers per matrix of float64 arithmetic here: the same bits from every backend."""
+    cores, signs = cores_and_signs(singular_values, keys, tensor_ids, sign_ids, assemble)
+    return aligned(cores, singular_values, signs, delta)
+
+
+def lowrank_perturb_(
+    weights,
+    out,
+    left,
+    right,
+    core,
+    keys,
+    coefficient,
+    decay,
+    rounding_key,
+    tensor_ids,
+    slices,
+    rank,
+    core_kind,
+    delta,
+    sign_ids,
+):
+    """Matrix products of float32; for 16-bit W, A C and B are rounded once to W's dtype."""
+    left_key, right_key, core_key = keys.tolist()[:3]
+    if core_kind == "aligned":
+        core, core_kind = aligned_core(core, keys[2:], tensor_ids, sign_ids, delta.item()), "full"
+    for t, (source, target) in enumerate(zip(weights, out, strict=True)):
+        if target.numel() == 0:
+            continue
+        base, row_stride = slices[2 * t : 2 * t + 2]
+        (m, n), device, dtype = source.shape, source.device, source.dtype
+
+        def regenerate(rows, first, key, tensor_id=tensor_ids[t], device=device):
+            return noise(first * rank, rows * rank, tensor_id, key, "normal", device).view(rows, rank)
+
+        a = left[t].float() if left else regenerate(m, base // row_stride, left_key)
+        b = right[t].float() if right else regenerate(n, base % row_stride, right_key)
+        if core_kind == "diagonal":
+            a = a * core[t].float()
+        elif core_kind == "full":
+            a = a @ core[t].float()
+        elif core_kind == "regenerated":
+            a = a @ regenerate(rank, 0, core_key)
+        a, b = a.to(dtype).float(), b.to(dtype).float()
+        d = decay[column(decay, t)].to(device)
+        weight = source.float()
+        value = coefficient[column(coefficient, t)].to(device) * (a @ b.T)
+        if d != 0:
+            value = value - d * weight
+        value = weight + value
+        key = None if rounding_key is None else rounding_key.item()
+        if key is None:
+            target.copy_(value)
+            continue
+        for row in range(m):
+            target[row] = rounded(value[row], target, key, base + row * row_stride, tensor_ids[t])

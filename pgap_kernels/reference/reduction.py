@@ -1,0 +1,25 @@
+"""sum z(key) T with a key, sum T^2 or sum (T - T0)^2 without; ``ops.reduction``."""
+
+from __future__ import annotations
+
+import torch
+
+from .layout import runs
+from .noise import noise
+
+
+def reduce(tensors, anchors, keys, tensor_ids, slices, distribution, tier):
+    """Products and sums in float64; one value per tensor."""
+    device = tensors[0].device
+    totals = torch.zeros(len(tensors), dtype=torch.float64, device=device)
+    for t, tensor in enumerate(tensors):
+        group = [tensor, *(anchors[t : t + 1])]
+        for begin, count, (value, *anchor) in runs(group, *slices[2 * t : 2 * t + 2]):
+            x = value.float()
+            if anchor:
+                x = x - anchor[0].float()
+            other = x
+            if len(keys):
+                other = noise(begin, count, tensor_ids[t], int(keys[0]), distribution, device)
+            totals[t] += x.double() @ other.double()
+    return totals

@@ -1,0 +1,91 @@
+"""The one table of launch configurations. Nothing is autotuned: a kernel that writes in place must run once.
+
+Results of dense kernels do not depend on it; those of low-rank products do (order of summation), so there is one entry
+per dtype and rank bucket, the same on every target.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+NVIDIA = ("nvidia", "hopper")
+
+
+class Config(NamedTuple):
+    """How a kernel is compiled and launched."""
+
+    num_warps: int = 4
+    num_stages: int = 1
+
+    def options(self, architecture: str) -> dict[str, int | bool]:
+        """Compiler options; contraction is off, since bits are part of the contract.
+
+        Warps are of 32 lanes: half as many waves of 64 do. NVIDIA's assembler takes whatever registers make one program
+        fast; 128 keep four programs on a processor.
+        """
+        warps = self.num_warps // 2 if architecture == "cdna" else self.num_warps
+        options: dict[str, int | bool] = {"num_warps": warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
+        return options | {"maxnreg": 128} if architecture in NVIDIA else options
+
+
+# A thread's share of a tile is 128 bits of each lane: 8 elements of 16 bits, or 4 of 32.
+DENSE = {torch.float32: Config(num_warps=8), torch.bfloat16: Config(), torch.float16: Config()}
+# What holds more than noise and W has 4 elements a thread whatever the dtype: by the rule for float32 state, and for
+# want of registers. 16-bit weights are then accessed 64 bits at a time.
+FOUR_EACH = Config(num_warps=8)
+
+
+class LowRankConfig(NamedTuple):
+    """Tile (rows, columns), tiles of a strip, and where P is: see ``LOWRANK``."""
+
+    rows: int
+    columns: int
+    resident: bool  # P is held by the program; else it reads P for every tile in steps
+    makes: bool  # the program makes P from A and C; else a launch before it does
+    step: int = 16
+    strip: int = 64
+    config: Config = Config()
+
+
+class ProductConfig(NamedTuple):
+    """Rows of a program and step of the sum in P."""
+
+    rows: int
+    step: int
+    config: Config = Config()
+
+
+PRODUCT = ProductConfig(rows=32, step=16)
+_EIGHT_WARPS = Config(num_warps=8)
+BUCKETS = (8, 15, 32, 64, 512)
+# float32 products are exact and made by fma, whose operands fill the registers; 16-bit ones go to tensor cores.
+_FLOAT32 = (
+    LowRankConfig(16, 64, resident=True, makes=True),
+    LowRankConfig(32, 64, resident=False, makes=False),
+    LowRankConfig(32, 64, resident=False, makes=False, config=_EIGHT_WARPS),
+    LowRankConfig(32, 64, resident=False, makes=False, config=_EIGHT_WARPS),
+    LowRankConfig(32, 64, resident=False, makes=False, config=_EIGHT_WARPS),
+)
+_HALF = (
+    LowRankConfig(16, 64, resident=True, makes=True),
+    LowRankConfig(32, 64, resident=False, makes=False),
+    LowRankConfig(64, 128, resident=True, makes=True, strip=32, config=_EIGHT_WARPS),
+    LowRankConfig(64, 128, resident=True, makes=False, strip=32, config=_EIGHT_WARPS),
+    LowRankConfig(64, 128, resident=False, makes=False, step=32, strip=32, config=_EIGHT_WARPS),
+)
+# Chosen so that nothing spills with 128 registers: P is made in the pass, or held by it, where that fits beside a tile.
+LOWRANK = {
+    (dtype, limit): config
+    for dtype, row in ((torch.float32, _FLOAT32), (torch.bfloat16, _HALF), (torch.float16, _HALF))
+    for limit, config in zip(BUCKETS, row, strict=True)
+}
+
+
+def lowrank_config(dtype: torch.dtype, rank: int, stochastic: bool, architecture: str) -> LowRankConfig:
+    """The configuration of a dtype's rank bucket: tiles are smaller where operands, or random words, take registers."""
+    config = LOWRANK[dtype, next(limit for limit in BUCKETS if rank <= limit)]
+    if config.columns == 128 and architecture != "hopper":
+        config = config._replace(rows=64 if config.resident else 32, columns=64, step=16)
+    return config._replace(columns=config.columns // 2) if stochastic else config

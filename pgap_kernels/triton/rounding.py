@@ -1,0 +1,51 @@
+"""Rounding of float32 to the dtype of the weights, as the noise contract has it (docs/noise_v1.md)."""
+
+import triton
+import triton.language as tl
+
+from . import interpreted
+
+# Triton's interpreter truncates where compiled code rounds to bfloat16; there the same rounding is done on the bits.
+INTERPRETED = tl.constexpr(interpreted())
+
+
+@triton.jit
+def narrow(value, TYPE: tl.constexpr):
+    """To the nearest value of the type, ties to even."""
+    if INTERPRETED and TYPE == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        up = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+        result = tl.where(value == value, up, 0x7FC0).to(tl.uint16).to(TYPE, bitcast=True)
+    else:
+        result = value.to(TYPE)
+    return result
+
+
+@triton.jit
+def stochastic(value, word, TYPE: tl.constexpr):
+    """Away from zero iff the top 16 bits s of the word give s 2^-16 < (|v| - lo) / (hi - lo), compared exactly.
+
+    The result is a value of the type, still as float32.
+    """
+    if TYPE == tl.float32:
+        result = value
+    else:
+        bits = value.to(tl.uint32, bitcast=True)
+        magnitude = bits & 0x7FFFFFFF
+        s = word >> 16
+        if TYPE == tl.bfloat16:  # the dropped half is the fraction, for normal and subnormal values alike
+            up = tl.where(s < (bits & 0xFFFF), 0x10000, 0).to(tl.uint32)
+            chosen = ((bits & 0xFFFF0000) + up).to(tl.float32, bitcast=True)
+            beyond = magnitude > 0x7F7F0000
+        else:
+            up = tl.where(s < ((magnitude & 0x1FFF) << 3), 0x2000, 0).to(tl.uint32)
+            normal = ((bits & 0xFFFFE000) + up).to(tl.float32, bitcast=True)
+            # Below 2^-14 half precision has a fixed step; the quotient by it is exact.
+            units = tl.minimum(magnitude.to(tl.float32, bitcast=True), 1.0) * 16777216.0
+            whole = units.to(tl.int32).to(tl.float32)
+            up_small = tl.where(s.to(tl.int32).to(tl.float32) * 1.52587890625e-05 < units - whole, 1.0, 0.0)
+            small = ((whole + up_small) * 5.9604644775390625e-08).to(tl.uint32, bitcast=True) | (bits & 0x80000000)
+            chosen = tl.where(magnitude >= 0x38800000, normal, small.to(tl.float32, bitcast=True))
+            beyond = magnitude > 0x477FE000
+        result = tl.where(beyond, narrow(value, TYPE).to(tl.float32), chosen)
+    return result

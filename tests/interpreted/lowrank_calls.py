@@ -1,0 +1,61 @@
+"""What the tests of the low-rank kernels share: factors, shapes, calls, and what an error may be."""
+
+from __future__ import annotations
+
+import torch
+from agreement import assert_all_same
+from helpers import clones
+
+from pgap_kernels import noise, ops
+
+LEFT, RIGHT, CORE, SIGN = (
+    noise.derive(4, 1, role) for role in (noise.Role.LEFT, noise.Role.RIGHT, noise.Role.CORE, noise.Role.SIGN)
+)
+STOCHASTIC = {"rounding": "stochastic", "rounding_key": noise.derive(4, 1, noise.Role.ROUNDING)}
+IDS = [noise.tensor_id(f"w{i}") for i in range(4)]
+# Whole tiles of every configuration, and ragged ones. As shards of wide rows they may have any rank.
+SHAPES = [(64, 128), (35, 70)]
+WIDE = {"slices": [(0, 600)] * len(SHAPES)}
+
+
+def integers(shapes, bound: int, seed: int) -> list[torch.Tensor]:
+    """Random whole numbers up to a bound: their products and sums are exact, in whatever order they are made."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(-bound, bound + 1, shape, generator=generator).float() for shape in shapes]
+
+
+def stored(rank: int, core: str, shapes=SHAPES, draw=None):
+    """A, B and C as the op takes them, of whole numbers or of what ``draw`` makes of shapes and a seed."""
+    make = draw or (lambda sizes, seed: integers(sizes, 2 if seed == 3 else 4, seed))
+    size = {"none": None, "diagonal": (rank,), "full": (rank, rank)}[core]
+    left, right = make([(m, rank) for m, _ in shapes], 1), make([(n, rank) for _, n in shapes], 2)
+    return left, right, size and make([size] * len(shapes), 3)
+
+
+def perturbed(tensors, left, right, backend="triton", **options):
+    """Copies of the tensors after the op."""
+    tensors = clones(tensors)
+    ops.lowrank_perturb_(tensors, left, right, backend=backend, **{"tensor_ids": IDS[: len(tensors)], **options})
+    return tensors
+
+
+def agreeing(tensors, left, right, **options):
+    """The same, once both backends gave the same bits."""
+    got, want = (perturbed(tensors, left, right, b, **options) for b in ("triton", "reference"))
+    assert_all_same(got, want)
+    return got
+
+
+def at_most_twice(dtype, got, w, left, right, cores, coefficient: float, decay: float) -> None:
+    """Largest and root mean square error against float64, of the result and of PyTorch's addmm in W's dtype, where P
+    and B are rounded to it in both."""
+    own, plain = [], []
+    for g, x, a, b, c in zip(got, w, left, right, cores, strict=True):
+        exact = (1 - decay) * x.double() + coefficient * (a.double() @ c.double() @ b.double().T)
+        p = (a.float() @ c.float()).to(dtype)
+        addmm = torch.addmm(x, p, b.to(dtype).T, beta=1 - decay, alpha=coefficient)
+        own.append((g.double() - exact).flatten())
+        plain.append((addmm.double() - exact).flatten())
+    own, plain = torch.cat(own), torch.cat(plain)
+    assert own.abs().max() <= 2 * plain.abs().max()
+    assert own.square().mean().sqrt() <= 2 * plain.square().mean().sqrt()

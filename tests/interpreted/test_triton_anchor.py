@@ -1,0 +1,66 @@
+"""anchor_affine_ on the Triton kernel: the very bits of the reference."""
+
+import functools
+import itertools
+import math
+
+import pytest
+import torch
+from agreement import SHAPES, agree, assert_all_same
+from cases import LAYOUTS, Case, anchor_arguments
+from helpers import DTYPES
+
+from pgap_kernels import ops
+
+# (weights, anchors): anchors are float32 or the weights' own dtype.
+PAIRS = [(dtype, anchors) for dtype in DTYPES for anchors in dict.fromkeys([torch.float32, dtype])]
+
+
+def affine(**options) -> Case:
+    """A call of ``anchor_affine_``, its arguments those of ``cases.anchor_arguments``."""
+    return Case("anchor_affine_", functools.partial(anchor_arguments, **{"shapes": SHAPES, **options}), ("weights",))
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize(("dtype", "anchors"), PAIRS, ids=str)
+def test_dtypes(dtype, anchors, rounding):
+    for deltas in dict.fromkeys([None, torch.float32, dtype]):
+        agree(affine(dtype=dtype, anchors=anchors, deltas=deltas, rounding=rounding))
+
+
+@pytest.mark.parametrize("deltas", [None, torch.float32])
+@pytest.mark.parametrize(("layout", "dtype"), [*zip(LAYOUTS, itertools.cycle(DTYPES), strict=False)], ids=str)
+def test_layouts(layout, dtype, deltas):
+    options = {"deltas": deltas, "rounding": "stochastic", "coefficient": [0.7, -1.3, 0.0]}
+    agree(affine(dtype=dtype, layout=layout, **options))
+
+
+@pytest.mark.parametrize("coefficient", [0.0, -0.0, 1.0, 1e-42, 3e38])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_special_values(dtype, coefficient):
+    special = [math.inf, -math.inf, math.nan, 0.0, -0.0, 6e-8, 1e-40, 65504.0, -65504.0, 3.38e38, 1.0]
+    values = torch.tensor(list(itertools.product(special, special)), dtype=torch.float64).to(dtype)
+    for stored in (False, True):
+        results = []
+        for backend in ("triton", "reference"):
+            w, anchor = values[:, 0].contiguous(), values[:, 1].contiguous()
+            deltas = [w.clone()] if stored else None
+            ops.anchor_affine_([w], [anchor], coefficient, deltas=deltas, backend=backend)
+            results.append([w])
+        assert_all_same(*results)
+
+
+def test_nothing_to_write():
+    agree(affine(shapes=[(), (0,), (0, 4), (1,), (3, 5)]))
+    agree(affine(shapes=[(0,)], deltas=torch.float32))
+
+
+def test_stored_distances_give_what_the_first_scale_would():
+    """From a stored distance any scale can be tried: W itself is not read."""
+    arguments = anchor_arguments(torch.bfloat16, deltas=torch.float32, rounding="stochastic", shapes=SHAPES)
+    results = []
+    for fill in (0.0, math.nan):
+        w = [torch.full_like(t, fill) for t in arguments["weights"]]
+        ops.anchor_affine_(**{**arguments, "weights": w}, backend="triton")
+        results.append(w)
+    assert_all_same(*results)

@@ -1,0 +1,216 @@
+"""The host side of the Triton launches: tables that are kept, what autograd is told, calls that are refused."""
+
+import gc
+
+import pytest
+import torch
+from agreement import assert_all_same
+from cases import IDS, KEYS, update_arguments
+from helpers import assert_same_bits, clones, poison, weights
+
+from pgap_kernels import ops
+from pgap_kernels.triton import launch
+
+TABLE = torch.ops.pgap_kernels
+DRAWS = [(KEYS[0], 0.1)]
+SHAPES = [(33,), (5, 7), (0,)]
+
+
+def perturb(tensors, backend="triton", **options):
+    ops.dense_perturb_(tensors, DRAWS, backend=backend, **{"tensor_ids": IDS[: len(tensors)], **options})
+    return tensors
+
+
+def add_lowrank(tensors, backend="triton", **options):
+    ops.lowrank_perturb_(tensors, 1, 2, core=3, rank=2, coefficient=0.5, backend=backend, **options)
+    return tensors
+
+
+# ---- tables --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def own_tables(monkeypatch):
+    """A cache of the test's own, and what it has made."""
+    cache = launch.Cache(64)
+    monkeypatch.setattr(launch, "_tables", cache)
+    return cache
+
+
+def test_one_table_for_one_list(own_tables):
+    w = weights(SHAPES)
+    perturb(w)
+    (table,) = own_tables.entries.values()
+    perturb(w, decay=0.5)
+    ops.dense_perturb_(w, [(KEYS[1], 0.5), (KEYS[2], 0.25)], tensor_ids=IDS[:3], backend="triton")
+    assert [*own_tables.entries.values()] == [table] and own_tables.entries.popitem()[1] is table
+
+
+def test_lowrank_tables_are_kept(own_tables):
+    w = weights([(9, 7), (5, 6)], torch.bfloat16)
+    add_lowrank(w, tensor_ids=IDS[:2])
+    tables = [*own_tables.entries.values()]
+    add_lowrank(w, tensor_ids=IDS[:2], decay=0.5)
+    assert len(tables) == len(own_tables.entries)
+    assert all(a is b for a, b in zip(tables, own_tables.entries.values(), strict=True))
+
+
+def test_whatever_enters_a_table_makes_another(own_tables):
+    """The same memory as another list: other ids, place in the unsharded tensor, shape, dtype, order, output."""
+    memory, mask = torch.zeros(24), [torch.tensor([0x5A5A5A], dtype=torch.int32)]
+
+    def run(backend, view, **options):
+        memory.copy_(torch.linspace(0, 1, 24))
+        if options.pop("masked", False):
+            ops.masked_perturb_([view], DRAWS, bits=mask, tensor_ids=IDS[:1], backend=backend)
+        elif options.pop("pair", False):
+            perturb([view[:5], view[5:]], backend, **options)
+        else:
+            perturb([view], backend, **{"tensor_ids": IDS[:1], **options})
+        return memory.clone()
+
+    calls = [
+        (memory, {}),
+        (memory, {"tensor_ids": [5]}),
+        (memory, {"slices": [(100, 200)]}),
+        (memory, {"slices": [(101, 200)]}),
+        (memory[:23], {}),
+        (memory.view(4, 6), {}),
+        (memory.view(4, 6), {"slices": [(100, 200)]}),
+        (memory.view(4, 6)[:, :5], {"slices": [(100, 200)]}),
+        (memory.view(torch.bfloat16), {}),
+        (memory.view(torch.float16), {}),
+        (memory, {"masked": True}),
+        (memory, {"pair": True, "decay": [0.5, 0.1]}),
+        (memory, {"pair": True, "decay": 0.5}),
+        (memory, {"pair": True, "tensor_ids": [2, 1]}),
+    ]
+    for _ in range(2):  # made, then found again
+        for view, options in calls:
+            assert_same_bits(run("triton", view, **options), run("reference", view, **options))
+    assert len(own_tables.entries) == len(calls)
+
+
+def test_a_tensor_whose_storage_moved():
+    """The same Python object elsewhere in memory is another list; what it was is no longer written."""
+    (w,), (other,) = weights([(33,)]), weights([(33,)], seed=1)
+    perturb([w])
+    left_behind, before = w.data, w.data.clone()
+    want = perturb([other.clone()])
+    w.data = other
+    perturb([w])
+    assert_same_bits(w, want[0])
+    assert_same_bits(left_behind, before)
+
+
+def test_memory_that_is_used_again():
+    """Lists come and go at the same addresses."""
+    for seed in range(4):
+        for dtype in (torch.float32, torch.bfloat16):
+            w = weights(SHAPES, dtype, seed)
+            want = perturb(clones(w), "reference")
+            assert_all_same(perturb(w), want)
+            del w
+            gc.collect()
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_what_was_dropped_is_made_again(own_tables, size):
+    own_tables.size = size
+    lists = [weights(SHAPES, seed=seed) for seed in range(3)]
+    for _ in range(2):
+        for w in lists:
+            want = perturb(clones(w), "reference")
+            assert_all_same(perturb(w), want)
+            assert len(own_tables.entries) <= size
+    matrices = weights([(9, 7), (5, 6)])
+    want = add_lowrank(clones(matrices), tensor_ids=IDS[:2])
+    own_tables.entries.clear()
+    assert_all_same(add_lowrank(matrices, tensor_ids=IDS[:2]), want)
+    assert len(own_tables.entries) == size
+
+
+def test_the_least_recently_used_goes_first():
+    cache, made = launch.Cache(2), []
+
+    def get(key):
+        return cache.get(key, lambda: made.append(key) or key)
+
+    assert [get(key) for key in "abacab"] == [*"abacab"]
+    assert made == ["a", "b", "c", "b"]
+
+
+# ---- autograd and tracing ------------------------------------------------------------------------------------------
+
+
+def versions(tensors):
+    return [t._version for t in tensors]
+
+
+def test_version_counters():
+    w = weights(SHAPES)
+    out, before = poison(w), versions(w)
+    before_out = versions(out)
+    perturb(w, out=out)
+    assert versions(w) == before
+    assert all(a > b for a, b in zip(versions(out), before_out, strict=True))
+    perturb(w)
+    assert all(a > b for a, b in zip(versions(w), before, strict=True))
+    arguments = update_arguments("adam", shapes=[(5,)])
+    written = [*arguments["weights"], *arguments["state"][0], *arguments["state"][1]]
+    before = versions(written)
+    ops.preconditioned_update_(**arguments, backend="triton")
+    assert all(a > b for a, b in zip(versions(written), before, strict=True))
+
+
+def test_autograd_sees_the_write():
+    w, x = torch.nn.Parameter(torch.ones(4)), torch.ones(4, requires_grad=True)
+    y = (x * w).sum()
+    perturb([w])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+def test_opcheck():
+    w = weights([(5, 7), (9,)], torch.bfloat16)
+    keys, coefficients, decay = torch.tensor([3, -4]), torch.tensor([[0.5], [-0.25]]), torch.tensor([[0.0, 0.1]])
+    rest = (torch.tensor([5]), [2], [1, 2], [0, 7, 0, 9], "normal", "exact", "triton")
+    torch.library.opcheck(TABLE.dense_perturb_.default, (w, keys, coefficients, decay, *rest))
+    torch.library.opcheck(TABLE.dense_perturb_.out, (w, keys, coefficients, decay, *rest), {"out": clones(w)})
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tensors", "error", "match"),
+    [
+        ([torch.zeros(3, dtype=torch.float64)], TypeError, r"^weights\[0\]: got dtype torch.float64"),
+        ([torch.zeros(3, dtype=torch.int32)], TypeError, r"^weights\[0\]: got dtype torch.int32"),
+        ([torch.zeros(3), torch.zeros(3).half()], ValueError, r"^weights\[1\]: got torch.float16"),
+        ([torch.zeros(3), torch.zeros(3, device="meta")], ValueError, r"^weights\[1\]: got torch.float32 on meta"),
+        ([torch.zeros(4, 4).T[:, 1:]], ValueError, r"^weights\[0\]: got shape .* strides"),
+    ],
+    ids=["float64", "int32", "two dtypes", "two devices", "transposed"],
+)
+def test_tensors_that_are_refused(tensors, error, match):
+    with pytest.raises(error, match=match):
+        perturb(tensors)
+    assert all((t == 0).all() for t in tensors if t.device.type == "cpu")
+
+
+def test_a_dtype_below_the_checks():
+    """The op itself may be called with anything; then the backend says what it serves."""
+    w = [torch.zeros(3, dtype=torch.float64)]
+    arguments = (torch.tensor([1]), torch.ones(1, 1), torch.zeros(1, 1), None, [1], [1], [0, 3], "normal", "exact")
+    with pytest.raises(ValueError, match=r"'triton' does not serve dense_perturb_ on cpu torch\.float64: .*float16"):
+        TABLE.dense_perturb_(w, *arguments, "triton")
+    assert (w[0] == 0).all()
+
+
+@pytest.mark.parametrize("rank", [0, 4, 513])
+def test_ranks_that_are_refused(rank):
+    w = torch.zeros(600, 600) if rank > 512 else torch.zeros(5, 3)
+    with pytest.raises(ValueError, match=rf"^rank: got {rank}; accepted: 1 to {512 if rank > 512 else 3}"):
+        ops.lowrank_perturb_([w], 1, 2, rank=rank, coefficient=1.0, tensor_ids=[1], backend="triton")
+    assert (w == 0).all()

@@ -1,0 +1,74 @@
+"""lowrank_perturb_ on the Triton kernels: exact where arithmetic is, accurate where it is not."""
+
+import math
+
+import pytest
+import torch
+from helpers import DTYPES, weights
+from lowrank_calls import SHAPES, STOCHASTIC, WIDE, agreeing, at_most_twice, perturbed, stored
+
+from pgap_kernels.triton.config import lowrank_config
+
+RANKS = (1, 2, 8, 9, 15, 16, 17, 32, 33, 64, 65, 130)
+
+
+# ---- exact arithmetic ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_whole_numbers(dtype, rank):
+    """Nothing but the last rounding is inexact, so every rank gives the reference's bits, with every stored core."""
+    w = weights(SHAPES, dtype)
+    for core, options in (
+        ("none", {"coefficient": 0.25}),
+        ("diagonal", {"coefficient": [0.5, -0.125], "decay": [0.0, 0.25], **STOCHASTIC}),
+        ("full", {"coefficient": 2.0**-6, "decay": 0.5}),
+    ):
+        left, right, cores = stored(rank, core)
+        got = agreeing(w, left, right, core=cores, **options, **WIDE)
+        assert not any(torch.equal(g, x) for g, x in zip(got, w, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_largest_rank(dtype):
+    w = weights([(20, 70)], dtype)
+    left, right, _ = stored(512, "none", [(20, 70)])
+    agreeing(w, left, right, coefficient=2.0**-6, slices=[(5 * 600 + 7, 600)], **STOCHASTIC)
+
+
+@pytest.mark.parametrize("rank", (1, 12, 16))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_columns_beyond_a_strip(dtype, rank):
+    """A program walks over a strip of a row block; another does the rest."""
+    config = lowrank_config(dtype, rank)
+    shape = (3, config.columns * config.strip + 5)
+    left, right, _ = stored(rank, "none", [shape])
+    agreeing(weights([shape], dtype), left, right, coefficient=0.25, slices=[(0, shape[1])])
+
+
+def test_special_weights():
+    special = [math.inf, -math.inf, math.nan, 1e-40, 6e-8, 65504.0, 3.38e38, 1.0]
+    for dtype in DTYPES:
+        w = [torch.tensor(special * 40, dtype=torch.float64).to(dtype).view(20, 16)]
+        left, right, _ = stored(2, "none", [(20, 16)])
+        for options in ({}, STOCHASTIC):
+            agreeing(w, left, right, coefficient=0.25, decay=0.5, **options)
+
+
+# ---- accuracy ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("core", ["none", "diagonal", "full"])
+@pytest.mark.parametrize(
+    ("dtype", "rank"),
+    [*((d, r) for d in (torch.float32, torch.bfloat16) for r in RANKS), *((torch.float16, r) for r in (2, 9, 17, 33))],
+    ids=str,
+)
+def test_error_is_at_most_twice_that_of_pytorch(dtype, rank, core):
+    w = weights(SHAPES, dtype)
+    left, right, cores = stored(rank, core, draw=lambda sizes, seed: weights(sizes, seed=seed))
+    decay = 0.125 if core == "full" else 0.0
+    got = perturbed(w, left, right, core=cores, coefficient=0.3125, decay=decay, **WIDE)
+    matrices = [torch.eye(rank) if core == "none" else c.diag() if core == "diagonal" else c for c in cores or w]
+    at_most_twice(dtype, got, w, left, right, matrices, 0.3125, decay)

@@ -1,0 +1,270 @@
+"""On a GPU: low-rank passes are as accurate as PyTorch's, round once, and depend on their own matrix only."""
+
+from __future__ import annotations
+
+import gpu
+import pytest
+import torch
+from gpu import moved
+from helpers import DTYPES, assert_same_bits, clones, poison, weights
+
+from pgap_kernels import noise, ops, reference
+
+pytestmark = gpu.marks
+
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+# Both sides of every bucket of the configuration, powers of two and their neighbours.
+RANKS = (1, 2, 3, 8, 9, 15, 16, 17, 32, 33, 64, 100, 256, 512)
+CORES = ("none", "diagonal", "full", "regenerated", "aligned", "aligned with signs")
+IDS = [noise.tensor_id(f"w{i}") for i in range(3)]
+LEFT, RIGHT, CORE, SIGN = (
+    noise.derive(4, 1, role) for role in (noise.Role.LEFT, noise.Role.RIGHT, noise.Role.CORE, noise.Role.SIGN)
+)
+ROUNDING = {"rounding": "stochastic", "rounding_key": noise.derive(4, 1, noise.Role.ROUNDING)}
+DELTA = 0.7
+
+
+def assert_all_same(got, want):
+    for g, w in zip(got, want, strict=True):
+        assert_same_bits(g, w)
+
+
+def shapes_of(rank: int) -> list[tuple[int, int]]:
+    """A square of the rank's size and rectangles both ways, with ragged last tiles."""
+    return [(rank, rank), (rank + 1, 2 * rank + 35), (2 * rank + 65, rank + 3)]
+
+
+def stored(rank: int, dtype=torch.float32):
+    """(W, A, B) with float32 factors, on the CPU."""
+    shapes = shapes_of(rank)
+    return (
+        weights(shapes, dtype, seed=rank),
+        weights([(m, rank) for m, _ in shapes], seed=1),
+        weights([(n, rank) for _, n in shapes], seed=2),
+    )
+
+
+def core_of(kind: str, rank: int):
+    """The core as the op takes it, on the CPU, and as matrices."""
+    count = len(IDS)
+    if kind == "none":
+        return None, [torch.eye(rank)] * count
+    if kind == "diagonal":
+        values = weights([(rank,)] * count, seed=3)
+        return values, [v.diag() for v in values]
+    if kind == "full":
+        matrices = weights([(rank, rank)] * count, seed=4)
+        return matrices, matrices
+    if kind == "regenerated":
+        return CORE, [ops.draw((rank, rank), CORE, i) for i in IDS]
+    values = [torch.linspace(3, 0.01, rank) * (i + 1) for i in range(count)]
+    signs = {"sign_key": SIGN} if kind.endswith("signs") else {}
+    return ops.AlignedCore(CORE, values, DELTA, **signs), ops.aligned_core(
+        values, CORE, tensor_ids=IDS, delta=DELTA, **signs
+    )
+
+
+def there(core):
+    """A core with its tensors on the device."""
+    if isinstance(core, ops.AlignedCore):
+        return ops.AlignedCore(core.key, moved(core.singular_values), core.delta, core.sign_key, core.sign_ids)
+    return moved(core)
+
+
+def perturbed(w, left, right, core=None, **options):
+    """The weights after the pass on the device, on the CPU; tensors are given on the CPU."""
+    tensors = moved(w)
+    options = {"tensor_ids": IDS[: len(w)], "backend": "triton", **options}
+    ops.lowrank_perturb_(tensors, moved(left), moved(right), core=there(core), **options)
+    return [t.cpu() for t in tensors]
+
+
+# ---- accuracy --------------------------------------------------------------------------------------------------------
+
+
+def assert_as_accurate_as_pytorch(got, w, left, right, cores, coefficient: float, decay: float) -> None:
+    """Error against float64 at most twice that of PyTorch on the CPU, in the dtype of W, by root mean square and by
+    the largest.
+
+    The largest is left out for float32 sums of hundreds of terms: PyTorch adds them in blocks, the kernels one by one.
+    """
+    dtype, rank = w[0].dtype, left[0].shape[1]
+    own, other = [], []
+    for g, x, a, c, b in zip(got, w, left, cores, right, strict=True):
+        exact = (1 - decay) * x.double() + coefficient * a.double() @ c.double() @ b.double().T
+        p = a.to(dtype) if torch.equal(c, torch.eye(rank)) else a.to(dtype) @ c.to(dtype)
+        plain = torch.addmm(x, p, b.to(dtype).T, beta=1 - decay, alpha=coefficient)
+        own.append((g.double() - exact).flatten())
+        other.append((plain.double() - exact).flatten())
+    own, other = torch.cat(own), torch.cat(other)
+    assert own.square().mean().sqrt() <= 2 * other.square().mean().sqrt()
+    if dtype != torch.float32 or rank <= 128:
+        assert own.abs().max() <= 2 * other.abs().max()
+
+
+@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_error_is_at_most_twice_that_of_pytorch(dtype, rank, core):
+    """Without decay for odd ranks, with it for even ones."""
+    w, left, right = stored(rank, dtype)
+    given, matrices = core_of(core, rank)
+    decay = 0.0 if rank % 2 else 0.1
+    got = perturbed(w, left, right, given, coefficient=0.3, decay=decay)
+    assert_as_accurate_as_pytorch(got, w, left, right, matrices, 0.3, decay)
+
+
+@pytest.mark.parametrize("core", ["none", "full", "regenerated", "aligned with signs"])
+@pytest.mark.parametrize("rank", [1, 3, 15, 16, 33, 100])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_factors_drawn_from_keys(dtype, rank, core):
+    w, _, _ = stored(rank, dtype)
+    shapes = shapes_of(rank)
+    left = [ops.draw((m, rank), LEFT, i) for (m, _), i in zip(shapes, IDS, strict=True)]
+    right = [ops.draw((n, rank), RIGHT, i) for (_, n), i in zip(shapes, IDS, strict=True)]
+    given, matrices = core_of(core, rank)
+    for a, b in ((LEFT, right), (left, RIGHT), (LEFT, RIGHT)):
+        got = perturbed(w, a, b, given, coefficient=0.3, rank=rank)
+        assert_as_accurate_as_pytorch(got, w, left, right, matrices, 0.3, 0.0)
+
+
+@pytest.mark.parametrize("rounding", [{}, ROUNDING], ids=["nearest", "stochastic"])
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rounds_once(dtype, rank, rounding):
+    """With factors representable in W's dtype the result is within half an ulp (stochastically: one) of the exact one,
+    plus what the sum of the products loses. For float32 that is what IEEE products lose, far below TF32; for 16 bits
+    tensor cores may cut off instead of rounding: a unit in the last place of the largest term, per term."""
+    w, left, right = stored(rank, dtype)
+    left, right = ([f.to(dtype) for f in factors] for factors in (left, right))
+    got = perturbed(w, left, right, coefficient=0.25, **rounding)
+    info, roundings = torch.finfo(dtype), (rank + 2) * (1 if dtype == torch.float32 else 4)
+    ulps = 1.0 if rounding and dtype != torch.float32 else 0.5
+    for g, x, a, b in zip(got, w, left, right, strict=True):
+        exact = x.double() + 0.25 * a.double() @ b.double().T
+        products = 0.25 * a.double().abs() @ b.double().abs().T
+        gamma = roundings * 2.0**-24 / (1 - roundings * 2.0**-24)
+        lost = gamma * products + 2.0**-24 * (x.double().abs() + products)
+        ulp = torch.maximum(exact.abs() + lost, torch.tensor(info.smallest_normal)) * info.eps
+        assert ((g.double() - exact).abs() <= ulps * ulp + lost).all()
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_stochastic_pass_rounds_the_float32_pass(dtype):
+    """Sums of few products are made alike for every dtype, so the float32 pass gives what is rounded."""
+    w, left, right = stored(3, dtype)
+    left, right = ([f.to(dtype).float() for f in factors] for factors in (left, right))
+    options = {"coefficient": 0.125, "decay": 0.1}
+    got = perturbed(w, left, right, **options, **ROUNDING)
+    wide = perturbed([x.float() for x in w], left, right, **options)
+    for g, value, ident in zip(got, wide, IDS, strict=True):
+        words = reference.words(0, value.numel(), ident, ROUNDING["rounding_key"], value.device).view(value.shape)
+        assert_same_bits(g, reference.stochastic_round(value, words, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rank_one_is_the_reference_to_the_bit(dtype):
+    w, left, right = stored(1, dtype)
+    got = perturbed(w, left, right, coefficient=0.3, **ROUNDING)
+    want = clones(w)
+    ops.lowrank_perturb_(want, left, right, coefficient=0.3, tensor_ids=IDS, backend="reference", **ROUNDING)
+    assert_all_same(got, want)
+
+
+@pytest.mark.parametrize("signs", [{}, {"sign_key": SIGN}, {"sign_key": SIGN, "sign_ids": [0, 0, 0]}])
+def test_aligned_core_is_the_reference_to_the_bit(signs):
+    values = [torch.linspace(3, 0.01, rank) for rank in (1, 33, 512)]
+    options = {"tensor_ids": IDS, "delta": DELTA, **signs}
+    got = ops.aligned_core(moved(values), CORE, backend="triton", **options)
+    assert_all_same([z.cpu() for z in got], ops.aligned_core(values, CORE, backend="reference", **options))
+
+
+# ---- what does not matter --------------------------------------------------------------------------------------------
+
+CASES = [(3, "full"), (9, "diagonal"), (16, "aligned"), (33, "none"), (64, "regenerated")]
+
+
+@pytest.mark.parametrize(("rank", "core"), CASES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lists_and_out_do_not_matter(dtype, rank, core):
+    w, left, right = stored(rank, dtype)
+    given, _ = core_of(core, rank)
+    options = {"coefficient": [0.1, 0.2, 0.3], "decay": [0.0, 0.01, 0.02], **ROUNDING}
+    want = perturbed(w, left, right, given, **options)
+    source, out = moved(w), moved(poison(w))
+    more = {"tensor_ids": IDS, "out": out, "backend": "triton"}
+    ops.lowrank_perturb_(source, moved(left), moved(right), core=there(given), **options, **more)
+    assert_all_same([t.cpu() for t in out], want)
+    assert_all_same([t.cpu() for t in source], w)
+    for order in ([2], [2, 0], [2, 1, 0]):
+
+        def pick(values, order=order):
+            return [values[i] for i in order] if isinstance(values, list) else values
+
+        own = pick(given)
+        if isinstance(given, ops.AlignedCore):
+            own = ops.AlignedCore(CORE, pick(given.singular_values), DELTA)
+        some = {name: pick(value) for name, value in options.items()} | {"tensor_ids": pick(IDS)}
+        assert_all_same(perturbed(pick(w), pick(left), pick(right), own, **some), pick(want))
+
+
+@pytest.mark.parametrize("rank", [3, 9, 16, 33])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_views_are_written_and_nothing_else(dtype, rank):
+    """Rows apart in memory, aligned and not; the same bits as a packed copy gets."""
+    (whole,) = weights([(190, 320)], dtype)
+    for rows, columns in [((3, 180), (0, 320)), ((0, 190), (7, 301)), ((11, 61), (5, 56)), ((20, 161), (64, 320))]:
+        inside = slice(*rows), slice(*columns)
+        shape = (rows[1] - rows[0], columns[1] - columns[0])
+        left, right = weights([(shape[0], rank)], seed=1), weights([(shape[1], rank)], seed=2)
+        (want,) = perturbed([whole[inside].contiguous()], left, right, coefficient=0.3, **ROUNDING)
+        copy = moved(whole)
+        options = {"coefficient": 0.3, "tensor_ids": IDS[:1], "backend": "triton", **ROUNDING}
+        ops.lowrank_perturb_([copy[inside]], moved(left), moved(right), **options)
+        assert_same_bits(copy[inside].cpu().contiguous(), want)
+        around = torch.ones(whole.shape, dtype=torch.bool)
+        around[inside] = False
+        assert_same_bits(copy.cpu()[around], whole[around])
+
+
+@pytest.mark.parametrize("shard", [(7, 130, 0, 210), (0, 170, 40, 210), (33, 134, 5, 199)])
+@pytest.mark.parametrize("rank", [1, 3, 9, 16, 33])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shards_are_slices_of_the_whole(dtype, rank, shard):
+    """Factors and rounding words are drawn by the shard's place."""
+    top, bottom, left, right = shard
+    (w,) = weights([(170, 210)], dtype)
+    options = {"coefficient": 0.1, "rank": rank, **ROUNDING}
+    (whole,) = perturbed([w], LEFT, RIGHT, CORE, **options)
+    (got,) = perturbed(
+        [w[top:bottom, left:right].contiguous()], LEFT, RIGHT, CORE, slices=[(top * 210 + left, 210)], **options
+    )
+    assert_same_bits(got, whole[top:bottom, left:right].contiguous())
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_factors_in_either_dtype(dtype):
+    """A factor in W's dtype is its float32 copy."""
+    for rank in (8, 16, 33):
+        w, left, right = stored(rank, dtype)
+        left, right = ([f.to(dtype) for f in factors] for factors in (left, right))
+        want = perturbed(w, left, right, coefficient=0.1)
+        wide = ([f.float() for f in factors] for factors in (left, right))
+        assert_all_same(perturbed(w, *wide, coefficient=0.1), want)
+
+
+def test_every_run_is_the_same():
+    for dtype in DTYPES:
+        w, left, right = stored(100, dtype)
+        given, _ = core_of("aligned with signs", 100)
+        want = perturbed(w, left, right, given, coefficient=0.3)
+        for _ in range(5):
+            assert_all_same(perturbed(w, left, right, given, coefficient=0.3), want)
+
+
+def test_empty_matrices():
+    for shape in ((0, 5), (5, 0), (0, 0)):
+        w = [torch.empty(shape), torch.ones(4, 3)]
+        got = perturbed(w, LEFT, RIGHT, rank=2, coefficient=0.1)
+        (want,) = perturbed(w[1:], LEFT, RIGHT, rank=2, coefficient=0.1, tensor_ids=IDS[1:2])
+        assert_same_bits(got[1], want)

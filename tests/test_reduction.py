@@ -1,0 +1,344 @@
+"""seeded_dot and squared_norms: against exact sums, order of summation, layouts, shards, refusals."""
+
+import itertools
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from cases import IDS, KEYS, dot_arguments, norm_arguments, reduced, run
+from helpers import DTYPES, clones, weights
+from refusals import KEYS as BAD_KEYS
+from refusals import refused
+
+from pgap_kernels import ops
+
+BACKENDS = ("reference", "cpu")
+TABLE = torch.ops.pgap_kernels
+
+
+def products(case_arguments: dict) -> list[np.ndarray]:
+    """The float64 products that each tensor's sum is of; products of two float32 are exact in float64."""
+    result = []
+    for t, tensor in enumerate(case_arguments["tensors"]):
+        x = tensor.contiguous().float()
+        if "anchors" in case_arguments:
+            x = x - case_arguments["anchors"][t].float()
+        other = x
+        if "key" in case_arguments:
+            base, row_stride = case_arguments.get("slices", [(0, max(x.numel(), 1))] * (t + 1))[t]
+            rows = x.shape[0] if x.dim() > 1 and "slices" in case_arguments else 1
+            options = {"distribution": case_arguments["distribution"], "backend": "reference"}
+            ident = case_arguments["tensor_ids"][t]
+            drawn = [
+                ops.draw(
+                    x.numel() // max(rows, 1), case_arguments["key"], ident, offset=base + i * row_stride, **options
+                )
+                for i in range(rows)
+            ]
+            other = torch.cat([*drawn, torch.zeros(0)]).view(x.shape)
+        result.append((x.double() * other.double()).flatten().numpy())
+    return result
+
+
+# ---- the sums ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", reduced)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sums_are_exact_to_rounding(backend, name):
+    """n float64 additions in any order are off by at most (n - 1) 2**-53 / (1 - ...) of the sum of magnitudes."""
+    (got,) = run(reduced[name], backend)
+    assert got.dtype == torch.float64 and got.shape == (len(reduced[name].build()["tensors"]),)
+    for value, terms in zip(got.tolist(), products(reduced[name].build()), strict=True):
+        unit = max(len(terms) - 1, 0) * 2.0**-53
+        assert abs(value - math.fsum(terms)) <= unit / (1 - unit) * math.fsum(abs(terms))
+
+
+@pytest.mark.parametrize("name", reduced)
+def test_cpu_agrees_with_the_reference(name):
+    (got,), (want,) = (run(reduced[name], b) for b in ("cpu", "reference"))
+    scale = torch.tensor([math.fsum(abs(terms)) for terms in products(reduced[name].build())])
+    assert ((got - want).abs() <= 1e-12 * scale).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_products_of_the_definition(backend):
+    """A few elements, in fractions."""
+    (x,), (anchor,) = weights([(5,)]), weights([(5,)], seed=1)
+    z = ops.draw(5, KEYS[0], IDS[0]).tolist()
+    for got, terms in (
+        (
+            ops.seeded_dot([x], KEYS[0], tensor_ids=IDS[:1], backend=backend),
+            [Fraction(a) * Fraction(b) for a, b in zip(x.tolist(), z, strict=True)],
+        ),
+        (
+            ops.squared_norms([x], [anchor], backend=backend),
+            [Fraction(d) ** 2 for d in (x - anchor).tolist()],
+        ),
+    ):
+        assert abs(Fraction(got.item()) - sum(terms)) <= Fraction(4, (1 << 53) - 4) * sum(map(abs, terms))
+
+
+@pytest.mark.parametrize(("kind", "offset"), [("norm", 0), *(("dot", offset) for offset in (0, 5, 4090, 2**33 + 17))])
+def test_cpu_sums_groups_in_order(kind, offset):
+    """One partial sum per group of 4096 logical elements, in index order; then the partial sums in order."""
+    arguments = dot_arguments(shapes=[(70001,)]) if kind == "dot" else norm_arguments(shapes=[(70001,)])
+    if kind == "dot":
+        arguments["slices"] = [(offset, 2**40)]
+    (terms,) = products(arguments)
+    edges = [0, *range(4096 - offset % 4096, len(terms), 4096), len(terms)]
+    total = 0.0
+    for begin, end in itertools.pairwise(edges):
+        partial = 0.0
+        for term in terms[begin:end].tolist():
+            partial += term
+        total += partial
+    call = ops.seeded_dot if kind == "dot" else ops.squared_norms
+    assert call(**arguments, backend="cpu").item() == total
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_tensor_of_its_own_noise_has_the_norm_of_the_noise(backend):
+    z = ops.draw((37, 129), KEYS[0], IDS[0])
+    dot = ops.seeded_dot([z], KEYS[0], tensor_ids=IDS[:1], backend=backend)
+    (square,) = ops.squared_norms([z], backend=backend).tolist()
+    assert abs(dot.item() - square) <= 1e-12 * square
+    signs = ops.draw((37, 129), KEYS[0], IDS[0], distribution="rademacher")
+    options = {"distribution": "rademacher", "backend": backend}
+    assert ops.seeded_dot([signs], KEYS[0], tensor_ids=IDS[:1], **options).item() == 37 * 129
+    assert ops.squared_norms([z], [z.clone()], backend=backend).item() == 0
+
+
+# ---- what does not matter ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_and_lists_do_not_matter(set_threads, threads):
+    shapes = [(300, 401), (), (0,), (70001,)]
+    arguments = dot_arguments(torch.bfloat16, shapes=shapes)
+    set_threads(1)
+    want = ops.seeded_dot(**arguments)
+    norms = ops.squared_norms(arguments["tensors"])
+    set_threads(threads)
+    assert torch.equal(ops.seeded_dot(**arguments), want)
+    assert torch.equal(ops.squared_norms(arguments["tensors"]), norms)
+    for order in ([3], [3, 0], [2, 1, 0, 3]):
+        some = {name: [arguments[name][i] for i in order] for name in ("tensors", "tensor_ids")}
+        assert torch.equal(ops.seeded_dot(**{**arguments, **some}), want[order])
+        assert torch.equal(ops.squared_norms(some["tensors"]), norms[order])
+
+
+def test_strides_do_not_matter_to_the_cpu():
+    apart = dot_arguments(torch.float16, layout="strided")
+    packed = {**apart, "tensors": [t.contiguous() for t in apart["tensors"]]}
+    assert torch.equal(ops.seeded_dot(**apart, backend="cpu"), ops.seeded_dot(**packed, backend="cpu"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_shards_add_up(backend):
+    (w,) = weights([(50, 300)])
+    (whole,) = ops.seeded_dot([w], KEYS[0], tensor_ids=IDS[:1], backend=backend).tolist()
+    parts = [w[:20], w[20:, :117], w[20:, 117:]]
+    spans = [(0, 300), (20 * 300, 300), (20 * 300 + 117, 300)]
+    sums = ops.seeded_dot(parts, KEYS[0], tensor_ids=IDS[:1] * 3, slices=spans, backend=backend)
+    terms = products({"tensors": [w], "key": KEYS[0], "tensor_ids": IDS[:1], "distribution": "normal"})
+    assert abs(sums.sum().item() - whole) <= 1e-12 * math.fsum(abs(terms[0]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_tensors_are_zero(backend):
+    tensors = [torch.empty(0), torch.empty(0, 5), torch.empty(3, 0), torch.ones(2)]
+    assert ops.squared_norms(tensors, backend=backend).tolist() == [0.0, 0.0, 0.0, 2.0]
+    dots = ops.seeded_dot(tensors, KEYS[0], tensor_ids=IDS[:4], backend=backend)
+    assert dots[:3].tolist() == [0.0] * 3 and dots[3] != 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_not_finite_shows(backend, dtype):
+    for bad in (math.inf, -math.inf, math.nan):
+        (w,) = weights([(5000,)], dtype)
+        w[4500] = bad
+        want = math.nan if math.isnan(bad) else math.inf
+        assert str(ops.squared_norms([w], backend=backend).item()) == str(want)
+        assert not ops.seeded_dot([w], KEYS[0], tensor_ids=IDS[:1], backend=backend).isfinite().any()
+    (w,) = weights([(5000,)], dtype)
+    assert math.isnan(ops.squared_norms([w / 0], [w / 0], backend=backend).item())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_squares_do_not_overflow_or_vanish(backend):
+    big, small = torch.full((5000,), 3e38), torch.full((5000,), 1e-45)
+    for t in (big, small):
+        (got,) = ops.squared_norms([t], backend=backend).tolist()
+        assert abs(got - 5000 * t[0].double().item() ** 2) <= 1e-12 * got and got > 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_is_written(backend):
+    arguments = norm_arguments(anchors=torch.float32, layout="strided")
+    tensors = [*arguments["tensors"], *arguments["anchors"]]
+    before, versions = clones(tensors), [t._version for t in tensors]
+    ops.squared_norms(**arguments, backend=backend)
+    ops.seeded_dot(arguments["tensors"], KEYS[0], tensor_ids=IDS, backend=backend)
+    assert [t._version for t in tensors] == versions
+    assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parameters_and_shared_tensors_are_fine(backend):
+    """Nothing is written, so tensors may overlap and require gradients."""
+    (w,) = weights([(12, 20)])
+    want = ops.squared_norms([w], backend=backend).item()
+    tensors = [torch.nn.Parameter(w), w, w[:, :5]]
+    got = ops.squared_norms(tensors, backend=backend)
+    assert got[0] == got[1] == want and not got.requires_grad
+    assert ops.squared_norms(tensors, tensors, backend=backend).tolist() == [0.0] * 3
+    dots = ops.seeded_dot([w, w], KEYS[0], tensor_ids=[1, 1], backend=backend)
+    assert dots[0] == dots[1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_keys_in_tensors(backend):
+    (w,) = weights([(99,)])
+    want = ops.seeded_dot([w], 2**64 - 2, tensor_ids=[1], backend=backend)
+    assert torch.equal(ops.seeded_dot([w], torch.tensor([-2]), tensor_ids=[1], backend=backend), want)
+
+
+# ---- registration --------------------------------------------------------------------------------------------------
+
+
+def op_arguments(dtype, kind: str, backend):
+    w, anchors = weights([(5, 7), (9,)], dtype), weights([(5, 7), (9,)], dtype, seed=1)
+    keys = torch.tensor([3]) if kind == "dot" else torch.zeros(0, dtype=torch.int64)
+    return w, anchors if kind == "distance" else [], keys, [1, 2], [0, 7, 0, 9], "normal", "exact", backend
+
+
+@pytest.mark.parametrize("kind", ["dot", "norm", "distance"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend, dtype, kind):
+    torch.library.opcheck(TABLE.reduce.default, op_arguments(dtype, kind, backend))
+
+
+def test_compiled_op():
+    arguments = op_arguments(torch.bfloat16, "dot", None)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def step(w):
+        return TABLE.reduce(w, *arguments[1:]) * 2
+
+    assert torch.equal(step(arguments[0]), TABLE.reduce(*arguments) * 2)
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------------
+
+
+def good(**changes) -> dict:
+    return {"tensors": weights([(6, 8), (5, 7)]), **changes}
+
+
+def good_dot(**changes) -> dict:
+    return good(key=1, tensor_ids=[1, 2], **changes)
+
+
+TENSORS = {
+    "not a list": (torch.zeros(6, 8), TypeError, ": got Tensor"),
+    "empty": ([], ValueError, ": got an empty list"),
+    "a number": ([torch.zeros(6, 8), 1.0], TypeError, r"\[1\]: got float"),
+    "float64": ([torch.zeros(6, 8).double()] * 2, TypeError, r"\[0\]: got dtype torch.float64"),
+    "two dtypes": ([torch.zeros(6, 8), torch.zeros(6, 8).half()], ValueError, r"\[1\]: got torch.float16"),
+    "transposed": ([torch.zeros(8, 6).T, torch.zeros(5, 7)], ValueError, r"\[0\]: got shape .* strides"),
+    "expanded": ([torch.zeros(1, 8).expand(6, 8), torch.zeros(5, 7)], ValueError, r"\[0\]: got shape .* strides"),
+}
+
+
+@pytest.mark.parametrize("case", TENSORS)
+@pytest.mark.parametrize("op", ["seeded_dot", "squared_norms"])
+def test_tensors(op, case):
+    value, error, match = TENSORS[case]
+    arguments = good_dot() if op == "seeded_dot" else good()
+    refused(op, {**arguments, "tensors": value}, error, f"^tensors{match}")
+
+
+RIGHT = [torch.zeros(6, 8), torch.zeros(5, 7)]
+ANCHORS = {
+    "one short": (RIGHT[:1], ValueError, ": got 1 tensors"),
+    "not a list": (RIGHT[0], TypeError, ": got Tensor"),
+    "empty": ([], ValueError, ": got an empty list"),
+    "other shape": ([RIGHT[0], RIGHT[1].T], ValueError, r"\[1\]: got shape \(7, 5\)"),
+    "other dtype": ([t.half() for t in RIGHT], TypeError, r"\[0\]: got dtype torch.float16"),
+    "meta": ([t.to("meta") for t in RIGHT], ValueError, ": got 2 tensors on meta"),
+    "transposed": ([RIGHT[0].T.contiguous().T, RIGHT[1]], ValueError, r"\[0\]: got shape .* strides"),
+}
+
+
+@pytest.mark.parametrize("case", ANCHORS)
+def test_anchors(case):
+    value, error, match = ANCHORS[case]
+    refused("squared_norms", good(anchors=value), error, f"^anchors{match}")
+
+
+@pytest.mark.parametrize(("key", "error"), BAD_KEYS, ids=lambda v: repr(v)[:24])
+def test_keys(key, error):
+    refused("seeded_dot", {**good_dot(), "key": key}, error, r"^key\[0\]: got")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"tensor_ids": [1]}, ValueError, "tensor_ids: got 1 ids for 2"),
+        ({"tensor_ids": [1, 1 << 32]}, ValueError, r"tensor_ids\[1\]"),
+        ({"tensor_ids": 7}, TypeError, "tensor_ids: got 7"),
+        ({"distribution": "uniform"}, ValueError, "distribution: got 'uniform'; accepted: 'normal', 'rademacher'"),
+        ({"tier": "exactly"}, ValueError, "tier: got 'exactly'"),
+        ({"slices": [(0, 8)]}, ValueError, "slices: got 1"),
+        ({"slices": [(0, 7), (0, 7)]}, ValueError, r"slices\[0\]: .*end within an unsharded row"),
+        ({"slices": [(0, 8), (2**63 - 20, 2**63 - 1)]}, ValueError, r"slices\[1\]"),
+        ({"backend": "gpu"}, ValueError, "backend: got 'gpu'; accepted: .*cpu, .*reference"),
+    ],
+)
+def test_options(change, error, match):
+    refused("seeded_dot", {**good_dot(), **change}, error, f"^{match}")
+
+
+def good_for_extension() -> dict:
+    return {
+        "tensors": [torch.ones(40).bfloat16() for _ in range(3)],
+        "anchors": [torch.zeros(40) for _ in range(3)],
+        "keys": torch.tensor([1]),
+        "tensor_ids": [1, 2, 3],
+        "slices": [0, 40] * 3,
+        "distribution": "rademacher",
+        "totals": torch.full((3,), math.nan, dtype=torch.float64),
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "accepted"),
+    [
+        ({"keys": torch.tensor([1, 2])}, "keys, totals"),
+        ({"totals": torch.zeros(2, dtype=torch.float64)}, "keys, totals"),
+        ({"totals": torch.zeros(3)}, "totals: accepted"),
+        ({"totals": torch.zeros(6, dtype=torch.float64)[::2]}, "totals: accepted"),
+        ({"anchors": [torch.ones(40)] * 2}, "anchors: accepted: one tensor per weight"),
+        ({"anchors": [torch.ones(39)] * 3}, "anchors: accepted: the shapes"),
+        ({"anchors": [torch.ones(40).half()] * 3}, "anchors: accepted: CPU tensors"),
+        ({"tensors": [torch.ones(80).bfloat16()[::2]] * 3}, "contiguous rows"),
+        ({"tensors": [torch.ones(40).double()] * 3}, "tensors: accepted: float32"),
+        ({"slices": [0, 39] * 3}, "slices"),
+        ({"tensor_ids": [1, 2]}, "tensor_ids"),
+    ],
+)
+def test_extension_refuses_what_it_cannot_index(change, accepted):
+    with pytest.raises(RuntimeError, match=accepted):
+        torch.ops.pgap_kernels_cpu.reduce(**{**good_for_extension(), **change})
+
+
+def test_extension_takes_what_the_refusals_start_from():
+    arguments = good_for_extension()
+    torch.ops.pgap_kernels_cpu.reduce(**arguments)
+    signs = [ops.draw(40, 1, i, distribution="rademacher").sum().item() for i in (1, 2, 3)]
+    assert arguments["totals"].tolist() == signs
