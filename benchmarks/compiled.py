@@ -112,7 +112,7 @@ def measure(case: Case, target_name: str, listing: Path | None = None) -> dict:
     # A tile of few matrix products may be held by several waves of an AMD GPU, of which one writes it.
     if path.store_bits and (stored != work.written if nvidia else stored % work.written):
         raise ValueError(
-            f"the path writes {stored} bits by {path.store_bits} or more at a time, of {work.written} that a thread has to "
+            f"the path writes {stored} bits in accesses of {path.store_bits} or more, a thread has {work.written} to "
             "write: whole and masked stores of one width are on it"
         )
     registers, spills = resources(compiled, code)

@@ -375,11 +375,10 @@ def test_nothing_spills_and_four_programs_fit_on_a_processor(rows):
 
 def width(row: dict) -> int:
     """Bits of the narrowest access allowed."""
-    # Threads have 128 bits of float32 state, so half of that in 16-bit weights.
-    half = row["kernel"] == "preconditioned" and row["dtype"] != "fp32"
-    # AMD's matrix instructions leave 4 elements of a row in a thread.
-    half |= row["kernel"] == "low rank" and row["dtype"] != "fp32" and row["target"] == "gfx942"
-    return 64 if half else 128
+    # A thread has 4 elements: of float32 state, of a value between stages, or as AMD's matrix instructions leave them.
+    four = row["kernel"] == "preconditioned" or row["config"] == "staged"
+    four |= row["kernel"] == "low rank" and row["target"] == "gfx942"
+    return 64 if four and row["dtype"] != "fp32" else 128
 
 
 def test_weights_are_read_and_written_128_bits_at_a_time(rows):

@@ -61,7 +61,7 @@ def test_triton_is_not_installed(monkeypatch):
 def test_triton_is_too_old(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.4.9")
-    assert triton.refusal("dense_perturb_", CUDA, torch.float32) == "needs Triton 3.5 or newer, found 3.4.9"
+    assert triton.refusal("dense_perturb_", CUDA, torch.float32) == "needs Triton 3.6 or newer, found 3.4.9"
 
 
 @pytest.mark.parametrize(("version", "served"), [("3.6.0", True), ("3.4.9", False)])

@@ -15,7 +15,7 @@ from ..checks import WEIGHT_DTYPES
 
 name = "triton"
 
-OLDEST = (3, 5)
+OLDEST = (3, 6)
 _GPUS = ("cuda", "xpu")
 _FAMILIES = {
     "dense_perturb_": "dense",

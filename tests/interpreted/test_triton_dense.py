@@ -60,13 +60,16 @@ def test_layouts(layout, dtype, distribution):
     agree(dense(dtype, 2, distribution, "stochastic", 0.02, layout, SHAPES))
 
 
-@pytest.mark.parametrize("base", [2**31 - 5, 2**33 + 17, 2**44 + 4090, 2**62 + 3, 2**63 - 1 - 9 * 2**20])
+FAR = [(2**31 - 600, 1021), (2**33 + 17, 2**31), (2**44 + 4090, 2**40), (2**62 + 3, 2**40), (2**63 - 3 * 2**45, 2**45)]
+
+
+@pytest.mark.parametrize(("base", "row_stride"), FAR)
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_far_rows(distribution, base):
-    """Logical indices far beyond what the buffers hold; rows begin anywhere in a group."""
+def test_far_rows(distribution, base, row_stride):
+    """Logical indices, and steps between rows, far beyond what the buffers hold; rows begin anywhere in a group."""
     (w,) = weights([(3, 1021)], torch.bfloat16)
-    base -= max(0, base % (2**20 + 7) + 1021 - (2**20 + 7))  # within an unsharded row
-    agreeing([w], [(KEYS[0], 0.1)], slices=[(base, 2**20 + 7)], distribution=distribution, **STOCHASTIC)
+    base -= max(0, base % row_stride + 1021 - row_stride)  # within an unsharded row
+    agreeing([w], [(KEYS[0], 0.1)], slices=[(base, row_stride)], distribution=distribution, **STOCHASTIC)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -10,6 +10,7 @@ from helpers import assert_same_bits, clones, poison, weights
 
 from pgap_kernels import ops
 from pgap_kernels.triton import launch
+from pgap_kernels.triton.tiles import ALIGNED
 
 TABLE = torch.ops.pgap_kernels
 DRAWS = [(KEYS[0], 0.1)]
@@ -138,6 +139,66 @@ def test_the_least_recently_used_goes_first():
 
     assert [get(key) for key in "abacab"] == [*"abacab"]
     assert made == ["a", "b", "c", "b"]
+
+
+# ---- alignment -----------------------------------------------------------------------------------------------------
+
+
+def aligned(table) -> list[int]:
+    return table.entries[:, ALIGNED.value].tolist()
+
+
+def rows_of(columns: int, gap: int, dtype=torch.float32, shift: int = 0) -> torch.Tensor:
+    """Two rows so far apart in memory, of a buffer that begins aligned (but for a shift)."""
+    buffer = torch.zeros(2 * (columns + gap) + 64, dtype=dtype)
+    assert buffer.data_ptr() % 16 == 0
+    return buffer[shift : shift + 2 * (columns + gap)].view(2, -1)[:, :columns]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "base", "row_stride", "whole"),
+    [
+        (rows_of(64, 0), 0, 64, True),
+        (rows_of(64, 0), 8192, 64, True),
+        (rows_of(64, 0), 8, 64, False),
+        (rows_of(64, 0, shift=4), 0, 64, True),
+        (rows_of(64, 0, shift=1), 0, 64, False),
+        (rows_of(64, 0, torch.bfloat16, shift=4), 0, 64, False),
+        (rows_of(64, 0), 0, 4096, True),
+        (rows_of(64, 0), 0, 4097, False),
+        (rows_of(64, 4), 0, 8192, True),
+        (rows_of(64, 1), 0, 8192, False),
+        (rows_of(64, 4, torch.float16), 0, 8192, False),
+        (rows_of(65, 0)[:1], 0, 65, True),
+    ],
+)
+def test_accesses_without_a_mask_are_aligned(tensor, base, row_stride, whole):
+    """A tile is read 16 bytes at a time only where every row, in each tensor, begins at a multiple of 16 bytes."""
+    place, plain = [base, row_stride], torch.zeros(tensor.shape, dtype=tensor.dtype)
+    assert aligned(launch.dense_table([tensor], [tensor], [1], place, False)) == [whole]
+    assert aligned(launch.dense_table([tensor], [], [1], place, False)) == [whole]
+    for lists in ([[plain], [tensor]], [[plain], [plain], [tensor]], [[plain], [plain], [plain], [tensor]]):
+        out, source, *others = lists
+        assert aligned(launch.dense_table(out, source, [1], place, False, *others)) == [whole]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "whole"),
+    [
+        (rows_of(8, 0), True),
+        (rows_of(8, 0, shift=4), True),
+        (rows_of(8, 0, shift=1), False),
+        (rows_of(8, 4), True),
+        (rows_of(8, 3), False),
+        (rows_of(8, 4, torch.bfloat16), False),
+    ],
+)
+def test_lowrank_accesses_without_a_mask_are_aligned(own_tables, tensor, whole):
+    plain = torch.zeros(tensor.shape, dtype=tensor.dtype)
+    for weight, out in ((tensor, plain), (plain, tensor), (tensor, None)):
+        factors = [torch.ones(2, 1)], [torch.ones(8, 1)]
+        ops.lowrank_perturb_([weight], *factors, coefficient=1.0, out=out if out is None else [out], backend="triton")
+        assert aligned(own_tables.entries.popitem()[1]) == [whole]
 
 
 # ---- autograd and tracing ------------------------------------------------------------------------------------------
