@@ -1,4 +1,4 @@
-"""Every kernel compiles on the oldest Triton that is declared supported; test_compiled.py has the newest, the pinned one.
+"""Every kernel compiles on the oldest Triton that is declared supported; test_compiled.py has the newest, pinned one.
 
 `make setup` installs the oldest one in a folder of its own, which a child process finds first.
 """
