@@ -11,11 +11,11 @@ import pytest
 import torch
 from gpu import moved
 from gpu_calls import IDS, WRITING, Call
-from helpers import assert_same_bits, clones, poison, weights
+from helpers import assert_same_bits, clones, weights
 from optim_contract import INPUTS, LABELS, SMALL_PGAP, Net
 from torch.func import functional_call
 
-from pgap_kernels import noise, ops
+from pgap_kernels import backends, ops
 from pgap_kernels.optim import PGAP, MeZO
 
 pytestmark = gpu.marks
@@ -309,9 +309,7 @@ def test_an_exception_in_the_closure_restores_the_weights(method):
         assert (p.detach() - b).abs().max() <= 1e-5
 
 
-def test_noise_of_an_optimizer_is_drawn_on_the_device():
-    """What doctor promises: no backend has to be named."""
-    z = ops.draw((64, 64), noise.derive(0, 0, noise.Role.DENSE), IDS[0], device=gpu.DEVICE)
-    w = poison([z])
-    ops.assemble_gradient_(w, [(noise.derive(0, 0, noise.Role.DENSE), 1.0)], tensor_ids=IDS[:1])
-    assert_all_same(w, [z])
+@pytest.mark.parametrize("op", backends.OPS)
+def test_no_backend_has_to_be_named(op, monkeypatch):
+    monkeypatch.delenv("PGAP_BACKEND", raising=False)
+    assert backends.select(op, gpu.DEVICE, torch.float32).name == "triton"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gpu
 import pytest
 import torch
+from bounds import Bounded, known, scalar
 from gpu import moved
 from helpers import DTYPES, assert_same_bits, clones, poison, weights
 
@@ -31,7 +32,7 @@ def assert_all_same(got, want):
 
 def shapes_of(rank: int) -> list[tuple[int, int]]:
     """A square of the rank's size and rectangles both ways, with ragged last tiles."""
-    return [(rank, rank), (rank + 1, 2 * rank + 35), (2 * rank + 65, rank + 3)]
+    return [(rank, rank), (rank + 131, 2 * rank + 197), (2 * rank + 165, rank + 67)]
 
 
 def stored(rank: int, dtype=torch.float32):
@@ -82,36 +83,60 @@ def perturbed(w, left, right, core=None, **options):
 # ---- accuracy --------------------------------------------------------------------------------------------------------
 
 
-def assert_as_accurate_as_pytorch(got, w, left, right, cores, coefficient: float, decay: float) -> None:
-    """Error against float64 at most twice that of PyTorch on the CPU, in the dtype of W, by root mean square and by
-    the largest.
+def sum_error(size, terms: int, dtype):
+    """What a sum of products may be off by, given the sum of their magnitudes.
 
-    The largest is left out for float32 sums of hundreds of terms: PyTorch adds them in blocks, the kernels one by one.
+    float32: IEEE products in any order, far below TF32. 16-bit W goes through tensor cores, which may cut off where
+    others round, and P through three TF32 products; both are small beside the rounding of P and B.
     """
-    dtype, rank = w[0].dtype, left[0].shape[1]
+    roundings = (terms + 2) * (1 if dtype == torch.float32 else 16)
+    return roundings * 2.0**-24 / (1 - roundings * 2.0**-24) * size
+
+
+def bounded(x, a, c, b, coefficient: float, decay: float) -> Bounded:
+    """W - d W + a A C B^T in float64, and what P = A C, its rounding and that of B, and the sums may be off by."""
+    dtype, rank = x.dtype, a.shape[1]
+    info, wide = torch.finfo(dtype), [t.double() for t in (a, c, b)]
+    p = wide[0] @ wide[1]
+    if torch.equal(c, torch.eye(rank)):
+        p_error = (a.to(dtype).double() - wide[0]).abs()
+    else:
+        p_error = sum_error(wide[0].abs() @ wide[1].abs(), rank, dtype)
+        if dtype != torch.float32:
+            p_error += info.eps / 2 * (p.abs() + p_error) + info.smallest_normal * info.eps / 2
+    b_error = (b.to(dtype).double() - wide[2]).abs()
+    p_size, b_size = p.abs() + p_error, wide[2].abs() + b_error
+    error = p_error @ b_size.T + p.abs() @ b_error.T + sum_error(p_size @ b_size.T, rank, dtype)
+    value = known(x.float())
+    return value + (scalar(coefficient) * Bounded(p @ wide[2].T, error) - scalar(decay) * value)
+
+
+def assert_accurate(got, w, left, right, cores, coefficient: float, decay: float, stochastic: bool = False) -> None:
+    """Every weight within the bound of the formula; the root mean square error at most twice PyTorch's on the CPU, in
+    the dtype of W. (The largest of some thousand errors is a matter of luck, so it is held to the bound.)"""
+    dtype = w[0].dtype
     own, other = [], []
     for g, x, a, c, b in zip(got, w, left, cores, right, strict=True):
-        exact = (1 - decay) * x.double() + coefficient * a.double() @ c.double() @ b.double().T
-        p = a.to(dtype) if torch.equal(c, torch.eye(rank)) else a.to(dtype) @ c.to(dtype)
+        want = bounded(x, a, c, b, coefficient, decay)
+        assert want.stored(dtype, stochastic).holds(g)
+        p = a.to(dtype) if torch.equal(c, torch.eye(len(c))) else a.to(dtype) @ c.to(dtype)
         plain = torch.addmm(x, p, b.to(dtype).T, beta=1 - decay, alpha=coefficient)
-        own.append((g.double() - exact).flatten())
-        other.append((plain.double() - exact).flatten())
+        own.append((g.double() - want.value).flatten())
+        other.append((plain.double() - want.value).flatten())
     own, other = torch.cat(own), torch.cat(other)
-    assert own.square().mean().sqrt() <= 2 * other.square().mean().sqrt()
-    if dtype != torch.float32 or rank <= 128:
-        assert own.abs().max() <= 2 * other.abs().max()
+    assert stochastic or own.square().mean().sqrt() <= 2 * other.square().mean().sqrt()
 
 
 @pytest.mark.parametrize("core", CORES)
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_error_is_at_most_twice_that_of_pytorch(dtype, rank, core):
+def test_accuracy(dtype, rank, core):
     """Without decay for odd ranks, with it for even ones."""
     w, left, right = stored(rank, dtype)
     given, matrices = core_of(core, rank)
     decay = 0.0 if rank % 2 else 0.1
     got = perturbed(w, left, right, given, coefficient=0.3, decay=decay)
-    assert_as_accurate_as_pytorch(got, w, left, right, matrices, 0.3, decay)
+    assert_accurate(got, w, left, right, matrices, 0.3, decay)
 
 
 @pytest.mark.parametrize("core", ["none", "full", "regenerated", "aligned with signs"])
@@ -125,28 +150,19 @@ def test_factors_drawn_from_keys(dtype, rank, core):
     given, matrices = core_of(core, rank)
     for a, b in ((LEFT, right), (left, RIGHT), (LEFT, RIGHT)):
         got = perturbed(w, a, b, given, coefficient=0.3, rank=rank)
-        assert_as_accurate_as_pytorch(got, w, left, right, matrices, 0.3, 0.0)
+        assert_accurate(got, w, left, right, matrices, 0.3, 0.0)
 
 
 @pytest.mark.parametrize("rounding", [{}, ROUNDING], ids=["nearest", "stochastic"])
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rounds_once(dtype, rank, rounding):
-    """With factors representable in W's dtype the result is within half an ulp (stochastically: one) of the exact one,
-    plus what the sum of the products loses. For float32 that is what IEEE products lose, far below TF32; for 16 bits
-    tensor cores may cut off instead of rounding: a unit in the last place of the largest term, per term."""
+    """Factors that W's dtype holds are not rounded again, and nothing is rounded to it early."""
     w, left, right = stored(rank, dtype)
     left, right = ([f.to(dtype) for f in factors] for factors in (left, right))
     got = perturbed(w, left, right, coefficient=0.25, **rounding)
-    info, roundings = torch.finfo(dtype), (rank + 2) * (1 if dtype == torch.float32 else 4)
-    ulps = 1.0 if rounding and dtype != torch.float32 else 0.5
-    for g, x, a, b in zip(got, w, left, right, strict=True):
-        exact = x.double() + 0.25 * a.double() @ b.double().T
-        products = 0.25 * a.double().abs() @ b.double().abs().T
-        gamma = roundings * 2.0**-24 / (1 - roundings * 2.0**-24)
-        lost = gamma * products + 2.0**-24 * (x.double().abs() + products)
-        ulp = torch.maximum(exact.abs() + lost, torch.tensor(info.smallest_normal)) * info.eps
-        assert ((g.double() - exact).abs() <= ulps * ulp + lost).all()
+    eyes = [torch.eye(rank)] * len(w)
+    assert_accurate(got, w, left, right, eyes, 0.25, 0.0, stochastic=bool(rounding))
 
 
 @pytest.mark.parametrize("dtype", HALF_DTYPES)
