@@ -15,11 +15,8 @@ RANKS = (1, 2, 8, 9, 15, 16, 17, 32, 33, 64, 65, 130)
 # ---- exact arithmetic ----------------------------------------------------------------------------------------------
 
 
-# float16 takes the paths of bfloat16: one rank of each of its configurations.
-EXACT = [(d, r) for d in DTYPES for r in (RANKS if d != torch.float16 else (2, 9, 17, 33, 65))]
-
-
-@pytest.mark.parametrize(("dtype", "rank"), EXACT, ids=str)
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_whole_numbers(dtype, rank):
     """Nothing but the last rounding is inexact, so every rank gives the reference's bits, with every stored core."""
     w = weights(SHAPES, dtype)
@@ -62,14 +59,12 @@ def test_special_weights():
 # ---- accuracy ------------------------------------------------------------------------------------------------------
 
 
-# Every rank with a full core, every configuration with the others.
-ACCURATE = [(d, r, "full") for d, r in EXACT]
-ACCURATE += [
-    (d, r, c) for d in (torch.float32, torch.bfloat16) for r in (2, 9, 17, 33, 65) for c in ("none", "diagonal")
-]
-
-
-@pytest.mark.parametrize(("dtype", "rank", "core"), ACCURATE, ids=str)
+@pytest.mark.parametrize("core", ["none", "diagonal", "full"])
+@pytest.mark.parametrize(
+    ("dtype", "rank"),
+    [*((d, r) for d in (torch.float32, torch.bfloat16) for r in RANKS), *((torch.float16, r) for r in (2, 9, 17, 33))],
+    ids=str,
+)
 def test_error_is_at_most_twice_that_of_pytorch(dtype, rank, core):
     w = weights(SHAPES, dtype)
     left, right, cores = stored(rank, core, draw=lambda sizes, seed: weights(sizes, seed=seed))
