@@ -24,7 +24,7 @@ ISA_FLAGS = {
         *["-mprefer-vector-width=512", "-Wno-uninitialized", "-Wno-maybe-uninitialized"],
     ],
 }
-SOURCES = ["ops", "ops_rules", "dispatch", "isa_generic", *(ISA_FLAGS if X86 else ())]
+SOURCES = ["ops", "ops_rules", "ops_forward", "dispatch", "isa_generic", *(ISA_FLAGS if X86 else ())]
 
 
 def not_built(reason, error=None):

@@ -24,6 +24,7 @@ from pgap_kernels import (
     anchor_affine_,
     assemble_gradient_,
     dense_perturb_,
+    lowrank_forward_,
     lowrank_perturb_,
     masked_perturb_,
     preconditioned_perturb_,
@@ -32,6 +33,7 @@ from pgap_kernels import (
     squared_norms,
 )
 from pgap_kernels.triton import launch
+from pgap_kernels.triton.config import forward_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -286,6 +288,72 @@ def lowrank_cases() -> list[Case]:
     return cases
 
 
+# ---- low rank in the forward ----------------------------------------------------------------------------------------
+
+# Configuration, ranks, dtype of x: None is that of y, whose elements and x's are the weights here.
+FORWARD: list[tuple[str, tuple[int, ...], torch.dtype | None]] = [
+    ("project", (8, 16, 32, 64, 128), None),
+    ("project float32", (16, 32, 64, 128), torch.float32),
+    ("mix", (128,), None),
+    ("mix rows", (16, 128), torch.int64),
+    ("expand", (8, 16, 64, 128), None),
+]
+
+
+def _forward(rank: int, x_dtype: torch.dtype | None, dtype: torch.dtype) -> None:
+    """Factors of y's dtype, as many tokens as columns."""
+    numbers = x_dtype == torch.int64
+    x = torch.zeros(SIDE, dtype=x_dtype) if numbers else _matrix(x_dtype or dtype)
+    left, right = _matrix(dtype, rank), _matrix(dtype, rank)
+    lowrank_forward_(_matrix(dtype), x, left, right, core=torch.empty(rank, rank), transposed=numbers)
+
+
+def _steps(over: str, arguments: dict, _: int) -> tuple[int, ...]:
+    """Of the sum over the rank, or over the width of its rows."""
+    steps = -(-arguments[over] // arguments["K"])
+    return (steps,) if steps > 1 else ()
+
+
+def _forward_case(config: str, rank: int, x_dtype: torch.dtype | None, dtype: str) -> Case:
+    launches, kernel = partial(recorded, partial(_forward, rank, x_dtype, DTYPES[dtype])), config.split()[0]
+    case = Case(
+        "forward",
+        config,
+        dtype,
+        launches,
+        lambda x: x["BM"] * x["BR"],
+        read=0,
+        written=0,
+        loops=partial(_steps, "RANK"),
+        rank=rank,
+        numbers=SIDE * rank,
+        function=f"{kernel}_kernel",
+    )
+    if kernel == "expand":
+        size, loops = BYTES[dtype], partial(_steps, "WIDTH")
+        tile, readers = (lambda x: x["BM"] * x["BN"]), ("load_outputs",)
+        return replace(case, tile=tile, read=size, written=size, loops=loops, readers=readers, numbers=SIDE * SIDE)
+    if kernel == "project":
+        read = 4 if x_dtype else BYTES[dtype]
+        wide = forward_config(DTYPES[dtype], rank).project.columns
+        times = -(-rank // wide)  # that x is read
+        tile, loops = (lambda x: x["BM"] * x["K"]), (lambda _, tiles: (tiles,))
+        readers, numbers = ("load_inputs",), SIDE * SIDE * times
+        return replace(case, tile=tile, read=read, loops=loops, fixed=1, readers=readers, numbers=numbers)
+    return case
+
+
+def forward_cases() -> list[Case]:
+    """x F, its product with the core (or that of rows of F), and the pass over y, per element of x or y."""
+    return [
+        _forward_case(config, rank, x_dtype, dtype)
+        for dtype in BYTES
+        for config, ranks, x_dtype in FORWARD
+        if (dtype, config) != ("fp32", "project float32")
+        for rank in ranks
+    ]
+
+
 # ---- others' --------------------------------------------------------------------------------------------------------
 
 
@@ -321,4 +389,5 @@ def baseline_cases() -> list[Case]:
 
 
 def all_cases() -> list[Case]:
-    return [*dense_cases(), *preconditioned_cases(), *other_cases(), *lowrank_cases(), *baseline_cases()]
+    ours = [*dense_cases(), *preconditioned_cases(), *other_cases(), *lowrank_cases(), *forward_cases()]
+    return [*ours, *baseline_cases()]

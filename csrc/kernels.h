@@ -93,9 +93,26 @@ struct LowRankPass {
     const uint64_t* rounding_key;  // null: nearest
 };
 
+// y <- y + x F_in M F_out^T. Tokens are rows of x and y; M, of rank x width floats, is given with every call.
+struct ForwardPass {
+    DType in_type, into_type, out_type;
+    const void* in;          // x, rows of `inputs` that lie ld_in apart; or
+    const int64_t* numbers;  // for every token the row of F_in that x F_in is
+    int64_t ld_in, inputs;
+    const void* into;  // F_in: float32 in rows of `width`, a multiple of 8 with zeros behind rank; for numbers as given
+    const float* out_of;  // F_out^T in panels, zero-padded
+    void* out;            // y, rows of `outputs`
+    int64_t outputs, rank, width;
+};
+constexpr int64_t kForwardRank = 512;                  // at most
+constexpr int64_t kForwardStride = kForwardRank + 16;  // floats between tokens: odd in cache lines, against collisions
+constexpr int64_t kForwardTokens = 48;                 // of a block, whose x F_in stays in L2
+constexpr int64_t kForwardScratch = (2 * kForwardTokens + 12) * kForwardStride;
+
 struct Kernels {
     const char* name;
-    int64_t right_panel;  // columns of B that are packed together
+    int64_t right_panel;    // columns of B that are packed together
+    int64_t forward_panel;  // rows of F_out
     // Of a piece, the groups group_begin .. group_end; reduce writes one partial sum for each.
     void (*dense)(const DensePass&, const Piece&, int64_t group_begin, int64_t group_end);
     void (*masked)(const MaskedPass&, const Piece&, int64_t group_begin, int64_t group_end);
@@ -103,6 +120,7 @@ struct Kernels {
     void (*affine)(const AffinePass&, const Piece&, int64_t group_begin, int64_t group_end);
     void (*reduce)(const ReducePass&, const Piece&, int64_t group_begin, int64_t group_end, double* partials);
     void (*low_rank)(const LowRankPass&, int64_t row_begin, int64_t row_end);
+    void (*forward)(const ForwardPass&, const float* core, int64_t begin, int64_t end, float* scratch);
     void (*to_float)(DType from, const void* in, float* out, int64_t count);
     void (*round_to)(DType to, float* values, int64_t count);  // to the nearest value of a 16-bit type, kept as float
     void (*box_muller)(const uint32_t* a, const uint32_t* b, float* even, float* odd, int64_t count);

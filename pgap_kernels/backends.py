@@ -16,6 +16,7 @@ OPS = (
     "dense_perturb_",
     "masked_perturb_",
     "lowrank_perturb_",
+    "lowrank_forward_",
     "preconditioned_update_",
     "preconditioned_perturb_",
     "anchor_affine_",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from .finetune.config import DTYPES, METHODS, Config, UserError, field_default
+from .perturbation import MODES
 
 EPILOG = """\
 examples:
@@ -153,6 +154,14 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     _option(group, "window", int, "steps between two refreshes of the subspaces")
     _option(group, "probes", int, "probes of a refresh, two forwards each")
     _option(group, "delta", float, "strength of the alignment: squared inner product with the normalised gradient")
+    _option(
+        group,
+        "mode",
+        str,
+        "how perturbations reach the forwards: in place, on a perturbed copy of each layer (scratch), or beside the "
+        "layer's output (folded, pgap only); auto picks",
+        choices=MODES,
+    )
     _option(group, "seed", int, "seed of the noise and of the order of the batches")
 
 

@@ -100,3 +100,14 @@ def lowrank_perturb_(
         core, core_kind = aligned_core(core, keys[2:], tensor_ids, sign_ids, delta.item()), "full"
     args = (left, right, core, keys[:3], coefficient, decay, rounding_key, tensor_ids, slices, rank, core_kind)
     torch.ops.pgap_kernels_cpu.low_rank(weights, out, *args)
+
+
+def lowrank_forward_(outputs, inputs, left, right, cores, transposed):
+    if inputs.stride(-1) != 1:
+        inputs = inputs.contiguous()
+    torch.ops.pgap_kernels_cpu.low_rank_forward(outputs, inputs, left, right, cores, transposed)
+
+
+def lowrank_forward_stored(*args) -> bool:
+    """The whole op in one call, for plain tensors; False, with nothing written, where the long way has to look."""
+    return torch.ops.pgap_kernels_cpu.low_rank_forward_stored(*args)

@@ -110,7 +110,21 @@ def lowrank_digests() -> dict[str, str]:
     return result
 
 
+def forward_digests() -> dict[str, str]:
+    result = {}
+    for dtype in DTYPES:
+        for rank in (1, 5, 16, 33, 140):
+            y, x, left, right, core = weights([(14, 37), (14, 300), (37, rank), (300, rank), (rank, rank)], dtype)
+            left = left.float() / (10 * rank)
+            for kind, options in {"": {}, "paired": {"paired": True}, "transposed": {"transposed": True}}.items():
+                into, out_of = (right.float(), left) if kind == "transposed" else (left, right)
+                moved = y.clone()
+                ops.lowrank_forward_(moved, x, into, out_of, z=core.float(), **options)
+                result[f"forward {dtype} {rank} {kind}"] = digest([moved])
+    return result
+
+
 if __name__ == "__main__":
     found = {"isa": torch.ops.pgap_kernels_cpu.isa().split(",")[0], "transform": transform_digest()}
     exact = {**draw_digests("cpu"), **dense_digests("cpu"), **rule_digests("cpu")}
-    print(json.dumps({**found, **exact, **reduce_digests("cpu"), **lowrank_digests()}))
+    print(json.dumps({**found, **exact, **reduce_digests("cpu"), **lowrank_digests(), **forward_digests()}))

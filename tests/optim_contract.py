@@ -148,7 +148,7 @@ METHODS = [pytest.param(MeZO, {"probes": 2}, id="mezo"), pytest.param(PGAP, SMAL
 
 def make(method, options, model=None, **more):
     model = Net() if model is None else model
-    return model, method(model, **({"lr": 0.05, "eps": 1e-3, "seed": 11} | options | more))
+    return model, method(model, **({"lr": 0.05, "eps": 1e-3, "seed": 11, "mode": "inplace"} | options | more))
 
 
 def two_groups(model, lr=0.05, eps=1e-3):

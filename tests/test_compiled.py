@@ -315,19 +315,25 @@ def test_amdgcn_widths():
 # ---- budgets --------------------------------------------------------------------------------------------------------
 
 # Kernels of this package.
-OURS = ["dense", "assemble", "preconditioned", "anchor", "reduce", "guard", "low rank", "factor product"]
+OURS = ["dense", "assemble", "preconditioned", "anchor", "reduce", "guard", "low rank", "factor product", "forward"]
 RUNS = (
     ["--dtype", "fp32", "bf16"],
     # Half precision differs by its rounding alone.
-    ["--dtype", "fp16", "--config", "J=1", "stochastic", "momentum", "drawn core", "--target", "sm_90,gfx942"],
+    [
+        *["--dtype", "fp16", "--target", "sm_90,gfx942"],
+        *["--config", "J=1", "stochastic", "momentum", "drawn core", "project", "mix", "expand"],
+    ],
 )
-# Issue slots per bf16 weight on sm_90, by kernel, configuration and rank.
+# Issue slots per bf16 weight (in the forward: per element of x or y) on sm_90, by kernel, configuration and rank.
 SLOTS = {
     ("dense", "J=1", None): 42,
     ("dense", "fast", None): 24,
     ("dense", "rademacher", None): 16,
     ("low rank", "drawn core", 16): 7,
     ("low rank", "drawn core", 64): 9,
+    ("forward", "project", 16): 4,
+    ("forward", "project", 128): 8,
+    ("forward", "expand", 16): 10,
 }
 
 
@@ -377,7 +383,7 @@ def width(row: dict) -> int:
     """Bits of the narrowest access allowed."""
     # A thread has 4 elements: of float32 state, of a value between stages, or as AMD's matrix instructions leave them.
     four = row["kernel"] == "preconditioned" or row["config"] == "staged"
-    four |= row["kernel"] == "low rank" and row["target"] == "gfx942"
+    four |= row["kernel"] in ("low rank", "forward") and row["target"] == "gfx942"
     return 64 if four and row["dtype"] != "fp32" else 128
 
 

@@ -16,7 +16,7 @@ from pgap_kernels import backends
 
 ROOT = Path(__file__).parent.parent
 OLDEST = Path(sys.prefix) / "triton-oldest"
-OURS = {"dense", "preconditioned", "anchor", "reduce", "low rank", "factor product"}
+OURS = {"dense", "preconditioned", "anchor", "reduce", "low rank", "factor product", "forward"}
 FLOAT32 = {"assemble", "guard"}  # kernels of float32 alone
 
 

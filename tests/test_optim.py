@@ -42,7 +42,7 @@ from pgap_kernels.subspace import gradient_basis
 def test_mezo_applies_what_it_evaluated(probes, weight_decay, groups):
     model = Net()
     params = two_groups(model) if groups else model
-    opt = MeZO(params, lr=0.05, eps=1e-3, weight_decay=weight_decay, probes=probes, seed=3)
+    opt = MeZO(params, lr=0.05, eps=1e-3, weight_decay=weight_decay, probes=probes, seed=3, mode="inplace")
     for step in range(3):
         clean, closure = snapshot(model), Recorder(model)
         mean = opt.step(closure)
@@ -79,7 +79,7 @@ def test_pgap_applies_what_it_evaluated(options, groups):
     model = Net()
     options = {"lr": 0.05, "eps": 1e-3, "rank": 3, "window": 3, "probes": 2, "delta": 2.0} | options
     params = two_groups(model, options["lr"], options["eps"]) if groups else model
-    opt = WatchedPGAP(params, seed=4, **options)
+    opt = WatchedPGAP(params, seed=4, **options, mode="inplace")
     for step in range(4):
         clean, closure = snapshot(model), Recorder(model)
         opt.step(closure)
@@ -191,7 +191,7 @@ def test_pgap_estimator_mean(xi, delta):
     model.a, model.b = nn.Parameter(torch.zeros(4, 3)), nn.Parameter(torch.zeros(3, 5))
     slope = {"a": ops.draw((4, 3), 1, 1).double(), "b": ops.draw((3, 5), 2, 2).double()}
     opt = PGAP(model, lr=1e-3, eps=1.0, rank=2, window=steps, probes=64, xi=xi, delta=delta, scale="paper",
-               eps_probe=1.0, seed=5)  # fmt: skip
+               eps_probe=1.0, seed=5, mode="inplace")  # fmt: skip
     calls = []
 
     def closure():

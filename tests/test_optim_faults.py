@@ -233,7 +233,7 @@ def test_every_forward_of_a_step_sees_the_same_buffers(method, options, by_name)
     torch.manual_seed(0)
     model = Normed()
     params = model.named_parameters() if by_name else model
-    opt = method(params, **options, **({"model": model} if by_name else {}))
+    opt = method(params, **options, **({"model": model} if by_name else {}), mode="inplace")
     for step in range(3):
         start = {name: b.clone() for name, b in model.named_buffers()}
         seen = []
@@ -253,7 +253,7 @@ def test_every_forward_of_a_step_sees_the_same_buffers(method, options, by_name)
 
 def test_buffers_survive_a_skipped_step():
     model = Normed()
-    opt = MeZO(model, on_nonfinite="skip")
+    opt = MeZO(model, on_nonfinite="skip", mode="inplace")
     start = {name: b.clone() for name, b in model.named_buffers()}
     opt.step(lambda: model(torch.full((8, 6), math.nan)).sum())
     assert opt.skipped == 1
@@ -263,7 +263,7 @@ def test_buffers_survive_a_skipped_step():
 def test_an_update_that_overflows_with_its_scale_is_skipped():
     model = nn.Linear(64, 64, bias=False)
     before = snapshot(model)
-    opt = PGAP(model, lr=2e35, rank=1, window=10, probes=1, on_nonfinite="skip")
+    opt = PGAP(model, lr=2e35, rank=1, window=10, probes=1, on_nonfinite="skip", mode="inplace")
     opt.step(lambda: (model.weight * torch.arange(64.0)).sum())
     assert opt.skipped == 1 and opt.steps == 1
     for name, after in snapshot(model).items():
@@ -274,6 +274,6 @@ def test_a_float_loss_keeps_its_digits():
     model = nn.Linear(3, 2)
     before = snapshot(model)
     losses = iter([1 + 3e-8, 1.0])  # one and the same in float32
-    MeZO(model, lr=1.0).step(lambda: next(losses))
+    MeZO(model, lr=1.0, mode="inplace").step(lambda: next(losses))
     moved = max((after - before[name]).abs().max().item() for name, after in snapshot(model).items())
     assert moved > 3e-8 / 2e-3 / 2  # rho z, with some |z| above a half

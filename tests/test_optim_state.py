@@ -98,7 +98,7 @@ def test_a_state_with_more_matrices_is_refused_by_name():
 
 def test_a_state_never_renames_parameters():
     model = Net()
-    forward, backward = MeZO(model), MeZO(list(model.named_parameters())[::-1])
+    forward, backward = MeZO(model, mode="inplace"), MeZO(list(model.named_parameters())[::-1], mode="inplace")
     names = [w.name for w in backward.weights()]
     try:
         backward.load_state_dict(forward.state_dict())
@@ -109,7 +109,7 @@ def test_a_state_never_renames_parameters():
 
 def test_a_scheduler_moves_both_learning_rates():
     model = Net()
-    opt = WatchedPGAP(model, lr=0.05, lr_dense=0.2, rank=3, window=1, probes=2, seed=4)
+    opt = WatchedPGAP(model, lr=0.05, lr_dense=0.2, rank=3, window=1, probes=2, seed=4, mode="inplace")
     scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 0.5**step)
     for step in range(3):
         closure = Recorder(model)
@@ -174,18 +174,18 @@ def test_a_copy_runs_on_its_own(method, options, copied, scheduled):
 def test_bad_hyper_parameters(method, name, values):
     for value in values:
         with pytest.raises(ValueError, match=rf"^{name}: got .*; accepted: "):
-            method(Net(), **{name: value})
+            method(Net(), **{name: value}, mode="inplace")
 
 
 @pytest.mark.parametrize("seed, error", [(-1, ValueError), (2**64, ValueError), (1.5, TypeError), (None, TypeError)])
 def test_bad_seeds(seed, error):
     with pytest.raises(error, match=r"^seed: got .*; accepted: an integer in \[0, 2\*\*64\)"):
-        MeZO(Net(), seed=seed)
+        MeZO(Net(), seed=seed, mode="inplace")
 
 
 def test_bad_exclude():
     with pytest.raises(TypeError, match=r"^exclude: got the string"):
-        PGAP(Net(), exclude="*embed*")
+        PGAP(Net(), exclude="*embed*", mode="inplace")
 
 
 def test_bad_closure():
@@ -197,21 +197,21 @@ def test_bad_closure():
 
 def test_a_model_without_trainable_parameters():
     with pytest.raises(ValueError, match=r"^params: got no trainable parameter"):
-        MeZO(nn.ReLU())
+        MeZO(nn.ReLU(), mode="inplace")
     with pytest.raises(ValueError, match=r"^params: got no trainable parameter"):
-        PGAP(Net().requires_grad_(False))
+        PGAP(Net().requires_grad_(False), mode="inplace")
 
 
 @pytest.mark.filterwarnings("ignore:16-bit weights")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.int64])
 def test_other_dtypes_are_refused_at_once(dtype):
     with pytest.raises((TypeError, ValueError), match=r"(?s)got.*accepted: torch\.float32"):
-        MeZO([("w", torch.zeros(3, dtype=dtype))])
+        MeZO([("w", torch.zeros(3, dtype=dtype))], mode="inplace")
 
 
 def test_a_state_under_another_tensor_id_is_refused():
     model = nn.Linear(3, 2)
-    state = MeZO(model, tensor_ids={"weight": 5}).state_dict()
+    state = MeZO(model, tensor_ids={"weight": 5}, mode="inplace").state_dict()
     with pytest.raises(ValueError, match=r"^state_dict: 'weight' had the tensor id 5"):
-        MeZO(model).load_state_dict(state)
-    MeZO(model, tensor_ids={"weight": 5}).load_state_dict(state)
+        MeZO(model, mode="inplace").load_state_dict(state)
+    MeZO(model, tensor_ids={"weight": 5}, mode="inplace").load_state_dict(state)

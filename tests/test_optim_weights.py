@@ -73,7 +73,7 @@ def test_frozen_parameters_are_untouched_if_given_by_name():
     model = Net()
     model.inner.requires_grad_(False)
     before = snapshot(model)
-    MeZO(model.named_parameters(), lr=0.05).step(lambda: loss_of(model))
+    MeZO(model.named_parameters(), lr=0.05, mode="inplace").step(lambda: loss_of(model))
     after = snapshot(model)
     assert all(torch.equal(after[name], before[name]) for name in before if name.startswith("inner"))
 
@@ -98,7 +98,7 @@ def test_order_and_form_of_params_do_not_matter(method, options):
         named = list(model.named_parameters())
         params = {"model": model, "named": named, "reversed": named[::-1],
                   "groups": [{"params": named[:3]}, {"params": named[3:]}]}[form]  # fmt: skip
-        opt = method(params, lr=0.05, seed=11, **options)
+        opt = method(params, lr=0.05, seed=11, **options, mode="inplace")
         for _ in range(3):
             opt.step(lambda model=model: loss_of(model))
         runs.append(snapshot(model))
@@ -110,8 +110,8 @@ def test_a_subset_takes_the_same_directions():
     whole, part = Net(), Net()
     subset = [(n, p) for n, p in part.named_parameters() if n.startswith("outer")]
     a, b = Recorder(whole), Recorder(part)
-    MeZO(whole, seed=9).step(a)
-    MeZO(subset, seed=9).step(b)
+    MeZO(whole, seed=9, mode="inplace").step(a)
+    MeZO(subset, seed=9, mode="inplace").step(b)
     for at_whole, at_part in zip(a.points, b.points, strict=True):
         for name, _ in subset:
             assert torch.equal(at_whole[name], at_part[name])
@@ -120,16 +120,16 @@ def test_a_subset_takes_the_same_directions():
 
 def test_wrapper_prefixes_do_not_change_the_noise():
     plain, wrapped = Net(), Net()
-    MeZO(plain, seed=9, lr=0.05).step(lambda: loss_of(plain))
+    MeZO(plain, seed=9, lr=0.05, mode="inplace").step(lambda: loss_of(plain))
     named = [("module._orig_mod." + n, p) for n, p in wrapped.named_parameters()]
-    MeZO(named, seed=9, lr=0.05).step(lambda: loss_of(wrapped))
+    MeZO(named, seed=9, lr=0.05, mode="inplace").step(lambda: loss_of(wrapped))
     assert_same_bits(snapshot(plain), snapshot(wrapped))
 
 
 def test_nameless_tensors_are_named_by_index_with_a_warning():
     tensors = [torch.zeros(3, 2), torch.zeros(4)]
     with pytest.warns(UserWarning, match="parameters without names"):
-        opt = MeZO(tensors, lr=0.0, eps=1e-3, seed=2)
+        opt = MeZO(tensors, lr=0.0, eps=1e-3, seed=2, mode="inplace")
     seen = []
     opt.step(lambda: seen.append([t.clone() for t in tensors]) or 0.0)
     for i, tensor in enumerate(seen[0]):
@@ -144,11 +144,11 @@ def test_names_with_one_id_are_refused_and_can_be_told_apart():
     assert noise.tensor_id(COLLIDING[0]) == noise.tensor_id(COLLIDING[1])
     named = [(name, torch.zeros(4)) for name in COLLIDING]
     with pytest.raises(ValueError, match=r"(?s)^tensor_ids: .*expert87226.*expert27505.*same id 0xc95c5a2d"):
-        MeZO(named)
-    opt = MeZO(named, tensor_ids={COLLIDING[1]: 7})
+        MeZO(named, mode="inplace")
+    opt = MeZO(named, tensor_ids={COLLIDING[1]: 7}, mode="inplace")
     assert [w.id for w in opt.weights()] == [0xC95C5A2D, 7]
     with pytest.raises(ValueError, match=r"^tensor_ids\['a'\]: got -1"):
-        MeZO([("a", torch.zeros(2))], tensor_ids={"a": -1})
+        MeZO([("a", torch.zeros(2))], tensor_ids={"a": -1}, mode="inplace")
 
 
 def test_add_param_group():
@@ -213,7 +213,7 @@ def test_16_bit_steps_below_half_an_ulp_arrive_on_average(method, options, dtype
     model.w = nn.Parameter((1 + ops.draw((128, 128), 3, 3).abs() / 8).to(dtype))  # above 1: an ulp is eps of dtype
     half_ulp = torch.finfo(dtype).eps / 2
     eps, size = 4 * half_ulp, half_ulp / 4
-    opt = method(model, lr=1.0, eps=eps, seed=6, **options)
+    opt = method(model, lr=1.0, eps=eps, seed=6, **options, mode="inplace")
     if method is PGAP:
         losses = iter([1.0, 0.0, 0.0, 0.0])  # refresh; no update
         opt.step(lambda: next(losses))
@@ -261,4 +261,4 @@ def test_a_float64_loss_keeps_its_digits():
 
 def test_an_override_for_no_parameter_is_refused():
     with pytest.raises(ValueError, match=r"^tensor_ids: got 'wieght'"):
-        MeZO(nn.Linear(3, 2), tensor_ids={"wieght": 5})
+        MeZO(nn.Linear(3, 2), tensor_ids={"wieght": 5}, mode="inplace")

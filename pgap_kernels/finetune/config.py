@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ..perturbation import MODES
+
 #: The one table of per-method defaults. An option left out takes the value of its method's row.
 METHODS: dict[str, dict[str, float | int]] = {
     "mezo": {"lr": 6e-5, "eps": 1e-3},
@@ -44,6 +46,7 @@ class Config:
     window: int | None = None
     probes: int | None = None
     delta: float | None = None
+    mode: str = "auto"
     seed: int = 0
     device: str = "auto"
     dtype: str = "float32"
@@ -68,6 +71,8 @@ class Config:
             raise UserError(f"--method: got {self.method!r}; accepted: {', '.join(METHODS)}")
         if self.dtype not in DTYPES:
             raise UserError(f"--dtype: got {self.dtype!r}; accepted: {', '.join(DTYPES)}")
+        if self.mode not in MODES:
+            raise UserError(f"--mode: got {self.mode!r}; accepted: {', '.join(MODES)}")
         self._fill_in_method_defaults()
         for name in (
             "steps",

@@ -85,7 +85,12 @@ def _tune_and_compare(
 
 
 def _tune(config: Config, model: Any, scorer: Scorer, dataset: data.Dataset, result: dict[str, Any]) -> None:
-    optimizer = OPTIMIZERS[config.method](model, **config.method_options(), seed=config.seed)
+    options: dict[str, Any] = config.method_options()
+    try:
+        optimizer = OPTIMIZERS[config.method](model, **options, seed=config.seed, mode=config.mode)
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
+    result["mode"] = {"name": optimizer.mode, "reason": optimizer.mode_reason}
     clock = StepClock()
     dev = dataset.dev[: config.eval_limit]
     _reset_peak_memory(model.device)
@@ -109,7 +114,9 @@ def _tune(config: Config, model: Any, scorer: Scorer, dataset: data.Dataset, res
         refreshes = math.ceil(clock.steps / config.window) if config.window else 0
         refresh_seconds = clock.seconds["refresh"] / refreshes if refreshes else 0.0
         result["timing"] = _timing(clock, refresh_seconds, config)
+        result["weight_passes"] = optimizer.passes
         result["peak_memory_mib"] = _peak_memory_mib(model.device)
+        optimizer.detach()
 
 
 def _run_baseline(config: Config, model: Any, scorer: Scorer, dataset: data.Dataset, result: dict[str, Any]) -> None:

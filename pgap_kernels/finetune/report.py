@@ -24,7 +24,9 @@ def empty(config: Config, versions: dict[str, Any], model: dict[str, Any], datas
     Entries: ``status``; ``config``; ``versions``; ``model``; ``data``; ``test`` (``before`` and ``after``: loss in
     nats, accuracy 0 to 1, examples); ``curves`` (``train_loss`` of every step; ``dev``: step, loss, accuracy);
     ``timing`` (steps, seconds by part, seconds of one refresh, and seconds per step with the refresh spread over its
-    window); ``peak_memory_mib``; ``baseline`` (losses, timing, peak memory; null if it did not run); ``notes``.
+    window); ``mode`` (name and reason, once the optimizer stands); ``weight_passes`` (reads and writes of all tuned
+    weights in the whole run); ``peak_memory_mib``; ``baseline`` (losses, timing, peak memory; null if it did not run);
+    ``notes``.
     """
     return {
         "status": "running",
@@ -41,7 +43,9 @@ def empty(config: Config, versions: dict[str, Any], model: dict[str, Any], datas
         },
         "test": {"before": None, "after": None},
         "curves": {"train_loss": [], "dev": []},
+        "mode": None,
         "timing": None,
+        "weight_passes": None,
         "peak_memory_mib": None,
         "baseline": None,
         "notes": [],
@@ -154,9 +158,10 @@ def print_table(report: dict[str, Any], console: Console) -> None:
 
 def _headline(report: dict[str, Any]) -> str:
     model, steps = report["model"], len(report["curves"]["train_loss"])
+    mode = f", mode {report['mode']['name']}" if report["mode"] else ""
     tuned, total = (f"{model[name] / 1e6:.4g} M" for name in ("tuned_parameters", "parameters"))
     return (
-        f"{report['config']['method']}, {steps} steps on {report['data']['name']}\n"
+        f"{report['config']['method']}{mode}, {steps} steps on {report['data']['name']}\n"
         f"{model['name']}: {tuned} of {total} parameters tuned"
     )
 

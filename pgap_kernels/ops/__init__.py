@@ -10,6 +10,7 @@ themselves, ``torch.ops.pgap_kernels.*``, can be traced.
 
 from .anchor import anchor_affine_
 from .dense import assemble_gradient_, dense_perturb_, draw, masked_perturb_, threshold_bits
+from .forward import lowrank_forward_
 from .lowrank import MAX_RANK, AlignedCore, aligned_core, lowrank_perturb_
 from .preconditioned import HELENE, Adam, HiZOO, Momentum, preconditioned_perturb_, preconditioned_update_
 from .reduction import seeded_dot, squared_norms
@@ -27,6 +28,7 @@ __all__ = [
     "assemble_gradient_",
     "dense_perturb_",
     "draw",
+    "lowrank_forward_",
     "lowrank_perturb_",
     "masked_perturb_",
     "preconditioned_perturb_",

@@ -68,8 +68,10 @@ class AlignedCore:
     def where_best(self, weight: Tensor, tensor_ids: Sequence[int]) -> AlignedCore | list[Tensor]:
         """Itself if the backend of such weights makes it inside each pass, else the cores, made once for all passes."""
         backend = backends.select("lowrank_perturb_", weight.device, weight.dtype)
-        if backend is backends.triton:
-            return self
+        return self if backend is backends.triton else self.materialised(tensor_ids)
+
+    def materialised(self, tensor_ids: Sequence[int]) -> list[Tensor]:
+        """The cores themselves, float32 (rank, rank)."""
         options = {"delta": float(self.delta), "sign_key": self.sign_key, "sign_ids": self.sign_ids}
         return aligned_core(self.singular_values, self.key, tensor_ids=tensor_ids, **options)
 
@@ -164,7 +166,7 @@ def lowrank_perturb_(
     if isinstance(core, AlignedCore):
         delta = checks.scalar_row("core.delta", core.delta, 1)
         _check_delta("core.delta", delta)
-        sign_key, sign_ids = _sign("core.", core.sign_key, core.sign_ids, tensor_ids, len(weights))
+        sign_key, sign_ids = sign_of("core.", core.sign_key, core.sign_ids, tensor_ids, len(weights))
         keys += sign_key
     packed_keys = checks.pack_keys(keys)
     keys_rounding = rounding_keys(rounding, rounding_key)
@@ -198,7 +200,7 @@ def _check_delta(name: str, delta: Tensor) -> None:
         raise ValueError(f"{name}: got {delta.item()}; accepted: 0 or more")
 
 
-def _sign(
+def sign_of(
     prefix: str, key: Key | None, ids: Sequence[int] | None, tensor_ids: Sequence[int] | None, count: int
 ) -> tuple[list[int | Tensor], list[int]]:
     """Key bits (none or one) and ids of xi."""
@@ -282,7 +284,7 @@ def aligned_core(
     strength = checks.scalar_row("delta", delta, 1)
     _check_delta("delta", strength)
     ids = checks.tensor_ids("tensor_ids", tensor_ids, len(values))
-    sign_bits, ids_sign = _sign("", sign_key, sign_ids, ids, len(values))
+    sign_bits, ids_sign = sign_of("", sign_key, sign_ids, ids, len(values))
     keys = checks.pack_keys([checks.key_bits("key", key), *sign_bits])
     with torch.no_grad():
         return table.aligned_core(values, keys, ids, ids_sign, strength.item(), backend)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
 import warnings
@@ -14,8 +15,23 @@ from torch import Tensor, nn
 
 from .. import checks, noise
 from ..noise import CONTRACT_VERSION, Role
-from ..perturbation import DenseMove, ForwardState, Move, PerWeight, Weight, buckets, uninterrupted
+from ..perturbation import (
+    MODES,
+    Dense,
+    Direction,
+    ForwardState,
+    PerWeight,
+    Residual,
+    Update,
+    Weight,
+    buckets,
+    build,
+    choose,
+    uninterrupted,
+)
 
+_log = logging.getLogger("pgap_kernels")
+_MERGE = (1 << 24) - 1  # number of the stochastic-rounding key of merges between steps
 Closure = Callable[[], "Tensor | float"]
 Params = nn.Module | Iterable[Any]
 _NOTHING_TO_TRAIN = "params: got no trainable parameter (requires_grad); accepted: at least one"
@@ -28,7 +44,8 @@ class NonFiniteLossError(RuntimeError):
 class Cost(NamedTuple):
     """What a method costs beyond its forwards."""
 
-    weight_passes: float  # reads and writes of every weight per step, refreshes spread over their window
+    weight_passes: float  # reads and writes of every weight per step, refreshes spread over their window; a weight
+    # that two modules share is read for each of them in the modes scratch and folded
     state_bytes: int  # kept between steps
     scratch_bytes: int  # largest transient, up to the O((m + n)(r + 8)) of an SVD
 
@@ -47,11 +64,6 @@ def at_least_one(name: str, value: int) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < 1:
         raise ValueError(f"{name}: got {value!r}; accepted: an integer, 1 or more")
     return value.__index__()
-
-
-def group_eps(weight: Weight) -> float:
-    """The smoothing radius of a weight's param group."""
-    return weight.group["eps"]
 
 
 def group_decay(weight: Weight) -> float:
@@ -75,13 +87,27 @@ class ZOOptimizer(torch.optim.Optimizer):
         seed: in [0, 2**64); with the step number and the parameter names it determines every draw.
         tensor_ids: overrides of ``noise.tensor_id`` by parameter name.
         on_nonfinite: "raise" ``NonFiniteLossError``, or "skip" the step; the weights are restored either way.
+        mode: how perturbations reach the forwards (docs/modes.md). "inplace": weights are written, any closure.
+            "scratch": layers run on a perturbed copy in one reused buffer. "folded": low-rank directions act on the
+            layers' outputs and the weights are written once per window. "auto": an exact mode where the weights are
+            16-bit, else by a static table; the attribute ``mode`` says which, ``mode_reason`` why. All but "inplace"
+            need a model, whose modules get hooks.
+        two_pass: in place, the last pass of a step is also the first of the next; between steps the weights are then
+            perturbed, until ``merge`` (a model's forwards and state_dict call it).
+        residual: keep a second 16-bit plane beside 16-bit weights, in which no update is lost; else updates of
+            16-bit weights round stochastically. Not in place, where the perturbation itself rounds.
+        allow_unused: with hooks, accept forwards that never use some weight.
+        paired: with hooks, both signs of a direction in one forward. The closure runs the step's minibatch stacked
+            twice (``torch.cat([x, x])``) and returns two losses, a tensor of the two halves' own. The layers must keep
+            the rows in order, and nothing may be drawn (dropout) or averaged over the batch.
 
     Attributes:
         steps: number of steps taken.
         skipped: number of steps skipped for a non-finite loss.
-        passes: number of weight passes so far.
+        passes: reads and writes of all the weights so far, counted by elements.
         seconds: accumulated wall seconds by "forward", "perturb" and "refresh" (refreshes with their forwards), as the
-            host sees them: work queued on a GPU counts where the host waits for it.
+            host sees them: work queued on a GPU counts where the host waits for it, and what hooks do inside a compiled
+            forward counts to the forward.
     """
 
     def __init__(
@@ -93,16 +119,25 @@ class ZOOptimizer(torch.optim.Optimizer):
         seed: int = 0,
         tensor_ids: Mapping[str, int] | None = None,
         on_nonfinite: str = "raise",
+        mode: str = "auto",
+        two_pass: bool = False,
+        residual: bool = False,
+        allow_unused: bool = False,
+        paired: bool = False,
     ) -> None:
         self.seed = noise.check_uint("seed", seed, 64)
         self.on_nonfinite = checks.choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
         self.tensor_ids = dict(tensor_ids or {})
         self.model = params if isinstance(params, nn.Module) else model
-        self.steps = self.skipped = self.passes = self._passes_this_step = 0
+        self.steps = self.skipped = 0
+        self.two_pass, self.residual = bool(two_pass), bool(residual)
+        self.allow_unused, self.paired = bool(allow_unused), bool(paired)
+        checks.choice("mode", mode, MODES)
         self.seconds = {"forward": 0.0, "perturb": 0.0, "refresh": 0.0}
         self._weights: list[Weight] | None = None
         self._clock: str | None = None
         self._warned_loss = False
+        self._ahead: tuple[int, list[Direction]] | None = None
         if isinstance(params, nn.Module):
             params = [(name, p) for name, p in params.named_parameters() if p.requires_grad]
             if not params:
@@ -113,20 +148,92 @@ class ZOOptimizer(torch.optim.Optimizer):
         unknown = sorted(set(self.tensor_ids) - {w.name for w in self.weights()})
         if unknown:
             raise ValueError(f"tensor_ids: got {unknown[0]!r}; accepted: names of this optimizer's parameters")
-        if any(w.tensor.dtype != torch.float32 for w in self.weights()):
+        self._enter_mode(mode)
+
+    # ---- the mode ---------------------------------------------------------------------------------------------------
+
+    def subspace_names(self) -> list[str] | None:
+        """Names of the weights whose directions are U Z V^T, if the method has such directions."""
+        return None
+
+    def _enter_mode(self, mode: str) -> None:
+        weights = self.weights()
+        choice = choose(mode, weights, self.model, self.subspace_names())
+        is_16_bit = any(w.tensor.dtype != torch.float32 for w in weights)
+        if self.two_pass and choice.mode != "inplace":
+            raise ValueError(f"two_pass: got True with mode={choice.mode!r}; accepted: with mode='inplace'")
+        if self.paired and choice.mode == "inplace":
+            raise ValueError("paired: got True with mode='inplace'; accepted: with mode 'scratch' or 'folded'")
+        if self.residual and (choice.mode == "inplace" or not is_16_bit):
+            raise ValueError(
+                f"residual: got True with mode={choice.mode!r} and {weights[0].tensor.dtype} weights; accepted: with "
+                "16-bit weights that are not perturbed in place"
+            )
+        if choice.mode == "inplace" and is_16_bit:
             warnings.warn(
                 "16-bit weights are perturbed in place: each step rounds them, so they are not restored exactly "
-                "(fp32 weights are, to rounding)",
-                stacklevel=3,
+                f"(fp32 weights are, to rounding); {choice.reason if mode == 'auto' else 'other modes are exact'}",
+                stacklevel=4,
             )
+        before = getattr(self, "perturbation", None)
+        options = {"two_pass": self.two_pass, "allow_unused": self.allow_unused, "paired": self.paired}
+        self.perturbation = build(choice, weights, self.model, **options)
+        self.perturbation.merge_key = noise.derive(self.seed, 0, Role.ROUNDING, _MERGE)
+        if self.residual:
+            self.perturbation.residual = Residual(weights, before.residual if before else None)
+        self.mode_reason = choice.reason
+        _log.info("%s runs in mode %s: %s", type(self).__name__, choice.mode, choice.reason)
+
+    @property
+    def mode(self) -> str:
+        """The mode in use; assign another between steps, after ``merge``."""
+        return self.perturbation.mode
+
+    @mode.setter
+    def mode(self, mode: str) -> None:
+        checks.choice("mode", mode, MODES)
+        if self.perturbation.pending:
+            raise ValueError(
+                f"mode: got {mode!r} while mode {self.mode!r} has updates or perturbations that are not in the "
+                "weights; call merge() first"
+            )
+        before = self.perturbation
+        self._enter_mode(mode)
+        before.release()
+        self.perturbation.passes = before.passes
+
+    @property
+    def passes(self) -> float:
+        """Reads and writes of all the weights so far, counted by elements."""
+        return self.perturbation.passes
+
+    def merge(self) -> None:
+        """Write into the weights what a window has gathered, or take off what the two-pass schedule has added.
+
+        Nothing to do in the other modes. ``state_dict`` of the optimizer and of a hooked model do it first.
+        """
+        with torch.no_grad(), uninterrupted():
+            self.perturbation.merge()
+
+    def detach(self) -> None:
+        """Merge, and take the hooks off the model: the optimizer has done its work."""
+        with torch.no_grad(), uninterrupted():
+            self.perturbation.release()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if hasattr(self, "perturbation"):
+            self.merge()
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
             self._check_group(group)
             self._weights = None
             self.weights()
+            if hasattr(self, "perturbation"):
+                choose(self.mode, self.weights(), self.model, self.subspace_names())
+                self.perturbation.adopt(self.weights())
+                if self.residual:
+                    self.perturbation.residual = Residual(self.weights(), self.perturbation.residual)
         except Exception:
             self.param_groups.pop()
             self._weights = None
@@ -179,15 +286,29 @@ class ZOOptimizer(torch.optim.Optimizer):
             checks.disjoint("params", tensors, layouts)
         return weights
 
-    # ---- keys, passes and forwards ------------------------------------------------------------------------------
+    # ---- keys, directions and passes --------------------------------------------------------------------------------
 
-    def key(self, role: Role, probe: int = 0) -> int:
-        """The key of this step's draw of a role."""
-        return noise.derive(self.seed, self.steps, role, probe)
+    def key(self, role: Role, probe: int = 0, step: int | None = None) -> int:
+        """The key of a step's draw of a role; of this step by default."""
+        return noise.derive(self.seed, self.steps if step is None else step, role, probe)
 
-    def dense_moves(self, key: int, weights: Sequence[Weight] | None = None) -> list[DenseMove]:
-        """z(key) on the given weights (all by default), one move per device and dtype."""
-        return [DenseMove(bucket, key) for bucket in buckets(self.weights() if weights is None else weights)]
+    def dense(self, key: int, weights: Sequence[Weight] | None = None) -> list[Dense]:
+        """The direction z(key) on the given weights, all by default."""
+        return [Dense(bucket, key) for bucket in buckets(self.weights() if weights is None else weights)]
+
+    def directions(self, step: int) -> list[Direction]:
+        """The directions of a step, in the order in which it evaluates them."""
+        raise NotImplementedError
+
+    def radius(self, weight: Weight) -> float:
+        """The smoothing radius at which a step evaluates its directions."""
+        return weight.group["eps"]
+
+    def plan(self, step: int) -> list[Direction]:
+        """``directions``, made once per step."""
+        if self._ahead is None or self._ahead[0] != step:
+            self._ahead = (step, self.directions(step))
+        return self._ahead[1]
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -196,92 +317,54 @@ class ZOOptimizer(torch.optim.Optimizer):
             yield
             return
         self._clock = what
-        begin = time.perf_counter()
+        begin, hooks = time.perf_counter(), self.perturbation.seconds
         try:
             yield
         finally:
-            self.seconds[what] += time.perf_counter() - begin
+            inside = self.perturbation.seconds - hooks if what == "forward" else 0.0
+            self.seconds[what] += time.perf_counter() - begin - inside
+            self.seconds["perturb"] += inside
             self._clock = None
 
-    @contextlib.contextmanager
-    def weight_pass(self) -> Iterator[int]:
-        """One pass over the weights, not interrupted by Ctrl-C; gives its stochastic-rounding key."""
+    def stand(self, direction: Direction, amount: PerWeight) -> None:
+        """The next forwards are at W + amount * direction; an empty direction is W. Ctrl-C waits meanwhile."""
         with self.timed("perturb"), uninterrupted():
-            yield self.key(Role.ROUNDING, self._passes_this_step)
-        self._passes_this_step += 1
-        self.passes += 1
+            self.perturbation.stand(direction, amount)
 
-    @contextlib.contextmanager
-    def restoring(self, moves: Sequence[Move], eps: PerWeight) -> Iterator[None]:
-        """If the block raises, take every move back before the exception propagates."""
-        try:
-            yield
-        except BaseException:
-            with uninterrupted():
-                for move in moves:
-                    move.to(0.0, eps)
-            raise
+    def land(self, terms: Sequence[tuple[Direction, PerWeight]], closing: bool = False) -> None:
+        """The end of a step: W <- (1 - lr wd) W + sum of step * direction; the step then counts as taken.
 
-    def move_to(self, moves: Sequence[Move], offset: float, eps: PerWeight) -> None:
-        """One pass, unless they stand there: stand at W + offset * eps * direction."""
-        if all(move.offset == offset for move in moves):
-            return
-        with self.weight_pass():
-            for move in moves:
-                move.to(offset, eps)
-
-    def switch_to(self, moves: Sequence[DenseMove], key: int, eps: PerWeight) -> None:
-        """One pass: from one dense direction to W + eps * z(key)."""
-        with self.weight_pass():
-            for move in moves:
-                move.switch(key, eps)
-
-    def land(
-        self,
-        moves: Sequence[Move],
-        step: PerWeight,
-        eps: PerWeight,
-        **others: Any,
-    ) -> None:
-        """The step's last pass: restore the weights, add step * direction and decay; the step then counts as taken.
-
-        All coefficients are worked out and checked before the first write.
+        All coefficients are worked out and checked before the first write, and if a write fails the weights are as
+        before. ``closing``: the next step finds all that was learnt in the weights.
         """
-        landings = [move.landing(step, eps, group_decay, **others) for move in moves]
+        update = Update(terms, group_decay, closing)
         limit = torch.finfo(torch.float32).max
-        for landing in landings:
-            for values in (landing["coefficient"], *(draw[1] for draw in landing.get("others", ()))):
-                if not all(abs(value) <= limit for value in values):
+        for parts, _ in update.by_part():
+            for _, coefficient in parts:
+                if not all(abs(value) <= limit for value in coefficient):
                     raise NonFiniteLossError(
                         f"the update of step {self.steps} overflows float32 though its losses are finite; the weights "
                         "are restored. Lower lr, raise eps, or pass on_nonfinite='skip'"
                     )
-        offsets = [move.offset for move in moves]
-        landed = 0
-        with uninterrupted():
-            try:
-                with self.weight_pass() as rounding_key:
-                    for move, landing in zip(moves, landings, strict=True):
-                        move.land(landing, rounding_key)
-                        landed += 1
-            except BaseException:  # say, out of memory in a later group: no weight keeps half a step
-                for move, landing, offset in list(zip(moves, landings, offsets, strict=True))[:landed]:
-                    move.take_back(landing, offset)
-                raise
+        with self.timed("perturb"), uninterrupted():
+            if self.two_pass and not closing:
+                update = update._replace(following=(self.plan(self.steps + 1)[0], self.radius))
+            self.perturbation.commit(update, self.key(Role.ROUNDING, self.perturbation.written))
             self.steps += 1
+            torch.clear_autocast_cache()
 
-    def forward(self, closure: Closure) -> Tensor:
-        """One forward: the loss as a scalar tensor, in the RNG and buffer state of the step's first one."""
+    def forward(self, closure: Closure, losses: int = 1) -> Tensor:
+        """One forward: the losses as a vector, in the RNG and buffer state of the step's first one."""
         with self.timed("forward"):
             self._forward_state.restore()
-            value = closure()
+            torch.clear_autocast_cache()  # it may hold the weights of the forward before
+            value = self.perturbation.forward(closure)
         if not isinstance(value, (Tensor, int, float)):
             raise TypeError(f"closure: returned {type(value).__name__}; accepted: a scalar tensor or a float")
         loss = value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
-        if loss.numel() != 1 or loss.is_complex():
-            raise ValueError(
-                f"closure: returned {loss.dtype} of shape {tuple(loss.shape)}; accepted: a real scalar loss"
-            )
+        if loss.numel() != losses or loss.is_complex():
+            accepted = "a real scalar loss" if losses == 1 else f"{losses} real losses, of the halves of the batch"
+            raise ValueError(f"closure: returned {loss.dtype} of shape {tuple(loss.shape)}; accepted: {accepted}")
         if loss.dtype in (torch.float16, torch.bfloat16) and not self._warned_loss:
             self._warned_loss = True
             warnings.warn(
@@ -289,16 +372,20 @@ class ZOOptimizer(torch.optim.Optimizer):
                 "reduce the loss in float32",
                 stacklevel=4,
             )
-        return loss.reshape(())
+        return loss.reshape(losses)
 
-    def two_sided(self, moves: Sequence[Move], closure: Closure, eps: PerWeight) -> tuple[float, float]:
-        """Losses at W + eps * direction and W - eps * direction; the weights stay at the latter.
+    def two_sided(self, direction: Direction, closure: Closure, radius: PerWeight | None = None) -> tuple[float, float]:
+        """Losses at W + radius * direction and W - radius * direction.
 
-        Raises NonFiniteLossError if one is not finite. Call inside ``restoring``.
+        Raises NonFiniteLossError if one is not finite.
         """
-        self.move_to(moves, 1.0, eps)
+        eps = radius or self.radius
+        self.stand(direction, eps)
+        if self.paired:
+            plus, minus = self.forward(closure, losses=2)
+            return self.finite(plus, "W + eps z"), self.finite(minus, "W - eps z")
         plus = self.forward(closure)
-        self.move_to(moves, -1.0, eps)
+        self.stand(direction, lambda w: -eps(w))
         minus = self.forward(closure)
         return self.finite(plus, "W + eps z"), self.finite(minus, "W - eps z")
 
@@ -330,20 +417,19 @@ class ZOOptimizer(torch.optim.Optimizer):
         """
         if not callable(closure):
             raise TypeError(f"closure: got {closure!r}; accepted: a function that returns the loss of a minibatch")
-        self._passes_this_step = 0
+        self.perturbation.begin(self.key(Role.ROUNDING, _MERGE))
         self._forward_state = ForwardState(self.model, {w.tensor.device for w in self.weights()})
         try:
             return self.estimate_and_update(closure)
-        except NonFiniteLossError:
+        except BaseException as error:
+            with uninterrupted():
+                self.perturbation.restore()
             self._forward_state.restore()
-            if self.on_nonfinite == "raise":
+            if not isinstance(error, NonFiniteLossError) or self.on_nonfinite == "raise":
                 raise
             self.skipped += 1
             self.steps += 1
             return math.nan
-        except BaseException:
-            self._forward_state.restore()
-            raise
         finally:
             del self._forward_state
 
@@ -372,7 +458,11 @@ class ZOOptimizer(torch.optim.Optimizer):
         """Inverse of ``method_state``."""
 
     def state_dict(self) -> dict[str, Any]:
-        """As in PyTorch, with an entry "zo": contract version, method, seed, step and the method's state."""
+        """As in PyTorch, with an entry "zo": contract version, method, seed, step and the method's state.
+
+        Merges first: the weights of the model at this moment go with it.
+        """
+        self.merge()
         zo = {
             "contract_version": CONTRACT_VERSION,
             "method": type(self).__name__,
@@ -381,6 +471,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             "skipped": self.skipped,
             "tensor_ids": {w.name: w.id for w in self.weights()},
             "state": self.method_state(),
+            "residual": None if self.perturbation.residual is None else self.perturbation.residual.planes,
         }
         return {**super().state_dict(), "zo": zo}
 
@@ -410,8 +501,18 @@ class ZOOptimizer(torch.optim.Optimizer):
                 f"state_dict: {name!r} had the tensor id {zo['tensor_ids'][name]}; accepted: {ids.get(name)}, as in "
                 "this optimizer (tensor_ids=): another stream would not continue the run"
             )
+        if (zo.get("residual") is not None) != self.residual:
+            raise ValueError(
+                f"residual: got {self.residual}; accepted: {not self.residual}, as in the optimizer whose state_dict "
+                "this is"
+            )
         self.check_method_state(zo["state"])
+        self.merge()
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "zo"})
         self._weights = None
         self.seed, self.steps, self.skipped = zo["seed"], zo["steps"], zo["skipped"]
+        self._ahead = None
+        self.perturbation.begin(self.key(Role.ROUNDING, _MERGE))
+        if self.perturbation.residual is not None:
+            self.perturbation.residual.load(zo["residual"])
         self.load_method_state(zo["state"])

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from ..noise import Role
-from ..perturbation import PerWeight
-from .base import Closure, Cost, Params, ZOOptimizer, at_least_one, group_eps
+from ..perturbation import Direction, PerWeight
+from .base import Closure, Cost, Params, ZOOptimizer, at_least_one
 
 
 class MeZO(ZOOptimizer):
     """MeZO-SGD:  rho_i = (L(W + eps z_i) - L(W - eps z_i)) / (2 eps),  W <- (1 - lr wd) W - lr/n sum_i rho_i z_i.
 
-    2n forwards and 2n + 1 weight passes a step: the switch from one probe to the next is one pass, and so are the
-    last restore and the update. No state but the seed.
+    2n forwards and 2n + 1 weight passes a step, 2n with ``two_pass``: the switch from one probe to the next is one
+    pass, and so are the last restore and the update. No state but the seed.
 
     Args:
         params: a model, named parameters or param groups.
@@ -21,7 +21,7 @@ class MeZO(ZOOptimizer):
         eps: smoothing radius, > 0; a group's own eps gives it its own projected gradient.
         weight_decay: decoupled, on tensors of two or more dimensions.
         probes: n, directions per step.
-        **options: model, seed, tensor_ids, on_nonfinite, of ``ZOOptimizer``.
+        **options: model, seed, tensor_ids, on_nonfinite, mode and its options, of ``ZOOptimizer``.
     """
 
     def __init__(
@@ -38,22 +38,17 @@ class MeZO(ZOOptimizer):
         super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay}, **options)
 
     def cost(self) -> Cost:
-        return Cost(2 * self.probes + 1, 0, 0)
+        return Cost(2 * self.probes + (0 if self.two_pass else 1), 0, self.perturbation.scratch_bytes)
+
+    def directions(self, step: int) -> list[Direction]:
+        return [self.dense(self.key(Role.DENSE, probe, step)) for probe in range(self.probes)]
 
     def estimate_and_update(self, closure: Closure) -> float:
-        keys = [self.key(Role.DENSE, probe) for probe in range(self.probes)]
-        moves = self.dense_moves(keys[0])
-        losses: list[tuple[float, float]] = []
+        directions = self.plan(self.steps)
+        losses = [self.two_sided(direction, closure) for direction in directions]
 
-        def step(probe: int) -> PerWeight:
-            plus, minus = losses[probe]
-            return lambda w: -w.group["lr"] / self.probes * (plus - minus) / (2 * group_eps(w))
+        def step(plus: float, minus: float) -> PerWeight:
+            return lambda w: -w.group["lr"] / self.probes * (plus - minus) / (2 * self.radius(w))
 
-        with self.restoring(moves, group_eps):
-            for probe, key in enumerate(keys):
-                if probe:
-                    self.switch_to(moves, key, group_eps)
-                losses.append(self.two_sided(moves, closure, group_eps))
-            others = [(key, step(probe)) for probe, key in enumerate(keys[:-1])]
-            self.land(moves, step(-1), group_eps, others=others)
+        self.land([(direction, step(*pair)) for direction, pair in zip(directions, losses, strict=True)])
         return sum(plus + minus for plus, minus in losses) / (2 * self.probes)

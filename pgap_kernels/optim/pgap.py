@@ -11,9 +11,9 @@ import torch
 
 from .. import checks, ops
 from ..noise import Role
-from ..perturbation import Move, SubspaceMove, Weight, buckets
+from ..perturbation import Direction, Part, Subspace, Weight, buckets
 from ..subspace import Basis, gradient_basis
-from .base import Closure, Cost, Params, ZOOptimizer, at_least_one, group_eps, positive
+from .base import Closure, Cost, Params, ZOOptimizer, at_least_one, positive
 
 PAPER_PROBE_EPS = 1e-3
 
@@ -27,8 +27,9 @@ class PGAP(ZOOptimizer):
 
         rho = (L(W + eps D) - L(W - eps D)) / (2 eps),   W <- (1 - lr wd) W - lr rho D.
 
-    Tensors that are not matrices take dense noise in the same step. 2 + 2h/window forwards and 3 + (2h + 1)/window
-    weight passes a step; the probes are not stored and G is assembled one matrix at a time.
+    Tensors that are not matrices take dense noise in the same step. 2 + 2h/window forwards a step, and
+    3 + (2h + 1)/window weight passes in place, (2h + 1)/window folded; the probes are not stored and G is assembled
+    one matrix at a time.
 
     Args:
         params: a model, named parameters or param groups.
@@ -44,7 +45,7 @@ class PGAP(ZOOptimizer):
         eps_probe: smoothing radius of the probes; by default eps, or 1e-3 with scale="paper".
         eps_dense, lr_dense: of tensors that take dense noise, in every group; by default the group's eps and lr.
             lr_dense is kept as a ratio to ``lr``, so schedules and groups with their own lr scale it; decay goes by lr.
-        **options: model, seed, tensor_ids, on_nonfinite, of ``ZOOptimizer``.
+        **options: model, seed, tensor_ids, on_nonfinite, mode and its options, of ``ZOOptimizer``.
     """
 
     def __init__(
@@ -68,6 +69,8 @@ class PGAP(ZOOptimizer):
         **options: Any,
     ) -> None:
         self.rank = at_least_one("rank", rank)
+        if rank > ops.MAX_RANK:
+            raise ValueError(f"rank: got {rank}; accepted: 1 to {ops.MAX_RANK}, the most the kernels take")
         self.window = at_least_one("window", window)
         self.probes = at_least_one("probes", probes)
         self.delta = positive("delta", delta, zero=True)
@@ -99,68 +102,83 @@ class PGAP(ZOOptimizer):
         """r of a matrix."""
         return min(self.rank, *weight.tensor.shape)
 
-    def delta_now(self) -> float:
-        """delta of this step under its schedule."""
+    def delta_at(self, step: int) -> float:
+        """delta of a step under its schedule."""
         if self.delta_steps is None:
             return self.delta
-        return self.delta * max(0.0, 1.0 - self.steps / self.delta_steps)
+        return self.delta * max(0.0, 1.0 - step / self.delta_steps)
+
+    def subspace_names(self) -> list[str]:
+        return [w.name for w in self.matrices()]
 
     def cost(self) -> Cost:
         matrices = self.matrices()
+        share = sum(w.tensor.numel() for w in matrices) / sum(w.tensor.numel() for w in self.weights())
+        passes = {
+            "inplace": (2 + 1 / self.window if self.two_pass else 3) + (2 * self.probes + 1) / self.window,
+            "scratch": 3 + 2 * self.probes / self.window,
+            "folded": 3 * (1 - share) + (2 * self.probes + share) / self.window,
+        }
         state = sum(4 * self.rank_of(w) * (sum(w.tensor.shape) + 1) for w in matrices)
+        if self.mode != "inplace":  # a Z, and C
+            state += sum(4 * self.rank_of(w) ** 2 for w in matrices) * (2 if self.mode == "folded" else 1)
         scratch = max((4 * w.tensor.numel() for w in matrices), default=0)
-        return Cost(3 + (2 * self.probes + 1) / self.window, state, scratch)
+        return Cost(passes[self.mode], state, scratch + self.perturbation.scratch_bytes)
 
     # ---- the step -----------------------------------------------------------------------------------------------
 
     def estimate_and_update(self, closure: Closure) -> float:
-        if self.steps % self.window == 0 or any(w.name not in self.bases for w in self.matrices()):
+        if self._refreshes_at(self.steps) or any(w.name not in self.bases for w in self.matrices()):
             self._refresh_due = True
         if self._refresh_due:
             with self.timed("refresh"):
                 self.refresh(closure)
             self._refresh_due = False
         with self.timed("perturb"):
-            moves = self.moves()
-        with self.restoring(moves, self._eps):
-            plus, minus = self.two_sided(moves, closure, self._eps)
-            self.land(moves, self._step(plus - minus), self._eps)
+            (direction,) = self.plan(self.steps)
+        plus, minus = self.two_sided(direction, closure)
+        self.land([(direction, self._step(plus - minus))], closing=self._refreshes_at(self.steps + 1))
         return (plus + minus) / 2
 
-    def moves(self) -> list[Move]:
-        """This step's direction: scale * U Z V^T on the matrices, dense noise on the rest."""
-        moves: list[Move] = []
-        sign_key = None if self.xi == "fixed" else self.key(Role.SIGN)
+    def _refreshes_at(self, step: int) -> bool:
+        return step % self.window == 0
+
+    def directions(self, step: int) -> list[Direction]:
+        """scale * U Z V^T on the matrices, dense noise on the rest."""
+        parts: list[Part] = []
+        sign_key = None if self.xi == "fixed" else self.key(Role.SIGN, step=step)
         for bucket in buckets(self.matrices(), also=self.rank_of):
             ids = [w.id for w in bucket]
             bases = [self.bases[w.name] for w in bucket]
             core = ops.AlignedCore(
-                self.key(Role.CORE),
+                self.key(Role.CORE, step=step),
                 [b.singular_values for b in bases],
-                self.delta_now(),
+                self.delta_at(step),
                 sign_key,
                 [0] * len(ids) if self.xi == "global" else None,
             ).where_best(bucket[0].tensor, ids)
             left, right = [b.left for b in bases], [b.right for b in bases]
-            moves.append(SubspaceMove(bucket, left, right, core, [self._scale(w) for w in bucket]))
+            parts.append(Subspace(bucket, left, right, core, [self._scale(w) for w in bucket]))
         dense = [w for w in self.weights() if self.is_dense(w)]
-        return moves + list(self.dense_moves(self.key(Role.DENSE), dense))
+        return [[*parts, *self.dense(self.key(Role.DENSE, step=step), dense)]]
 
     def _scale(self, weight: Weight) -> float:
         return math.sqrt(weight.tensor.numel()) / self.rank_of(weight) if self.scale == "subzero" else 1.0
 
-    def _eps(self, weight: Weight) -> float:
-        return self.eps_dense if self.eps_dense is not None and self.is_dense(weight) else group_eps(weight)
+    def radius(self, weight: Weight) -> float:
+        if self.eps_dense is not None and self.is_dense(weight):
+            return self.eps_dense
+        return super().radius(weight)
 
     def _probe_eps(self, weight: Weight) -> float:
         if self.eps_probe is not None:
             return self.eps_probe
-        return group_eps(weight) if self.scale == "subzero" else PAPER_PROBE_EPS
+        return super().radius(weight) if self.scale == "subzero" else PAPER_PROBE_EPS
 
     def _step(self, difference: float):
         def step(weight: Weight) -> float:
             ratio = self.dense_lr_ratio if self.is_dense(weight) else 1.0
-            return -ratio * weight.group["lr"] * difference / (2 * self._eps(weight))
+            return -ratio * weight.group["lr"] * difference / (2 * self.radius(weight))
 
         return step
 
@@ -169,22 +187,19 @@ class PGAP(ZOOptimizer):
     def refresh(self, closure: Closure) -> None:
         """New U, S, V of every matrix from h probes on this step's minibatch; the weights end as they began."""
         keys = [self.key(Role.PROBE, probe) for probe in range(self.probes)]
-        moves = self.dense_moves(keys[0])
         differences = []
-        with self.restoring(moves, self._probe_eps):
-            for probe, key in enumerate(keys):
-                if probe:
-                    self.switch_to(moves, key, self._probe_eps)
-                plus, minus = self.two_sided(moves, closure, self._probe_eps)
-                differences.append(plus - minus)
-            self.move_to(moves, 0.0, self._probe_eps)
+        for key in keys:
+            plus, minus = self.two_sided(self.dense(key), closure, self._probe_eps)
+            differences.append(plus - minus)
+        self.stand([], self._probe_eps)
+        self.merge()  # what a window has gathered belongs to its own subspaces
         range_key = self.key(Role.RANGE_FINDER)
         for bucket in buckets(self.matrices()):
             largest = max(w.tensor.numel() for w in bucket)
             scratch = torch.empty(largest, dtype=torch.float32, device=bucket[0].tensor.device)
             for w in bucket:
                 norm = 2 * self._probe_eps(w) * self.probes
-                self.bases[w.name] = gradient_basis(
+                basis = gradient_basis(
                     w.tensor.shape,
                     [(key, difference / norm) for key, difference in zip(keys, differences, strict=True)],
                     self.rank_of(w),
@@ -192,6 +207,17 @@ class PGAP(ZOOptimizer):
                     range_key=range_key,
                     scratch=scratch,
                 )
+                self._keep(w.name, basis)
+        self._ahead = None
+
+    def _keep(self, name: str, basis: Basis) -> None:
+        """A matrix's new basis, in the memory of the one before: captured forwards read it there."""
+        before = self.bases.get(name)
+        if before is None or before.left.shape != basis.left.shape:
+            self.bases[name] = basis
+            return
+        for old, new in zip(before, basis, strict=True):
+            old.copy_(new)
 
     # ---- state --------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import torch
 
 from .anchor import anchor_affine_
 from .dense import assemble_gradient_, dense_perturb_, masked_perturb_
+from .forward import lowrank_forward_
 from .lowrank import aligned_core, lowrank_perturb_
 from .noise import box_muller, fma, noise, stochastic_round, words
 from .preconditioned import preconditioned_
@@ -23,6 +24,7 @@ __all__ = [
     "box_muller",
     "dense_perturb_",
     "fma",
+    "lowrank_forward_",
     "lowrank_perturb_",
     "masked_perturb_",
     "name",

@@ -22,6 +22,7 @@ _FAMILIES = {
     "masked_perturb_": "dense",
     "assemble_gradient_": "dense",
     "lowrank_perturb_": "lowrank",
+    "lowrank_forward_": "forward",
     "aligned_core": "lowrank",
     "preconditioned_": "preconditioned",
     "anchor_affine_": "anchor",

@@ -89,3 +89,94 @@ def lowrank_config(dtype: torch.dtype, rank: int, stochastic: bool, architecture
     if config.columns == 128 and architecture != "hopper":
         config = config._replace(rows=64 if config.resident else 32, columns=64, step=16)
     return config._replace(columns=config.columns // 2) if stochastic else config
+
+
+class ForwardTile(NamedTuple):
+    """Tile (rows, columns) of a result of the low rank in the forward, and step of the sum in it."""
+
+    rows: int
+    columns: int
+    step: int
+    config: Config = Config()
+
+
+class ForwardConfig(NamedTuple):
+    """Tiles of x F, of (x F) N and of y, and whether the program of the first makes the second: see ``FORWARD``."""
+
+    mixes: bool
+    project: ForwardTile
+    mix: ForwardTile
+    expand: ForwardTile
+
+    def width(self, rank: int) -> int:
+        """Columns of t: whole steps of the sum over them."""
+        return -(-rank // self.expand.step) * self.expand.step
+
+
+FORWARD_BUCKETS = (16, 32, 64, 512)
+# Loads of x run ahead by num_stages - 1, which takes shared memory but no registers. Rows are few, so that some
+# thousand tokens are a program for every processor. The core is mixed in while that does not spill (docs/kernels.md).
+_FORWARD_FLOAT32 = (
+    ForwardConfig(
+        True,
+        ForwardTile(32, 16, 32, Config(num_stages=4)),
+        ForwardTile(32, 16, 16, Config(num_stages=3)),
+        ForwardTile(32, 64, 16, _EIGHT_WARPS),
+    ),
+    ForwardConfig(
+        True,
+        ForwardTile(32, 32, 32, Config(8, 4)),
+        ForwardTile(32, 32, 16, Config(num_stages=3)),
+        ForwardTile(64, 64, 16, Config(8, 3)),
+    ),
+    *[
+        ForwardConfig(
+            False,
+            ForwardTile(64, 64, 16, Config(8, 4)),
+            ForwardTile(32, 64, 16, Config(num_stages=3)),
+            ForwardTile(64, 64, 16, Config(8, 3)),
+        )
+    ]
+    * 2,
+)
+_FORWARD_HALF = (
+    ForwardConfig(
+        True,
+        ForwardTile(32, 16, 128, Config(num_stages=3)),
+        ForwardTile(32, 16, 16, Config(num_stages=3)),
+        ForwardTile(64, 128, 16, _EIGHT_WARPS),
+    ),
+    ForwardConfig(
+        True,
+        ForwardTile(32, 32, 128, Config(num_stages=3)),
+        ForwardTile(32, 32, 16, Config(num_stages=3)),
+        ForwardTile(64, 128, 32, _EIGHT_WARPS),
+    ),
+    ForwardConfig(
+        True,
+        ForwardTile(32, 64, 64, Config(8, 3)),
+        ForwardTile(32, 64, 16, Config(num_stages=3)),
+        ForwardTile(64, 128, 64, _EIGHT_WARPS),
+    ),
+    ForwardConfig(
+        False,
+        ForwardTile(64, 128, 64, Config(8, 3)),
+        ForwardTile(32, 64, 16, Config(num_stages=3)),
+        ForwardTile(64, 128, 32, Config(8, 3)),
+    ),
+)
+FORWARD = {
+    (dtype, limit): config
+    for dtype, row in (
+        (torch.float32, _FORWARD_FLOAT32),
+        (torch.bfloat16, _FORWARD_HALF),
+        (torch.float16, _FORWARD_HALF),
+    )
+    for limit, config in zip(FORWARD_BUCKETS, row, strict=True)
+}
+
+
+def forward_config(dtype: torch.dtype, rank: int, split: bool = False) -> ForwardConfig:
+    """The configuration of a dtype's rank bucket: less of x at a time where each x is two operands."""
+    config = FORWARD[dtype, next(limit for limit in FORWARD_BUCKETS if rank <= limit)]
+    return config._replace(project=config.project._replace(rows=32, step=32)) if split else config

@@ -1,0 +1,47 @@
+"""One reused piece of memory per device, handed out and taken back like a stack."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+_ALIGNMENT = 128  # bytes: vector accesses, and no two tensors in one cache line
+
+
+def room(tensor: Tensor) -> int:
+    """Bytes that a tensor takes up."""
+    return -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
+
+
+class Arena:
+    """Memory for the tensors that exist at one time; what does not fit (a recursive module) gets memory of its own."""
+
+    def __init__(self, capacity: Mapping[torch.device, int]) -> None:
+        self.capacity = dict(capacity)
+        self.memory: dict[torch.device, Tensor] = {}
+        self.top = dict.fromkeys(capacity, 0)
+
+    def take(self, like: Tensor) -> Tensor:
+        """Uninitialised contiguous memory of a tensor's shape and dtype, the last to be given back."""
+        device, begin = like.device, self.top[like.device]
+        self.top[device] = begin + room(like)
+        if self.top[device] > self.capacity[device]:
+            return torch.empty(like.shape, dtype=like.dtype, device=device)
+        if device not in self.memory:
+            self.memory[device] = torch.empty(self.capacity[device], dtype=torch.uint8, device=device)
+        taken = self.memory[device][begin : begin + like.numel() * like.element_size()]
+        return taken.view(like.dtype).view(like.shape)
+
+    def give_back(self, like: Tensor) -> None:
+        """Release what the last ``take`` of such a tensor gave."""
+        self.top[like.device] -= room(like)
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in the arena's memory."""
+        memory = self.memory.get(tensor.device)
+        return memory is not None and tensor.untyped_storage().data_ptr() == memory.data_ptr()
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "memory": {}}
