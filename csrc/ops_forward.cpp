@@ -1,5 +1,4 @@
 // The op of forward.inl: y <- y + x F_in M F_out^T. As in ops.cpp, checks here keep memory safe.
-#include <cmath>
 #include <memory>
 
 #include "pieces.h"
@@ -199,41 +198,13 @@ void low_rank_forward(Tensor outputs, Tensor inputs, Tensor left, Tensor right, 
     run(f, outputs, data, transposed);
 }
 
-// The same with M = C + a Z, and C - a Z for the second half, in one call. False, and nothing written, for anything
-// that it does not understand: who calls has the words for it.
-bool low_rank_forward_stored(Tensor outputs, Tensor inputs, Tensor left, Tensor right, std::optional<Tensor> core,
-                             std::optional<Tensor> z, double coefficient, bool paired, bool transposed) {
-    Forward f = {};
-    const float a = float(coefficient);
-    if (!std::isfinite(a) || (paired && !z) || (!core && !z) ||
-        !understand(outputs, inputs, left, right, paired ? 2 : 1, transposed, f).empty())
-        return false;
-    const int64_t rank = f.pass.rank, size = rank * rank;
-    for (const std::optional<Tensor>* t : {&core, &z})
-        if (*t && (!core_if(**t, rank) || overlap(outputs, (*t)->const_data_ptr(), size * 4))) return false;
-    const float* c = core ? (const float*)core->const_data_ptr() : nullptr;
-    std::vector<float> sums(z ? size_t(f.parts * size) : 0);
-    const float* data[2] = {c, c};
-    for (int64_t part = 0; z && part < f.parts; ++part) {
-        const float *from = (const float*)z->const_data_ptr(), signed_a = part ? -a : a;
-        float* to = sums.data() + part * size;
-        data[part] = to;
-        for (int64_t i = 0; i < size; ++i) to[i] = c ? c[i] + signed_a * from[i] : signed_a * from[i];
-    }
-    run(f, outputs, data, transposed);
-    return true;
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pgap_kernels_cpu, m) {
     m.def("low_rank_forward(Tensor(a!) outputs, Tensor inputs, Tensor left, Tensor right, Tensor[] cores, "
           "bool transposed) -> ()");
-    m.def("low_rank_forward_stored(Tensor(a!) outputs, Tensor inputs, Tensor left, Tensor right, Tensor? core, "
-          "Tensor? z, float coefficient, bool paired, bool transposed) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pgap_kernels_cpu, CompositeExplicitAutograd, m) {
     m.impl("low_rank_forward", TORCH_BOX(&low_rank_forward));
-    m.impl("low_rank_forward_stored", TORCH_BOX(&low_rank_forward_stored));
 }

@@ -106,8 +106,3 @@ def lowrank_forward_(outputs, inputs, left, right, cores, transposed):
     if inputs.stride(-1) != 1:
         inputs = inputs.contiguous()
     torch.ops.pgap_kernels_cpu.low_rank_forward(outputs, inputs, left, right, cores, transposed)
-
-
-def lowrank_forward_stored(*args) -> bool:
-    """The whole op in one call, for plain tensors; False, with nothing written, where the long way has to look."""
-    return torch.ops.pgap_kernels_cpu.low_rank_forward_stored(*args)

@@ -50,7 +50,9 @@ def randomized_svd(matrix: Tensor, rank: int, test_matrix: Tensor, power_iterati
     v, r = torch.linalg.qr(matrix.T @ q)
     inner_u, s, inner_vh = torch.linalg.svd(r.T)
     left, right = q @ inner_u[:, :rank], v @ inner_vh.T[:, :rank]
-    return Basis(left.contiguous(), s[:rank].clone(), right.contiguous())
+    # A pair of singular vectors has a sign to choose: the largest element of u is positive, so that rounding does not.
+    sign = left.gather(0, left.abs().argmax(0, keepdim=True)).sign()
+    return Basis((left * sign).contiguous(), s[:rank].clone(), (right * sign).contiguous())
 
 
 def gradient_basis(

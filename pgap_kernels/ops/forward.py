@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
-from .. import backends, checks, cpu
+from .. import backends, checks
 from ..noise import check_uint
 from ._arguments import Key, Scalar
 from ._library import define, table, written
@@ -29,14 +27,6 @@ def _forward_impl(
         return
     backend = backends.select("lowrank_forward_", outputs.device, outputs.dtype, forced)
     rank, device = left.shape[1], outputs.device
-    columns = outputs.shape[-1]
-    tokens = outputs.numel() // columns
-    if inputs.dtype in INDICES:
-        x = inputs.reshape(tokens)
-        if device.type == "cpu":
-            _check_numbers(x, len(left if transposed else right))
-    else:
-        x = inputs.reshape(tokens, inputs.shape[-1])
     if aligned:
         (z,) = backend.aligned_core([z], keys, [tensor_id], sign_ids, delta.item())
     elif z is None and len(keys):
@@ -49,8 +39,22 @@ def _forward_impl(
         cores = [moved, -moved] if paired else [moved]
         if core is not None:
             cores = [core + c for c in cores]
-    backend.lowrank_forward_(outputs.view(tokens, columns), x, left, right, cores, transposed)
+    fold_(outputs, inputs, left, right, cores, transposed, forced)
     written([outputs])
+
+
+def fold_(outputs, inputs, left, right, cores, transposed, forced=None):
+    """The op on stored cores alone, one for each part of the rows, without checks: it runs behind every layer."""
+    columns = outputs.shape[-1]
+    tokens = outputs.numel() // columns
+    if inputs.dtype in INDICES:
+        x = inputs.reshape(tokens)
+        if inputs.device.type == "cpu":
+            _check_numbers(x, len(left if transposed else right))
+    else:
+        x = inputs.reshape(tokens, inputs.shape[-1])
+    backend = backends.select("lowrank_forward_", outputs.device, outputs.dtype, forced)
+    backend.lowrank_forward_(outputs.view(tokens, columns), x, left, right, cores, transposed)
 
 
 define(f"lowrank_forward_(Tensor(a!) outputs, {_FORWARD}) -> ()", _forward_impl)
@@ -85,7 +89,8 @@ def lowrank_forward_(
         inputs: x, floating point (..., n), or (..., m) if transposed; or, if transposed, int64 or int32 row numbers
             of the shape of y without its last dimension. Numbers outside 0 .. m - 1 are refused on a CPU and not
             looked for on a GPU.
-        left, right: A (m, rank) and B (n, rank), float32 or y's dtype, contiguous, rank <= 512.
+        left, right: A (m, rank) and B (n, rank), float32 or y's dtype, contiguous,
+            rank <= 512 and no more than m and n.
         core: C (rank, rank) float32; None is zero.
         z: Z: a float32 tensor (rank, rank), a key that regenerates it under ``tensor_id``, an ``AlignedCore`` with
             the singular values of this weight, or None.
@@ -98,8 +103,6 @@ def lowrank_forward_(
     Raises:
         TypeError, ValueError: naming the argument; nothing has been written.
     """
-    if backend is None and _done_at_once(outputs, inputs, left, right, core, z, coefficient, paired, transposed):
-        return
     _check("outputs", outputs, FLOATS)
     if outputs.dim() < 2 or (outputs.numel() and not outputs.is_contiguous()):
         raise ValueError(
@@ -116,6 +119,9 @@ def lowrank_forward_(
                 f"{name}: got shape {tuple(f.shape)} with strides {f.stride()}; accepted: contiguous (rows, rank) with "
                 f"the same rank, 1 to {MAX_RANK}, as the other factor"
             )
+    if rank > min(left.shape[0], right.shape[0]):
+        least = min(left.shape[0], right.shape[0])
+        raise ValueError(f"left, right: got rank {rank}; accepted: 1 to {least}, the shorter side of the layer")
     into, out_of = (left, right) if transposed else (right, left)
     if outputs.shape[-1] != out_of.shape[0]:
         raise ValueError(
@@ -189,34 +195,6 @@ def lowrank_forward_(
         )
 
 
-# The op runs behind every layer of a model, when the layer has emptied the caches: each line costs more than it seems.
-# Plain tensors on a CPU therefore go to the kernel at once, which checks them itself, and nothing below builds a
-# message or a tensor where nothing is wrong.
-
-
-def _done_at_once(outputs, inputs, left, right, core, z, coefficient, paired, transposed) -> bool:
-    """Whether the C++ kernel took the arguments as they are; if not, it has written nothing."""
-    for t in (outputs, inputs, left, right):
-        if type(t) not in _PLAIN or t.layout is not torch.strided:
-            return False
-    for t in (core, z):
-        if t is not None and (type(t) not in _PLAIN or t.layout is not torch.strided):
-            return False
-    if (
-        cpu.unavailable
-        or torch.is_grad_enabled()
-        or type(coefficient) is not float
-        or "PGAP_BACKEND" in os.environ
-        or not cpu.lowrank_forward_stored(
-            outputs, inputs, left, right, core, z, coefficient, bool(paired), bool(transposed)
-        )
-    ):
-        return False
-    written([outputs])
-    return True
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 _ONE = torch.ones(1, dtype=torch.float32, device="cpu")
 _NO_KEYS = torch.empty(0, dtype=torch.int64, device="cpu")
 

@@ -17,6 +17,7 @@ from .. import checks, noise
 from ..noise import CONTRACT_VERSION, Role
 from ..perturbation import (
     MODES,
+    Autocast,
     Dense,
     Direction,
     ForwardState,
@@ -351,14 +352,13 @@ class ZOOptimizer(torch.optim.Optimizer):
                 update = update._replace(following=(self.plan(self.steps + 1)[0], self.radius))
             self.perturbation.commit(update, self.key(Role.ROUNDING, self.perturbation.written))
             self.steps += 1
-            torch.clear_autocast_cache()
 
     def forward(self, closure: Closure, losses: int = 1) -> Tensor:
         """One forward: the losses as a vector, in the RNG and buffer state of the step's first one."""
         with self.timed("forward"):
             self._forward_state.restore()
-            torch.clear_autocast_cache()  # it may hold the weights of the forward before
-            value = self.perturbation.forward(closure)
+            with self._autocast.inside():
+                value = self.perturbation.forward(closure)
         if not isinstance(value, (Tensor, int, float)):
             raise TypeError(f"closure: returned {type(value).__name__}; accepted: a scalar tensor or a float")
         loss = value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
@@ -419,8 +419,10 @@ class ZOOptimizer(torch.optim.Optimizer):
             raise TypeError(f"closure: got {closure!r}; accepted: a function that returns the loss of a minibatch")
         self.perturbation.begin(self.key(Role.ROUNDING, _MERGE))
         self._forward_state = ForwardState(self.model, {w.tensor.device for w in self.weights()})
+        self._autocast = Autocast({w.tensor.device.type for w in self.weights()})
         try:
-            return self.estimate_and_update(closure)
+            with self._autocast.outside():
+                return self.estimate_and_update(closure)
         except BaseException as error:
             with uninterrupted():
                 self.perturbation.restore()
@@ -431,7 +433,8 @@ class ZOOptimizer(torch.optim.Optimizer):
             self.steps += 1
             return math.nan
         finally:
-            del self._forward_state
+            torch.clear_autocast_cache()
+            del self._forward_state, self._autocast
 
     def estimate_and_update(self, closure: Closure) -> float:
         """The method's recipe: directions, losses, and ``land`` at the end. Returns the mean loss."""

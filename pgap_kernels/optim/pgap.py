@@ -239,5 +239,7 @@ class PGAP(ZOOptimizer):
 
     def load_method_state(self, state: dict[str, Any]) -> None:
         devices = {w.name: w.tensor.device for w in self.matrices()}
-        self.bases = {name: Basis(*(t.to(devices[name]) for t in basis)) for name, basis in state["bases"].items()}
+        self.bases = {name: basis for name, basis in self.bases.items() if name in state["bases"]}
+        for name, basis in state["bases"].items():
+            self._keep(name, Basis(*(t.to(devices[name], copy=True) for t in basis)))
         self._refresh_due = state["refresh_due"]

@@ -14,10 +14,11 @@ from .folded import Folded
 from .inplace import InPlace
 from .residual import Residual
 from .scratch import Scratch
-from .surroundings import ForwardState, uninterrupted
+from .surroundings import Autocast, ForwardState, uninterrupted
 
 __all__ = [
     "MODES",
+    "Autocast",
     "Choice",
     "Dense",
     "Direction",

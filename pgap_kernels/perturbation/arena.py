@@ -26,11 +26,13 @@ class Arena:
     def take(self, like: Tensor) -> Tensor:
         """Uninitialised contiguous memory of a tensor's shape and dtype, the last to be given back."""
         device, begin = like.device, self.top[like.device]
-        self.top[device] = begin + room(like)
-        if self.top[device] > self.capacity[device]:
-            return torch.empty(like.shape, dtype=like.dtype, device=device)
+        if begin + room(like) > self.capacity[device]:
+            own = torch.empty(like.shape, dtype=like.dtype, device=device)
+            self.top[device] = begin + room(like)
+            return own
         if device not in self.memory:
             self.memory[device] = torch.empty(self.capacity[device], dtype=torch.uint8, device=device)
+        self.top[device] = begin + room(like)
         taken = self.memory[device][begin : begin + like.numel() * like.element_size()]
         return taken.view(like.dtype).view(like.shape)
 

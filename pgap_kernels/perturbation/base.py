@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -120,23 +121,33 @@ class Perturbation:
         """Note a pass over some of the weights."""
         self.passes += sum(w.tensor.numel() for w in weights) / self.total
 
-    def landing(self, terms: list[Term], decay: list[float], rounding_key: int) -> Write:
-        """The pass that makes an update of one part."""
+    def landing(self, terms: list[Term], decay: list[float], rounding_key: int) -> list[Write]:
+        """The passes that make an update of one part: one, or with residual planes some for a few weights each."""
         part, keep = terms[0].part, [1.0 - d for d in decay]
         back = [Term(t.part, [-c / k for c, k in zip(t.coefficient, keep, strict=True)]) for t in terms]
+        back_decay = [-d / k for d, k in zip(decay, keep, strict=True)]
+        residual = self.residual
+        if residual is not None and residual.serves(part):
+            return [
+                Write(
+                    residual.tensors(part, chosen),
+                    partial(self._land_exactly, residual, part, chosen, terms, decay),
+                    partial(residual.write, part, chosen, back, back_decay),
+                )
+                for chosen in residual.batches(part.weights)
+            ]
 
         def do() -> None:
-            if self.residual is not None and self.residual.serves(part):
-                self.residual.write(part, terms, decay)
-            else:
-                part.write(terms, decay, stochastic(part, rounding_key))
+            part.write(terms, decay, stochastic(part, rounding_key))
             self.count(part.weights)
 
-        def undo() -> None:
-            part.write(back, [-d / k for d, k in zip(decay, keep, strict=True)], {})
+        return [Write(part.tensors, do, partial(part.write, back, back_decay, {}))]
 
-        planes = [] if self.residual is None else self.residual.planes_of(part)
-        return Write([*part.tensors, *planes], do, undo)
+    def _land_exactly(
+        self, residual: Residual, part: Part, chosen: list[int], terms: list[Term], decay: list[float]
+    ) -> None:
+        residual.write(part, chosen, terms, decay)
+        self.count([part.weights[i] for i in chosen])
 
     @property
     def pending(self) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 from .base import Perturbation
 from .direction import Weight
 from .folded import Folded, foldable
-from .hooks import uses_of
+from .hooks import take_over, uses_of
 from .inplace import InPlace
 from .scratch import Scratch
 
@@ -102,6 +102,8 @@ def build(
 ) -> Perturbation:
     """The strategy of a mode."""
     if choice.mode == "inplace":
+        if model is not None:
+            take_over(model.modules())
         strategy = InPlace(weights, two_pass)
         if two_pass and model is not None:
             strategy.watch(model)

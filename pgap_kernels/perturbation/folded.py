@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops._library import table
+from ..ops.forward import fold_
 from .base import Update, Write, all_or_nothing
 from .direction import Direction, PerWeight, Subspace, Term, Weight, buckets, sum_of_cores
 from .hooks import EMBEDDING, LINEAR, Place, Use
@@ -34,9 +35,14 @@ class Window:
         self.keep_there = torch.ones((), device=device, dtype=torch.float32)
         self.open = False
 
+    def pair(self, moved: Tensor) -> list[Tensor]:
+        """C + a Z and C - a Z."""
+        return [self.core + moved, self.core - moved]
+
     def show(self, slot: Slot) -> None:
         """The forward sees U C V^T alone."""
-        assert slot.subspace is not None
+        if slot.subspace is None:
+            slot.subspace = (self.left, self.right, torch.empty_like(self.core))
         slot.kind, slot.stands = SUBSPACE, False
         slot.subspace[2].copy_(self.core)
 
@@ -141,18 +147,36 @@ class Folded(Scratch):
         assert slot.subspace is not None
         left, right, core = slot.subspace
         if self.shrinks:
-            output = output * window.keep_there
-            bias = use.module._parameters.get("bias") if use.kind != EMBEDDING else None
-            if bias is not None:
-                output = output + (bias.detach() * (1 - window.keep_there)).to(output.dtype)
-        output = output.contiguous()
-        one = slot.one[0]
-        pair = self.paired and self.active and slot.stands
-        cores = (window.core if window.open else None, core) if pair else (core, None)
-        table.lowrank_forward_(
-            output, x, left, right, *cores, slot.no_keys[:0], one, one, 0, [], False, pair, use.kind != LINEAR, None
-        )
+            output = self._shrunk(use, window, output)
+        output, one, transposed = output.contiguous(), slot.one[0], use.kind != LINEAR
+        if torch.is_grad_enabled() and output.requires_grad:  # a first-order use between steps: in PyTorch's own ops
+            into, m, out_of = (left, core, right) if transposed else (right, core.T, left)
+            t = into[x] if use.kind == EMBEDDING else x.float() @ into
+            return output + (t @ m @ out_of.T).to(output.dtype)
+        if torch.compiler.is_compiling():
+            table.lowrank_forward_(
+                output, x, left, right, core, None, slot.no_keys[:0], one, one, 0, [], False, False, transposed, None
+            )
+        else:
+            pair = self.paired and self.active and slot.stands
+            fold_(output, x, left, right, window.pair(core) if pair else [core], transposed)
         return output
+
+    def _shrunk(self, use: Use, window: Window, output: Tensor) -> Tensor:
+        """s (y - b) + b, with the b that the module has added."""
+        output = output * window.keep_there
+        bias = use.module._parameters.get("bias") if use.kind != EMBEDDING else None
+        if bias is None:
+            return output
+        biases: list[Tensor] = [bias]
+        if self.paired and self.active:  # the halves have had one each, and given them back
+            for place in use.places:
+                if place.name == "bias" and self.fills(place):
+                    biases = [torch.empty_like(bias), torch.empty_like(bias)]
+                    self.fill(place, biases[0], 1)
+                    self.fill(place, biases[1], -1)
+        halves = zip(output.chunk(len(biases)), biases, strict=True)
+        return torch.cat([y + (b * (1 - window.keep_there)).to(y.dtype) for y, b in halves])
 
     # ---- updates ----------------------------------------------------------------------------------------------------
 
@@ -165,7 +189,7 @@ class Folded(Scratch):
             if isinstance(terms[0].part, Subspace):
                 gathered.update(self._gathered(terms, decay))
             else:
-                writes.append(self.landing(terms, decay, rounding_key))
+                writes += self.landing(terms, decay, rounding_key)
         if update.closing:
             writes += self._merges(gathered, rounding_key)
         all_or_nothing(writes, self.largest)
@@ -180,13 +204,14 @@ class Folded(Scratch):
         assert isinstance(part, Subspace)
         step, coefficient = sum_of_cores(terms)
         cores = step if isinstance(step, list) else part.cores
-        scaled = torch._foreach_mul(cores, coefficient)
         number_of = {id(w.tensor): number for number, w in enumerate(self.weights)}
-        found = {}
-        for tensor, moved, d in zip(part.tensors, scaled, decay, strict=True):
-            window = self.windows[number_of[id(tensor)]]
-            found[number_of[id(tensor)]] = ((1.0 - d) * window.core + moved, (1.0 - d) * window.keep)
-        return found
+        numbers = [number_of[id(t)] for t in part.tensors]
+        windows = [self.windows[number] for number in numbers]
+        keep = [1.0 - d for d in decay]
+        total = torch._foreach_mul([w.core for w in windows], keep)
+        torch._foreach_add_(total, torch._foreach_mul(cores, coefficient))
+        kept = [w.keep * k for w, k in zip(windows, keep, strict=True)]
+        return dict(zip(numbers, zip(total, kept, strict=True), strict=True))
 
     def _merges(self, gathered: dict[int, tuple[Tensor, float]], rounding_key: int) -> list[Write]:
         names = {self.weights[number].name: number for number in gathered}
@@ -203,7 +228,7 @@ class Folded(Scratch):
                 [1.0] * len(bucket),
             )
             term = Term(part, [1.0] * len(bucket))
-            writes.append(self.landing([term], [1.0 - gathered[n][1] for n in numbers], rounding_key))
+            writes += self.landing([term], [1.0 - gathered[n][1] for n in numbers], rounding_key)
         return writes
 
     def merge(self) -> None:

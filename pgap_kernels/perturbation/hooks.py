@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -33,6 +33,9 @@ class Use:
 
 def _kind(module: nn.Module) -> str | None:
     """How the module's forward uses ``weight``, for those of which a direction can be folded into the output."""
+    own = module.__dict__.get("forward")
+    if own is not None and not getattr(own, "transparent", False):
+        return None  # replaced: nobody knows by what
     forward = type(module).forward
     if forward is nn.Linear.forward:
         return LINEAR
@@ -110,14 +113,13 @@ class Hooks:
     """The hooks of one visitor in the modules of one model; a model has one visitor at a time."""
 
     def __init__(self, uses: Sequence[Use], visitor: Visitor) -> None:
-        for other in _visitors(uses):
-            other.release()
+        take_over(use.module for use in uses)
         self.handles = []
         for number, use in enumerate(uses):
             state = _BeforeState(visitor, number)
             self.handles += [
                 use.module.register_forward_pre_hook(_Before(visitor, number)),
-                use.module.register_forward_hook(_After(visitor, number), with_kwargs=True),
+                use.module.register_forward_hook(_After(visitor, number), with_kwargs=True, prepend=True),
                 use.module.register_state_dict_pre_hook(state),
                 use.module.register_load_state_dict_pre_hook(state),
             ]
@@ -128,9 +130,11 @@ class Hooks:
         self.handles = []
 
 
-def _visitors(uses: Sequence[Use]) -> list[Visitor]:
-    hooks = (hook for use in uses for hook in use.module._forward_pre_hooks.values() if isinstance(hook, _Before))
-    return list({id(hook.visitor): hook.visitor for hook in hooks}.values())
+def take_over(modules: Iterable[nn.Module]) -> None:
+    """Let the visitors that modules have from other optimizers merge and go."""
+    hooks = (hook for module in modules for hook in module._forward_pre_hooks.values() if isinstance(hook, _Before))
+    for visitor in {id(hook.visitor): hook.visitor for hook in hooks}.values():
+        visitor.release()
 
 
 def tensors_in(values: Any) -> Iterator[Tensor]:

@@ -62,7 +62,7 @@ class InPlace(Perturbation):
         for terms, decay in rows:
             enter = [t for t in following if t.part.summable(terms[0].part)]
             # The order of the sum is part of the result: probes, the direction that is left, the one that is entered.
-            writes.append(self.landing([*terms, *self._leave(terms[0].part, decay), *enter], decay, rounding_key))
+            writes.extend(self.landing([*terms, *self._leave(terms[0].part, decay), *enter], decay, rounding_key))
             standing += enter
         all_or_nothing(writes, 0)
         self.standing = standing

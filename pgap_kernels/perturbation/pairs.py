@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 class Halves:
     """In place of a module's ``forward``: while the scratch is active, each half runs on its own filling."""
 
+    transparent = True  # the module computes what its class says
+
     def __init__(self, scratch: Scratch, use: Use) -> None:
         self.scratch, self.use = scratch, use
         self.own = use.module.__dict__.get("forward")

@@ -67,20 +67,20 @@ class Residual:
         """Whether the part's weights have planes."""
         return part.weights[0].name in self.planes
 
-    def planes_of(self, part: Part) -> list[Tensor]:
-        """The part's planes."""
-        return [self.planes[w.name] for w in part.weights if w.name in self.planes]
+    def tensors(self, part: Part, chosen: Sequence[int]) -> list[Tensor]:
+        """Some of the part's weights and their planes."""
+        return [part.tensors[i] for i in chosen] + [self.planes[part.weights[i].name] for i in chosen]
 
-    def write(self, part: Part, terms: Sequence[Term], decay: list[float]) -> None:
-        """The pass of ``Part.write``, made in float32: no more weights at a time than the largest has elements."""
-        for chosen in self._batches(part.weights):
-            masters = [joined(part.tensors[i].detach(), self.planes[part.weights[i].name]) for i in chosen]
-            moved = [Term(t.part.subset(chosen, masters), _at(t.coefficient, chosen)) for t in terms]
-            moved[0].part.write(moved, _at(decay, chosen), {})
-            for i, master in zip(chosen, masters, strict=True):
-                split(master, part.tensors[i].detach(), self.planes[part.weights[i].name])
+    def write(self, part: Part, chosen: Sequence[int], terms: Sequence[Term], decay: list[float]) -> None:
+        """The pass of ``Part.write`` over some of its weights, made in float32."""
+        masters = [joined(part.tensors[i].detach(), self.planes[part.weights[i].name]) for i in chosen]
+        moved = [Term(t.part.subset(chosen, masters), _at(t.coefficient, chosen)) for t in terms]
+        moved[0].part.write(moved, _at(decay, chosen), {})
+        for i, master in zip(chosen, masters, strict=True):
+            split(master, part.tensors[i].detach(), self.planes[part.weights[i].name])
 
-    def _batches(self, weights: Sequence[Weight]) -> Iterator[list[int]]:
+    def batches(self, weights: Sequence[Weight]) -> Iterator[list[int]]:
+        """Numbers of a part's weights, no more at a time than the largest has elements."""
         batch: list[int] = []
         elements = 0
         for i, w in enumerate(weights):
@@ -93,5 +93,5 @@ class Residual:
             yield batch
 
 
-def _at(values: list[float], chosen: list[int]) -> list[float]:
+def _at(values: list[float], chosen: Sequence[int]) -> list[float]:
     return [values[i] for i in chosen]

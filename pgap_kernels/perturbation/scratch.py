@@ -32,15 +32,19 @@ class Slot:
     """What the next forward sees in place of one weight."""
 
     def __init__(self, weight: Weight, key: Tensor, plus: Tensor, minus: Tensor) -> None:
-        tensor = weight.tensor.detach()
-        self.weight, self.tensor, self.id = weight, tensor, weight.id
-        self.span = checks.slices("weights", None, [checks.matrix_layout(weight.name, tensor)])
+        self.weight, self.id = weight, weight.id
+        self.span = checks.slices("weights", None, [checks.matrix_layout(weight.name, weight.tensor)])
         self.key, self.plus, self.minus = key, plus, minus
         self.kind = CLEAN
         self.stands = False  # in a direction of this step, rather than in what a window has gathered
         self.subspace: tuple[Tensor, Tensor, Tensor] | None = None  # U, V and a Z, in the same memory for every step
         self.no_keys = torch.zeros(3, dtype=torch.int64, device=key.device)
         self.none, self.one = torch.zeros_like(plus), torch.ones_like(plus)
+
+    @property
+    def tensor(self) -> Tensor:
+        """W, wherever its data lies by now."""
+        return self.weight.tensor
 
     def fill(self, out: Tensor, sign: int) -> None:
         """out <- W + sign * what is added to it."""
@@ -110,6 +114,27 @@ class Scratch(Perturbation):
             for i, number in enumerate(numbers):
                 slots[number] = Slot(self.weights[number], keys[i : i + 1], plus[i], minus[i])
         return [slots[number] for number in range(len(self.weights))]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "slots": [], "tables": [], "replays": set()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy shares no memory with what it was made from, and its tables and slots do with each other."""
+        self.__dict__.update(state)
+        self.slots = self._slots()
+        self.stand([], lambda _: 0.0)
+
+    def begin(self, merge_key: int) -> None:
+        super().begin(merge_key)
+        for use in self.uses:
+            for place in use.places:
+                parameter, slot = use.module._parameters[place.name], self.slots[place.weight]
+                if parameter is not place.parameter or slot.key.device != parameter.device:
+                    raise RuntimeError(
+                        f"model: {slot.weight.name!r} is another tensor, or on another device, than when the optimizer "
+                        "was made; accepted: the same Parameter objects where they were (load_state_dict without "
+                        "assign=True). Make a new optimizer for new parameters"
+                    )
 
     def _capacity(self) -> dict[torch.device, int]:
         """The most that a module and those around it need at one time: mostly the largest layer."""
@@ -257,16 +282,17 @@ class Scratch(Perturbation):
     def push(self, module: nn.Module, places: Sequence[Place], sign: int) -> None:
         """A module gets perturbed parameters, until ``pop``."""
         begin = time.perf_counter()
-        before = [(place, module._parameters[place.name]) for place in places]
+        taken: list[Place] = []
 
         def undo() -> None:
-            for place, parameter in reversed(before):
-                module._parameters[place.name] = parameter
-                self.arena.give_back(self.slots[place.weight].tensor)
+            for place in reversed(taken):
+                module._parameters[place.name] = place.parameter
+                self.arena.give_back(place.parameter)
 
-        outs = [self.arena.take(self.slots[place.weight].tensor) for place in places]
         self.frames.append((module, undo))
-        for place, out in zip(places, outs, strict=True):
+        for place in places:
+            out = self.arena.take(place.parameter)
+            taken.append(place)
             module._parameters[place.name] = out  # type: ignore[assignment]
             self.fill(place, out, sign)
         self.seconds += time.perf_counter() - begin
@@ -309,7 +335,8 @@ class Scratch(Perturbation):
     # ---- updates ----------------------------------------------------------------------------------------------------
 
     def commit(self, update: Update, rounding_key: int) -> None:
-        all_or_nothing([self.landing(terms, decay, rounding_key) for terms, decay in update.by_part()], self.largest)
+        landings = (self.landing(terms, decay, rounding_key) for terms, decay in update.by_part())
+        all_or_nothing([write for writes in landings for write in writes], self.largest)
         self.written += 1
         self.stand([], lambda _: 0.0)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -29,6 +29,29 @@ def uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
         if held:
             signal.raise_signal(signal.SIGINT)
+
+
+class Autocast:
+    """The autocasting that surrounds a step: it is for the forwards, not for what the optimizer computes."""
+
+    def __init__(self, device_types: set[str]) -> None:
+        self.dtypes = {t: torch.get_autocast_dtype(t) for t in device_types if torch.is_autocast_enabled(t)}
+
+    def outside(self) -> contextlib.ExitStack:
+        """Off, for the step."""
+        return _entered(torch.autocast(t, enabled=False) for t in self.dtypes)
+
+    def inside(self) -> contextlib.ExitStack:
+        """As it was, for a forward; without the weights that it holds of the forward before."""
+        torch.clear_autocast_cache()
+        return _entered(torch.autocast(t, dtype=dtype) for t, dtype in self.dtypes.items())
+
+
+def _entered(contexts: Iterable[contextlib.AbstractContextManager]) -> contextlib.ExitStack:
+    stack = contextlib.ExitStack()
+    for context in contexts:
+        stack.enter_context(context)
+    return stack
 
 
 class ForwardState:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import torch
+
 
 def lowrank_forward_(outputs, inputs, left, right, cores, transposed):
     """Matrix products of float32. Two cores: one for each half of the rows."""
     into, out_of = (left.float(), right.float()) if transposed else (right.float(), left.float())
+    with torch.autocast(outputs.device.type, enabled=False):
+        _add(outputs, inputs, into, out_of, cores, transposed)
+
+
+def _add(outputs, inputs, into, out_of, cores, transposed):
     half = len(outputs) // len(cores)
     for i, core in enumerate(cores):
         rows = slice(i * half, (i + 1) * half)

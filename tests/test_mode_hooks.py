@@ -1,0 +1,691 @@
+"""Modules of every kind under the hooks of scratch and folded, and what a model is between steps."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from finetune_tiny import tiny_model
+from helpers import bits
+from optim_contract import INPUTS, LABELS, UNIT, snapshot
+from test_modes import Losses, Words
+from torch import nn
+from torch.nn import functional as F
+
+from pgap_kernels import draw, noise
+from pgap_kernels.optim import PGAP, MeZO
+
+HOOKED = [(MeZO, "scratch"), (PGAP, "scratch"), (PGAP, "folded")]
+ALL = [(MeZO, "inplace"), (MeZO, "two_pass"), (PGAP, "inplace"), (PGAP, "two_pass"), *HOOKED]
+SMALL = {MeZO: {"probes": 2}, PGAP: {"rank": 3, "window": 3, "probes": 2}}
+
+
+class Told(PGAP):
+    """Takes over the bases of the run before it: signs of singular vectors hang on the last bits of losses."""
+
+    told: dict | None = None
+
+    def refresh(self, closure) -> None:
+        super().refresh(closure)
+        if self.told is None:
+            return
+        for name, basis in self.told.setdefault(
+            self.steps, {n: [t.clone() for t in b] for n, b in self.bases.items()}
+        ).items():
+            for own, other in zip(self.bases[name], basis, strict=True):
+                own.copy_(other)
+
+
+def optimizer(method, mode, model, told=None, **options):
+    chosen = {"mode": "inplace", "two_pass": True} if mode == "two_pass" else {"mode": mode}
+    opt = (Told if method is PGAP else method)(
+        model, **({"lr": 1e-3, "eps": 0.01, "seed": 7} | SMALL[method] | chosen | options)
+    )
+    opt.told = told
+    return opt
+
+
+def filled(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(0.5 * draw(p.shape, 2, noise.tensor_id(name)))
+    return model
+
+
+def mlp() -> nn.Sequential:
+    return filled(nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4)))
+
+
+def loss_of(model: nn.Module) -> torch.Tensor:
+    return F.cross_entropy(model(INPUTS.to(next(model.parameters()).dtype))[:, :4].float(), LABELS)
+
+
+def losses_of(method, mode, model, loss=loss_of, steps=4, **options):
+    """Every loss of some steps, and the weights afterwards."""
+    opt, seen = optimizer(method, mode, model, **options), []
+
+    def closure():
+        value = loss(model)
+        seen.append(value.item())
+        return value
+
+    for _ in range(steps):
+        opt.step(closure)
+    opt.merge()
+    assert_clean(opt)
+    return torch.tensor(seen, dtype=torch.float64), snapshot(model)
+
+
+def assert_clean(opt) -> None:
+    """Modules hold their own Parameters, and the buffer is given back."""
+    for use in getattr(opt.perturbation, "uses", []):
+        assert all(use.module._parameters[place.name] is place.parameter for place in use.places)
+        assert all(isinstance(p, nn.Parameter) for p in use.module._parameters.values() if p is not None)
+    if opt.mode != "inplace":
+        assert not any(opt.perturbation.arena.top.values()) and not opt.perturbation.frames
+
+
+def both(method, mode, build, loss=loss_of, hooked=None, **options):
+    """``losses_of`` in place and in another mode, along the same directions."""
+    told: dict = {}
+    return [losses_of(method, m, build(), loss, told=told, **options, **more)
+            for m, more in (("inplace", {}), (mode, hooked or {}))]  # fmt: skip
+
+
+def rounding(model: nn.Module, loss=loss_of, unit: float = UNIT, roundings: int = 200) -> float:
+    """How far rounding may move a loss from one mode to the other, to first order, by backpropagation in float64.
+
+    Every element of a weight and every product in a layer is rounded at most so often: 64 products in a sum, 2 r + 10
+    times in U Z V^T, at most 6 passes in each of 4 steps, what is no layer, twice for two modes, and as much again
+    through the updates (a loss that is off by e moves the next by lr |dL/dD|^2 e / eps, under 0.1 e here).
+    """
+    twin, layers = copy.deepcopy(model).double(), []
+
+    def keep(module, args, output):
+        if isinstance(output, torch.Tensor) and output.is_floating_point() and output.requires_grad:
+            output.retain_grad()
+            layers.append((module, args, output))
+
+    for module in twin.modules():
+        if not list(module.children()):
+            module.register_forward_hook(keep)
+    loss(twin).backward()
+    total = sum((p.grad * (p.abs() + 0.1)).abs().sum() for p in twin.parameters() if p.grad is not None)
+    for module, args, y in layers:
+        reach = y.abs()
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+            with torch.no_grad():
+                for p in module.parameters():
+                    p.abs_()
+                reach = type(module).forward(module, args[0].abs())
+        total = total + (y.grad.abs() * reach).sum()
+    return roundings * unit * total.item()
+
+
+def close(left, right, bound) -> None:
+    """Losses of two modes: their difference is rounding, and that is little beside what a direction does to them."""
+    assert ((left - right).abs() <= bound).all()
+    assert bound < 0.1 * (left[::2] - left[1::2]).abs().max()
+
+
+def near(left, right, bound, lr=1e-3, eps=0.01) -> None:
+    """Weights of two modes: rounded themselves, and moved by 4 steps' differences of losses; no |D| reaches 40."""
+    for name, w in left.items():
+        assert ((w - right[name]).abs() <= 200 * UNIT * (w.abs() + 1) + 4 * lr * 2 * bound / eps * 40).all(), name
+
+
+class Shared(nn.Module):
+    """One layer in two places, one called twice, parameters of a parent beside children, a branch that is not taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(6, 6))
+        self.first = nn.Linear(6, 6)
+        self.again = self.first
+        self.inner = nn.Sequential(nn.Linear(6, 6, bias=False), nn.LayerNorm(6))
+        self.idle = nn.Linear(6, 6)
+        filled(self)
+
+    def forward(self, x):
+        for _ in range(2):
+            x = torch.tanh(self.again(self.inner(torch.tanh(self.first(x)))))
+        return F.linear(x, self.gain)
+
+
+@pytest.mark.parametrize("method, mode", HOOKED)
+def test_shared_nested_and_repeated_modules(method, mode):
+    options = {"exclude": ["gain"]} if method is PGAP else {}
+    runs = both(method, mode, Shared, hooked={"allow_unused": True}, **options)
+    bound = rounding(Shared())
+    close(runs[0][0], runs[1][0], bound)
+    near(runs[0][1], runs[1][1], bound)
+
+
+@pytest.mark.parametrize("method, mode", HOOKED)
+def test_a_module_that_is_never_called_is_named(method, mode):
+    model = Shared()
+    opt = optimizer(method, mode, model, **({"exclude": ["gain"]} if method is PGAP else {}))
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match=r"^closure: 'idle\.weight' and 1 others were not perturbed.*allow_unused"):
+        opt.step(lambda: loss_of(model))
+    assert opt.steps == 0 and all(torch.equal(w, before[name]) for name, w in snapshot(model).items())
+    assert_clean(opt)
+
+
+class Tied(nn.Module):
+    def __init__(self, alias: bool) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(7, 5), nn.Linear(5, 7, bias=False)
+        filled(self)
+        self.head.weight = nn.Parameter(self.embed.weight.data) if alias else self.embed.weight
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.embed(torch.arange(8) % 7)))
+
+
+@pytest.mark.parametrize("alias", [False, True])
+@pytest.mark.parametrize("method, mode", HOOKED)
+def test_tied_weights(method, mode, alias):
+    told: dict = {}
+    theirs = losses_of(method, "inplace", Tied(False), told=told)
+    ours = losses_of(method, mode, Tied(alias), told=told)
+    close(ours[0], theirs[0], rounding(Tied(False)))
+    if alias:
+        assert torch.equal(ours[1]["head.weight"], ours[1]["embed.weight"])
+
+
+class Position(nn.Module):
+    """Gives its own parameter out, whole or a view of it, in a container."""
+
+    def __init__(self, view: bool) -> None:
+        super().__init__()
+        self.table, self.view = nn.Parameter(torch.zeros(9, 6)), view
+
+    def forward(self):
+        return {"rows": (self.table[1:9] if self.view else self.table,)}
+
+
+class Positioned(nn.Module):
+    def __init__(self, view: bool) -> None:
+        super().__init__()
+        self.position, self.inner, self.outer = Position(view), nn.Linear(6, 20), nn.Linear(20, 4)
+        filled(self)
+
+    def forward(self, x):
+        rows = self.position()["rows"][0]
+        hidden = torch.tanh(self.inner(x))  # overwrites the buffer
+        return self.outer(hidden) + (rows if len(rows) == 8 else rows[1:])[:, :4]
+
+
+@pytest.mark.parametrize("view", [False, True])
+@pytest.mark.parametrize("method, mode", HOOKED)
+def test_a_parameter_that_is_given_out_is_not_overwritten(method, mode, view):
+    options = {"exclude": ["position*"]} if method is PGAP else {}
+    plain, ours = both(method, mode, lambda: Positioned(view), **options)
+    close(plain[0], ours[0], rounding(Positioned(view)))
+
+
+class Stray(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.inner = nn.Embedding(7, 6), nn.Linear(6, 6)
+        filled(self)
+
+    def forward(self, x):
+        return F.linear(self.inner(self.embed(torch.arange(8) % 7)), self.embed.weight)
+
+
+@pytest.mark.parametrize("method, mode", HOOKED)
+def test_a_weight_used_outside_its_module_is_named(method, mode):
+    model = Stray()
+    opt = optimizer(method, mode, model, allow_unused=True)
+    with pytest.raises(RuntimeError, match=r"^closure: 'embed\.weight' is used by linear outside"):
+        opt.step(lambda: loss_of(model))
+    assert_clean(opt)
+    assert losses_of(method, "inplace", Stray())[0].std() > 0
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.outer = nn.MultiheadAttention(6, 2, batch_first=True), nn.Linear(6, 4)
+        filled(self)
+
+    def forward(self, x):
+        return self.outer(self.attention(x[:, None], x[:, None], x[:, None], need_weights=False)[0][:, 0])
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("method, mode", HOOKED)
+def test_multi_head_attention(method, mode, train):
+    """It takes its out_proj's weights without calling it; frozen, the rest is served."""
+    model = Attention().train(train)
+    options = {"exclude": ["*in_proj*"]} if method is PGAP else {}
+    opt = optimizer(method, mode, model, **options)
+    with pytest.raises(RuntimeError, match=r"^closure: 'attention\.out_proj\."):
+        opt.step(lambda: loss_of(model))
+    assert_clean(opt)
+
+    def build():
+        model = Attention().train(train)
+        model.attention.out_proj.requires_grad_(False)
+        return model
+
+    plain, ours = both(method, mode, build, **options)
+    close(plain[0], ours[0], rounding(build()))
+
+
+class Halved(nn.Module):
+    def forward(self, weight):
+        return weight / 2
+
+
+@pytest.mark.parametrize("method, mode", HOOKED)
+def test_parametrized_weights(method, mode):
+    def build():
+        model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4))
+        torch.nn.utils.parametrize.register_parametrization(model[2], "weight", Halved())
+        return filled(model)
+
+    options = {"exclude": ["*original"]} if method is PGAP else {}
+    plain, ours = both(method, mode, build, **options)
+    close(plain[0], ours[0], rounding(build()))
+    if mode == "folded":
+        with pytest.raises(ValueError, match=r"^mode: got 'folded', but 2\.parametrizations\.weight\.original belongs"):
+            optimizer(method, mode, build())
+
+
+@pytest.mark.parametrize("mode", ["scratch", "folded"])
+def test_an_embedding_with_max_norm_is_not_folded(mode):
+    model = nn.Sequential(nn.Embedding(7, 5, max_norm=1.0), nn.Linear(5, 4))
+    if mode == "folded":
+        with pytest.raises(ValueError, match=r"^mode: got 'folded', but 0\.weight belongs to a Embedding"):
+            optimizer(PGAP, mode, model)
+        return
+    assert losses_of(PGAP, mode, model, lambda m: m(torch.arange(7)).square().mean())[0].isfinite().all()
+
+
+# ---- models of transformers -----------------------------------------------------------------------------------------
+
+
+def transformer(kind, folder, dtype=torch.float32):
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoModelForCausalLM.from_pretrained(tiny_model(folder, kind)).eval().to(dtype)
+
+
+def language_loss(model):
+    ids = torch.arange(24).view(4, 6) % 20
+    return F.cross_entropy(model(input_ids=ids).logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_language_models(kind, tmp_path):
+    """GPT-2 has Conv1D layers, both tie their embeddings."""
+    base = transformer(kind, tmp_path)
+    bound = rounding(base, language_loss)
+    for method, mode in HOOKED:
+        plain, ours = both(method, mode, lambda: copy.deepcopy(base), language_loss)
+        close(plain[0], ours[0], bound)
+
+
+@pytest.mark.parametrize("mode", ["scratch", "folded"])
+def test_lora(mode, tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def build():
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        return peft.get_peft_model(transformer("llama", tmp_path), config)
+
+    plain, ours = both(PGAP, mode, build, language_loss)
+    close(plain[0], ours[0], rounding(build(), language_loss))
+
+
+def test_save_pretrained_within_a_window(tmp_path):
+    import transformers
+
+    model = transformer("llama", tmp_path / "a")
+    opt = optimizer(PGAP, "folded", model, window=10)
+    opt.step(lambda: language_loss(model))
+    seen = language_loss(model).item()
+    assert opt.perturbation.pending
+    model.save_pretrained(tmp_path / "b")
+    assert not opt.perturbation.pending
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b").eval()
+    assert language_loss(again).item() == pytest.approx(seen, abs=rounding(again, language_loss))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+
+
+# ---- autocast, inference mode ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method, mode", ALL)
+def test_autocast(method, mode):
+    """The perturbations of float32 weights pass through a bfloat16 forward.
+
+    Around the loop rather than in the closure, autocast keeps the casts of weights that it has seen.
+    """
+
+    def cast(model):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return loss_of(model)
+
+    told: dict = {}
+    plain = losses_of(method, "inplace", mlp(), steps=7, eps=0.4, told=told)[0]
+    within = losses_of(method, mode, mlp(), cast, steps=7, eps=0.4, told=told)
+    close(plain, within[0], rounding(mlp(), unit=2**-9, roundings=3))  # x, W and y
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        around = losses_of(method, mode, mlp(), steps=7, eps=0.4, told=told)
+    assert torch.equal(within[0], around[0])
+    assert all(torch.equal(w, around[1][name]) for name, w in within[1].items())
+
+
+@pytest.mark.parametrize("method, mode", ALL)
+def test_inference_mode(method, mode):
+    def loss(model):
+        with torch.inference_mode():
+            return loss_of(model)
+
+    plain = losses_of(method, mode, filled(nn.Linear(6, 4)))
+    inference = losses_of(method, mode, filled(nn.Linear(6, 4)), loss)
+    assert torch.equal(plain[0], inference[0])
+
+
+# ---- others' hooks and replaced forwards ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("method, mode", HOOKED)
+def test_hooks_of_others_see_and_change_the_perturbed_output(method, mode, when):
+    def hooked(model):
+        model[0].register_forward_hook(lambda module, args, output: 3 * output)
+        model[0].register_forward_pre_hook(lambda module, args: (2 * args[0],))
+        return model
+
+    runs, told = [], {}
+    for m in ("inplace", mode):
+        model = hooked(mlp()) if when == "before" else mlp()
+        opt, seen = optimizer(method, m, model, told, eps=0.1), []
+        if when == "after":
+            hooked(model)
+        for _ in range(3):
+            opt.step(lambda model=model, seen=seen: seen.append(loss_of(model).item()) or seen[-1])
+        runs.append(torch.tensor(seen))
+    close(*runs, rounding(hooked(mlp())))
+
+
+@pytest.mark.parametrize("method, mode", HOOKED)
+def test_a_replaced_forward_is_served_or_refused(method, mode):
+    """accelerate and others put a ``forward`` into the instance."""
+
+    def build():
+        model = mlp()
+        model[0].forward = lambda x: F.linear(x, 2 * model[0].weight, model[0].bias)
+        return model
+
+    try:
+        plain, ours = both(method, mode, build, eps=0.1)
+    except ValueError as error:
+        assert mode == "folded" and str(error).startswith("mode: got 'folded', but 0.weight")
+        return
+    close(plain[0], ours[0], 2 * rounding(mlp()))  # its slope is that of twice the weight
+
+
+@pytest.mark.parametrize("method, mode", HOOKED)
+def test_data_that_is_replaced_between_steps_is_what_is_perturbed(method, mode):
+    """As ``model.to``, averaging and swapping of weights do it."""
+    runs, told = [], {}
+    for m in ("inplace", mode):
+        model = mlp()
+        opt, seen = optimizer(method, m, model, told), []
+        opt.step(lambda model=model: loss_of(model))
+        opt.merge()
+        for p in model.parameters():
+            p.data = 1.5 * p.data
+        for _ in range(3):
+            opt.step(lambda model=model, seen=seen: seen.append(loss_of(model).item()) or seen[-1])
+        runs.append(torch.tensor(seen))
+    close(*runs, 4 * rounding(mlp()))
+
+
+@pytest.mark.parametrize("method, mode", HOOKED)
+def test_parameters_that_are_replaced_are_not_put_back(method, mode):
+    """``load_state_dict(assign=True)`` makes other Parameters, which the optimizer does not have."""
+    model = filled(nn.Linear(6, 4))
+    opt = optimizer(method, mode, model)
+    opt.step(lambda: loss_of(model))
+    model.load_state_dict({name: 2 * w for name, w in model.state_dict().items()}, assign=True)
+    new = dict(model.named_parameters())
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="weight"):
+        opt.step(lambda: loss_of(model))
+    assert all(p is new[name] for name, p in model.named_parameters())
+    assert all(torch.equal(w, before[name]) for name, w in snapshot(model).items())
+
+
+# ---- the model between steps ----------------------------------------------------------------------------------------
+
+
+def within_a_window(method=PGAP, mode="folded", steps=2, **options):
+    """A model with two updates that its weights do not have, the same run in place, bounds of losses and weights."""
+    options = {"weight_decay": 10.0, "lr": 0.01} | ({"window": 5} if method is PGAP else {}) | options
+    runs, told = [], {}
+    for m in ("inplace", mode):
+        model = Words()
+        opt = optimizer(method, m, model, told, **options)
+        runs.append((model, opt))
+        for _ in range(steps):
+            opt.step(Losses(model))
+    return *runs[1], runs[0][0], rounding(Words(), words_loss)
+
+
+def words_loss(model):
+    return Losses(model)().sum()
+
+
+def weights_near(model, same, bound) -> None:
+    near(snapshot(model), snapshot(same), bound, lr=0.01)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_evaluation_sees_the_updates_of_a_window(grad):
+    model, opt, same, bound = within_a_window()
+    stored = snapshot(model)
+    with torch.set_grad_enabled(grad):
+        seen = words_loss(model).item()
+    assert seen == pytest.approx(words_loss(same).item(), abs=bound)
+    assert opt.perturbation.pending
+    assert all(torch.equal(w, stored[name]) for name, w in snapshot(model).items())
+    opt.detach()
+    assert not opt.perturbation.pending and words_loss(model).item() == pytest.approx(seen, abs=bound)
+    assert abs(seen - words_loss(Words()).item()) > 10 * bound
+
+
+@pytest.mark.parametrize("method", [MeZO, PGAP])
+def test_evaluation_sees_clean_weights_in_the_two_pass_schedule(method):
+    model, opt, same, bound = within_a_window(method, "two_pass", eps=0.3)
+    assert opt.perturbation.pending
+    apart = max((w - snapshot(same)[name]).abs().max() for name, w in snapshot(model).items())
+    assert apart > 0.1  # perturbed, until somebody looks
+    assert words_loss(model).item() == pytest.approx(words_loss(same).item(), abs=bound)
+    assert not opt.perturbation.pending
+    weights_near(model, same, bound)
+
+
+@pytest.mark.parametrize("mode", ["folded", "two_pass"])
+@pytest.mark.parametrize("look", ["state_dict", "child", "load", "opt", "detach"])
+def test_whoever_reads_the_state_merges_first(look, mode):
+    model, opt, same, bound = within_a_window(mode=mode, eps=0.1)
+    assert opt.perturbation.pending
+    if look == "load":
+        fresh = Words().state_dict()
+        model.load_state_dict(fresh)  # not on top of which a window comes later
+        opt.merge()
+        assert all(torch.equal(p, fresh[name]) for name, p in model.named_parameters())
+        assert words_loss(model) == words_loss(Words())
+        return
+    {"state_dict": model.state_dict, "child": model.up.state_dict, "opt": opt.state_dict, "detach": opt.detach}[look]()
+    assert not opt.perturbation.pending
+    weights_near(model, same, bound)
+
+
+def saved(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, saved])
+@pytest.mark.parametrize("mode", ["folded", "two_pass"])
+def test_a_copied_model_keeps_what_was_learnt(mode, copied):
+    model, opt, same, bound = within_a_window(mode=mode)
+    other = copied(model)
+    assert opt.perturbation.pending  # the model was only read
+    assert words_loss(other).item() == pytest.approx(words_loss(same).item(), abs=bound)
+    opt.step(Losses(model))
+    assert words_loss(other).item() == pytest.approx(words_loss(same).item(), abs=bound)
+    loaded = Words()
+    loaded.load_state_dict(other.state_dict())
+    weights_near(loaded, same, bound)
+
+
+@pytest.mark.parametrize("second", [(MeZO, "scratch"), (PGAP, "folded"), (MeZO, "inplace"), (MeZO, "two_pass")])
+@pytest.mark.parametrize("mode", ["folded", "two_pass", "scratch"])
+def test_a_second_optimizer_finds_what_the_first_has_learnt(mode, second):
+    model, opt, same, bound = within_a_window(mode=mode)
+    method, own = second
+    told: dict = {}
+    other, plain = (optimizer(method, m, net, told, seed=8) for m, net in ((own, model), ("inplace", same)))
+    seen, wanted = Losses(model), Losses(same)
+    for _ in range(2):
+        plain.step(wanted)
+        other.step(seen)
+    close(torch.tensor(seen.seen), torch.tensor(wanted.seen), bound)
+    other.merge()
+    opt.merge()
+    weights_near(model, same, bound)
+    if own not in ("inplace", "two_pass") and mode != "two_pass":
+        with pytest.raises(RuntimeError, match="not perturbed"):
+            opt.step(seen)  # it has no hooks any more
+
+
+@pytest.mark.parametrize("method, mode", [*ALL, (PGAP, "folded-paired")])
+def test_detach_leaves_no_trace(method, mode):
+    model, fresh = Words(), Words()
+    opt = optimizer(method, mode.removesuffix("-paired"), model, paired=mode.endswith("-paired"))
+    for _ in range(2):
+        opt.step(Losses(model, mode.endswith("-paired")))
+    opt.detach()
+    hooks = ("_forward_pre_hooks", "_forward_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
+             "_forward_hooks_with_kwargs")  # fmt: skip
+    for module, plain in zip(model.modules(), fresh.modules(), strict=True):
+        assert not any(getattr(module, name) for name in hooks)
+        assert module.__dict__.keys() == plain.__dict__.keys() and not any(
+            isinstance(v, type(opt.perturbation)) for v in module.__dict__.values()
+        )
+    opt.detach()
+
+
+# ---- failures within a forward --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("layer", ["embed", "up", "norm", "down", "head"])
+@pytest.mark.parametrize("method, mode", HOOKED)
+def test_modules_are_clean_after_an_exception(method, mode, layer, paired):
+    model = Words()
+    parameters = {(m, name): p for m in model.modules() for name, p in m._parameters.items()}
+    opt = optimizer(method, mode, model, paired=paired)
+    opt.step(Losses(model, paired))
+
+    def fail(*args):
+        raise MemoryError("deliberate")
+
+    handle = model.get_submodule(layer).register_forward_hook(fail)
+    with pytest.raises(MemoryError):
+        opt.step(Losses(model, paired))
+    handle.remove()
+    assert all(m._parameters[name] is p for (m, name), p in parameters.items())
+    assert_clean(opt)
+    opt.step(Losses(model, paired))
+    assert_clean(opt)
+
+
+# ---- state ----------------------------------------------------------------------------------------------------------
+
+STATES = [(method, mode, {}) for method, mode in ALL]
+STATES += [(method, mode, {"residual": True}) for method, mode in HOOKED]
+
+
+def stateful(method, mode, options, **more):
+    dtype = torch.bfloat16 if options else torch.float32
+    model = Words().to(dtype)
+    return model, optimizer(method, mode, model, **options, **more)
+
+
+def same_state(model, opt, other, twin):
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(bits(p.detach()), bits(q.detach())), name
+    if opt.residual:
+        planes, theirs = opt.perturbation.residual.planes, twin.perturbation.residual.planes
+        assert all(torch.equal(plane, theirs[name]) for name, plane in planes.items())
+        assert any(plane.any() for plane in planes.values())
+
+
+@pytest.mark.parametrize("by", ["file", "memory"])
+@pytest.mark.parametrize("method, mode, options", STATES)
+def test_a_loaded_state_continues_bit_for_bit(method, mode, options, by):
+    """Through a refresh, and apart from each other; a state merges, so both stand on clean weights."""
+    model, opt = stateful(method, mode, options)
+    for _ in range(2):
+        opt.step(Losses(model))
+    state = {"model": model.state_dict(), "opt": opt.state_dict()}
+    if by == "file":
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        buffer.seek(0)
+        state = torch.load(buffer, weights_only=True)
+    other, twin = stateful(method, mode, options, seed=1, lr=0.3)
+    other.load_state_dict(state["model"])
+    twin.load_state_dict(state["opt"])
+    for _ in range(5):
+        opt.step(Losses(model))
+    for _ in range(5):
+        twin.step(Losses(other))
+    opt.merge()
+    twin.merge()
+    same_state(model, opt, other, twin)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+@pytest.mark.parametrize("method, mode, options", STATES)
+def test_a_copied_pair_continues_bit_for_bit(method, mode, options, copied):
+    """Model and optimizer together, within a window or perturbed, and each then runs on its own."""
+    model, opt = stateful(method, mode, options)
+    for _ in range(2):
+        opt.step(Losses(model))
+    other, twin = copied((model, opt))
+    assert twin.perturbation.pending == opt.perturbation.pending
+    for _ in range(5):
+        twin.step(Losses(other))
+    for _ in range(5):
+        opt.step(Losses(model))
+    assert_clean(twin)
+    opt.merge()
+    twin.merge()
+    same_state(model, opt, other, twin)
+
+
+@pytest.mark.parametrize("method, mode", [(PGAP, "folded"), (PGAP, "scratch"), (MeZO, "scratch")])
+def test_a_residual_survives_a_change_of_mode(method, mode):
+    model, opt = stateful(method, mode, {"residual": True})
+    opt.step(Losses(model))
+    opt.merge()
+    before = {name: plane.clone() for name, plane in opt.perturbation.residual.planes.items()}
+    opt.mode = "scratch"
+    assert any(plane.any() for plane in before.values())
+    assert all(torch.equal(plane, before[name]) for name, plane in opt.perturbation.residual.planes.items())
