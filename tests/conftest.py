@@ -1,3 +1,5 @@
+import signal
+
 import pytest
 import torch
 
@@ -8,3 +10,13 @@ def set_threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def heed_ctrl_c():
+    """Background jobs of a shell start with SIGINT ignored; Python then has no handler that raises."""
+    before = signal.getsignal(signal.SIGINT)
+    if before == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -200,6 +200,11 @@ def test_divergence_is_an_error_with_a_report(model, table, tmp_path, capsys):
     assert_has(err, "note: loss at", "the weights are restored")
 
 
+def heed_ctrl_c() -> None:
+    """Background jobs of a shell start with SIGINT ignored, and hand that on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_leaves_a_valid_report(model, table, tmp_path):
     command = [
         sys.executable,
@@ -215,7 +220,8 @@ def test_ctrl_c_leaves_a_valid_report(model, table, tmp_path):
         "--output",
         str(tmp_path / "run"),
     ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "bufsize": 0}
+    with subprocess.Popen(command, **pipes, preexec_fn=heed_ctrl_c) as process:
         seen = b""
         while b"loss=" not in seen:
             piece = process.stderr.read(256)

@@ -41,7 +41,7 @@ class Bare(nn.Module):
 @pytest.mark.parametrize(
     "method, dtype, mode, reason",
     [
-        (MeZO, torch.float32, "scratch", "table of float32 modes, dense on cpu"),
+        (MeZO, torch.float32, "inplace", "table of float32 modes, dense on cpu"),
         (PGAP, torch.float32, "folded", "table of float32 modes, subspace on cpu"),
         (MeZO, torch.bfloat16, "scratch", "16-bit weights are not restored exactly in place"),
         (PGAP, torch.float16, "folded", "16-bit weights are not restored exactly in place"),
@@ -59,10 +59,11 @@ def test_auto(method, dtype, mode, reason, caplog):
 def test_auto_without_a_model_is_in_place(method):
     model = Words()
     _, opt = make(method, list(model.named_parameters()))
-    assert opt.mode == "inplace" and opt.mode_reason.startswith("no model was given")
+    assert opt.mode == "inplace"
+    assert opt.mode_reason.startswith("no model was given" if method is PGAP else "table of float32 modes")
     _, opt = make(method, list(model.named_parameters()), model=model)
-    assert opt.mode in ("scratch", "folded")
-    _, opt = make(method, [("w", torch.zeros(3, 3))], model=model)  # another's weights
+    assert opt.mode == ("folded" if method is PGAP else "inplace")
+    _, opt = make(PGAP, [("w", torch.zeros(3, 3))], model=model)  # another's weights
     assert opt.mode == "inplace" and "do not have the parameter 'w'" in opt.mode_reason
 
 
@@ -73,11 +74,12 @@ def test_auto_of_16_bit_weights_without_a_model_warns():
         make(MeZO, Words().to(torch.bfloat16), mode="inplace")
 
 
-def test_auto_takes_the_scratch_where_a_matrix_is_in_no_layer():
-    _, opt = make(PGAP, Bare())
-    assert opt.mode == "scratch" and opt.mode_reason.startswith("table belongs to a Bare")
+@pytest.mark.parametrize("dtype, mode", [(torch.float32, "inplace"), (torch.bfloat16, "scratch")])
+def test_auto_does_not_fold_where_a_matrix_is_in_no_layer(dtype, mode):
+    _, opt = make(PGAP, Bare().to(dtype))
+    assert opt.mode == mode and opt.mode_reason.startswith("table belongs to a Bare")
     assert "exclude=" in opt.mode_reason
-    _, opt = make(PGAP, Bare(), exclude=["table"])
+    _, opt = make(PGAP, Bare().to(dtype), exclude=["table"])
     assert opt.mode == "folded"
 
 

@@ -89,8 +89,7 @@ def lowrank_forward_(
         inputs: x, floating point (..., n), or (..., m) if transposed; or, if transposed, int64 or int32 row numbers
             of the shape of y without its last dimension. Numbers outside 0 .. m - 1 are refused on a CPU and not
             looked for on a GPU.
-        left, right: A (m, rank) and B (n, rank), float32 or y's dtype, contiguous,
-            rank <= 512 and no more than m and n.
+        left, right: A (m, rank) and B (n, rank), float32 or y's dtype, contiguous, rank <= 512.
         core: C (rank, rank) float32; None is zero.
         z: Z: a float32 tensor (rank, rank), a key that regenerates it under ``tensor_id``, an ``AlignedCore`` with
             the singular values of this weight, or None.
@@ -119,9 +118,6 @@ def lowrank_forward_(
                 f"{name}: got shape {tuple(f.shape)} with strides {f.stride()}; accepted: contiguous (rows, rank) with "
                 f"the same rank, 1 to {MAX_RANK}, as the other factor"
             )
-    if rank > min(left.shape[0], right.shape[0]):
-        least = min(left.shape[0], right.shape[0])
-        raise ValueError(f"left, right: got rank {rank}; accepted: 1 to {least}, the shorter side of the layer")
     into, out_of = (left, right) if transposed else (right, left)
     if outputs.shape[-1] != out_of.shape[0]:
         raise ValueError(

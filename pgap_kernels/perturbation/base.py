@@ -123,6 +123,8 @@ class Perturbation:
 
     def landing(self, terms: list[Term], decay: list[float], rounding_key: int) -> list[Write]:
         """The passes that make an update of one part: one, or with residual planes some for a few weights each."""
+        if not any(decay) and not any(any(t.coefficient) for t in terms):
+            return []  # not even -0 becomes 0
         part, keep = terms[0].part, [1.0 - d for d in decay]
         back = [Term(t.part, [-c / k for c, k in zip(t.coefficient, keep, strict=True)]) for t in terms]
         back_decay = [-d / k for d, k in zip(decay, keep, strict=True)]

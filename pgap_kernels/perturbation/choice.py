@@ -19,7 +19,7 @@ MODES = ("inplace", "scratch", "folded", "auto")
 
 # For float32 weights, where every mode is exact to rounding: what was fastest (docs/modes.md has the figures).
 _FLOAT32 = {
-    ("dense", "cpu"): "scratch",
+    ("dense", "cpu"): "inplace",
     ("dense", "cuda"): "inplace",
     ("subspace", "cpu"): "folded",
     ("subspace", "cuda"): "folded",
@@ -52,13 +52,13 @@ def choose(mode: str, weights: Sequence[Weight], model: nn.Module | None, subspa
         return Choice(mode, "asked for")
     kind = "dense" if subspace is None else "subspace"
     if any(w.tensor.dtype != torch.float32 for w in weights):
-        wanted = "scratch" if subspace is None else "folded"
+        wanted, other = "scratch" if subspace is None else "folded", "scratch"
         why = "16-bit weights are not restored exactly in place"
     else:
         device = weights[0].tensor.device.type
-        wanted = _FLOAT32.get((kind, device), "inplace")
+        wanted, other = _FLOAT32.get((kind, device), "inplace"), "inplace"
         why = f"table of float32 modes, {kind} on {device}"
-    for mode in (wanted, "scratch"):
+    for mode in (wanted, other):
         reason = _refusal(mode, weights, model, subspace)
         if reason is None:
             return Choice(mode, why)

@@ -108,6 +108,12 @@ class Subspace(Part):
         scale: list[float],
     ) -> None:
         super().__init__(weights, scale)
+        for w, factor in zip(weights, left, strict=True):
+            if w.tensor.dim() != 2 or factor.shape[1] > min(w.tensor.shape):
+                raise ValueError(
+                    f"rank: got {factor.shape[1]} for {w.name!r} of shape {tuple(w.tensor.shape)}; accepted: a matrix, "
+                    "and no more than its shorter side"
+                )
         self.left, self.right = left, right
         self._core = core
         self._cores = None if isinstance(core, ops.AlignedCore) else core

@@ -84,7 +84,7 @@ class Table(NamedTuple):
     keep: Any = None  # memory the entries point to that nobody else holds
 
 
-_tables = Cache(64)
+_tables = Cache(2048)  # mode scratch has a list for every parameter, and for each kind of direction
 _constants = Cache(1024)
 
 
