@@ -128,7 +128,7 @@ class Scratch(Perturbation):
         super().begin(merge_key)
         for use in self.uses:
             for place in use.places:
-                parameter, slot = use.module._parameters[place.name], self.slots[place.weight]
+                parameter, slot = use.module._parameters.get(place.name), self.slots[place.weight]
                 if parameter is not place.parameter or slot.key.device != parameter.device:
                     raise RuntimeError(
                         f"model: {slot.weight.name!r} is another tensor, or on another device, than when the optimizer "
