@@ -13,7 +13,7 @@ from helpers import DTYPES, assert_same_bits, clones, weights
 from refusals import KEYS, refused
 
 from benchmarks import forward
-from pgap_kernels import cpu, noise, ops
+from pgap_kernels import noise, ops
 
 BACKENDS = ("reference", "cpu")
 RANKS = (1, 3, 8, 16, 33, 64, 200)
@@ -213,56 +213,6 @@ def test_zero_coefficient_changes_nothing(backend):
 
 
 # ---- at once -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def long_way_closed(monkeypatch):
-    """Nothing but the one call that takes plain arguments to the kernel works."""
-
-    def closed(*args):
-        raise AssertionError("went the long way")
-
-    monkeypatch.setattr(cpu, "lowrank_forward_", closed)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("numbers", [False, True])
-@pytest.mark.parametrize("rank", (1, 8, 33))
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_at_once_are_the_bits_of_the_long_way(request, dtype, rank, numbers):
-    expected = []
-    for transposed, x_dtype, rows in itertools.product((False, True), DTYPES, ((4,), (6, 3), (2, 2, 5))):
-        y, x, left, right, c, z = problem(rank, dtype, x_dtype, transposed, rows, shape=(37, 150))
-        if numbers and transposed:
-            x = torch.arange(y[..., 0].numel()).view(rows) % 37
-        factors = (torch.nn.Parameter(left), right.to(dtype))
-        for core, more, paired in ((c, None, False), (None, z, True), (c, z, False), (c, z, True)):
-            options = {"core": core, "z": more, "coefficient": 0.1, "transposed": transposed, "paired": paired}
-            expected.append((y, x, factors, options, moved(y, x, *factors, **options, backend="cpu")))
-    request.getfixturevalue("long_way_closed")
-    for y, x, factors, options, want in expected:
-        got = y.clone()
-        ops.lowrank_forward_(got, x, *factors, **options)
-        assert_same_bits(got, want)
-        assert got._version > 0
-
-
-@torch.no_grad()
-def test_the_long_way_is_taken_where_asked(monkeypatch, long_way_closed):
-    """A forced backend, gradients to record, a Z to be drawn, and inputs that have to be copied first."""
-    y, x, left, right, c, z = problem(3)
-    ops.lowrank_forward_(y, x, left, right, core=c)
-    for options in ({"backend": "cpu"}, {"z": 1, "tensor_id": 1}, {"coefficient": torch.tensor(0.5), "z": z}):
-        with pytest.raises(AssertionError, match="long way"):
-            ops.lowrank_forward_(y, x, left, right, core=c, **options)
-    with pytest.raises(AssertionError, match="long way"):
-        ops.lowrank_forward_(y, x.T.contiguous().T, left, right, core=c)
-    with pytest.raises(AssertionError, match="long way"), torch.enable_grad():
-        ops.lowrank_forward_(y, x, left, right, core=c)
-    monkeypatch.setenv("PGAP_BACKEND", "reference")
-    want = moved(y, x, left, right, core=c, backend="reference")
-    ops.lowrank_forward_(y, x, left, right, core=c)
-    assert_same_bits(y, want)
 
 
 # ---- threads, blocks, layouts --------------------------------------------------------------------------------------
