@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from pgap_kernels import draw, noise
 from pgap_kernels.optim import PGAP, MeZO
-from pgap_kernels.perturbation import MODES
+from pgap_kernels.perturbation import MODES, Subspace, Weight
 
 SMALL = {MeZO: {}, PGAP: {"rank": 2, "window": 4, "probes": 2}}
 
@@ -262,3 +262,9 @@ def test_add_param_group_that_cannot_be_served_changes_nothing(mode):
         opt.add_param_group({"params": [("extra", nn.Parameter(torch.ones(4, 4)))]})
     assert len(opt.param_groups) == 1 and noise.tensor_id("extra") not in {w.id for w in opt.weights()}
     stepped(opt, model, 2)
+
+
+def test_a_rank_above_the_layer_is_refused_before_a_forward():
+    weight = Weight("layer.weight", nn.Parameter(torch.zeros(3, 8)), 1, {})
+    with pytest.raises(ValueError, match=r"^rank: got 4 for 'layer.weight' of shape \(3, 8\)"):
+        Subspace([weight], [torch.zeros(3, 4)], [torch.zeros(8, 4)], [torch.zeros(4, 4)], [1.0])
