@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 
 import pytest
 import torch
@@ -268,3 +269,31 @@ def test_a_rank_above_the_layer_is_refused_before_a_forward():
     weight = Weight("layer.weight", nn.Parameter(torch.zeros(3, 8)), 1, {})
     with pytest.raises(ValueError, match=r"^rank: got 4 for 'layer.weight' of shape \(3, 8\)"):
         Subspace([weight], [torch.zeros(3, 4)], [torch.zeros(8, 4)], [torch.zeros(4, 4)], [1.0])
+
+
+@pytest.mark.parametrize("failed", [False, True])
+@pytest.mark.parametrize("mode", ["two_pass", "scratch"])
+def test_a_planned_step_takes_weights_that_were_added(mode, failed):
+    """The two-pass schedule has planned the next step, and so has a step that failed."""
+    model = Words()
+    late = [(n, p) for n, p in model.named_parameters() if n.startswith("head")]
+    early = [(n, p) for n, p in model.named_parameters() if not n.startswith("head")]
+    how = {"mode": "inplace", "two_pass": True} if mode == "two_pass" else {"mode": mode}
+    _, opt = make(MeZO, early, model=model, **how)
+    losses = Losses(model)
+    opt.step(losses)
+    if failed:
+        with pytest.raises(TypeError, match="closure: returned str"):
+            opt.step(lambda: str(losses()))
+    opt.add_param_group({"params": late})
+    before = {n: p.detach().clone() for n, p in late}
+    opt.step(losses)
+    opt.merge()
+    assert not any(torch.equal(before[n], p) for n, p in late)
+
+
+@pytest.mark.parametrize("mode", ["inplace", "scratch"])
+def test_a_decay_that_leaves_nothing_is_a_step(mode):
+    """lr * weight_decay = 1: the pass has no inverse, and needs none while nothing fails."""
+    model, opt = make(MeZO, Words(), mode=mode, lr=1.0, weight_decay=1.0)
+    assert math.isfinite(opt.step(Losses(model)))

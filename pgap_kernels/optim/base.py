@@ -226,6 +226,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             self.merge()
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        self._ahead = None  # planned without the new weights
         try:
             self._check_group(group)
             self._weights = None

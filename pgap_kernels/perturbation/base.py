@@ -125,31 +125,35 @@ class Perturbation:
         """The passes that make an update of one part: one, or with residual planes some for a few weights each."""
         if not any(decay) and not any(any(t.coefficient) for t in terms):
             return []  # not even -0 becomes 0
-        part, keep = terms[0].part, [1.0 - d for d in decay]
-        back = [Term(t.part, [-c / k for c, k in zip(t.coefficient, keep, strict=True)]) for t in terms]
-        back_decay = [-d / k for d, k in zip(decay, keep, strict=True)]
-        residual = self.residual
+        part, residual = terms[0].part, self.residual
         if residual is not None and residual.serves(part):
             return [
-                Write(
-                    residual.tensors(part, chosen),
-                    partial(self._land_exactly, residual, part, chosen, terms, decay),
-                    partial(residual.write, part, chosen, back, back_decay),
-                )
+                self._write(residual.tensors(part, chosen), terms, decay, partial(residual.write, part, chosen))
                 for chosen in residual.batches(part.weights)
             ]
+        first = partial(part.write, rounding=stochastic(part, rounding_key))
+        return [self._write(part.tensors, terms, decay, partial(part.write, rounding={}), first)]
+
+    def _write(
+        self,
+        tensors: list[Tensor],
+        terms: list[Term],
+        decay: list[float],
+        write: Callable,
+        first: Callable | None = None,
+    ) -> Write:
+        """A pass and its inverse,  W <- (W - sum of terms) / (1 - d); ``first`` makes the pass if not ``write``."""
 
         def do() -> None:
-            part.write(terms, decay, stochastic(part, rounding_key))
-            self.count(part.weights)
+            (first or write)(terms, decay)
+            self.passes += sum(t.numel() for t in tensors if t.is_floating_point()) / self.total  # planes are integers
 
-        return [Write(part.tensors, do, partial(part.write, back, back_decay, {}))]
+        def undo() -> None:
+            keep = [1.0 - d for d in decay]
+            back = [Term(t.part, [-c / k for c, k in zip(t.coefficient, keep, strict=True)]) for t in terms]
+            write(back, [-d / k for d, k in zip(decay, keep, strict=True)])
 
-    def _land_exactly(
-        self, residual: Residual, part: Part, chosen: list[int], terms: list[Term], decay: list[float]
-    ) -> None:
-        residual.write(part, chosen, terms, decay)
-        self.count([part.weights[i] for i in chosen])
+        return Write(tensors, do, undo)
 
     @property
     def pending(self) -> bool:
