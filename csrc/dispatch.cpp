@@ -1,4 +1,5 @@
 // Picks one build of the kernels: the best the CPU runs, or a lower one named by PGAP_ISA.
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -33,9 +34,7 @@ const Kernels* best() {
     return &kernels_generic;
 }
 
-const Kernels* choose() {
-    const char* wanted = std::getenv("PGAP_ISA");
-    if (!wanted || !*wanted) return best();
+const Kernels* named(const char* wanted) {
     for (const Kernels* build : kBuilds)
         if (!std::strcmp(build->name, wanted)) {
             if (runs(build)) return build;
@@ -45,13 +44,20 @@ const Kernels* choose() {
     throw std::runtime_error(std::string("PGAP_ISA: got '") + wanted + "'; accepted: avx512, avx2, generic");
 }
 
+std::atomic<const Kernels*>& chosen() {
+    static std::atomic<const Kernels*> build = [] {
+        const char* wanted = std::getenv("PGAP_ISA");
+        return wanted && *wanted ? named(wanted) : best();
+    }();
+    return build;
+}
+
 }  // namespace
 
 const char* best_isa() { return best()->name; }
 
-const Kernels& kernels() {
-    static const Kernels* const chosen = choose();
-    return *chosen;
-}
+const Kernels& kernels() { return *chosen().load(std::memory_order_relaxed); }
+
+void use(const char* isa) { chosen().store(named(isa), std::memory_order_relaxed); }
 
 }  // namespace pgap

@@ -135,6 +135,7 @@ extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 
 const Kernels& kernels();                       // the build in use: cpuid, lowered by PGAP_ISA
+void use(const char* isa);                      // another one from now on; for benchmarks, between calls
 const char* best_isa();                         // what this CPU could run
 
 }  // namespace pgap

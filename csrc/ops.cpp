@@ -169,6 +169,7 @@ void box_muller(Tensor a, Tensor b, Tensor even, Tensor odd) {
 }
 
 std::string isa() { return std::string(kernels().name) + "," + best_isa(); }
+void use_isa(std::string name) { use(name.c_str()); }
 
 }  // namespace
 
@@ -180,6 +181,7 @@ STABLE_TORCH_LIBRARY(pgap_kernels_cpu, m) {
           "str core_kind) -> ()");
     m.def("box_muller(Tensor a, Tensor b, Tensor(a!) even, Tensor(b!) odd) -> ()");
     m.def("isa() -> str");
+    m.def("use_isa(str name) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pgap_kernels_cpu, CompositeExplicitAutograd, m) {
@@ -187,4 +189,5 @@ STABLE_TORCH_LIBRARY_IMPL(pgap_kernels_cpu, CompositeExplicitAutograd, m) {
     m.impl("low_rank", TORCH_BOX(&low_rank));
     m.impl("box_muller", TORCH_BOX(&box_muller));
     m.impl("isa", TORCH_BOX(&isa));
+    m.impl("use_isa", TORCH_BOX(&use_isa));
 }

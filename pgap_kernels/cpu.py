@@ -42,6 +42,11 @@ def isa() -> tuple[str, str]:
     return used, best
 
 
+def use_isa(name: str) -> None:
+    """Runs another build from now on, as PGAP_ISA would from the start; for comparisons, between calls of ops."""
+    torch.ops.pgap_kernels_cpu.use_isa(name)
+
+
 def dense_perturb_(
     weights, out, keys, coefficients, decay, rounding_keys, stages, tensor_ids, slices, distribution, tier
 ):
