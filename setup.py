@@ -17,13 +17,12 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 # Every instruction set in its own translation unit with its own flags; dispatch.cpp picks one at run time.
 # GCC 12's AVX-512 headers trip its own uninitialised-variable warnings.
-ISA_FLAGS = {
-    "isa_avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "isa_avx512": [
-        *["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
-        *["-mprefer-vector-width=512", "-Wno-uninitialized", "-Wno-maybe-uninitialized"],
-    ],
-}
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [
+    *[*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
+    *["-Wno-uninitialized", "-Wno-maybe-uninitialized"],
+]
+ISA_FLAGS = {"isa_avx2": AVX2, "isa_avx512": AVX512, "isa_avx512_bf16": [*AVX512, "-mavx512bf16"]}
 SOURCES = ["ops", "ops_rules", "ops_forward", "dispatch", "isa_generic", *(ISA_FLAGS if X86 else ())]
 
 

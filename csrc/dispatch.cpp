@@ -12,7 +12,7 @@ namespace {
 
 const Kernels* const kBuilds[] = {  // best first; generic runs anywhere
 #if defined(__x86_64__) && defined(__GNUC__)
-    &kernels_avx512, &kernels_avx2,
+    &kernels_avx512_bf16, &kernels_avx512, &kernels_avx2,
 #endif
     &kernels_generic};
 
@@ -21,9 +21,11 @@ bool runs(const Kernels* build) {
     __builtin_cpu_init();  // checks what the operating system saves, too
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (build == &kernels_avx2) return avx2;
-    if (build == &kernels_avx512)
-        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (build == &kernels_avx512) return avx512;
+    if (build == &kernels_avx512_bf16)
+        return avx512 && __builtin_cpu_supports("avx512bf16") && isa_avx512_bf16::adds_in_order();
 #endif
     return build == &kernels_generic;
 }
@@ -41,7 +43,7 @@ const Kernels* named(const char* wanted) {
             throw std::runtime_error(std::string("PGAP_ISA: got '") + wanted + "', which this CPU does not run; best: " +
                                      best()->name);
         }
-    throw std::runtime_error(std::string("PGAP_ISA: got '") + wanted + "'; accepted: avx512, avx2, generic");
+    throw std::runtime_error(std::string("PGAP_ISA: got '") + wanted + "'; accepted: avx512_bf16, avx512, avx2, generic");
 }
 
 std::atomic<const Kernels*>& chosen() {

@@ -12,26 +12,17 @@ namespace isa_avx512 {
 using V = Avx512;
 using H = Avx2;
 constexpr int kTileRows = 6, kPanelVectors = 4, kPanel = kPanelVectors * V::N;
+constexpr bool kPairs = false;
 constexpr int kTallRows = 12, kForwardPanel = 2 * V::N;  // tokens beside two vectors
 
 #include "kernels.inl"
+#include "lowrank.inl"
 #include "rules.inl"
 #include "forward.inl"
+#include "table.inl"
 
 }  // namespace isa_avx512
 
-const Kernels kernels_avx512 = {"avx512",
-                                isa_avx512::kPanel,
-                                isa_avx512::kForwardPanel,
-                                isa_avx512::dense,
-                                isa_avx512::masked,
-                                isa_avx512::preconditioned,
-                                isa_avx512::affine,
-                                isa_avx512::reduce,
-                                isa_avx512::low_rank,
-                                isa_avx512::forward,
-                                isa_avx512::to_float,
-                                isa_avx512::round_to,
-                                isa_avx512::transform};
+const Kernels kernels_avx512 = isa_avx512::table("avx512");
 
 }  // namespace pgap

@@ -12,26 +12,17 @@ namespace isa_generic {
 using V = Generic<8>;
 using H = V;
 constexpr int kTileRows = 4, kPanelVectors = 2, kPanel = kPanelVectors * V::N;
+constexpr bool kPairs = false;
 constexpr int kTallRows = 4, kForwardPanel = 2 * V::N;  // tokens beside two vectors
 
 #include "kernels.inl"
+#include "lowrank.inl"
 #include "rules.inl"
 #include "forward.inl"
+#include "table.inl"
 
 }  // namespace isa_generic
 
-const Kernels kernels_generic = {"generic",
-                                isa_generic::kPanel,
-                                isa_generic::kForwardPanel,
-                                isa_generic::dense,
-                                isa_generic::masked,
-                                isa_generic::preconditioned,
-                                isa_generic::affine,
-                                isa_generic::reduce,
-                                isa_generic::low_rank,
-                                isa_generic::forward,
-                                isa_generic::to_float,
-                                isa_generic::round_to,
-                                isa_generic::transform};
+const Kernels kernels_generic = isa_generic::table("generic");
 
 }  // namespace pgap

@@ -83,6 +83,7 @@ struct ReducePass {
 };
 
 // W <- W - d W + a P Bt with P (rows x rank) row-major and Bt packed in panels; in == null writes a P Bt.
+// With `pairs`, an item of P and of Bt's panels is not a float but two bf16, k = 2 i high and 2 i + 1 low.
 struct LowRankPass {
     DType dtype;
     Piece piece;
@@ -91,6 +92,7 @@ struct LowRankPass {
     int64_t rank;
     float coefficient, decay;
     const uint64_t* rounding_key;  // null: nearest
+    bool pairs;
 };
 
 // y <- y + x F_in M F_out^T. Tokens are rows of x and y; M, of rank x width floats, is given with every call.
@@ -113,6 +115,7 @@ struct Kernels {
     const char* name;
     int64_t right_panel;    // columns of B that are packed together
     int64_t forward_panel;  // rows of F_out
+    bool pairs;             // low_rank takes them
     // Of a piece, the groups group_begin .. group_end; reduce writes one partial sum for each.
     void (*dense)(const DensePass&, const Piece&, int64_t group_begin, int64_t group_end);
     void (*masked)(const MaskedPass&, const Piece&, int64_t group_begin, int64_t group_end);
@@ -133,6 +136,8 @@ inline int64_t end_group(const Piece& p) { return ((p.base + (p.rows - 1) * p.ro
 extern const Kernels kernels_generic;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512_bf16;
+namespace isa_avx512_bf16 { bool adds_in_order(); }  // on this CPU, as the kernels need it
 
 const Kernels& kernels();                       // the build in use: cpuid, lowered by PGAP_ISA
 void use(const char* isa);                      // another one from now on; for benchmarks, between calls

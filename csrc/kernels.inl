@@ -1,5 +1,7 @@
 // Kernel bodies, written once over the vector type V that the including isa_*.cpp defines.
 
+using V2 = Twice<V>;
+
 // ---- element noise ------------------------------------------------------------------------------------------
 
 // Where a pass stands within one group of logical elements. Indices of elements are relative to the group.
@@ -7,7 +9,7 @@ struct Group {
     int64_t number;
     int64_t row, row_end, start;     // rows of the piece that reach into it; index of the first one's first element
     int64_t first, last;             // all that is covered lies in first .. last
-    int64_t block_begin, block_end;  // blocks of counters needed, multiples of V::N
+    int64_t block_begin, block_end;  // blocks of counters needed, multiples of V2::N
     const char* run;                 // if the group is one run of weights: where it lies, to be fetched meanwhile
     int64_t run_bytes;
 };
@@ -23,8 +25,8 @@ template <class T> static bool enter_group(const Piece& p, int64_t number, Group
     const int64_t first = start > 0 ? start : 0, last = tail < kGroup ? tail : kGroup;
     g = {number, row, row_end, start, first, last, 0, kBlocks, nullptr, 0};
     if (first / kBlocks == (last - 1) / kBlocks) {
-        g.block_begin = first % kBlocks / V::N * V::N;
-        g.block_end = ((last - 1) % kBlocks / V::N + 1) * V::N;
+        g.block_begin = first % kBlocks / V2::N * V2::N;
+        g.block_end = ((last - 1) % kBlocks / V2::N + 1) * V2::N;
     } else if (row_end - row == 1 && last - first == kGroup && p.in) {
         g.run = (const char*)((const T*)p.in + row * p.ld_in - start);
         g.run_bytes = kGroup * int64_t(sizeof(T));
@@ -41,32 +43,33 @@ template <class F> static void each_row(const Piece& p, const Group& g, F f) {
     }
 }
 
-static Philox7<V> philox_of(const Group& g, uint32_t tensor_id, uint64_t key) {
-    return Philox7<V>(uint32_t(uint64_t(g.number) >> 22), tensor_id, key);
+static Philox7 philox_of(const Group& g, uint32_t tensor_id, uint64_t key) {
+    return Philox7(uint32_t(uint64_t(g.number) >> 22), tensor_id, key);
 }
 static uint32_t block_of(const Group& g) { return uint32_t(uint64_t(g.number) << 10); }
 
 // delta = a z  (first draw)   or   delta = fma(a, z, delta)
 template <bool FIRST> static void add_normal(float* delta, const Group& g, uint32_t tensor_id, uint64_t key,
                                              float coefficient) {
-    const Philox7<V> philox = philox_of(g, tensor_id, key);
+    const Philox7 philox = philox_of(g, tensor_id, key);
     const uint32_t block = block_of(g);
     const V::F a = V::set(coefficient);
     const char* ahead = g.run;
     const int64_t step = g.run ? g.run_bytes * V::N / kBlocks : 0;
-    for (int64_t r = g.block_begin; r < g.block_end; r += V::N) {
+    for (int64_t r = g.block_begin; r < g.block_end; r += V2::N) {
         if (FIRST && step) {
-            for (int64_t b = 0; b < step; b += 64) V::prefetch(ahead + b);
-            ahead += step;
+            for (int64_t b = 0; b < 2*step; b += 64) V::prefetch(ahead + b);
+            ahead += 2*step;
         }
-        V::U x[4];
-        philox.words(block + uint32_t(r), x);
-        V::F z[4];
-        box_muller<V>(x[0], x[1], z[0], z[1]);
-        box_muller<V>(x[2], x[3], z[2], z[3]);
+        V2::U x[4];
+        V2::F z[4];
+        philox.words<V2>(block + uint32_t(r), x);
+        box_muller<V2>(x[0], x[1], z[0], z[1]);
+        box_muller<V2>(x[2], x[3], z[2], z[3]);
         for (int lane = 0; lane < 4; ++lane) {
             float* d = delta + lane * kBlocks + r;
-            V::store(d, FIRST ? V::mul(a, z[lane]) : V::fma(a, z[lane], V::load(d)));
+            V::store(d, FIRST ? V::mul(a, z[lane].a) : V::fma(a, z[lane].a, V::load(d)));
+            V::store(d + V::N, FIRST ? V::mul(a, z[lane].b) : V::fma(a, z[lane].b, V::load(d + V::N)));
         }
     }
 }
@@ -76,7 +79,7 @@ template <bool FIRST> static void add_rademacher(float* delta, const Group& g, u
                                                  float coefficient) {
     const int64_t word = g.number * (kGroup / 32), block = ((word >> 12) << 10) | (word & 1023);
     const int lane = int((word >> 10) & 3);
-    const Philox7<V> philox(uint32_t(uint64_t(block) >> 32), tensor_id, key);
+    const Philox7 philox(uint32_t(uint64_t(block) >> 32), tensor_id, key);
     const V::F a = V::set(coefficient);
     const V::U minus = V::setu(0x80000000u);
     const char* ahead = g.run;
@@ -86,7 +89,7 @@ template <bool FIRST> static void add_rademacher(float* delta, const Group& g, u
         ahead += step;
         V::U x[4];
         uint32_t words[V::N];
-        philox.words(uint32_t(block) + uint32_t(i), x);
+        philox.words<V>(uint32_t(block) + uint32_t(i), x);
         V::storeu(words, x[lane]);
         for (int k = 0; k < V::N; ++k) {
             float* d = delta + (i + k) * 32;
@@ -121,10 +124,10 @@ static void combine(float* delta, const Group& g, const Draws& draws, int64_t be
 
 // The word of each element under a key: of stochastic rounding, or of a random mask.
 static void element_words(uint32_t* words, const Group& g, uint32_t tensor_id, uint64_t key) {
-    const Philox7<V> philox = philox_of(g, tensor_id, key);
+    const Philox7 philox = philox_of(g, tensor_id, key);
     for (int64_t r = g.block_begin; r < g.block_end; r += V::N) {
         V::U x[4];
-        philox.words(block_of(g) + uint32_t(r), x);
+        philox.words<V>(block_of(g) + uint32_t(r), x);
         for (int lane = 0; lane < 4; ++lane) V::storeu(words + lane * kBlocks + r, x[lane]);
     }
 }
@@ -227,85 +230,6 @@ template <class T> static void dense_groups(const DensePass& pass, const Piece& 
 
 static void dense(const DensePass& pass, const Piece& piece, int64_t begin, int64_t end) {
     with_type(pass.dtype, [&](auto t) { dense_groups<decltype(t)>(pass, piece, begin, end); });
-}
-
-// ---- low rank: W <- W - d W + a P Bt -------------------------------------------------------------------------
-
-// Every element is the same fma chain over k, whatever the tile: bits depend on nothing but the operands.
-template <int ROWS, class T> static void low_rank_tile(const LowRankPass& pass, int64_t row, int64_t col,
-                                                       const float* right) {
-    const Piece& p = pass.piece;
-    const int64_t rank = pass.rank, cols = p.cols - col < kPanel ? p.cols - col : kPanel;
-    V::F acc[ROWS][kPanelVectors];
-    for (int i = 0; i < ROWS; ++i)
-        for (int v = 0; v < kPanelVectors; ++v) acc[i][v] = V::set(0.0f);
-    if (p.in)
-        for (int i = 0; i < ROWS; ++i)
-            for (int64_t b = 0; b < int64_t(kPanel * sizeof(T)); b += 64)
-                V::prefetch((const char*)((const T*)p.in + (row + i) * p.ld_in + col + kPanel) + b);
-    const float* left = pass.left + row * rank;
-    for (int64_t k = 0; k < rank; ++k) {
-        V::F b[kPanelVectors];
-        for (int v = 0; v < kPanelVectors; ++v) b[v] = V::load(right + k * kPanel + v * V::N);
-        for (int i = 0; i < ROWS; ++i) {
-            const V::F a = V::set(left[i * rank + k]);
-            for (int v = 0; v < kPanelVectors; ++v) acc[i][v] = V::fma(a, b[v], acc[i][v]);
-        }
-    }
-    const V::F scale = V::set(pass.coefficient);
-    if (cols == kPanel && !pass.rounding_key) {
-        const V::F d = V::set(pass.decay);
-        for (int i = 0; i < ROWS; ++i) {
-            T* out = (T*)p.out + (row + i) * p.ld_out + col;
-            const T* in = p.in ? (const T*)p.in + (row + i) * p.ld_in + col : nullptr;
-            for (int v = 0; v < kPanelVectors; ++v) {
-                V::F value = V::mul(scale, acc[i][v]);
-                if (in) {
-                    const V::F w = V::load(in + v * V::N);
-                    if (pass.decay != 0.0f) value = V::fnma(d, w, value);
-                    value = V::add(w, value);
-                }
-                V::store(out + v * V::N, value);
-            }
-        }
-        return;
-    }
-    for (int i = 0; i < ROWS; ++i) {
-        alignas(64) float delta[kPanel];
-        for (int v = 0; v < kPanelVectors; ++v) V::store(delta + v * V::N, V::mul(scale, acc[i][v]));
-        T* out = (T*)p.out + (row + i) * p.ld_out + col;
-        const T* in = p.in ? (const T*)p.in + (row + i) * p.ld_in + col : nullptr;
-        if (pass.rounding_key && sizeof(T) == 2) {
-            uint32_t words[kPanel];
-            const int64_t e0 = p.base + (row + i) * p.row_stride + col;
-            for (int64_t j = 0; j < cols; ++j) {
-                const int64_t e = e0 + j, block = ((e >> 12) << 10) | (e & 1023);
-                Generic<1>::U x[4];
-                Philox7<Generic<1>>(uint32_t(uint64_t(block) >> 32), p.tensor_id, *pass.rounding_key)
-                    .words(uint32_t(block), x);
-                words[j] = x[(e >> 10) & 3].v[0];
-            }
-            apply_stochastic(out, in, delta, words, cols, pass.decay);
-        } else {
-            apply_nearest(out, in, delta, cols, pass.decay);
-        }
-    }
-}
-
-template <class T> static void low_rank_rows(const LowRankPass& pass, int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end;) {
-        const bool full = end - row >= kTileRows;
-        const float* right = pass.right;
-        for (int64_t col = 0; col < pass.piece.cols; col += kPanel, right += kPanel * pass.rank) {
-            if (full) low_rank_tile<kTileRows, T>(pass, row, col, right);
-            else for (int64_t i = row; i < end; ++i) low_rank_tile<1, T>(pass, i, col, right);
-        }
-        row = full ? row + kTileRows : end;
-    }
-}
-
-static void low_rank(const LowRankPass& pass, int64_t begin, int64_t end) {
-    with_type(pass.dtype, [&](auto t) { low_rank_rows<decltype(t)>(pass, begin, end); });
 }
 
 // ---- conversions ----------------------------------------------------------------------------------------------

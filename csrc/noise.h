@@ -9,11 +9,11 @@ constexpr int kGroup = 4096;    // elements that share 1024 consecutive counters
 constexpr int kBlocks = 1024;
 
 // The first two rounds see three counter words that are the same for a whole group: they are scalars here.
-template <class V> struct Philox7 {
-    using W = typename V::W;
+struct Philox7 {
     static constexpr uint32_t M0 = 0xD2511F53u, M1 = 0xCD9E8D57u, W0 = 0x9E3779B9u, W1 = 0xBB67AE85u;
     uint32_t k1_round1, x1k0_round2, p0k1_round2, x3k1_round3, k0[8], k1[8];
 
+    Philox7() = default;
     Philox7(uint32_t c1, uint32_t tensor_id, uint64_t key) {
         for (int i = 0; i < 7; ++i) {
             k0[i] = uint32_t(key) + uint32_t(i) * W0;
@@ -28,7 +28,8 @@ template <class V> struct Philox7 {
     }
 
     // The four output words of counters c0 .. c0+N-1, in order.
-    inline __attribute__((always_inline)) void words(uint32_t c0, typename V::U out[4]) const {
+    template <class V> inline __attribute__((always_inline)) void words(uint32_t c0, typename V::U out[4]) const {
+        using W = typename V::W;
         const W m0 = V::setw(M0), m1 = V::setw(M1);
         W p0 = V::mulw(V::counters(c0), m0);
         W x3 = p0;

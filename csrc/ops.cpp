@@ -2,6 +2,9 @@
 // The Python side has checked with better messages; what is checked here keeps memory safe whoever calls.
 #include "pieces.h"
 
+#include <cmath>
+#include <cstring>
+
 namespace {
 
 using namespace pgap;
@@ -61,6 +64,40 @@ std::vector<float> pack_right(const float* b, int64_t columns, int64_t rank, int
     return packed;
 }
 
+// CPUs that multiply pairs of bf16 take subnormal numbers for zero. True where no number, product or sum here can be
+// subnormal or overflow, so that pairs give the same bits as one product after the other.
+bool fits_pairs(const std::vector<float>& a, const std::vector<float>& b, int64_t rank) {
+    const auto range = [](const std::vector<float>& values) {
+        double least = 1.0, most = 0.0;
+        for (const float x : values) {
+            const double size = std::fabs(x);
+            if (!(size <= most)) most = size;  // NaN stays
+            if (size != 0.0 && size < least) least = size;
+        }
+        return std::pair<double, double>(least, most);
+    };
+    const auto [least_a, most_a] = range(a);
+    const auto [least_b, most_b] = range(b);
+    return std::min(least_a, least_b) >= 0x1p-126 && least_a * least_b >= 0x1p-110 &&  // sums are multiples of 2^-126
+           most_a * most_b * double(rank) <= 0x1p126;
+}
+
+// Rows of numbers that bf16 holds as rows of pairs; the last of an odd row has a zero.
+std::vector<float> paired(const std::vector<float>& values, int64_t rank) {
+    const int64_t depth = (rank + 1) / 2, rows = int64_t(values.size()) / rank;
+    std::vector<float> pairs(size_t(rows * depth));
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t i = 0; i < depth; ++i) {
+            const float* at = values.data() + row * rank + 2 * i;
+            uint32_t high, low = 0;
+            std::memcpy(&high, at, 4);
+            if (2 * i + 1 < rank) std::memcpy(&low, at + 1, 4);
+            high |= low >> 16;
+            std::memcpy(&pairs[size_t(row * depth + i)], &high, 4);
+        }
+    return pairs;
+}
+
 struct LowRankWork { LowRankPass pass; std::vector<float> left, right; };
 
 void low_rank(std::vector<Tensor> in, std::vector<Tensor> out, std::vector<Tensor> left, std::vector<Tensor> right,
@@ -113,7 +150,8 @@ void low_rank(std::vector<Tensor> in, std::vector<Tensor> out, std::vector<Tenso
             std::vector<float> product(work.left.size());
             Piece small = {};
             small.out = product.data(), small.rows = p.rows, small.cols = small.ld_out = small.row_stride = rank;
-            const LowRankPass pass = {DType::f32, small, work.left.data(), packed.data(), rank, 1.0f, 0.0f, nullptr};
+            const LowRankPass pass = {DType::f32, small, work.left.data(), packed.data(), rank, 1.0f, 0.0f, nullptr,
+                                      false};
             k.low_rank(pass, 0, p.rows);
             work.left = std::move(product);
         }
@@ -121,9 +159,12 @@ void low_rank(std::vector<Tensor> in, std::vector<Tensor> out, std::vector<Tenso
             k.round_to(dtype, work.left.data(), int64_t(work.left.size()));
             k.round_to(dtype, b.data(), int64_t(b.size()));
         }
-        work.right = pack_right(b.data(), p.cols, rank, rank, 1);
+        const bool pairs = k.pairs && dtype == DType::bf16 && fits_pairs(work.left, b, rank);
+        const int64_t depth = pairs ? (rank + 1) / 2 : rank;
+        if (pairs) work.left = paired(work.left, rank), b = paired(b, rank);
+        work.right = pack_right(b.data(), p.cols, depth, depth, 1);
         work.pass = {dtype, p, nullptr, nullptr, rank, a[coefficient.numel() == 1 ? 0 : t],
-                     d[decay.numel() == 1 ? 0 : t], rounding};
+                     d[decay.numel() == 1 ? 0 : t], rounding, pairs};
         return work;
     };
 

@@ -194,3 +194,41 @@ struct Avx512 {
     static void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 };
 #endif
+
+#ifdef __AVX512BF16__
+struct Avx512Bf16 : Avx512 {
+    static F fma_pairs(F a, F b, F c) {  // of bf16, the high halves first
+        return _mm512_dpbf16_ps(c, (__m512bh)as_u(a), (__m512bh)as_u(b));
+    }
+};
+#endif
+
+// Two vectors in step: independent work, operation by operation, for a CPU whose schedulers do not see far ahead.
+template <class V> struct Twice {
+    static constexpr int N = 2 * V::N;
+    struct F { typename V::F a, b; };
+    struct U { typename V::U a, b; };
+    struct W { typename V::W a, b; };
+    static F set(float x) { return {V::set(x), V::set(x)}; }
+    static U setu(uint32_t x) { return {V::setu(x), V::setu(x)}; }
+    static F add(F x, F y) { return {V::add(x.a, y.a), V::add(x.b, y.b)}; }
+    static F mul(F x, F y) { return {V::mul(x.a, y.a), V::mul(x.b, y.b)}; }
+    static F fma(F x, F y, F z) { return {V::fma(x.a, y.a, z.a), V::fma(x.b, y.b, z.b)}; }
+    static F fnma(F x, F y, F z) { return {V::fnma(x.a, y.a, z.a), V::fnma(x.b, y.b, z.b)}; }
+    static F sqrt(F x) { return {V::sqrt(x.a), V::sqrt(x.b)}; }
+    static F from_int(U x) { return {V::from_int(x.a), V::from_int(x.b)}; }
+    static F as_f(U x) { return {V::as_f(x.a), V::as_f(x.b)}; }
+    static U as_u(F x) { return {V::as_u(x.a), V::as_u(x.b)}; }
+    static U addu(U x, U y) { return {V::addu(x.a, y.a), V::addu(x.b, y.b)}; }
+    static U andu(U x, U y) { return {V::andu(x.a, y.a), V::andu(x.b, y.b)}; }
+    static U oru(U x, U y) { return {V::oru(x.a, y.a), V::oru(x.b, y.b)}; }
+    static U xoru(U x, U y) { return {V::xoru(x.a, y.a), V::xoru(x.b, y.b)}; }
+    template <int S> static U shr(U x) { return {V::template shr<S>(x.a), V::template shr<S>(x.b)}; }
+    static W counters(uint32_t c) { return {V::counters(c), V::counters(c + V::N)}; }
+    static W setw(uint32_t x) { return {V::setw(x), V::setw(x)}; }
+    static W mulw(W x, W m) { return {V::mulw(x.a, m.a), V::mulw(x.b, m.b)}; }
+    static W high(W x) { return {V::high(x.a), V::high(x.b)}; }
+    static W xorw(W x, W y) { return {V::xorw(x.a, y.a), V::xorw(x.b, y.b)}; }
+    static W xor3(W x, W y, W z) { return {V::xor3(x.a, y.a, z.a), V::xor3(x.b, y.b, z.b)}; }
+    static U narrow(W x) { return {V::narrow(x.a), V::narrow(x.b)}; }
+};

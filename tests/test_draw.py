@@ -243,7 +243,7 @@ def test_draw_refuses(change, error, match):
 
 # ---- instruction sets ----------------------------------------------------------------------------------------------
 
-ISAS = ("generic", "avx2", "avx512")  # each includes those before it
+ISAS = ("generic", "avx2", "avx512", "avx512_bf16")  # each includes those before it
 
 
 @functools.cache
@@ -281,4 +281,4 @@ def test_unknown_isa_is_an_error():
     command = [sys.executable, "-c", "import pgap_kernels.ops"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
-    assert "PGAP_ISA: got 'sse9'; accepted: avx512, avx2, generic" in done.stderr
+    assert "PGAP_ISA: got 'sse9'; accepted: avx512_bf16, avx512, avx2, generic" in done.stderr
