@@ -23,7 +23,7 @@ AVX512 = [
     *["-Wno-uninitialized", "-Wno-maybe-uninitialized"],
 ]
 ISA_FLAGS = {"isa_avx2": AVX2, "isa_avx512": AVX512, "isa_avx512_bf16": [*AVX512, "-mavx512bf16"]}
-SOURCES = ["ops", "ops_rules", "ops_forward", "dispatch", "isa_generic", *(ISA_FLAGS if X86 else ())]
+SOURCES = ["ops", "ops_lowrank", "ops_rules", "ops_forward", "dispatch", "isa_generic", *(ISA_FLAGS if X86 else ())]
 
 
 def not_built(reason, error=None):

@@ -173,16 +173,42 @@ static inline void round_stochastic(FP16& out, float acc, uint32_t word) {
     out.bits = uint16_t(sign | (lo + (float(word >> 16) * 0x1p-16f < units - float(lo))));
 }
 
+// The same for a vector, if all of it is away from zero and infinity: adding what the fraction may lack carries.
+static inline bool round_lanes(float* out, V::F acc, V::U) { return V::store(out, acc), true; }
+static inline bool round_lanes(BF16* out, V::F acc, V::U words) {
+    const V::U b = V::as_u(acc), lack = V::template shr<16>(V::xoru(words, V::setu(~0u)));
+    if (!V::within(V::andu(b, V::setu(0x7fffffffu)), 0, 0x7f7f0000u)) return false;
+    V::store16(out, V::template shr<16>(V::addu(b, lack)));
+    return true;
+}
+static inline bool round_lanes(FP16* out, V::F acc, V::U words) {
+    const V::U b = V::as_u(acc), a = V::andu(b, V::setu(0x7fffffffu));
+    if (!V::within(a, 0x38800000u, 0x477fe000u)) return false;
+    const V::U lack = V::template shr<19>(V::xoru(words, V::setu(~0u))), sign = V::template shr<16>(V::xoru(a, b));
+    V::store16(out, V::oru(sign, V::template shr<13>(V::addu(V::addu(a, V::setu(0u - 0x38000000u)), lack))));
+    return true;
+}
+
 template <class T> static void apply_stochastic(T* out, const T* in, const float* delta, const uint32_t* words,
                                                 int64_t n, float decay) {
-    for (int64_t i = 0; i < n; ++i) {
-        float acc = delta[i];
-        if (in) {
-            const float w = widen(in[i]);
-            if (decay != 0.0f) acc = __builtin_fmaf(-decay, w, acc);
-            acc = w + acc;
+    const V::F d = V::set(decay);
+    for (int64_t i = 0; i < n; i += V::N) {
+        if (i + V::N <= n) {
+            V::F acc = V::load(delta + i);
+            if (in) {
+                const V::F w = V::load(in + i);
+                acc = V::add(w, decay != 0.0f ? V::fnma(d, w, acc) : acc);
+            }
+            if (round_lanes(out + i, acc, V::loadu(words + i))) continue;
         }
-        round_stochastic(out[i], acc, words[i]);
+        for (int64_t k = i; k < n && k < i + V::N; ++k) {
+            float acc = delta[k];
+            if (in) {
+                const float w = widen(in[k]);
+                acc = w + (decay != 0.0f ? __builtin_fmaf(-decay, w, acc) : acc);
+            }
+            round_stochastic(out[k], acc, words[k]);
+        }
     }
 }
 
@@ -204,13 +230,41 @@ template <class F> static void with_type(DType dtype, F f) {
 
 // ---- dense: W <- W - d W + sum_j a_j z(key_j), stage by stage ------------------------------------------------
 
+// One draw of signs over a whole group costs less than a buffer for it.
+template <class T> static void add_signs(const DensePass& pass, const Piece& p, const Group& g) {
+    const int64_t word = g.number * (kGroup / 32), block = ((word >> 12) << 10) | (word & 1023);
+    const Philox7 philox(uint32_t(uint64_t(block) >> 32), p.tensor_id, pass.draws.keys[0]);
+    const V::U a = V::as_u(V::set(-pass.draws.coefficients[p.scalar]));
+    const float decay = pass.decay[p.scalar];
+    const V::F d = V::set(decay);
+    const T* in = (const T*)g.run;
+    T* out = (T*)p.out + g.row * p.ld_out - g.start;
+    for (int i = 0; i < 128; i += V::N) {
+        V::U x[4];
+        uint32_t words[V::N];
+        philox.words<V>(uint32_t(block) + uint32_t(i), x);
+        V::storeu(words, x[(word >> 10) & 3]);
+        for (int k = 0; k < V::N; ++k)
+            for (int bit = 0; bit < 32; bit += V::N, in += V::N, out += V::N) {
+                const V::F delta = V::as_f(V::xoru(V::lane_bits(words[k], bit), a)), w = V::load(in);
+                V::store(out, V::add(w, decay != 0.0f ? V::fnma(d, w, delta) : delta));
+            }
+    }
+}
+
 template <class T> static void dense_groups(const DensePass& pass, const Piece& p, int64_t begin, int64_t end) {
     alignas(64) float delta[kGroup];
     alignas(64) uint32_t words[kGroup];
     const bool stochastic = pass.rounding_keys && sizeof(T) == 2;
+    const bool signs = pass.draws.distribution == Distribution::rademacher && pass.draws.count == 1 &&
+                       pass.stages == 1 && pass.draws_per_stage[0] == 1 && !stochastic;
     for (int64_t number = begin; number < end; ++number) {
         Group g;
         if (!enter_group<T>(p, number, g)) continue;
+        if (signs && g.run) {
+            add_signs<T>(pass, p, g);
+            continue;
+        }
         int64_t draw = 0;
         for (int64_t stage = 0; stage < pass.stages; ++stage) {
             combine(delta, g, pass.draws, draw, draw + pass.draws_per_stage[stage], p);

@@ -50,7 +50,14 @@ template <int LANES> struct Generic {
     static F load(const float* p) { F r; PGAP_EACH r.v[i] = p[i]; return r; }
     template <class T> static F load(const T* p) { F r; PGAP_EACH r.v[i] = widen(p[i]); return r; }
     template <class T> static void store(T* p, F a) { PGAP_EACH narrow_to(p[i], a.v[i]); }
+    static U loadu(const uint32_t* p) { U r; PGAP_EACH r.v[i] = p[i]; return r; }
     static void storeu(uint32_t* p, U a) { PGAP_EACH p[i] = a.v[i]; }
+    static void store16(void* p, U a) { PGAP_EACH ((uint16_t*)p)[i] = uint16_t(a.v[i]); }
+    static bool within(U a, uint32_t least, uint32_t most) {
+        bool all = true;
+        PGAP_EACH all &= a.v[i] >= least && a.v[i] <= most;
+        return all;
+    }
     static F add(F a, F b) { F r; PGAP_EACH r.v[i] = a.v[i] + b.v[i]; return r; }
     static F mul(F a, F b) { F r; PGAP_EACH r.v[i] = a.v[i] * b.v[i]; return r; }
     static F fma(F a, F b, F c) { F r; PGAP_EACH r.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]); return r; }
@@ -101,7 +108,16 @@ struct Avx2 {
         _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(r));
     }
     static void store(FP16* p, F a) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)); }
+    static U loadu(const uint32_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
     static void storeu(uint32_t* p, U a) { _mm256_storeu_si256((__m256i*)p, a); }
+    static void store16(void* p, U a) {
+        const U halves = _mm256_packus_epi32(andu(a, setu(0xffffu)), a);
+        _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0x08)));
+    }
+    static bool within(U a, uint32_t least, uint32_t most) {
+        const U above = _mm256_sub_epi32(a, setu(least)), room = setu(most - least);
+        return _mm256_movemask_epi8(_mm256_cmpeq_epi32(_mm256_max_epu32(above, room), room)) == -1;
+    }
     static F add(F a, F b) { return _mm256_add_ps(a, b); }
     static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
     static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
@@ -158,7 +174,12 @@ struct Avx512 {
     static void store(FP16* p, F a) {
         _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
     }
+    static U loadu(const uint32_t* p) { return _mm512_loadu_si512(p); }
     static void storeu(uint32_t* p, U a) { _mm512_storeu_si512(p, a); }
+    static void store16(void* p, U a) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(a)); }  // low halves
+    static bool within(U a, uint32_t least, uint32_t most) {  // all of them
+        return _mm512_cmpgt_epu32_mask(_mm512_sub_epi32(a, setu(least)), setu(most - least)) == 0;
+    }
     static F add(F a, F b) { return _mm512_add_ps(a, b); }
     static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
     static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from .noise import check_uint
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INDEX_LIMIT = (1 << 63) - 1
+_KIND = attrgetter("dtype", "device", "layout")
 
 
 def choice(name: str, value: str, accepted: Sequence[str]) -> str:
@@ -28,6 +31,9 @@ def tensors(name: str, value: Sequence[Tensor], dtypes: Sequence[torch.dtype] = 
         raise TypeError(f"{name}: got {type(value).__name__}; accepted: a list of tensors")
     if not value:
         raise ValueError(f"{name}: got an empty list; accepted: at least one tensor")
+    if all(isinstance(t, Tensor) for t in value) and len(set(map(_KIND, value))) == 1:
+        if value[0].dtype in dtypes and value[0].layout == torch.strided:
+            return list(value)  # nothing to refuse, which is found without asking each
     accepted = ", ".join(str(d) for d in dtypes)
     for i, t in enumerate(value):
         if not isinstance(t, Tensor):
@@ -65,19 +71,35 @@ def matrix_layout(name: str, tensor: Tensor) -> tuple[int, int, int]:
     return rows, columns, ld
 
 
+def matrix_layouts(name: str, tensors: Sequence[Tensor]) -> list[tuple[int, int, int]]:
+    """``matrix_layout`` of each of a list."""
+    layouts = []
+    for i, t in enumerate(tensors):
+        shape = t.shape
+        if len(shape) == 2 and shape[0] and t.is_contiguous():  # most are
+            layouts.append((shape[0], shape[1], shape[1]))
+        elif len(shape) == 1 and t.is_contiguous():
+            layouts.append((1, shape[0], shape[0]))
+        else:
+            layouts.append(matrix_layout(f"{name}[{i}]", t))
+    return layouts
+
+
 def disjoint(name: str, values: Sequence[Tensor], layouts: Sequence[tuple[int, int, int]]) -> None:
     """Refuse lists in which two tensors share an element (duplicates, overlapping views)."""
-    spans = []
     # In bytes, so that lists of several dtypes can be checked together.
+    spans = [
+        (begin := t.data_ptr(), begin + ((rows - 1) * ld + columns) * t.element_size(), i)
+        for i, (t, (rows, columns, ld)) in enumerate(zip(values, layouts, strict=True))
+        if rows and columns
+    ]
+    spans.sort()
+    if all(before[1] <= after[0] for before, after in pairwise(spans)):
+        return
     layouts = [
         (rows, columns * t.element_size(), ld * t.element_size())
         for t, (rows, columns, ld) in zip(values, layouts, strict=True)
     ]
-    for i, (t, (rows, columns, ld)) in enumerate(zip(values, layouts, strict=True)):
-        if rows * columns:
-            begin = t.data_ptr()
-            spans.append((begin, begin + (rows - 1) * ld + columns, i))
-    spans.sort()
     reach, owner = -1, -1
     for begin, end, i in spans:
         if begin < reach and not _interleaved(spans, begin, layouts, i):
@@ -110,6 +132,8 @@ def tensor_ids(name: str, value: Sequence[int], count: int) -> list[int]:
         raise TypeError(f"{name}: got {value!r}; accepted: a list of 32-bit integers, one per tensor")
     if len(value) != count:
         raise ValueError(f"{name}: got {len(value)} ids for {count} tensors; accepted: one per tensor")
+    if all(type(v) is int and 0 <= v < 1 << 32 for v in value):
+        return list(value)
     return [check_uint(f"{name}[{i}]", v, 32) for i, v in enumerate(value)]
 
 
@@ -187,7 +211,7 @@ def _row_on(device: torch.device, row: Tensor) -> Tensor:
 def slices(name: str, value: Sequence[tuple[int, int]] | None, layouts: Sequence[tuple[int, int, int]]) -> list[int]:
     """(base, row_stride) per tensor, flattened; the default is the whole, unsharded tensor."""
     if value is None:
-        return [x for _, columns, _ in layouts for x in (0, max(columns, 1))]
+        return [x for _, columns, _ in layouts for x in (0, columns or 1)]
     if len(value) != len(layouts):
         raise ValueError(f"{name}: got {len(value)} for {len(layouts)} tensors; accepted: one (base, row_stride) each")
     flat = []
@@ -231,8 +255,8 @@ def companions(
             raise ValueError(
                 f"{name}[{i}]: got shape {tuple(t.shape)}; accepted: {tuple(w.shape)}, that of weights[{i}]"
             )
-    layouts = [matrix_layout(f"{name}[{i}]", t) for i, t in enumerate(given)]
+    layouts = matrix_layouts(name, given)
     if written:
-        layouts += [matrix_layout(f"weights[{i}]", w) for i, w in enumerate(weights)]
+        layouts += matrix_layouts("weights", weights)
         disjoint(f"{name} + weights", given + weights, layouts)
     return given

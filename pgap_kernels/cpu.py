@@ -50,15 +50,17 @@ def use_isa(name: str) -> None:
 def dense_perturb_(
     weights, out, keys, coefficients, decay, rounding_keys, stages, tensor_ids, slices, distribution, tier
 ):
+    in_place = weights is out
+    read = [] if in_place else weights
     torch.ops.pgap_kernels_cpu.dense(
-        weights, out, keys, coefficients, decay, rounding_keys, stages, tensor_ids, slices, distribution
+        read, out, in_place, keys, coefficients, decay, rounding_keys, stages, tensor_ids, slices, distribution
     )
 
 
 def assemble_gradient_(gradients, keys, coefficients, tensor_ids, slices, distribution, tier):
     decay = torch.zeros(1, 1, dtype=torch.float32)
     torch.ops.pgap_kernels_cpu.dense(
-        [], gradients, keys, coefficients, decay, None, [len(keys)], tensor_ids, slices, distribution
+        [], gradients, False, keys, coefficients, decay, None, [len(keys)], tensor_ids, slices, distribution
     )
 
 

@@ -53,6 +53,6 @@ def scalar(name: str, value: Scalar, count: int) -> Tensor:
 
 def weight_layouts(name: str, tensors: list[Tensor]) -> list[tuple[int, int, int]]:
     """(rows, columns, row stride) of each of a list of tensors that share no element."""
-    layouts = [checks.matrix_layout(f"{name}[{i}]", t) for i, t in enumerate(tensors)]
+    layouts = checks.matrix_layouts(name, tensors)
     checks.disjoint(name, tensors, layouts)
     return layouts
