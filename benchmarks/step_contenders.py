@@ -96,6 +96,7 @@ class Contender:
         counting = contextlib.nullcontext() if self.spec.provider == "torch.compile" else count
         with counting:
             self._make()
+            self.optimizer.probes = 1  # enough for a peak; only P-GAP's refresh has more
             for part in ("refresh_", "") if self.spec.method == "pgap" else ("",):
                 memory.reset_peak()
                 count.peak = count.alive
@@ -114,7 +115,7 @@ class Contender:
     def _refresh(self, forwards: int) -> float:
         """Seconds of a refresh; forwards beyond so many count as the mean of those, with what hooks do in them."""
         closure = Sampled(self.closure(0), forwards)
-        self.optimizer.window = 1
+        self.optimizer.window, self.optimizer.probes = 1, self.probes
         seconds = self._take(closure)["refresh"]
         self.optimizer.window = self.window
         return seconds + (2 * self.probes - len(closure.seconds)) * statistics.mean(closure.seconds)

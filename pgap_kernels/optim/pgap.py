@@ -200,8 +200,11 @@ class PGAP(ZOOptimizer):
             for w in matrices:
                 norm = 2 * self._probe_eps(w) * self.probes
                 draws = [(key, difference / norm) for key, difference in zip(keys, differences, strict=True)]
-                options = {"tensor_id": w.id, "range_key": range_key, "scratch": scratch}
-                self._keep(w.name, gradient_basis(w.tensor.shape, draws, self.rank_of(w), **options))
+                rank, shape = self.rank_of(w), w.tensor.shape
+                self._keep(
+                    w.name,
+                    gradient_basis(shape, draws, rank, tensor_id=w.id, range_key=range_key, scratch=scratch),
+                )
         self._ahead = None
 
     def _keep(self, name: str, basis: Basis) -> None:
