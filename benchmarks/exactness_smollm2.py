@@ -1,27 +1,26 @@
 """The modes on a real model: same losses, passes over the weights as counted, and where the seconds go.
 
-SmolLM2-135M (its decoder's linear layers) in float32 on the built-in data, each contender on a copy of its own. They
-take turns in blocks of steps, so that a slow moment of the machine hits all of them.
+SmolLM2-135M (its decoder's linear layers) in float32 on the built-in data, each contender on a copy of its own, in
+turns.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from benchmarks import turns
 from pgap_kernels.finetune import Config, data, models
 from pgap_kernels.finetune.scoring import Encoded, Scorer
 from pgap_kernels.optim import PGAP, MeZO
 
 METHODS = {"pgap": PGAP, "mezo": MeZO}
 MODES = {"pgap": ("inplace", "scratch", "folded"), "mezo": ("inplace", "scratch")}
-PARTS = ("perturb", "forward", "refresh")
 
 
 class Contender:
@@ -48,11 +47,7 @@ class Contender:
             seen.append(loss.item())
             return loss
 
-        before, begin = dict(self.optimizer.seconds), time.perf_counter()
-        self.optimizer.step(closure)
-        total = time.perf_counter() - begin
-        spent = {part: self.optimizer.seconds[part] - before[part] for part in PARTS}
-        self.seconds.append({**spent, "total": total})
+        self.seconds.append(turns.timed_step(self.optimizer, closure))
         self.losses.append(seen)
 
     def row(self, timed: int, steps: int) -> dict:
@@ -120,12 +115,10 @@ def _group(args: argparse.Namespace, rank: int, methods: tuple[str, ...]) -> Ite
     timed, window = args.steps, max(args.window, args.steps)
     rest = sum(window - timed for c in contenders if c.method == "pgap")
     with tqdm(total=timed * len(contenders) + rest, desc=f"smollm2, rank {rank}", unit="step") as bar:
-        for block, first in enumerate(range(0, timed, args.block)):
-            turn = block % len(contenders)
-            for contender in contenders[turn:] + contenders[:turn]:
-                for step in range(first, min(first + args.block, timed)):
-                    contender.step(contender.batch(args.batch, step))
-                    bar.update()
+        for contender, block in turns.blocks(contenders, timed, args.block):
+            for step in block:
+                contender.step(contender.batch(args.batch, step))
+                bar.update()
         references: dict[str, dict] = {}
         for contender in contenders:
             steps = timed

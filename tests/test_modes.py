@@ -445,7 +445,7 @@ def test_memory_is_that_of_the_largest_layer(method, mode):
         opt.step(closure)
     assert max(highest) == largest and set(arena.top.values()) == {0}
     matrices = max(4 * w.tensor.numel() for w in opt.weights()) if method is PGAP else 0
-    assert opt.cost().scratch_bytes == largest + matrices
+    assert opt.cost().scratch_bytes == largest >= matrices  # where a refresh assembles G too
 
 
 @pytest.mark.parametrize("mode", MODES_OF[PGAP])

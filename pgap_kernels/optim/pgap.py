@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
-
 from .. import checks, ops
 from ..noise import Role
 from ..perturbation import Direction, Part, Subspace, Weight, buckets
@@ -122,8 +120,10 @@ class PGAP(ZOOptimizer):
         state = sum(4 * self.rank_of(w) * (sum(w.tensor.shape) + 1) for w in matrices)
         if self.mode != "inplace":  # a Z, and C
             state += sum(4 * self.rank_of(w) ** 2 for w in matrices) * (2 if self.mode == "folded" else 1)
-        scratch = max((4 * w.tensor.numel() for w in matrices), default=0)
-        return Cost(passes[self.mode], state, scratch + self.perturbation.scratch_bytes)
+        gradient = max((4 * w.tensor.numel() for w in matrices), default=0)
+        scratch = self.perturbation.scratch_bytes
+        # A refresh assembles G in the buffer of the forwards, where that is large enough.
+        return Cost(passes[self.mode], state, scratch if scratch >= gradient else scratch + gradient)
 
     # ---- the step -----------------------------------------------------------------------------------------------
 
@@ -194,20 +194,17 @@ class PGAP(ZOOptimizer):
         self.stand([], self._probe_eps)
         self.merge()  # what a window has gathered belongs to its own subspaces
         range_key = self.key(Role.RANGE_FINDER)
-        for bucket in buckets(self.matrices()):
-            largest = max(w.tensor.numel() for w in bucket)
-            scratch = torch.empty(largest, dtype=torch.float32, device=bucket[0].tensor.device)
-            for w in bucket:
+        for device in dict.fromkeys(w.tensor.device for w in self.matrices()):
+            matrices = [w for w in self.matrices() if w.tensor.device == device]
+            scratch = self.perturbation.spare(max(w.tensor.numel() for w in matrices), device)
+            for w in matrices:
                 norm = 2 * self._probe_eps(w) * self.probes
-                basis = gradient_basis(
-                    w.tensor.shape,
-                    [(key, difference / norm) for key, difference in zip(keys, differences, strict=True)],
-                    self.rank_of(w),
-                    tensor_id=w.id,
-                    range_key=range_key,
-                    scratch=scratch,
+                draws = [(key, difference / norm) for key, difference in zip(keys, differences, strict=True)]
+                rank, shape = self.rank_of(w), w.tensor.shape
+                self._keep(
+                    w.name,
+                    gradient_basis(shape, draws, rank, tensor_id=w.id, range_key=range_key, scratch=scratch),
                 )
-                self._keep(w.name, basis)
         self._ahead = None
 
     def _keep(self, name: str, basis: Basis) -> None:

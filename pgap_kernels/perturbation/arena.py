@@ -36,6 +36,13 @@ class Arena:
         taken = self.memory[device][begin : begin + like.numel() * like.element_size()]
         return taken.view(like.dtype).view(like.shape)
 
+    def idle(self, elements: int, device: torch.device) -> Tensor | None:
+        """Its memory as float32, to use until the next ``take``; None if it has less, or none yet."""
+        memory = self.memory.get(device)
+        if memory is None or memory.numel() < 4 * elements or self.top[device]:
+            return None
+        return memory[: 4 * elements].view(torch.float32)
+
     def give_back(self, like: Tensor) -> None:
         """Release what the last ``take`` of such a tensor gave."""
         self.top[like.device] -= room(like)

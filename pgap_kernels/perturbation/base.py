@@ -160,6 +160,10 @@ class Perturbation:
         """Whether the weights are not what the model is: see ``merge``."""
         return False
 
+    def spare(self, elements: int, device: torch.device) -> Tensor:
+        """Uninitialised float32 memory to use until the next forward."""
+        return torch.empty(elements, dtype=torch.float32, device=device)
+
     def begin(self, merge_key: int) -> None:
         """A step begins; ``merge_key`` rounds what is merged until the next begins."""
         self.written, self.merge_key = 0, merge_key

@@ -155,6 +155,10 @@ class Scratch(Perturbation):
     def scratch_bytes(self) -> int:
         return sum(self.arena.capacity.values())
 
+    def spare(self, elements: int, device: torch.device) -> Tensor:
+        idle = self.arena.idle(elements, device)
+        return super().spare(elements, device) if idle is None else idle
+
     # ---- where the forwards stand -----------------------------------------------------------------------------------
 
     def stand(self, direction: Direction, amount: PerWeight) -> None:

@@ -1,0 +1,67 @@
+"""The models that ``benchmarks.step`` takes steps on, with batches of random tokens of one length."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pgap_kernels.finetune import models
+from pgap_kernels.finetune.scoring import Encoded, Scorer
+
+BATCH = 16  # sentences
+LABEL_TOKENS = (3, 4)
+
+
+class Workload:
+    """A model whose linear layers are tuned. Tokens are random: what they say costs no time."""
+
+    def __init__(self, name: str, dtype: torch.dtype) -> None:
+        self.name = name
+        self.model = MODELS[name](dtype).eval()
+        models.freeze_all_but_linear_layers(self.model)
+        for parameter in self.model.parameters():  # in memory, rather than where a file is mapped
+            parameter.data = parameter.data.clone()
+
+    def fork(self) -> Any:
+        """Modules of one's own over the same parameters: hooks stay apart, and memory is taken once."""
+        return copy.deepcopy(self.model, {id(p): p for p in self.model.parameters()})
+
+    def batch(self, tokens: int, step: int) -> Encoded:
+        """The sentences of a step, each of so many tokens."""
+        generator = torch.Generator().manual_seed(step)
+        ids = torch.randint(self.model.config.vocab_size, (BATCH, tokens), generator=generator)
+        labels = torch.randint(2, (BATCH,), generator=generator)
+        return Encoded({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, labels)
+
+
+def loss_of(model: Any) -> Callable[[Encoded], Tensor]:
+    """The loss by which a model is fine-tuned (pgap_kernels.finetune)."""
+    return Scorer(model, LABEL_TOKENS, pad_token=0).loss
+
+
+def _smollm2(dtype: torch.dtype) -> Any:
+    return models.load("default", dtype, torch.device("cpu"))[0]
+
+
+def _opt13b(dtype: torch.dtype) -> Any:
+    """One decoder layer with OPT-13B's shapes, at random; its vocabulary is small, so that the layer is the model."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=512,
+        hidden_size=5120,
+        word_embed_proj_dim=5120,
+        ffn_dim=20480,
+        num_attention_heads=40,
+        num_hidden_layers=1,
+        max_position_embeddings=2048,
+    )
+    return OPTForCausalLM(config).to(dtype)
+
+
+MODELS: dict[str, Callable[[torch.dtype], Any]] = {"smollm2": _smollm2, "opt13b": _opt13b}

@@ -1,0 +1,218 @@
+"""benchmarks.step on tiny models: rows are complete, contenders do what they are timed for, targets are told."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from finetune_tiny import tiny_model
+
+from benchmarks import step, step_models
+from benchmarks.step_contenders import Contender, Sampled, Spec
+from benchmarks.step_mezo import Forwards
+from benchmarks.step_models import Workload
+from benchmarks.step_targets import targets
+
+OURS = [Spec("ours", "mezo", mode) for mode in ("inplace", "two_pass", "scratch")]
+OURS += [Spec("ours", "pgap", mode, 4) for mode in ("inplace", "scratch", "folded")]
+OTHERS = [Spec("published", "mezo"), Spec("torch.compile", "mezo")]
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch, tmp_path, set_threads):
+    """Models of a few hundred weights take the names of the real ones."""
+    from transformers import AutoModelForCausalLM
+
+    set_threads(1)
+    folder = tiny_model(tmp_path / "llama", "llama")
+    load = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setitem(step_models.MODELS, "smollm2", lambda dtype: load(folder, dtype=dtype))
+    monkeypatch.setitem(step_models.MODELS, "opt13b", lambda dtype: load(folder, dtype=dtype))
+    monkeypatch.setattr(step_models, "BATCH", 2)
+
+
+def weights(workload: Workload) -> torch.Tensor:
+    return torch.cat([p.detach().flatten().clone() for p in workload.model.parameters() if p.requires_grad])
+
+
+def contender(spec: Spec, workload: Workload) -> Contender:
+    return Contender(spec, workload, tokens=4, window=10, probes=3)
+
+
+# ---- contenders -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", OURS + OTHERS, ids=str)
+def test_steps_make_small_updates_and_leave_no_perturbation(spec):
+    workload = Workload("smollm2", torch.float32)
+    frozen = [p.detach().clone() for p in workload.model.parameters() if not p.requires_grad]
+    before = weights(workload)
+    own = contender(spec, workload)
+    own.prepare(refresh_forwards=2)
+    own.block(range(3))
+    moved = (weights(workload) - before).abs().max()
+    if spec.mode == "folded":
+        assert own.optimizer.perturbation.pending
+        own.optimizer.merge()
+        moved = (weights(workload) - before).abs().max()
+    assert 0 < moved < 1e-4  # eps is 1e-3
+    for p, old in zip((p for p in workload.model.parameters() if not p.requires_grad), frozen, strict=True):
+        assert torch.equal(p, old)
+
+
+def test_forwards_change_nothing():
+    workload = Workload("smollm2", torch.float32)
+    before = weights(workload)
+    own = contender(Spec("forwards"), workload)
+    own.prepare(refresh_forwards=2)
+    own.block(range(2))
+    assert isinstance(own.optimizer, Forwards) and torch.equal(weights(workload), before)
+    assert [s["perturb"] for s in own.seconds] == [0, 0]
+
+
+def test_compiled_is_published_but_for_rounding():
+    moved = []
+    for spec in OTHERS:
+        workload = Workload("smollm2", torch.float32)
+        before = weights(workload)
+        own = contender(spec, workload)
+        own._make()
+        own.optimizer.lr = 1e-3
+        own.block(range(2))
+        moved.append(weights(workload) - before)
+    torch.testing.assert_close(moved[0], moved[1], rtol=0.05, atol=1e-6)
+
+
+def test_two_pass_is_in_place_but_for_rounding():
+    moved = []
+    for spec in OURS[:2]:
+        workload = Workload("smollm2", torch.float32)
+        before = weights(workload)
+        own = contender(spec, workload)
+        own._make()
+        own.optimizer.param_groups[0]["lr"] = 1e-3
+        for step_number in range(3):  # one entering step more than the other
+            own._take(own.closure(step_number))
+        own.rest()
+        moved.append(weights(workload) - before)
+    torch.testing.assert_close(moved[0], moved[1], rtol=0.05, atol=1e-6)
+
+
+def test_contenders_share_weights_and_not_hooks():
+    workload = Workload("smollm2", torch.float32)
+    scratch, plain = contender(OURS[2], workload), contender(Spec("forwards"), workload)
+    scratch.prepare(refresh_forwards=2)
+    for a, b in zip(scratch.model.parameters(), plain.model.parameters(), strict=True):
+        assert a is b
+    assert any(module._forward_hooks for module in scratch.model.modules())
+    assert not any(module._forward_hooks for module in plain.model.modules())
+
+
+@pytest.mark.parametrize("mode", ["inplace", "folded"])
+def test_a_refresh_counts_all_its_forwards(mode):
+    own = contender(Spec("ours", "pgap", mode, 4), Workload("smollm2", torch.float32))
+    calls = []
+
+    def slow() -> torch.Tensor:
+        calls.append(None)
+        return own.loss(own.workload.batch(4, 0))
+
+    own._make()
+    own._take(slow)
+    assert len(calls) == 2 * own.probes + 2
+    own.closure = lambda step: slow
+    own._refresh(2)
+    assert len(calls) == 2 * own.probes + 2 + 2
+    assert own.optimizer.window == 10 and own.optimizer.steps == 2
+
+
+def test_made_up_losses_follow_real_ones():
+    closure = Sampled(lambda: torch.tensor(2.0), real=1)
+    losses = [closure().item() for _ in range(3)]
+    assert losses[0] == 2 and len(set(losses)) == 3 and len(closure.seconds) == 1
+
+
+# ---- the program ----------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_complete(tmp_path, capsys):
+    report = tmp_path / "step.json"
+    options = ["--tokens", "4", "--ranks", "2", "4", "--steps", "2", "--probes", "2", "--threads", "1", "--runs", "2"]
+    assert step.main([*options, "--json", str(report)]) == 0
+    assert "folded" in capsys.readouterr().out
+    found = json.loads(report.read_text())
+    assert found["facts"]["threads"] == 1 and found["facts"]["torch"] and found["facts"]["arguments"]["runs"] == 2
+    group = 1 + len(OTHERS) + 3 + 2 * 3
+    assert len(found["rows"]) == 2 * 2 * group
+    assert {(r["model"], r["run"]) for r in found["rows"]} == {(m, n) for m in ("smollm2", "opt13b") for n in (1, 2)}
+    for row in found["rows"]:
+        assert row["total"] >= row["forward"] > 0 and row["dtype"] == "float32" and row["threads"] == 1
+        assert row["ratio_own"] >= 1 and row["ratio"] > 0 and len(row["seconds_of_steps"]) == 2
+        assert row["peak_tensors"] is None if row["provider"] == "torch.compile" else row["peak_tensors"] > 0
+        is_pgap = row["method"] == "pgap"
+        for name in ("refresh", "refresh_share", "window", "rank", "refresh_peak_tensors"):
+            assert (row[name] is not None) == is_pgap, name
+        if is_pgap:
+            assert row["refresh_share"] == pytest.approx(row["refresh"] / (100 * row["total"]))
+        assert (row["perturb"] > 0) == (row["provider"] != "forwards")
+    forwards = [row["ratio"] for row in found["rows"] if row["provider"] == "forwards"]
+    assert forwards == [1.0] * 4
+
+
+def test_filters(capsys):
+    options = ["--quick", "--model", "smollm2", "--tokens", "4", "--providers", "ours", "--modes", "scratch"]
+    args = step.arguments([*options, "--ranks", "4", "--probes", "2"])
+    rows = list(step.rows(args, step.Console(quiet=True)))
+    assert [(r["provider"], r["method"], r["mode"]) for r in rows] == [
+        ("forwards", None, None),
+        ("ours", "mezo", "scratch"),
+        ("ours", "pgap", "scratch"),
+    ]
+
+
+def row(**changes) -> dict:
+    base = {"model": "smollm2", "dtype": "float32", "tokens": 32, "batch": 16, "provider": "ours", "method": "mezo"}
+    return base | {"mode": "inplace", "rank": None, "threads": 2, "ratio": 1.1, "refresh_share": None} | changes
+
+
+def test_targets_take_medians_over_runs_and_the_best_mode():
+    rows = [row(ratio=value) for value in (1.1, 1.12, 3.0)]
+    rows += [row(method="pgap", rank=16, mode="inplace", ratio=1.3, refresh_share=0.1)]
+    rows += [row(method="pgap", rank=16, mode="folded", ratio=1.09, refresh_share=0.16)]
+    rows += [row(mode="scratch", ratio=1.0), row(tokens=8, ratio=1.0), row(model="opt13b", ratio=1.0)]
+    rows += [row(provider="published", mode=None, ratio=1.0), row(dtype="bfloat16", ratio=1.0)]
+    found = targets(rows)
+    assert [(t.value, t.limit, t.met) for t in found] == [(1.12, 1.15, True), (1.09, 1.08, False), (0.16, 0.15, False)]
+    assert "folded, rank 16, 2 threads" in found[1].text
+
+
+def test_without_the_setting_of_the_targets_there_are_none():
+    assert targets([row(tokens=8)]) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", "0"], "--steps: got 0; accepted: integers of at least 1"),
+        (["--tokens", "8", "0"], "--tokens: got 0; accepted: integers of at least 1"),
+        (["--refresh-forwards", "0"], "--refresh-forwards: got 0; accepted"),
+        (["--json", "missing/rows.json"], "there is no folder 'missing'; create it first"),
+        (["--model", "gpt"], "invalid choice: 'gpt'"),
+    ],
+)
+def test_bad_options(options, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        step.arguments(options)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit):
+        step.arguments(["--help"])
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("smollm2", "opt13b", "published", "torch.compile", "folded", "default"))
