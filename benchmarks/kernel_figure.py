@@ -38,8 +38,9 @@ def against_floor(rows: Sequence[dict]) -> Figure:
             found = {(r["op"], r["rank"]): r for r in rows if (r["provider"], r["isa"], r["dtype"]) == (*style, dtype)}
             places = [(ops.index(key), _median([r], "floor_ratio")) for key, r in found.items() if key in ops]
             if places:
-                axes.plot([x for _, x in places], [y for y, _ in places], marker, color=colour, label=_label(style))
-        axes.axvline(1, color="black", lw=1)
+                ys, xs = zip(*places, strict=True)
+                axes.plot(xs, ys, marker, color=colour, label=_label(style), zorder=9 if style[0] == "ours" else 5)
+        axes.axvline(1, color="black", label="W.add_(1.0)", zorder=0)
         axes.set(xscale="log", ylim=(len(ops) - 0.5, -0.5), title=dtype)
         axes.set_yticks(range(len(ops)), [_name(*key) for key in ops] if i == 0 else [""] * len(ops), fontsize=8)
         axes.set_xlabel("time / W.add_(1.0)")

@@ -191,7 +191,7 @@ OPS: dict[str, Op] = {
     "norms": Op("squared norm of a distance", _norms, "torch.linalg.vector_norm(W - W0) ** 2"),
     "lowrank": Op("low rank", _low_rank, "W.add_(scale * (U @ Z @ V.T), alpha=a)", ranked=True),
     "list": Op(f"dense normal, {LIST} tensors in one call", _list, _NORMAL + " in a loop"),
-    "host": Op(f"the same, {LIST} tensors of 16 weights", _host, _NORMAL + " in a loop", ALL[:1], sized=False),
+    "host": Op(f"dense normal, {LIST} tensors of 16 weights", _host, _NORMAL + " in a loop", ALL[:1], sized=False),
 }
 
 

@@ -42,7 +42,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from benchmarks import machine, targets, timing
+from benchmarks import kernel_targets, machine, timing
 from benchmarks.kernel_ops import ALL, OPS, shape_of
 from benchmarks.kernel_sweep import ISAS, PATIENCE, PROVIDERS, Point, Sweep
 from pgap_kernels import backends, cpu
@@ -64,11 +64,11 @@ QUICK = DEFAULT | {
     "budget": 0.05,
 }
 TARGETS = DEFAULT | {
-    "op": list(dict.fromkeys(t.op for t in targets.TARGETS)),
-    "dtype": list(dict.fromkeys(t.dtype for t in targets.TARGETS)),
+    "op": list(dict.fromkeys(t.op for t in kernel_targets.TARGETS)),
+    "dtype": list(dict.fromkeys(t.dtype for t in kernel_targets.TARGETS)),
     "size": [512.0],
     "shape": [[8192, 8192]],
-    "rank": sorted({t.rank for t in targets.TARGETS if t.rank}),
+    "rank": sorted({t.rank for t in kernel_targets.TARGETS if t.rank}),
     "threads": [1, 2],
     "runs": 3,
     "budget": 2.0,
@@ -91,7 +91,7 @@ def points(args: argparse.Namespace) -> list[Point]:
                         found += [Point(run, op, dtype, shape, rank, count) for count in threads]
     if not args.targets:
         return found
-    compared = {key[:3] for key in targets.wanted(ISAS)}
+    compared = {key[:3] for key in kernel_targets.wanted(ISAS)}
     return [p for p in found if (p.op, p.dtype, p.rank) in compared]
 
 
@@ -140,7 +140,7 @@ def targets_table(rows: Sequence[dict]) -> Table:
     table = Table(title="targets (median of the runs, and their range)", title_justify="left", box=None)
     for column in ("what", "weights", "threads", "target", "measured", ""):
         table.add_column(column)
-    for outcome in targets.outcomes(rows):
+    for outcome in kernel_targets.outcomes(rows):
         style = {True: "green", False: "red", None: "dim"}[outcome.met]
         shape = " x ".join(map(str, outcome.shape))
         what, bound = outcome.target.what, outcome.target.bound
@@ -175,7 +175,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     add("--runs", type=int, help="repeats of the whole; default: 1, with --targets 3")
     add("--repeats", type=int, help="turns per figure at most; default: 5 to 101, more where calls are short")
     budget = f"default: {DEFAULT['budget']}, with --targets {TARGETS['budget']}"
-    help = f"for the turns of one provider at one setting; it is left out if one takes {PATIENCE} times that; {budget}"
+    help = f"for the turns of one provider at one setting; if one takes {PATIENCE} times that it is left out; {budget}"
     add("--budget", type=float, metavar="SECONDS", help=help)
     add("--json", type=Path, metavar="FILE", help="write the rows, and the facts of the machine, there")
     add("--figure", type=Path, metavar="FILE", help="draw times over the floor there (.png, .svg, .pdf)")
@@ -244,7 +244,7 @@ def main(given: Sequence[str] | None = None) -> None:
         sweep = Sweep(device, timing.on_host, args.isa)
     sweep.providers, sweep.repeats, sweep.budget = args.provider, args.repeats, args.budget
     if args.targets:
-        sweep.wanted = targets.wanted(args.isa)
+        sweep.wanted = kernel_targets.wanted(args.isa)
     facts = machine.facts(device)
     console.print(machine.line(facts), highlight=False)
     rows = list(measured(args, sweep, console))

@@ -37,10 +37,11 @@ def facts(device: torch.device | None = None) -> dict:
 
 def line(found: dict) -> str:
     """The facts to read."""
-    return ", ".join(f"{name} {_text(value)}" for name, value in found.items())
+    return ", ".join(f"{name} {text(value)}" for name, value in found.items())
 
 
-def _text(value: object) -> str:
+def text(value: object) -> str:
+    """A fact to read."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {part}" for name, part in value.items()) or "unknown"
     return "unknown" if value is None else str(value)

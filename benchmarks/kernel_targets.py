@@ -7,6 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from benchmarks.kernel_ops import OPS
+from benchmarks.markdown import range_of
+
+LEAST_MB = 128  # targets are for weights well beyond the caches
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,9 @@ class Outcome:
         """The median of the runs and, of several, their range."""
         if not self.values:
             return "-"
-        scale, unit, digits = (1e3, " ms", 3) if self.target.against is None else (1.0, "x", 2)
-        shown = [f"{scale * x:.{digits}f}" for x in (self.measured, min(self.values), max(self.values))]
-        return shown[0] + unit + (f" ({shown[1]} to {shown[2]})" if len(self.values) > 1 else "")
+        if self.target.against is None:
+            return range_of([1e3 * x for x in self.values], 3, " ms")
+        return range_of(self.values, 2, "x")
 
 
 def wanted(isas: Sequence[str]) -> set[tuple]:
@@ -100,13 +103,14 @@ def wanted(isas: Sequence[str]) -> set[tuple]:
 
 
 def outcomes(rows: Sequence[dict]) -> list[Outcome]:
-    """Every target at every size and number of threads that there are rows for, or once as not measured."""
+    """Every target at every large size and number of threads that there are rows for, or once as not measured."""
+    rows = [r for r in rows if "seconds" in r and (r["megabytes"] >= LEAST_MB or not OPS[r["op"]].sized)]
     return [outcome for target in TARGETS for outcome in (list(_outcomes(target, rows)) or [Outcome(target)])]
 
 
 def _outcomes(target: Target, rows: Sequence[dict]) -> Iterator[Outcome]:
     own = [r for r in rows if (r["op"], r["dtype"], r["rank"]) == (target.op, target.dtype, target.rank)]
-    own = [r for r in own if "seconds" in r and target.threads in (None, r["threads"])]
+    own = [r for r in own if target.threads in (None, r["threads"])]
     ours = [r for r in own if r["provider"] == "ours"]
     best = target.isa or (ours[0]["isa"] if ours else None)
     ours = [r for r in ours if r["isa"] == best]
@@ -120,7 +124,7 @@ def _outcomes(target: Target, rows: Sequence[dict]) -> Iterator[Outcome]:
             other = others[_turn(row)]["seconds"]
             value = value / other if target.at_least is None else other / value
         values.setdefault((tuple(row["shape"]), row["threads"]), []).append(value)
-    for (shape, threads), found in values.items():
+    for (shape, threads), found in sorted(values.items()):
         yield Outcome(target, shape, threads, tuple(found))
 
 
