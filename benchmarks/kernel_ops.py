@@ -142,9 +142,9 @@ def _norms(w: Tensor) -> Case:
 def _low_rank(w: Tensor, rank: int) -> Case:
     u, v, z = (torch.randn(rows, rank, device=w.device) for rows in (*w.shape, rank))
     ours = partial(lowrank_perturb_, [w], [u], [v], core=[z], coefficient=A)
-    factors = [t.to(w.dtype) for t in (u, z, v)]
-    case = Case(w, ours, **_with_compiled(idioms.low_rank, w, *factors, 1.0, A), extra=u.nbytes + v.nbytes)
-    case.others["addmm_"] = partial(idioms.addmm, w, *factors, A)
+    left, core, right = (t.to(w.dtype) for t in (u, z, v))
+    case = Case(w, ours, **_with_compiled(idioms.low_rank, w, left, core, right, 1.0, A), extra=u.nbytes + v.nbytes)
+    case.others["addmm_"] = partial(idioms.addmm, w, left, core, right, A)
     return case
 
 

@@ -21,7 +21,8 @@ PROVIDERS = ("ours", "reference", "idiom", "torch.compile", "addmm_", "lerp", "t
 FLOORS = ("floor", "copy")
 PROBE = (1024, 1024)  # a matrix on which one turn of anything is affordable
 PROBING = 0.02  # seconds
-PATIENCE = 8  # budgets that one turn may take
+PATIENCE = 4  # budgets that one turn may take
+FEWEST = 3  # turns of whoever is within the budget
 REPEATS = (5, 101)  # turns at a point: as many as ``W.add_(1.0)`` fits into SHORT
 SHORT = 0.02  # seconds
 
@@ -60,7 +61,7 @@ class Sweep:
     copy: bool = False  # also time ``spare.copy_(W)``, which is a GPU's floor
     repeats: int | None = None  # turns of a contender that is fast enough; None: REPEATS
     warmups: int = 1
-    budget: float = 0.5  # seconds for the turns of one contender at one point
+    budget: float = 0.25  # seconds for the turns of one contender at one point
     _rates: dict[tuple, float] = field(default_factory=dict)  # seconds per weight, of what was timed before
 
     def rows(self, points: Sequence[Point]) -> Iterator[list[dict]]:
@@ -105,12 +106,13 @@ class Sweep:
             if seconds > PATIENCE * self.budget and contender.provider != "idiom":
                 reasons[contender] = f"about {seconds:.1f} s a call, too long for --budget {self.budget:g}"
             else:
-                turns[contender] = min(max(int(self.budget / max(seconds, 1e-9)), 1), most)
+                least = FEWEST if seconds < self.budget else 1
+                turns[contender] = min(max(int(self.budget / max(seconds, 1e-9)), least), most)
         calls, before = [c.call for c in turns], [c.before for c in turns]
         times = timing.medians(calls, self.timer, list(turns.values()), self.warmups, before)
         measured = dict(zip(turns, times, strict=True))
-        for contender, seconds in measured.items():
-            self._rates[_key(point, contender)] = seconds.done / whole.numel()
+        for contender, median in measured.items():
+            self._rates[_key(point, contender)] = median.done / whole.numel()
         return _rows(point, case, measured, turns, reasons)
 
     def contenders(self, point: Point, case: Case) -> Iterator[Contender]:

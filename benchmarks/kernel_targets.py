@@ -93,7 +93,7 @@ class Outcome:
 
 def wanted(isas: Sequence[str]) -> set[tuple]:
     """(op, dtype, rank, provider, isa) of everything that the targets compare, and of the idioms."""
-    found = set()
+    found: set[tuple] = set()
     for t in TARGETS:
         for provider in ("ours", "two_passes"):
             found.add((t.op, t.dtype, t.rank, provider, t.isa or isas[0]))

@@ -17,6 +17,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from benchmarks import report_kernels, report_step
@@ -98,11 +99,9 @@ def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    folder = {"type": Path, "metavar": "FOLDER"}
-    parser.add_argument("--data", default=Path("benchmarks/data"), help="default: %(default)s", **folder)
-    parser.add_argument(
-        "--docs", default=Path("docs"), help="of the template and the page; default: %(default)s", **folder
-    )
+    add = partial(parser.add_argument, type=Path, metavar="FOLDER")
+    add("--data", default=Path("benchmarks/data"), help="of the JSON files; default: %(default)s")
+    add("--docs", default=Path("docs"), help="of the template and the page; default: %(default)s")
     args = parser.parse_args(given)
     template = args.docs / "benchmarks.in.md"
     if not template.is_file():
