@@ -39,7 +39,7 @@ from triton.backends.compiler import GPUTarget
 
 from benchmarks import disassembly
 from benchmarks.common_path import Work, common_path
-from benchmarks.kernel_cases import BYTES, SIDE, Case, all_cases
+from benchmarks.compiled_cases import BYTES, SIDE, Case, all_cases
 from benchmarks.launches import compile_for
 
 TARGETS = {

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks import exactness_drift, exactness_movement, exactness_tables
+from benchmarks import exactness_drift, exactness_movement, exactness_tables, machine
 from pgap_kernels import __version__, cpu
 
 Rows = Callable[[argparse.Namespace], Iterator[dict]]
@@ -68,16 +68,7 @@ def facts(rows: list[dict]) -> list[tuple[str, bool]]:
 
 
 def _machine() -> dict[str, str | int]:
-    names = [x.split(":", 1)[1].strip() for x in _cpuinfo().splitlines() if x.startswith("model name")]
-    processor = names[0] if names else platform.processor() or platform.machine()
-    return {"processor": processor, "isa": cpu.isa()[0], "threads": torch.get_num_threads()}
-
-
-def _cpuinfo() -> str:
-    try:
-        return Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return ""
+    return {"processor": machine.processor(), "isa": cpu.isa()[0], "threads": torch.get_num_threads()}
 
 
 def _versions() -> dict[str, str]:

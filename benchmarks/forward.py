@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import linear
 
-from benchmarks import timing
+from benchmarks import machine, timing
 from pgap_kernels import backends, cpu, lowrank_perturb_
 from pgap_kernels.ops.forward import fold_
 
@@ -91,7 +91,7 @@ def rows(args: argparse.Namespace) -> Iterator[dict]:
     """Rows of every combination, printed as they come."""
     if args.device == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
-        facts, timer = timing.facts(device), timing.on_gpu(device)
+        facts, timer = machine.gpu(device), timing.on_gpu(device)
     else:
         device, timer = torch.device("cpu"), timing.on_host
         facts = {"isa": cpu.isa()[0], "torch": torch.__version__}

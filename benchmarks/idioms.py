@@ -3,44 +3,109 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 
+@functools.cache
+def compiled(idiom: Callable) -> Callable:
+    """The idiom as torch.compile fuses it, with the compiler's own generator; one compilation serves every size."""
+    return torch.compile(idiom, fullgraph=True, dynamic=True)
+
+
+def _noise(w: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.normal(0.0, 1.0, w.shape, dtype=dtype or w.dtype, device=w.device)
+
+
 def normal(w: Tensor, a: float) -> None:
     """MeZO's perturbation."""
-    w.add_(torch.normal(0.0, 1.0, w.shape, dtype=w.dtype, device=w.device), alpha=a)
+    w.add_(_noise(w), alpha=a)
 
 
-def masked_normal(w: Tensor, a: float, share: float) -> None:
-    """The same on a random share of the weights."""
-    z = torch.normal(0.0, 1.0, w.shape, dtype=w.dtype, device=w.device)
-    w.add_(z.mul_(torch.rand(w.shape, device=w.device) < share), alpha=a)
+def rademacher(w: Tensor, a: float) -> None:
+    """FZOO's: random signs."""
+    w.add_(torch.randint(0, 2, w.shape, dtype=w.dtype, device=w.device).mul_(2).sub_(1), alpha=a)
+
+
+def two_normals(w: Tensor, a: float) -> None:
+    """A switch of probe: the last direction off, the next on."""
+    normal(w, -a)
+    normal(w, a)
+
+
+def stochastic(w: Tensor, a: float) -> None:
+    """MeZO's perturbation rounded at random: noise below the bits that are cut off (in float16 of normal numbers)."""
+    cut = {torch.bfloat16: 16, torch.float16: 13}[w.dtype]
+    total = w.float().add_(_noise(w, torch.float32), alpha=a)
+    bits = total.view(torch.int32)
+    bits.add_(torch.randint(0, 1 << cut, w.shape, dtype=torch.int32, device=w.device)).bitwise_and_(-(1 << cut))
+    w.copy_(total)
+
+
+def scratch(w: Tensor, out: Tensor, a: float) -> None:
+    """MeZO's perturbation into another buffer."""
+    torch.add(w, _noise(w), alpha=a, out=out)
+
+
+def draw(w: Tensor) -> Tensor:
+    """The noise itself."""
+    return _noise(w)
+
+
+def assemble(g: Tensor, coefficients: Sequence[float]) -> None:
+    """Sum of seeded noises, as P-GAP estimates a gradient."""
+    g.zero_()
+    for a in coefficients:
+        normal(g, a)
+
+
+def masked(w: Tensor, mask: Tensor, a: float) -> None:
+    """Sparse-MeZO's: noise where a stored mask keeps it."""
+    w.add_(_noise(w).mul_(mask), alpha=a)
 
 
 def adam(w: Tensor, m: Tensor, v: Tensor, rho: float, lr: float) -> None:
     """An Adam step along a projected gradient, with the noise drawn again."""
-    g = torch.normal(0.0, 1.0, w.shape, dtype=torch.float32, device=w.device).mul_(rho)
+    g = _noise(w, torch.float32).mul_(rho)
     m.lerp_(g, 0.1)
     v.mul_(0.999).addcmul_(g, g, value=1e-3)
-    w.sub_((m / v.sqrt().add_(1e-8)).mul_(lr))
+    torch.div(m, torch.sqrt(v, out=g).add_(1e-8), out=g)
+    w.sub_(g.mul_(lr).to(w.dtype))  # of one dtype: with float32 it is several times as slow
 
 
-def low_rank(w: Tensor, u: Tensor, z: Tensor, v: Tensor, a: float) -> None:
-    """SubZero's perturbation without a product of W's size, factors in W's dtype."""
+def anchor(w: Tensor, w0: Tensor, c: float) -> None:
+    """DiZO's projection: the distance from an anchor, scaled."""
+    w.sub_(w0).mul_(c).add_(w0)
+
+
+def lerp(w: Tensor, w0: Tensor, c: float) -> None:
+    """The same by one call."""
+    torch.lerp(w0, w, c, out=w)
+
+
+def dot(w: Tensor) -> Tensor:
+    """<z, W>, with the noise drawn again."""
+    return _noise(w).mul_(w).sum(dtype=torch.float32)
+
+
+def squared_norm(w: Tensor, w0: Tensor) -> Tensor:
+    """|W - W0|^2."""
+    return torch.linalg.vector_norm(w - w0, dtype=torch.float32).square()
+
+
+def low_rank(w: Tensor, u: Tensor, z: Tensor, v: Tensor, scale: float, a: float) -> None:
+    """SubZero's perturbation (without Z LOZO's): U Z V^T of W's size, scaled, added; factors in W's dtype."""
+    w.add_((u @ z @ v.T).mul_(scale), alpha=a)
+
+
+def addmm(w: Tensor, u: Tensor, z: Tensor, v: Tensor, a: float) -> None:
+    """The same without a product of W's size."""
     w.addmm_(u @ z, v.T, alpha=a)
 
 
-def compiled_normal(w: Tensor, a: float) -> None:
-    """MeZO's perturbation as torch.compile fuses it: one pass, with the compiler's own generator."""
-    _compiled()(w, a)
-
-
-@functools.cache
-def _compiled():
-    return torch.compile(_normal_like, fullgraph=True, dynamic=False)
-
-
-def _normal_like(w: Tensor, a: float) -> None:
-    w.add_(torch.randn_like(w), alpha=a)
+def many_normals(weights: Sequence[Tensor], a: float) -> None:
+    """MeZO's perturbation of a model: a loop over its parameters."""
+    for w in weights:
+        normal(w, a)

@@ -1,17 +1,31 @@
 """Each op against the memory floor and against what PyTorch code does today.
 
-    python -m benchmarks.kernels [--shape 8192 8192] [--dtype float32 bfloat16] [--threads 1 2] [--json FILE]
-    python -m benchmarks.kernels --device cuda [--shape 8192 8192] [--dtype float32 bfloat16] [--json FILE]
+    python -m benchmarks.kernels [--quick] [--json FILE] [--figure FILE]
+    python -m benchmarks.kernels --targets --json FILE            what is to be reached, three runs, met or missed
+    python -m benchmarks.kernels --op dense lowrank --dtype float32 --size 2 512 --rank 16 --threads 1 2 --runs 3
+    python -m benchmarks.kernels --device cuda [--op dense fast]
 
-Every row is a ratio of medians taken in turn in one run: `floor_ratio` is ours over ``W.add_(1.0)``, `speedup` is the
-other code's time over ours. The other code: ``W.add_(torch.normal(...), alpha=a)`` for dense noise, two of our own
-passes for two draws, ``W.addmm_(U @ Z, V.T, alpha=a)`` for low rank. Run it on an idle machine. PGAP_ISA=avx2 in the
-environment times that build.
+A setting is an op, dtype, size, rank and number of threads; at each, everybody takes turns in one run:
 
-With ``--device cuda`` (CUDA or ROCm) there are more ops and more to compare with (benchmarks/idioms.py), times are
-those of events on the device with cold caches, GB/s are the bytes that a pass has to move over its time, and `of copy`
-is that over the same of ``spare.copy_(W)``. `host ms` is how long a call takes to return; keys and scalars are those
-of the call before, which the op has on the device by then. What does not run is reported as such, not left out.
+    ours            our kernels, on a CPU once per instruction set that it runs
+    reference       our op in plain PyTorch: exact, and slow
+    idiom           the PyTorch code that people write today (benchmarks/idioms.py): torch.normal and add_, as MeZO;
+                    U Z V^T made whole, scaled and added, as SubZero and (without Z) LOZO
+    torch.compile   the idiom, compiled
+    addmm_, lerp    leaner PyTorch code, where there is some
+    two_passes, to_nearest, one_by_one
+                    our kernels: two draws in two passes; rounded to nearest; a call per tensor
+
+`x floor` is the time over that of ``W.add_(1.0)``, a read and a write of every weight, and `x idiom` the idiom's time
+over it: what is gained over today's code. Times are medians of the turns of a run; --runs repeats everything.
+What is too slow for the time that one setting may take (--budget), or does not run, is reported as such.
+
+On a GPU (CUDA or ROCm) times are those of events on the device with cold caches, GB/s are the bytes that a pass has to
+move over its time, and `of copy` is that over the same of ``spare.copy_(W)``. `host ms` is how long a call takes to
+return; keys and scalars are those of the call before, which the op has on the device by then.
+
+Without options: every op and dtype, from within the caches to far beyond them; fewer than all threads at the largest
+size only; about twelve minutes on two cores. Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -19,167 +33,190 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
 
-from benchmarks import idioms, timing
-from benchmarks.timing import Call
-from pgap_kernels import Adam, backends, cpu, dense_perturb_, lowrank_perturb_, masked_perturb_, preconditioned_update_
+from benchmarks import kernel_targets, machine, timing
+from benchmarks.kernel_ops import ALL, OPS, shape_of
+from benchmarks.kernel_sweep import ISAS, PATIENCE, PROVIDERS, Point, Sweep
+from pgap_kernels import backends, cpu
 
-A = 1e-3
-ONE = [(1, A)]
-LIST = 224  # matrices of a model of 32 layers
-
-
-@dataclass(frozen=True)
-class Case:
-    """A pass over ``whole``, and what is timed beside it, by name."""
-
-    op: str
-    whole: torch.Tensor
-    ours: Call
-    others: dict[str, Call]
-    rank: int | None = None
-    extra: int = 0  # bytes that it has to move beyond one read and one write of ``whole``
-
-
-def cases(w: torch.Tensor, ranks: tuple[int, ...] = (16, 64)) -> Iterator[Case]:
-    """What is timed on every device, for one weight matrix."""
-    dense = partial(dense_perturb_, [w], tensor_ids=[1])
-    normal = {"torch.normal": partial(idioms.normal, w, A)}
-    yield Case("dense normal", w, partial(dense, ONE), normal)
-    yield Case("dense rademacher", w, partial(dense, ONE, distribution="rademacher"), normal)
-    one = partial(dense, ONE)
-    yield Case("dense normal, two draws", w, partial(dense, [(0, A), (1, A)]), {"two passes": lambda: (one(), one())})
-    for rank in ranks:
-        if rank <= min(w.shape):
-            yield _low_rank(w, rank)
-
-
-def _low_rank(w: torch.Tensor, rank: int) -> Case:
-    u, v, z = (torch.randn(rows, rank, device=w.device) for rows in (*w.shape, rank))
-    ours = partial(lowrank_perturb_, [w], [u], [v], core=[z], coefficient=A)
-    theirs = partial(idioms.low_rank, w, *(t.to(w.dtype) for t in (u, z, v)), A)
-    return Case(f"low rank {rank}", w, ours, {"addmm_": theirs}, rank, u.nbytes + v.nbytes)
+CORES = os.cpu_count() or 1
+DEFAULT = {
+    "dtype": list(ALL),
+    "size": [2.0, 32.0, 512.0],
+    "shape": [],
+    "rank": [8, 16, 64, 128],
+    "runs": 1,
+    "budget": 0.25,
+}
+QUICK = DEFAULT | {
+    "dtype": ["float32", "bfloat16"],
+    "size": [2.0],
+    "rank": [16, 64],
+    "threads": [CORES],
+    "budget": 0.02,
+}
+TARGETS = DEFAULT | {
+    "op": list(dict.fromkeys(t.op for t in kernel_targets.TARGETS)),
+    "dtype": list(dict.fromkeys(t.dtype for t in kernel_targets.TARGETS)),
+    "size": [512.0],
+    "shape": [[8192, 8192]],
+    "rank": sorted({t.rank for t in kernel_targets.TARGETS if t.rank}),
+    "threads": [1, 2],
+    "runs": 3,
+    "budget": 2.0,
+}
 
 
-def gpu_cases(w: torch.Tensor) -> Iterator[Case]:
-    """Those, and what only a GPU is asked for."""
-    dense = partial(dense_perturb_, [w], ONE, tensor_ids=[1])
-    normal = {"torch.normal": partial(idioms.normal, w, A), "torch.compile": partial(idioms.compiled_normal, w, A)}
-    for case in cases(w, (16, 64, 256)):
-        case.others.update(normal if "torch.normal" in case.others else {})
-        yield case
-    yield Case("dense normal, fast", w, partial(dense, tier="fast"), {**normal, "exact tier": dense})
-    if w.dtype != torch.float32:
-        stochastic = partial(dense, rounding="stochastic", rounding_key=2)
-        yield Case("dense normal, stochastic", w, stochastic, {"to nearest": dense})
-    masked = partial(masked_perturb_, [w], ONE, tensor_ids=[1], share=(2, 0.5))
-    yield Case("masked, share 0.5", w, masked, {"rand, normal": partial(idioms.masked_normal, w, A, 0.5)})
-    m, v = (torch.zeros(w.shape, device=w.device) for _ in range(2))
-    adam = partial(preconditioned_update_, [w], [[m], [v]], ONE, Adam(A, step=3), tensor_ids=[1])
-    eager = {"eager Adam": partial(idioms.adam, w, m, v, A, A)}
-    yield Case("adam", w, adam, eager, extra=2 * (m.nbytes + v.nbytes))
-    del m, v, adam, eager
-    rows, columns = (max(size // 8, 1) for size in w.shape)
-    whole = torch.randn(LIST, rows, columns, device=w.device).to(w.dtype)
-    many = whole.unbind()
-    ids = list(range(LIST))
-
-    def separately() -> None:
-        for t, ident in zip(many, ids, strict=True):
-            dense_perturb_([t], ONE, tensor_ids=[ident])
-
-    together = partial(dense_perturb_, many, ONE, tensor_ids=ids)
-    yield Case(f"dense normal, {LIST} tensors", whole, together, {f"{LIST} calls": separately})
+def points(args: argparse.Namespace) -> list[Point]:
+    """Every setting, in the order in which they are timed."""
+    found = []
+    for run in range(1, args.runs + 1):
+        for dtype in args.dtype:
+            shapes = _shapes(args, dtype)
+            for shape in shapes:
+                for op in (op for op in args.op if dtype in OPS[op].dtypes):
+                    last = shape == shapes[-1]
+                    if not OPS[op].sized and not last:
+                        continue
+                    for rank in args.rank if OPS[op].ranked else [None]:
+                        threads = args.threads or ([1, CORES] if last and CORES > 1 else [CORES])
+                        found += [Point(run, op, dtype, shape, rank, count) for count in threads]
+    if not args.targets:
+        return found
+    compared = {key[:3] for key in kernel_targets.wanted(ISAS)}
+    return [p for p in found if (p.op, p.dtype, p.rank) in compared]
 
 
-def measure(case: Case, timer: timing.Timer, repeats: int, warmups: int = 1) -> list[dict]:
-    """A row for each code that the case is compared with."""
-    runnable, failed = {}, {}
-    for name, call in case.others.items():
-        try:
-            call()
-        except Exception as error:  # whatever a compiler throws is the finding
-            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-        else:
-            runnable[name] = call
-    whole, spare = case.whole, torch.empty_like(case.whole)
-    calls = [lambda: whole.add_(1.0), lambda: spare.copy_(whole), case.ours, *runnable.values()]
-    floor, copy, ours, *theirs = timing.medians(calls, timer, repeats, warmups)
-    speed, copy_speed = (2 * whole.nbytes + case.extra) / ours.done, 2 * whole.nbytes / copy.done
-    row = {
-        "op": case.op,
-        "dtype": str(whole.dtype).removeprefix("torch."),
-        "shape": list(whole.shape),
-        "rank": case.rank,
-        "seconds": ours.done,
-        "host_seconds": ours.returned,
-        "floor_ratio": ours.done / floor.done,
-        "gb_per_s": speed / 1e9,
-        "copy_gb_per_s": copy_speed / 1e9,
-        "copy_share": speed / copy_speed,
-    }
-    compared = zip(runnable, theirs, strict=True)
-    rows = [row | {"against": x, "other_seconds": t.done, "speedup": t.done / ours.done} for x, t in compared]
-    return rows + [row | {"against": name, "error": error} for name, error in failed.items()]
+def _shapes(args: argparse.Namespace, dtype: str) -> list[tuple[int, int]]:
+    """From the smallest: what is too slow there is not tried on the larger."""
+    given = {shape_of(size, dtype) for size in args.size} | {(rows, columns) for rows, columns in args.shape}
+    return sorted(given, key=lambda shape: (shape[0] * shape[1], shape))
 
 
-def cpu_rows(args: argparse.Namespace) -> Iterator[dict]:
-    """Rows of every dtype and thread count, printed as they come."""
-    print(f"{'op':26}{'dtype':10}{'threads':>8}{'isa':>8}{'ms':>9}{'x floor':>9}  speed-up")
-    for dtype in args.dtype:
-        for threads in args.threads:
-            torch.set_num_threads(threads)
-            for case in cases(torch.randn(*args.shape).to(getattr(torch, dtype))):
-                for row in measure(case, timing.on_host, args.repeats or 5):
-                    row |= {"threads": threads, "isa": cpu.isa()[0]}
-                    print(
-                        f"{row['op']:26}{row['dtype']:10}{row['threads']:8}{row['isa']:>8}{1e3 * row['seconds']:9.1f}"
-                        f"{row['floor_ratio']:9.2f}  {_outcome(row)}",
-                        flush=True,
-                    )
-                    yield row
+def measured(args: argparse.Namespace, sweep: Sweep, console: Console) -> Iterator[dict]:
+    """Rows, each point's printed as soon as they are there."""
+    plan = points(args)
+    with tqdm(total=len(plan), unit="setting", file=sys.stderr, disable=None) as bar:
+        for rows in sweep.rows(plan):
+            with tqdm.external_write_mode():
+                console.print(_table(rows, args.runs))
+            bar.update()
+            yield from rows
 
 
-def gpu_rows(args: argparse.Namespace) -> Iterator[dict]:
-    """Rows of every dtype, printed as they come."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    facts, timer = timing.facts(device), timing.on_gpu(device)
-    print(", ".join(f"{name} {value or 'unknown'}" for name, value in facts.items()))
-    columns = f"{'ms':>9}{'host ms':>9}{'x floor':>9}{'GB/s':>8}{'of copy':>9}"
-    print(f"{'op':26}{'dtype':10}{columns}  speed-up")
-    for dtype in args.dtype:
-        for case in gpu_cases(torch.randn(*args.shape, device=device).to(getattr(torch, dtype))):
-            for row in measure(case, timer, args.repeats or 20, warmups=3):
-                row |= facts
-                print(
-                    f"{row['op']:26}{row['dtype']:10}{1e3 * row['seconds']:9.3f}{1e3 * row['host_seconds']:9.3f}"
-                    f"{row['floor_ratio']:9.2f}{row['gb_per_s']:8.0f}{row['copy_share']:9.2f}  {_outcome(row)}",
-                    flush=True,
-                )
-                yield row
+def _table(rows: Sequence[dict], runs: int) -> Table:
+    """What one setting came to."""
+    first = rows[0]
+    parts = [OPS[first["op"]].title, f"rank {first['rank']}" if first["rank"] else "", first["dtype"]]
+    parts += [" x ".join(map(str, first["shape"])), f"{first['megabytes']:.3g} MB", f"threads {first['threads']}"]
+    parts += [f"run {first['run']}" if runs > 1 else ""]
+    table = Table(title=", ".join(x for x in parts if x), title_justify="left", box=None, pad_edge=False)
+    on_gpu = "copy_share" in first
+    for column in ("provider", "ms", "x floor", "x idiom", "GB/s", *(("of copy", "host ms") if on_gpu else ()), ""):
+        table.add_column(column, justify="left" if column in ("provider", "") else "right", min_width=9)
+    for row in rows:
+        name = " ".join(x for x in (row["provider"], row["isa"]) if x)
+        if "unmeasured" in row:
+            table.add_row(name, *[""] * (len(table.columns) - 2), row["unmeasured"])
+            continue
+        speedup = "" if row["speedup_vs_idiom"] is None else f"{row['speedup_vs_idiom']:.2f}"
+        cells = [f"{1e3 * row['seconds']:.3f}", f"{row['floor_ratio']:.2f}", speedup, f"{row['gb_per_s']:.1f}"]
+        if on_gpu:
+            cells += [f"{row['copy_share']:.2f}", f"{1e3 * row['host_seconds']:.3f}"]
+        table.add_row(name, *cells)
+    return table
 
 
-def _outcome(row: dict) -> str:
-    return f"{row['against']}: {row['error']}" if "error" in row else f"{row['speedup']:.2f}x {row['against']}"
+def targets_table(rows: Sequence[dict]) -> Table:
+    """What was to be reached, and whether it was."""
+    table = Table(title="targets (median of the runs, and their range)", title_justify="left", box=None)
+    for column in ("what", "weights", "threads", "target", "measured", ""):
+        table.add_column(column)
+    for outcome in kernel_targets.outcomes(rows):
+        style = {True: "green", False: "red", None: "dim"}[outcome.met]
+        shape = " x ".join(map(str, outcome.shape))
+        what, bound = outcome.target.what, outcome.target.bound
+        table.add_row(what, shape, str(outcome.threads or ""), bound, str(outcome), f"[{style}]{outcome.verdict}")
+    return table
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
-    parser.add_argument("--shape", type=int, nargs=2, default=(8192, 8192), metavar=("ROWS", "COLUMNS"))
-    parser.add_argument(
-        "--dtype", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16", "float16")
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, with every setting that it leaves out."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}), help="of the CPU")
-    parser.add_argument("--repeats", type=int, help="runs per figure, whose median counts (default: 5, on a GPU 20)")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    args = parser.parse_args()
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    add("--targets", action="store_true", help="what the targets compare, at 8192 x 8192 and 512 MB, and their table")
+    add("--quick", action="store_true", help="2 MB, two dtypes and ranks, few turns: a minute, to see that all runs")
+    add("--op", nargs="+", choices=OPS, metavar="OP", help=f"of: {', '.join(OPS)}; default: all of the device")
+    add("--dtype", nargs="+", choices=ALL, metavar="DTYPE", help=f"of: {', '.join(ALL)}; default: all")
+    add("--size", type=float, nargs="+", metavar="MB", help=f"of near-square matrices; default: {DEFAULT['size']}")
+    add(
+        "--shape",
+        type=int,
+        nargs=2,
+        action="append",
+        metavar=("ROWS", "COLUMNS"),
+        help="of a matrix, or more than once",
+    )
+    add("--rank", type=int, nargs="+", help=f"of the low-rank op; default: {DEFAULT['rank']}")
+    add("--threads", type=int, nargs="+", help=f"of the CPU; default: {CORES} and, at the largest size, 1")
+    add("--provider", nargs="+", choices=PROVIDERS, metavar="NAME", help="of those above; default: all")
+    add("--isa", nargs="+", choices=ISAS, metavar="ISA", help=f"of: {', '.join(ISAS)}; default: all this CPU runs")
+    add("--runs", type=int, help="repeats of the whole; default: 1, with --targets 3")
+    add("--repeats", type=int, help="turns per figure at most; default: 5 to 101, more where calls are short")
+    budget = f"default: {DEFAULT['budget']}, with --targets {TARGETS['budget']}"
+    help = f"for one provider at one setting; but for idiom, no turn may take {PATIENCE} times that; {budget}"
+    add("--budget", type=float, metavar="SECONDS", help=help)
+    add("--json", type=Path, metavar="FILE", help="write the rows, and the facts of the machine, there")
+    add("--figure", type=Path, metavar="FILE", help="draw times over the floor there (.png, .svg, .pdf)")
+    args = parser.parse_args(given)
+    if args.size or args.shape:  # one given alone is not added to the other's default
+        args.size, args.shape = args.size or [], args.shape or []
+    for name, default in (TARGETS if args.targets else QUICK if args.quick else DEFAULT).items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    args.op = args.op or [op for op in OPS if args.device in OPS[op].devices]
+    args.provider = args.provider or list(PROVIDERS)
+    if args.device == "cuda":
+        args.threads = [torch.get_num_threads()]
+    _check(parser, args)
+    return args
+
+
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Whatever would fail after minutes fails now."""
+    if args.targets and args.device != "cpu":
+        parser.error(f"--targets: got --device {args.device}; accepted: cpu, which they are for")
+    for name in ("rank", "threads", "runs", "repeats", "size", "budget"):
+        value = getattr(args, name)
+        for number in value if isinstance(value, list) else [] if value is None else [value]:
+            if not number > 0:
+                parser.error(f"--{name}: got {number}; accepted: numbers above 0")
+    for shape in args.shape:
+        if min(shape) < 1:
+            parser.error(f"--shape: got {shape[0]} {shape[1]}; accepted: integers of at least 1")
+    for dtype in args.dtype if "lowrank" in args.op else ():
+        for shape in _shapes(args, dtype):
+            if max(args.rank) > min(shape):
+                where = f"a matrix of {shape[0]} x {shape[1]}"
+                parser.error(f"--rank: got {max(args.rank)}; accepted with {where}: at most {min(shape)}")
+    for op in args.op:
+        if args.device not in OPS[op].devices:
+            parser.error(f"--op: got {op}; accepted with --device {args.device}: others, it is not one there")
+    for name in ("json", "figure"):
+        file = getattr(args, name)
+        if file and not file.parent.is_dir():
+            parser.error(f"--{name}: there is no folder {str(file.parent)!r}; create it first")
     if args.device == "cpu" and cpu.unavailable:
         parser.error(cpu.unavailable)
     if args.device == "cuda":
@@ -188,9 +225,38 @@ def main() -> None:
         reason = backends.triton.refusal("dense_perturb_", torch.device("cuda"), torch.float32)
         if reason:
             parser.error(f"--device: got cuda, but the Triton backend does not run here: {reason}")
-    rows = list(gpu_rows(args) if args.device == "cuda" else cpu_rows(args))
+    else:
+        runs = ISAS[ISAS.index(cpu.isa()[0]) :]
+        for isa in args.isa or ():
+            if isa not in runs:
+                parser.error(f"--isa: got {isa}; accepted here: {', '.join(runs)}")
+        args.isa = [isa for isa in runs if isa in (args.isa or runs)]
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    args = arguments(given)
+    console = Console() if sys.stdout.isatty() else Console(width=140)
+    if args.device == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+        sweep = Sweep(device, timing.on_gpu(device), copy=True, warmups=3)
+    else:
+        device = torch.device("cpu")
+        sweep = Sweep(device, timing.on_host, args.isa)
+    sweep.providers, sweep.repeats, sweep.budget = args.provider, args.repeats, args.budget
+    if args.targets:
+        sweep.wanted = kernel_targets.wanted(args.isa)
+    facts = machine.facts(device)
+    console.print(machine.line(facts), highlight=False)
+    rows = list(measured(args, sweep, console))
+    if args.targets:
+        console.print(targets_table(rows))
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        report = {"facts": facts, "rows": rows}
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    if args.figure:
+        from benchmarks import kernel_figure
+
+        kernel_figure.against_floor(rows).savefig(args.figure, dpi=150)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
-"""Seconds of a call on a device, and what the device is."""
+"""Seconds of a call on a device."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -58,44 +56,32 @@ def on_gpu(device: torch.device) -> Timer:
     return timed
 
 
-def medians(calls: Sequence[Call], timer: Timer, repeats: int, warmups: int = 1) -> list[Seconds]:
-    """Median of each call; they take turns, so that a slow moment hits all of them."""
+def medians(
+    calls: Sequence[Call],
+    timer: Timer,
+    repeats: int | Sequence[int],
+    warmups: int = 1,
+    before: Sequence[Call | None] | None = None,
+) -> list[Seconds]:
+    """Median of each call; they take turns, so that a slow moment hits all of them.
+
+    Args:
+        repeats: turns of all calls, or of each; then a call with a single turn, which is a long one, is not warmed up.
+        before: what to do untimed before each call's turn.
+    """
+    if isinstance(repeats, int):
+        turns = [(warmups, repeats)] * len(calls)
+    else:
+        turns = [(warmups if count > 1 else 0, count) for count in repeats]
+    preparations = before or [None] * len(calls)
     times: list[list[Seconds]] = [[] for _ in calls]
-    for turn in range(warmups + repeats):
-        for own, call in zip(times, calls, strict=True):
+    for turn in range(-warmups, max(count for _, count in turns)):
+        for own, call, prepare, (warm, count) in zip(times, calls, preparations, turns, strict=True):
+            if not -warm <= turn < count:
+                continue
+            if prepare:
+                prepare()
             seconds = timer(call)
-            if turn >= warmups:
+            if turn >= 0:
                 own.append(seconds)
     return [Seconds(*map(statistics.median, zip(*own, strict=True))) for own in times]
-
-
-def facts(device: torch.device) -> dict[str, str | None]:
-    """What a GPU figure depends on beside the code."""
-    properties = torch.cuda.get_device_properties(device)
-    return {
-        "device": properties.name,
-        "architecture": properties.gcnArchName if torch.version.hip else f"sm_{properties.major}{properties.minor}",
-        "driver": _driver(),
-        "runtime": f"CUDA {torch.version.cuda}" if torch.version.hip is None else f"ROCm {torch.version.hip}",
-        "torch": torch.__version__,
-        "triton": _triton(),
-    }
-
-
-def _driver() -> str | None:
-    """Version of NVIDIA's driver, or None where its tool does not answer."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return answer[0] if answer else None
-
-
-def _triton() -> str | None:
-    try:
-        return importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:  # ROCm's is distributed under another name
-        import triton
-
-        return triton.__version__

@@ -1,4 +1,4 @@
-"""benchmarks.kernels: every case runs, rows are complete, and what cannot run says so."""
+"""benchmarks.kernels: every op runs, rows are complete, what cannot run says so, and targets are judged."""
 
 from __future__ import annotations
 
@@ -7,63 +7,186 @@ import sys
 
 import pytest
 import torch
+from rich.console import Console
 
-from benchmarks import idioms, kernels, timing
+from benchmarks import idioms, kernel_figure, kernel_targets, kernels, timing
+from benchmarks.kernel_ops import OPS, shape_of, weights
+from benchmarks.kernel_sweep import ISAS, Point, Sweep
+from pgap_kernels import cpu
 
-NUMBERS = ("seconds", "host_seconds", "floor_ratio", "gb_per_s", "copy_gb_per_s", "copy_share")
+NUMBERS = ("seconds", "host_seconds", "repeats", "floor_ratio", "gb_per_s", "megabytes")
+pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason="the C++ extension is not built")
 
 
 @pytest.fixture
-def command(monkeypatch, set_threads):
+def command(set_threads):
     """The command with these arguments."""
-
-    def run(*arguments: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["kernels", *arguments])
-        kernels.main()
-
-    return run
+    return lambda *arguments: kernels.main(arguments)
 
 
-def test_cpu(command, tmp_path, capsys):
-    path = tmp_path / "rows.json"
-    command("--shape", "64", "96", "--dtype", "float32", "bfloat16", "--threads", "1", "--json", str(path))
-    rows = json.loads(path.read_text())
-    assert len(rows) == 2 * 5 == len(capsys.readouterr().out.splitlines()) - 1
-    assert {row["op"] for row in rows} >= {"dense normal", "dense rademacher", "low rank 16", "low rank 64"}
-    for row in rows:
-        assert row["shape"] == [64, 96] and row["threads"] == 1 and row["isa"]
-        assert all(row[name] > 0 for name in (*NUMBERS, "other_seconds", "speedup"))
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """torch.compile fails, at once."""
 
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cases_of_a_gpu_run_on_a_cpu(dtype, monkeypatch):
-    """With a compiler that fails, which is reported."""
-
-    def broken():
+    def broken(idiom):
         raise RuntimeError("no compiler\nat all")
 
-    monkeypatch.setattr(idioms, "_compiled", broken)
-    w = torch.ones(256, 264, dtype=dtype)
-    rows = [row for case in kernels.gpu_cases(w) for row in kernels.measure(case, timing.on_host, 1)]
-    compared = {(row["op"], row["against"]) for row in rows}
-    assert len(compared) == len(rows)
-    ops = {op for op, _ in compared}
-    assert ops >= {"low rank 256", "dense normal, fast", "masked, share 0.5", "adam", "dense normal, 224 tensors"}
-    assert ("dense normal, stochastic" in ops) == (dtype != torch.float32)
-    for row in rows:
-        assert all(row[name] > 0 for name in NUMBERS)
-        assert ("speedup" in row) != ("error" in row)
-        assert ("error" in row) == (row["against"] == "torch.compile")
-    assert rows[1]["error"] == "RuntimeError: no compiler"
-    assert w.isfinite().all()
+    monkeypatch.setattr(idioms, "compiled", broken)
+
+
+def sweep(**options) -> Sweep:
+    return Sweep(torch.device("cpu"), timing.on_host, ("generic",), repeats=1, **options)
+
+
+def points(*ops: str, dtype: str = "float32", shape=(64, 72)) -> list[Point]:
+    return [Point(1, op, dtype, shape, 8 if OPS[op].ranked else None, 1) for op in ops]
+
+
+def test_command(command, tmp_path, capsys, no_compiler):
+    file, figure = tmp_path / "rows.json", tmp_path / "figure.png"
+    sizes = ("--shape", "64", "96", "--shape", "32", "32", "--rank", "8", "16", "--threads", "1")
+    ops = ("--op", "dense", "lowrank", "host", "--dtype", "float32", "bfloat16", "--runs", "2", "--repeats", "2")
+    before = cpu.isa()[0]
+    command(*sizes, *ops, "--json", str(file), "--figure", str(figure))
+    assert cpu.isa()[0] == before
+    report = json.loads(file.read_text())
+    assert report["facts"]["processor"] and report["facts"]["torch"]
+    settings = {(r["run"], r["op"], r["dtype"], tuple(r["shape"]), r["rank"]) for r in report["rows"]}
+    assert len(settings) == 2 * (2 * 2 * 3 + 1)  # runs, dtypes, shapes, dense and two ranks; and host
+    isas = {r["isa"] for r in report["rows"] if r["provider"] == "ours"}
+    assert isas == set(ISAS[ISAS.index(before) :])
+    for row in report["rows"]:
+        if row["provider"] == "torch.compile":
+            assert row["unmeasured"] == "RuntimeError: no compiler"
+        else:
+            assert all(row[name] > 0 for name in (*NUMBERS, "speedup_vs_idiom"))
+    assert figure.stat().st_size > 0
+    out = capsys.readouterr().out
+    assert "low rank, rank 16, bfloat16, 64 x 96" in out and "RuntimeError: no compiler" in out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_op_runs_and_leaves_finite_weights(dtype, no_compiler):
+    ops = [op for op in OPS if dtype in OPS[op].dtypes]
+    for rows in sweep(providers=("ours", "idiom", "addmm_", "lerp", "two_passes", "to_nearest")).rows(
+        points(*ops, dtype=dtype)
+    ):
+        assert all("seconds" in row for row in rows), rows
+        assert [r["provider"] for r in rows][:3] == ["floor", "ours", "idiom"]
+        floor, idiom = rows[0], rows[2]
+        assert floor["floor_ratio"] == 1 and idiom["speedup_vs_idiom"] == 1
+        for row in rows:
+            assert row["floor_ratio"] == pytest.approx(row["seconds"] / floor["seconds"])
+            assert row["speedup_vs_idiom"] == pytest.approx(idiom["seconds"] / row["seconds"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_idioms_do_what_the_ops_do(dtype):
+    """Noise apart: the same scale of change, in the same tensor."""
+    for op in ("dense", "rademacher", "two_draws", "masked", "stochastic", "lowrank", "list", "assemble"):
+        if dtype not in OPS[op].dtypes:
+            continue
+        rank = (4,) if OPS[op].ranked else ()
+        moved = []
+        for call in ("ours", "idiom"):
+            torch.manual_seed(0)
+            w = weights((256, 256), dtype) / 64
+            case = OPS[op].case(w, *rank)
+            start = case.whole.double()
+            getattr(case, call)()
+            moved.append((case.whole.double() - (0 if op == "assemble" else start)).square().mean().sqrt().item())
+        assert moved[0] == pytest.approx(moved[1], rel=0.05), op
+
+
+def test_compiled_idiom_runs():
+    w = torch.zeros(64, 64)
+    idioms.compiled(idioms.normal)(w, 1e-3)
+    assert 0.9e-3 < w.std() < 1.1e-3
+
+
+def test_as_on_a_gpu(capsys):
+    """One build of our kernels, and a copy beside the floor."""
+    made = Sweep(torch.device("cpu"), timing.on_host, copy=True, repeats=1, providers=("ours", "idiom"))
+    for rows in made.rows(points("dense", "fast", "lowrank")):
+        assert [(r["provider"], r["isa"]) for r in rows] == [(x, None) for x in ("floor", "copy", "ours", "idiom")]
+        assert rows[1]["copy_share"] == pytest.approx(1)
+        assert rows[2]["copy_share"] == pytest.approx(rows[2]["gb_per_s"] / rows[1]["gb_per_s"])
+        Console().print(kernels._table(rows, 1))
+    assert "of copy" in capsys.readouterr().out
+
+
+def test_what_is_too_slow_is_said_to_be():
+    made = sweep(providers=("ours", "reference"), budget=1e-9)
+    rows = {r["provider"]: r for rows in made.rows(points("dense", shape=(1024, 1028))) for r in rows}
+    assert "seconds" in rows["floor"]
+    for provider in ("ours", "reference"):
+        assert rows[provider]["unmeasured"].endswith("too long for --budget 1e-09")
+        assert rows[provider].keys() >= {"op", "dtype", "shape", "rank", "threads", "isa", "run"}
 
 
 def test_bytes_of_a_pass():
-    w = torch.ones(256, 264)
-    moved = {case.op: 2 * case.whole.nbytes + case.extra for case in kernels.gpu_cases(w)}
-    assert moved["dense normal"] == 2 * 4 * 256 * 264
-    assert moved["adam"] == 6 * 4 * 256 * 264
-    assert moved["low rank 64"] == 2 * 4 * 256 * 264 + 4 * 64 * (256 + 264)
+    def moved(op, *rank):
+        case = OPS[op].case(torch.ones(256, 264), *rank)
+        return 2 * case.whole.nbytes + case.extra
+
+    matrix = 4 * 256 * 264
+    assert moved("dense") == 2 * matrix
+    assert moved("draw") == moved("dot") == matrix
+    assert moved("adam") == 6 * matrix
+    assert moved("lowrank", 64) == 2 * matrix + 4 * 64 * (256 + 264)
+
+
+def test_sizes():
+    assert shape_of(512, "float32") == (8192, 16384)
+    assert shape_of(256, "float32") == (8192, 8192)
+    assert shape_of(512, "bfloat16") == (16384, 16384)
+
+
+def test_fewer_threads_at_the_largest_size_only(monkeypatch):
+    monkeypatch.setattr(kernels, "CORES", 2)
+    plan = kernels.points(kernels.arguments(["--op", "dense", "host", "--dtype", "float32", "--size", "2", "1"]))
+    at = [(p.op, p.shape, p.threads) for p in plan]
+    large = (512, 1024)
+    assert at == [
+        ("dense", (512, 512), 2),
+        *[(op, large, threads) for op in ("dense", "host") for threads in (1, 2)],
+    ]
+
+
+def test_targets_time_what_they_compare():
+    plan = kernels.points(kernels.arguments(["--targets"]))
+    assert {(p.op, p.dtype, p.rank) for p in plan} == {(t.op, t.dtype, t.rank) for t in kernel_targets.TARGETS}
+    assert {p.run for p in plan} == {1, 2, 3} and {p.threads for p in plan} == {1, 2}
+    assert {p.shape for p in plan if p.op == "dense" and p.dtype == "float32"} == {(8192, 8192), (8192, 16384)}
+    wanted = kernel_targets.wanted(["avx2", "generic"])
+    assert ("dense", "float32", None, "ours", "avx2") in wanted and ("two_draws",) not in wanted
+
+
+def row(provider: str, seconds: float, run: int = 1, isa: str | None = None) -> dict:
+    base = {"op": "two_draws", "dtype": "float32", "rank": None, "threads": 2, "shape": [8, 8], "megabytes": 512.0}
+    return base | {"provider": provider, "isa": isa, "seconds": seconds, "run": run}
+
+
+def test_targets_are_judged_by_the_median_of_runs():
+    rows = [row("ours", s, run, "avx512") for run, s in enumerate((0.8, 1.0, 0.85))]
+    rows += [row("ours", 9, run, "avx2") for run in range(3)]
+    rows += [row("two_passes", 1, run, "avx512") for run in range(3)]
+    found = [o for o in kernel_targets.outcomes(rows) if o.values]
+    assert [str(o) for o in found] == ["0.85x (0.80 to 1.00)"] and found[0].verdict == "met"
+    assert {o.verdict for o in kernel_targets.outcomes(rows) if not o.values} == {"not measured"}
+    small = [r | {"megabytes": 2.0} for r in rows]
+    assert {o.verdict for o in kernel_targets.outcomes(small)} == {"not measured"}
+    at_least = kernel_targets.Target("two_draws", "two_passes", at_least=1.2)
+    assert kernel_targets.Outcome(at_least, (8, 8), 2, (1.1,)).verdict == "missed"
+
+
+def test_figures_of_few_rows():
+    for draw in (kernel_figure.against_floor, kernel_figure.by_size):
+        draw([])
+    rows = [r for rows in sweep().rows(points("dense", "lowrank")) for r in rows]
+    for draw in (kernel_figure.against_floor, kernel_figure.by_size):
+        figure = draw(rows)
+        assert figure.axes
 
 
 def test_medians_take_turns_after_a_warm_up():
@@ -73,14 +196,43 @@ def test_medians_take_turns_after_a_warm_up():
         call()
         return timing.Seconds(len(order), 0.0)
 
-    times = timing.medians([lambda: order.append("a"), lambda: order.append("b")], timer, repeats=3, warmups=2)
+    calls = [lambda: order.append("a"), lambda: order.append("b")]
+    times = timing.medians(calls, timer, repeats=3, warmups=2)
     assert "".join(order) == "ab" * 5
     assert [t.done for t in times] == [7, 8]  # of 5, 7, 9 and of 6, 8, 10
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_cuda_without_a_gpu_is_refused(command, capsys):
+def test_medians_of_a_long_call_and_what_is_done_before():
+    order = []
+    calls = [lambda: order.append("a"), lambda: order.append("b")]
+    timing.medians(calls, timing.on_host, [3, 1], before=[None, lambda: order.append("-")])
+    assert "".join(order) == "aa-baa"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--size", "0"], "--size: got 0.0; accepted: numbers above 0"),
+        (
+            ["--shape", "64", "32", "--op", "lowrank", "--rank", "33"],
+            "--rank: got 33; accepted with a matrix of 64 x 32",
+        ),
+        (["--op", "fast"], "--op: got fast; accepted with --device cpu:"),
+        (["--json", "nowhere/rows.json"], "--json: there is no folder 'nowhere'"),
+        (["--targets", "--device", "cuda"], "--targets: got --device cuda; accepted: cpu"),
+    ],
+)
+def test_bad_arguments(given, message, capsys):
     with pytest.raises(SystemExit) as ended:
-        command("--device", "cuda")
+        kernels.arguments(given)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["kernels", "--device", "cuda"])
+    with pytest.raises(SystemExit) as ended:
+        kernels.main()
     assert ended.value.code == 2
     assert "--device: got cuda, but PyTorch finds no CUDA or ROCm device here" in capsys.readouterr().err

@@ -1,0 +1,202 @@
+"""Times the ops of benchmarks.kernel_ops: which settings, who takes part, how often, and the rows that come of it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from benchmarks import timing
+from benchmarks.kernel_ops import OPS, Case, weights
+from benchmarks.timing import Call
+from pgap_kernels import cpu
+
+ISAS = ("avx512", "avx2", "generic")  # from the best
+PROVIDERS = ("ours", "reference", "idiom", "torch.compile", "addmm_", "lerp", "two_passes", "to_nearest", "one_by_one")
+FLOORS = ("floor", "copy")
+PROBE = (1024, 1024)  # a matrix on which one turn of anything is affordable
+PROBING = 0.02  # seconds
+PATIENCE = 4  # budgets that one turn may take
+FEWEST = 3  # turns of whoever is within the budget
+REPEATS = (5, 101)  # turns at a point: as many as ``W.add_(1.0)`` fits into SHORT
+SHORT = 0.02  # seconds
+
+
+class Point(NamedTuple):
+    """One setting; everybody takes turns at it."""
+
+    run: int
+    op: str
+    dtype: str
+    shape: tuple[int, int]
+    rank: int | None
+    threads: int
+
+
+class Contender(NamedTuple):
+    provider: str
+    isa: str | None
+    call: Call
+    before: Call | None = None
+
+    @property
+    def title(self) -> str:
+        return self.provider if self.provider != "ours" else f"ours {self.isa or ''}".strip()
+
+
+@dataclass
+class Sweep:
+    """Who is timed, where, and how long at most."""
+
+    device: torch.device
+    timer: timing.Timer
+    isas: Sequence[str] = ()  # of our CPU kernels, from the best; none on another device
+    providers: Collection[str] = PROVIDERS
+    wanted: Collection[tuple] | None = None  # (op, dtype, rank, provider, isa): only these, the floor apart
+    copy: bool = False  # also time ``spare.copy_(W)``, which is a GPU's floor
+    repeats: int | None = None  # turns of a contender that is fast enough; None: REPEATS
+    warmups: int = 1
+    budget: float = 0.25  # seconds for the turns of one contender at one point
+    _rates: dict[tuple, float] = field(default_factory=dict)  # seconds per weight, of what was timed before
+
+    def rows(self, points: Sequence[Point]) -> Iterator[list[dict]]:
+        """The rows of each point, in the given order."""
+        isa, threads = cpu.isa()[0] if self.isas else None, torch.get_num_threads()
+        made: tuple | None = None
+        w, case = torch.empty(0), None
+        try:
+            for point in points:
+                if made is None or made[:2] != (point.dtype, point.shape):
+                    case = None
+                    w = torch.empty(0)  # before the next is made: two may not fit
+                    w = weights(point.shape, point.dtype, self.device)
+                if case is None or made != (point.dtype, point.shape, point.op, point.rank):
+                    case = None
+                    case = make_case(point, w)
+                made = (point.dtype, point.shape, point.op, point.rank)
+                torch.set_num_threads(point.threads)
+                yield self.measure(point, case)
+        finally:
+            torch.set_num_threads(threads)
+            if isa:
+                cpu.use_isa(isa)
+
+    def measure(self, point: Point, case: Case) -> list[dict]:
+        """A row for the floor and for everybody who takes part, also for those who cannot."""
+        whole = case.whole
+        most = 0
+        turns: dict[Contender, int] = {}
+        reasons: dict[Contender, str] = {}
+        for contender in self.contenders(point, case):
+            if contender.provider in FLOORS:
+                most = most or self.repeats or self._repeats(contender.call)
+                turns[contender] = most
+                continue
+            try:
+                seconds = self._estimate(point, contender, whole.numel())
+            except Exception as error:  # whatever a compiler throws is the finding
+                reasons[contender] = f"{type(error).__name__}: {error}".splitlines()[0]
+                continue
+            # All is compared with the idiom, so that is timed whatever it takes.
+            if seconds > PATIENCE * self.budget and contender.provider != "idiom":
+                reasons[contender] = f"about {seconds:.1f} s a call, too long for --budget {self.budget:g}"
+            else:
+                least = FEWEST if seconds < self.budget else 1
+                turns[contender] = min(max(int(self.budget / max(seconds, 1e-9)), least), most)
+        calls, before = [c.call for c in turns], [c.before for c in turns]
+        times = timing.medians(calls, self.timer, list(turns.values()), self.warmups, before)
+        measured = dict(zip(turns, times, strict=True))
+        for contender, median in measured.items():
+            self._rates[_key(point, contender)] = median.done / whole.numel()
+        return _rows(point, case, measured, turns, reasons)
+
+    def contenders(self, point: Point, case: Case) -> Iterator[Contender]:
+        """Whoever takes part, the floor first."""
+        whole = case.whole
+        yield Contender("floor", None, lambda: whole.add_(1.0))
+        if self.copy:
+            spare = torch.empty_like(whole)
+            yield Contender("copy", None, lambda: spare.copy_(whole))
+        isas = self.isas or (None,)
+        found = [_ours("ours", isa, case.ours) for isa in isas]
+        found.append(Contender("reference", None, partial(case.ours, backend="reference")))
+        found.append(Contender("idiom", None, case.idiom))
+        found += [Contender(name, None, call) for name, call in case.others.items()]
+        found += [_ours(name, isas[0], call) for name, call in case.own.items()]
+        for contender in found:
+            key = (point.op, point.dtype, point.rank, contender.provider, contender.isa)
+            if contender.provider in self.providers and (self.wanted is None or key in self.wanted):
+                yield contender
+
+    def _repeats(self, floor: Call) -> int:
+        """Turns at a point: more where calls are short."""
+        floor()
+        low, high = REPEATS
+        return min(max(int(SHORT / self.timer(floor).done), low), high)
+
+    def _estimate(self, point: Point, contender: Contender, numel: int) -> float:
+        """Seconds of one call, by what was timed before or by a small matrix: a large one might take minutes."""
+        key = _key(point, contender)
+        if key not in self._rates:
+            call, size = contender.call, numel
+            if numel > PROBE[0] * PROBE[1]:
+                small = make_case(point, weights(PROBE, point.dtype, self.device))
+                call = next(c.call for c in self.contenders(point, small) if c[:2] == contender[:2])
+                size = small.whole.numel()
+            if contender.before:
+                contender.before()
+            call()  # compiles what is compiled
+            begin, least = time.perf_counter(), math.inf
+            while time.perf_counter() < begin + PROBING:
+                least = min(least, self.timer(call).done)
+            self._rates[key] = least / size
+        return self._rates[key] * numel
+
+
+def make_case(point: Point, w: torch.Tensor) -> Case:
+    """The op's at that point, of these weights."""
+    rank = () if point.rank is None else (point.rank,)
+    return OPS[point.op].case(w, *rank)
+
+
+def _ours(provider: str, isa: str | None, call: Call) -> Contender:
+    return Contender(provider, isa, call, partial(cpu.use_isa, isa) if isa else None)
+
+
+def _key(point: Point, contender: Contender) -> tuple:
+    return point.op, point.dtype, point.rank, point.threads, contender.provider, contender.isa
+
+
+def _rows(point: Point, case: Case, measured: dict, turns: dict, reasons: dict) -> list[dict]:
+    seconds = {contender.provider: s.done for contender, s in measured.items()}
+    moved = 2 * case.whole.nbytes
+    rows = []
+    for contender in [*measured, *reasons]:
+        row: dict = point._asdict() | {
+            "shape": list(case.whole.shape),
+            "megabytes": case.whole.nbytes / 2**20,
+            "provider": contender.provider,
+            "isa": contender.isa,
+        }
+        if contender in reasons:
+            rows.append(row | {"unmeasured": reasons[contender]})
+            continue
+        own = measured[contender]
+        extra = 0 if contender.provider in FLOORS else case.extra
+        row |= {
+            "seconds": own.done,
+            "host_seconds": own.returned,
+            "repeats": turns[contender],
+            "floor_ratio": own.done / seconds["floor"],
+            "speedup_vs_idiom": seconds["idiom"] / own.done if "idiom" in seconds else None,
+            "gb_per_s": (moved + extra) / own.done / 1e9,
+        }
+        if "copy" in seconds:
+            row["copy_share"] = row["gb_per_s"] / (moved / seconds["copy"] / 1e9)
+        rows.append(row)
+    return rows
