@@ -31,9 +31,9 @@ def tensors(name: str, value: Sequence[Tensor], dtypes: Sequence[torch.dtype] = 
         raise TypeError(f"{name}: got {type(value).__name__}; accepted: a list of tensors")
     if not value:
         raise ValueError(f"{name}: got an empty list; accepted: at least one tensor")
-    if all(isinstance(t, Tensor) for t in value) and len(set(map(_KIND, value))) == 1:
-        if value[0].dtype in dtypes and value[0].layout == torch.strided:
-            return list(value)  # nothing to refuse, which is found without asking each
+    alike = all(isinstance(t, Tensor) for t in value) and len(set(map(_KIND, value))) == 1
+    if alike and value[0].dtype in dtypes and value[0].layout == torch.strided:
+        return list(value)  # nothing to refuse, which is found without asking each
     accepted = ", ".join(str(d) for d in dtypes)
     for i, t in enumerate(value):
         if not isinstance(t, Tensor):
