@@ -136,6 +136,7 @@ extern const Kernels kernels_avx512;
 
 const Kernels& kernels();                       // the build in use: cpuid, lowered by PGAP_ISA
 void use(const char* isa);                      // another one from now on; for benchmarks, between calls
-const char* best_isa();                         // what this CPU could run
+const Kernels* build(int64_t number);           // those that this CPU runs, best first; null behind the last
+const char* best_isa();
 
 }  // namespace pgap
