@@ -1,6 +1,7 @@
-# make demo   set up, fetch model and data, fine-tune a language model with forward passes alone (about ten minutes)
-# make test   set up, then lint, type-check and run every test
-# Both prepare what is missing and are quick the second time.
+# make demo       set up, fetch model and data, fine-tune a language model with forward passes alone (about ten minutes)
+# make test       set up, then lint, type-check and run every test
+# make sanitize   run the C++ kernels' own tests under AddressSanitizer and UndefinedBehaviorSanitizer
+# All prepare what is missing and are quick the second time.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 KERNELS := $(wildcard csrc/*) setup.py
 DEMO_OUTPUT ?= runs/demo
 
-.PHONY: demo test lint setup fetch clean
+.PHONY: demo test sanitize lint setup fetch clean
 .DELETE_ON_ERROR:
 
 demo: setup fetch
@@ -23,6 +24,11 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# -g1 is line numbers; full debug information would take four times as long to compile.
+SANITIZE := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+sanitize:
+	$(MAKE) --no-print-directory -j 2 -f tests/cpp/Makefile OUT=build/sanitize FLAGS="$(SANITIZE)"
 
 fetch: setup
 	$(BIN)/pgap-kernels finetune --fetch-only
