@@ -14,11 +14,11 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 FORCE = os.environ.get("PGAP_FORCE_BUILD", "0") not in ("", "0")
-X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 # Every instruction set in its own translation unit, which names its flags; dispatch.cpp picks one at run time.
-ISAS = ["isa_generic", *(["isa_avx2", "isa_avx512"] if X86 else [])]
-SOURCES = ["ops", "ops_rules", "ops_forward", "dispatch", *ISAS]
+X86, ARM = ["isa_avx2", "isa_avx512"], ["isa_neon"]
+ISAS = {"x86_64": X86, "amd64": X86, "aarch64": ARM, "arm64": ARM}.get(platform.machine().lower(), [])
+SOURCES = ["ops", "ops_rules", "ops_forward", "dispatch", "isa_generic", *ISAS]
 
 
 def flags_of(source):

@@ -10,9 +10,11 @@ namespace pgap {
 
 namespace {
 
-const Kernels* const kBuilds[] = {  // best first; generic runs anywhere
+const Kernels* const kBuilds[] = {  // best first
 #if defined(__x86_64__) && defined(__GNUC__)
     &kernels_avx512, &kernels_avx2,
+#elif defined(__aarch64__)
+    &kernels_neon,
 #endif
     &kernels_generic};
 
@@ -25,7 +27,7 @@ bool runs(const Kernels* one) {
         return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #endif
-    return one == &kernels_generic;
+    return one != nullptr;  // generic runs anywhere, neon on every aarch64
 }
 
 const Kernels* named(const char* wanted) {

@@ -133,6 +133,7 @@ inline int64_t end_group(const Piece& p) { return ((p.base + (p.rows - 1) * p.ro
 extern const Kernels kernels_generic;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_neon;
 
 const Kernels& kernels();                       // the build in use: cpuid, lowered by PGAP_ISA
 void use(const char* isa);                      // another one from now on; for benchmarks, between calls
