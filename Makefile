@@ -29,14 +29,15 @@ lint: setup
 CPP_TESTS := $(MAKE) --no-print-directory -j 2 -f tests/cpp/Makefile
 
 # The kernels with memory of exact size; then those tests of the ops that name their backend, for the code between.
-# -g1 is line numbers: full debug information takes four times as long to compile. Python leaks on purpose.
+# -g1 is line numbers: full debug information takes four times as long to compile. Python leaks on purpose; it must
+# not capture the sanitizers' reports.
 SANITIZE := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 OPS_TESTS := $(patsubst %,tests/test_%.py,dense masked preconditioned anchor reduction lowrank forward bad_input)
 sanitize: setup
 	$(CPP_TESTS) run extension OUT=build/sanitize FLAGS="$(SANITIZE)" PYTHON=$(BIN)/python
 	PYTHONPATH=build/sanitize/python:. ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))" \
-		$(BIN)/pytest -q -n 2 -k cpu $(OPS_TESTS)
+		$(BIN)/pytest -q -n 2 --capture=sys -k cpu $(OPS_TESTS)
 
 # The same bits on aarch64, emulated, as here.
 neon:
