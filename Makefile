@@ -1,6 +1,8 @@
-# make demo   set up, fetch model and data, fine-tune a language model with forward passes alone (about ten minutes)
-# make test   set up, then lint, type-check and run every test
-# Both prepare what is missing and are quick the second time.
+# make demo       set up, fetch model and data, fine-tune a language model with forward passes alone (about ten minutes)
+# make test       set up, then lint, type-check and run every test
+# make sanitize   run the C++ kernels' own tests, and those of the ops, under ASan and UBSan
+# make neon       cross-compile for aarch64 and compare its bits with this machine's, under an emulator
+# All prepare what is missing and are quick the second time.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +10,7 @@ BIN := $(VENV)/bin
 KERNELS := $(wildcard csrc/*) setup.py
 DEMO_OUTPUT ?= runs/demo
 
-.PHONY: demo test lint setup fetch clean
+.PHONY: demo test sanitize neon lint setup fetch clean
 .DELETE_ON_ERROR:
 
 demo: setup fetch
@@ -23,6 +25,27 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+CPP_TESTS := $(MAKE) --no-print-directory -j 2 -f tests/cpp/Makefile
+
+# The kernels with memory of exact size; then those tests of the ops that name their backend, for the code between.
+# -g1 is line numbers: full debug information takes four times as long to compile. Python leaks on purpose; it must
+# not capture the sanitizers' reports.
+SANITIZE := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+OPS_TESTS := $(patsubst %,tests/test_%.py,dense masked preconditioned anchor reduction lowrank forward bad_input)
+sanitize: setup
+	$(CPP_TESTS) run extension OUT=build/sanitize FLAGS="$(SANITIZE)" PYTHON=$(BIN)/python
+	PYTHONPATH=build/sanitize/python:. ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))" \
+		$(BIN)/pytest -q -n 2 --capture=sys -k cpu $(OPS_TESTS)
+
+# The same bits on aarch64, emulated, as here.
+neon:
+	@command -v aarch64-linux-gnu-g++ > /dev/null && command -v qemu-aarch64-static > /dev/null || { \
+		echo "make neon needs g++-aarch64-linux-gnu, libc6-dev-arm64-cross and qemu-user-static (Debian's names)"; exit 1; }
+	$(CPP_TESTS) OUT=build/native
+	$(CPP_TESTS) OUT=build/neon FLAGS="-O2 -static" CXX=aarch64-linux-gnu-g++ RUN=qemu-aarch64-static
+	diff build/native/result build/neon/result
 
 fetch: setup
 	$(BIN)/pgap-kernels finetune --fetch-only

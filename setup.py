@@ -6,6 +6,7 @@ PGAP_FORCE_BUILD=1 pip install --no-build-isolation .    a failed build is an er
 
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -13,17 +14,15 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 FORCE = os.environ.get("PGAP_FORCE_BUILD", "0") not in ("", "0")
-X86 = platform.machine().lower() in ("x86_64", "amd64")
 
-# Every instruction set in its own translation unit with its own flags; dispatch.cpp picks one at run time.
-# GCC 12's AVX-512 headers trip its own uninitialised-variable warnings.
-AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-AVX512 = [
-    *[*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
-    *["-Wno-uninitialized", "-Wno-maybe-uninitialized"],
-]
-ISA_FLAGS = {"isa_avx2": AVX2, "isa_avx512": AVX512, "isa_avx512_bf16": [*AVX512, "-mavx512bf16"]}
-SOURCES = ["ops", "ops_lowrank", "ops_rules", "ops_forward", "dispatch", "isa_generic", *(ISA_FLAGS if X86 else ())]
+# Every instruction set in its own translation unit, which names its flags; dispatch.cpp picks one at run time.
+X86, ARM = ["isa_avx2", "isa_avx512", "isa_avx512_bf16"], ["isa_neon"]
+ISAS = {"x86_64": X86, "amd64": X86, "aarch64": ARM, "arm64": ARM}.get(platform.machine().lower(), [])
+SOURCES = ["ops", "ops_lowrank", "ops_rules", "ops_forward", "dispatch", "isa_generic", *ISAS]
+
+
+def flags_of(source):
+    return " ".join(re.findall(r"^// flags: (.*)$", Path(source).read_text(encoding="utf-8"), re.MULTILINE)).split()
 
 
 def not_built(reason, error=None):
@@ -87,8 +86,7 @@ class BuildCpuKernels(build_ext):
         compile_one = self.compiler._compile
 
         def compile_with_isa(obj, src, ext_name, cc_args, extra, pp_opts):
-            flags = ISA_FLAGS.get(Path(src).stem, [])
-            compile_one(obj, src, ext_name, cc_args, [*extra, *flags], pp_opts)
+            compile_one(obj, src, ext_name, cc_args, [*extra, *flags_of(src)], pp_opts)
 
         self.compiler._compile = compile_with_isa
         super().build_extension(ext)

@@ -1,4 +1,5 @@
-// The kernels built for avx2; setup.py gives this file its own flags.
+// The kernels built for avx2. setup.py and tests/cpp/Makefile read its flags here:
+// flags: -mavx2 -mfma -mf16c
 #include <cstdint>
 #include <immintrin.h>
 #include "kernels.h"

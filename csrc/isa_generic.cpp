@@ -1,4 +1,4 @@
-// The kernels built for generic; setup.py gives this file its own flags.
+// The kernels built for any CPU.
 #include <cstdint>
 
 #include "kernels.h"

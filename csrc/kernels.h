@@ -138,9 +138,11 @@ extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx512_bf16;
 namespace isa_avx512_bf16 { bool adds_in_order(); }  // on this CPU, as the kernels need it
+extern const Kernels kernels_neon;
 
 const Kernels& kernels();                       // the build in use: cpuid, lowered by PGAP_ISA
 void use(const char* isa);                      // another one from now on; for benchmarks, between calls
-const char* best_isa();                         // what this CPU could run
+const Kernels* build(int64_t number);           // those that this CPU runs, best first; null behind the last
+const char* best_isa();
 
 }  // namespace pgap

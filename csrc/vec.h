@@ -224,6 +224,65 @@ struct Avx512Bf16 : Avx512 {
 };
 #endif
 
+#if defined(PGAP_NEON)
+struct Neon {
+    static constexpr int N = 4;
+    using F = float32x4_t;
+    using U = uint32x4_t;
+    struct W { uint32x4_t low, top; };  // the halves of 64-bit words
+    static F set(float x) { return vdupq_n_f32(x); }
+    static U setu(uint32_t x) { return vdupq_n_u32(x); }
+    static F load(const float* p) { return vld1q_f32(p); }
+    static F load(const BF16* p) { return as_f(vshll_n_u16(vld1_u16((const uint16_t*)p), 16)); }
+    static F load(const FP16* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t*)p))); }
+    static void store(float* p, F a) { vst1q_f32(p, a); }
+    static void store(BF16* p, F a) {
+        const U b = as_u(a), odd = andu(shr<16>(b), setu(1)), number = vceqq_f32(a, a);
+        const U r = vbslq_u32(number, addu(addu(b, setu(0x7fff)), odd), oru(b, setu(0x400000)));
+        vst1_u16((uint16_t*)p, vshrn_n_u32(r, 16));
+    }
+    static void store(FP16* p, F a) { vst1_u16((uint16_t*)p, vreinterpret_u16_f16(vcvt_f16_f32(a))); }
+    static U loadu(const uint32_t* p) { return vld1q_u32(p); }
+    static void storeu(uint32_t* p, U a) { vst1q_u32(p, a); }
+    static void store16(void* p, U a) { vst1_u16((uint16_t*)p, vmovn_u32(a)); }
+    static bool within(U a, uint32_t least, uint32_t most) {
+        return vmaxvq_u32(vsubq_u32(a, setu(least))) <= most - least;
+    }
+    static F add(F a, F b) { return vaddq_f32(a, b); }
+    static F mul(F a, F b) { return vmulq_f32(a, b); }
+    static F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+    static F fnma(F a, F b, F c) { return vfmsq_f32(c, a, b); }
+    static F sqrt(F a) { return vsqrtq_f32(a); }
+    static F from_int(U a) { return vcvtq_f32_s32(vreinterpretq_s32_u32(a)); }
+    static F as_f(U a) { return vreinterpretq_f32_u32(a); }
+    static U as_u(F a) { return vreinterpretq_u32_f32(a); }
+    static U addu(U a, U b) { return vaddq_u32(a, b); }
+    static U andu(U a, U b) { return vandq_u32(a, b); }
+    static U oru(U a, U b) { return vorrq_u32(a, b); }
+    static U xoru(U a, U b) { return veorq_u32(a, b); }
+    template <int S> static U shr(U a) { return vshrq_n_u32(a, S); }
+    static U lane_bits(uint32_t word, int first) {
+        const int32x4_t to_sign = {31, 30, 29, 28};
+        return andu(vshlq_u32(setu(word >> first), to_sign), setu(0x80000000u));
+    }
+    static W counters(uint32_t c) {
+        const U iota = {0, 1, 2, 3};
+        return {addu(setu(c), iota), setu(0)};
+    }
+    static W setw(uint32_t x) { return {setu(x), setu(0)}; }
+    static W mulw(W a, W m) {
+        const U p01 = vreinterpretq_u32_u64(vmull_u32(vget_low_u32(a.low), vget_low_u32(m.low)));
+        const U p23 = vreinterpretq_u32_u64(vmull_high_u32(a.low, m.low));
+        return {vuzp1q_u32(p01, p23), vuzp2q_u32(p01, p23)};
+    }
+    static W high(W a) { return {a.top, setu(0)}; }
+    static W xorw(W a, W b) { return {xoru(a.low, b.low), xoru(a.top, b.top)}; }
+    static W xor3(W a, W b, W c) { return xorw(xorw(a, b), c); }
+    static U narrow(W a) { return a.low; }
+    static void prefetch(const void* p) { __builtin_prefetch(p); }
+};
+#endif
+
 // Two vectors in step: independent work, operation by operation, for a CPU whose schedulers do not see far ahead.
 template <class V> struct Twice {
     static constexpr int N = 2 * V::N;
