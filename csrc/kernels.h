@@ -29,6 +29,7 @@ struct Piece {
     Companion first, second;
     const uint32_t* bits;  // a mask: bit e & 31 of number e >> 5 is that of element e, counted in the tensor given
     int64_t element;       // number there of the piece's first element
+    bool stream;           // out is too large for the caches and is not read: write past them
 };
 
 // sum_j a_j z(key_j). Tables of scalars, here and below, are [rows][columns]; a piece names its column.

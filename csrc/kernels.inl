@@ -134,8 +134,8 @@ static void element_words(uint32_t* words, const Group& g, uint32_t tensor_id, u
 
 // ---- acc = W + fma(-d, W, delta), rounded once --------------------------------------------------------------
 
-template <class X, class T> static int64_t apply_lanes(T* out, const T* in, const float* delta, int64_t i, int64_t n,
-                                                       float decay) {
+template <class X, bool STREAM, class T> static int64_t apply_lanes(T* out, const T* in, const float* delta, int64_t i,
+                                                                    int64_t n, float decay) {
     const typename X::F d = X::set(decay);
     for (; i + X::N <= n; i += X::N) {
         typename X::F acc = X::load(delta + i);
@@ -144,14 +144,18 @@ template <class X, class T> static int64_t apply_lanes(T* out, const T* in, cons
             if (decay != 0.0f) acc = X::fnma(d, w, acc);
             acc = X::add(w, acc);
         }
-        X::store(out + i, acc);
+        if (STREAM) X::stream(out + i, acc);
+        else X::store(out + i, acc);
     }
     return i;
 }
 
-template <class T> static void apply_nearest(T* out, const T* in, const float* delta, int64_t n, float decay) {
-    const int64_t done = apply_lanes<V>(out, in, delta, 0, n, decay);
-    apply_lanes<Generic<1>>(out, in, delta, done, n, decay);
+template <class T> static void apply_nearest(T* out, const T* in, const float* delta, int64_t n, float decay,
+                                             bool stream = false) {
+    const bool aligned = (uintptr_t)out % (V::N * sizeof(T)) == 0;
+    const int64_t done = stream && aligned ? apply_lanes<V, true>(out, in, delta, 0, n, decay)
+                                           : apply_lanes<V, false>(out, in, delta, 0, n, decay);
+    apply_lanes<Generic<1>, false>(out, in, delta, done, n, decay);
 }
 
 // lo: toward zero; hi: the next away; hi iff s 2^-16 < (|acc| - |lo|) / (|hi| - |lo|), s = top 16 bits of the word.
@@ -214,9 +218,9 @@ template <class T> static void apply_stochastic(T* out, const T* in, const float
 
 // Words or nullptr, for rounding to nearest.
 template <class T> static void apply(T* out, const T* in, const float* delta, const uint32_t* words, int64_t n,
-                                     float decay) {
+                                     float decay, bool stream = false) {
     if (words) apply_stochastic(out, in, delta, words, n, decay);
-    else apply_nearest(out, in, delta, n, decay);
+    else apply_nearest(out, in, delta, n, decay, stream);
 }
 
 // f(0 of the C++ type that holds a dtype)
@@ -276,10 +280,11 @@ template <class T> static void dense_groups(const DensePass& pass, const Piece& 
             each_row(p, g, [&](int64_t row, int64_t column, int64_t lo, int64_t n) {
                 T* out = (T*)p.out + row * p.ld_out + column;
                 const T* in = source ? source + row * ld_source + column : nullptr;
-                apply(out, in, delta + lo, stochastic ? words + lo : nullptr, n, decay);
+                apply(out, in, delta + lo, stochastic ? words + lo : nullptr, n, decay, p.stream && pass.stages == 1);
             });
         }
     }
+    if (p.stream) V::fence();
 }
 
 static void dense(const DensePass& pass, const Piece& piece, int64_t begin, int64_t end) {
@@ -289,7 +294,9 @@ static void dense(const DensePass& pass, const Piece& piece, int64_t begin, int6
 // ---- conversions ----------------------------------------------------------------------------------------------
 
 template <class T> static void widen_all(const T* in, float* out, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) out[i] = widen(in[i]);
+    int64_t i = 0;
+    for (; i + V::N <= count; i += V::N) V::store(out + i, V::load(in + i));
+    for (; i < count; ++i) out[i] = widen(in[i]);
 }
 template <class T> static void round_all(float* values, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {

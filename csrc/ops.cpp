@@ -25,8 +25,11 @@ void dense(std::vector<Tensor> in, std::vector<Tensor> out, bool in_place, Tenso
         dtype, {distribution_of(distribution), draws, count, (const uint64_t*)keys.const_data_ptr(), a.data()},
         stage_count, stages.data(), d.data(), rounding_keys_of(rounding_keys, stage_count)};
     std::vector<Piece> pieces = pieces_of(in, out, tensor_ids, slices, dtype);
-    if (in_place)
-        for (Piece& p : pieces) p.in = p.out, p.ld_in = p.ld_out;
+    constexpr int64_t kLarge = 32 << 20;  // bytes; a smaller tensor may be read from a cache by whoever is next
+    for (Piece& p : pieces) {
+        if (in_place) p.in = p.out, p.ld_in = p.ld_out;
+        else p.stream = p.rows * p.cols * itemsize(dtype) > kLarge;
+    }
     pieces = regrouped(pieces, dtype);
     for_each_group(pieces, [&](size_t i, int64_t begin, int64_t end) { kernels().dense(pass, pieces[i], begin, end); });
 }

@@ -167,10 +167,22 @@ static void load(const Companion& c, int64_t row, int64_t column, float* to, int
     with_type(c.dtype, [&](auto t) { widen_all((const decltype(t)*)c.data + row * c.ld + column, to, n); });
 }
 
+// x = fma(c, x - origin, origin), or with x the difference itself
+template <class X> static int64_t affine_lanes(float* x, const float* origin, bool difference, float c, int64_t i,
+                                               int64_t n) {
+    const typename X::F factor = X::set(c), minus = X::set(-0.0f);
+    for (; i + X::N <= n; i += X::N) {
+        const typename X::F o = X::load(origin + i), value = X::load(x + i);
+        const typename X::F negated = X::as_f(X::xoru(X::as_u(o), X::as_u(minus)));
+        X::store(x + i, X::fma(factor, difference ? value : X::add(value, negated), o));
+    }
+    return i;
+}
+
 template <class T> static void affine_groups(const AffinePass& pass, const Piece& p, int64_t begin, int64_t end) {
     alignas(64) float x[kGroup], origin[kGroup];
     alignas(64) uint32_t words[kGroup];
-    const bool stochastic = pass.rounding_key && sizeof(T) == 2;
+    const bool stochastic = pass.rounding_key && sizeof(T) == 2, difference = p.second.data;
     const float c = pass.coefficient[p.scalar];
     for (int64_t number = begin; number < end; ++number) {
         Group g;
@@ -178,13 +190,9 @@ template <class T> static void affine_groups(const AffinePass& pass, const Piece
         if (stochastic) element_words(words, g, p.tensor_id, *pass.rounding_key);
         each_row(p, g, [&](int64_t row, int64_t column, int64_t lo, int64_t n) {
             load(p.first, row, column, origin, n);
-            if (p.second.data) {
-                load(p.second, row, column, x, n);
-            } else {
-                const T* in = (const T*)p.in + row * p.ld_in + column;
-                for (int64_t i = 0; i < n; ++i) x[i] = widen(in[i]) - origin[i];
-            }
-            for (int64_t i = 0; i < n; ++i) x[i] = fma1(c, x[i], origin[i]);
+            if (difference) load(p.second, row, column, x, n);
+            else widen_all((const T*)p.in + row * p.ld_in + column, x, n);
+            affine_lanes<Generic<1>>(x, origin, difference, c, affine_lanes<V>(x, origin, difference, c, 0, n), n);
             T* const out = (T*)p.out + row * p.ld_out + column;
             apply(out, (const T*)nullptr, x, stochastic ? words + lo : nullptr, n, 0.0f);
         });
@@ -197,12 +205,15 @@ static void affine(const AffinePass& pass, const Piece& piece, int64_t begin, in
 
 // ---- reduce: sum x z with a key, sum x^2 without; x = T, or T - T0 in float32 -------------------------------------
 
-// A group's sum in index order: products are exact in float64, so neither threads nor instruction sets matter.
+// Products are exact in float64 and summed by columns of a row's 16 in index order, the columns then in theirs: neither
+// threads nor instruction sets matter.
+constexpr int kColumns = 16;
+
 template <class T> static void reduce_groups(const ReducePass& pass, const Piece& p, int64_t begin, int64_t end,
                                              double* partials) {
     alignas(64) float z[kGroup], x[kGroup], origin[kGroup];
     for (int64_t number = begin; number < end; ++number) {
-        double sum = 0;
+        double sums[kColumns] = {}, sum = 0;
         Group g;
         if (enter_group<T>(p, number, g)) {
             if (pass.key) add_draw<true>(z, g, pass.distribution, p.tensor_id, *pass.key, 1.0f);
@@ -213,9 +224,13 @@ template <class T> static void reduce_groups(const ReducePass& pass, const Piece
                     for (int64_t i = 0; i < n; ++i) x[i] -= origin[i];
                 }
                 const float* other = pass.key ? z + lo : x;
-                for (int64_t i = 0; i < n; ++i) sum += double(x[i]) * double(other[i]);
+                int64_t i = 0;
+                for (; i + kColumns <= n; i += kColumns)
+                    for (int k = 0; k < kColumns; ++k) sums[k] += double(x[i + k]) * double(other[i + k]);
+                for (int k = 0; i + k < n; ++k) sums[k] += double(x[i + k]) * double(other[i + k]);
             });
         }
+        for (const double part : sums) sum += part;
         *partials++ = sum;
     }
 }

@@ -50,6 +50,8 @@ template <int LANES> struct Generic {
     static F load(const float* p) { F r; PGAP_EACH r.v[i] = p[i]; return r; }
     template <class T> static F load(const T* p) { F r; PGAP_EACH r.v[i] = widen(p[i]); return r; }
     template <class T> static void store(T* p, F a) { PGAP_EACH narrow_to(p[i], a.v[i]); }
+    template <class T> static void stream(T* p, F a) { store(p, a); }  // past the caches, to a multiple of the vector
+    static void fence() {}                                             // after streams
     static U loadu(const uint32_t* p) { U r; PGAP_EACH r.v[i] = p[i]; return r; }
     static void storeu(uint32_t* p, U a) { PGAP_EACH p[i] = a.v[i]; }
     static void store16(void* p, U a) { PGAP_EACH ((uint16_t*)p)[i] = uint16_t(a.v[i]); }
@@ -99,15 +101,18 @@ struct Avx2 {
     }
     static F load(const FP16* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
     static void store(float* p, F a) { _mm256_storeu_ps(p, a); }
-    static void store(BF16* p, F a) {
+    static __m128i narrowed(BF16*, F a) {
         const U b = as_u(a), odd = andu(shr<16>(b), setu(1));
         U r = shr<16>(addu(addu(b, setu(0x7fff)), odd));
         const U nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
         r = _mm256_blendv_epi8(r, oru(shr<16>(b), setu(0x40)), nan);
-        r = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08);
-        _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(r));
+        return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08));
     }
-    static void store(FP16* p, F a) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)); }
+    static __m128i narrowed(FP16*, F a) { return _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT); }
+    template <class T> static void store(T* p, F a) { _mm_storeu_si128((__m128i*)p, narrowed(p, a)); }
+    static void stream(float* p, F a) { _mm256_stream_ps(p, a); }
+    template <class T> static void stream(T* p, F a) { _mm_stream_si128((__m128i*)p, narrowed(p, a)); }
+    static void fence() { _mm_sfence(); }
     static U loadu(const uint32_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
     static void storeu(uint32_t* p, U a) { _mm256_storeu_si256((__m256i*)p, a); }
     static void store16(void* p, U a) {
@@ -164,16 +169,18 @@ struct Avx512 {
     }
     static F load(const FP16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
     static void store(float* p, F a) { _mm512_storeu_ps(p, a); }
-    static void store(BF16* p, F a) {
+    static __m256i narrowed(BF16*, F a) {
         const U b = as_u(a), odd = andu(shr<16>(b), setu(1));
         U r = shr<16>(addu(addu(b, setu(0x7fff)), odd));
         const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
         r = _mm512_mask_or_epi32(r, nan, shr<16>(b), setu(0x40));
-        _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(r));
+        return _mm512_cvtepi32_epi16(r);
     }
-    static void store(FP16* p, F a) {
-        _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
-    }
+    static __m256i narrowed(FP16*, F a) { return _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT); }
+    template <class T> static void store(T* p, F a) { _mm256_storeu_si256((__m256i*)p, narrowed(p, a)); }
+    static void stream(float* p, F a) { _mm512_stream_ps(p, a); }
+    template <class T> static void stream(T* p, F a) { _mm256_stream_si256((__m256i*)p, narrowed(p, a)); }
+    static void fence() { _mm_sfence(); }
     static U loadu(const uint32_t* p) { return _mm512_loadu_si512(p); }
     static void storeu(uint32_t* p, U a) { _mm512_storeu_si512(p, a); }
     static void store16(void* p, U a) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(a)); }  // low halves
@@ -242,6 +249,8 @@ struct Neon {
         vst1_u16((uint16_t*)p, vshrn_n_u32(r, 16));
     }
     static void store(FP16* p, F a) { vst1_u16((uint16_t*)p, vreinterpret_u16_f16(vcvt_f16_f32(a))); }
+    template <class T> static void stream(T* p, F a) { store(p, a); }
+    static void fence() {}
     static U loadu(const uint32_t* p) { return vld1q_u32(p); }
     static void storeu(uint32_t* p, U a) { vst1q_u32(p, a); }
     static void store16(void* p, U a) { vst1_u16((uint16_t*)p, vmovn_u32(a)); }

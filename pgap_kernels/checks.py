@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
-from operator import attrgetter
+from functools import lru_cache
+from operator import add, attrgetter, le, mul
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ def tensors(name: str, value: Sequence[Tensor], dtypes: Sequence[torch.dtype] = 
         raise TypeError(f"{name}: got {type(value).__name__}; accepted: a list of tensors")
     if not value:
         raise ValueError(f"{name}: got an empty list; accepted: at least one tensor")
-    alike = all(isinstance(t, Tensor) for t in value) and len(set(map(_KIND, value))) == 1
+    alike = all(isinstance(t, Tensor) for t in value) and all(map(_KIND(value[0]).__eq__, map(_KIND, value)))
     if alike and value[0].dtype in dtypes and value[0].layout == torch.strided:
         return list(value)  # nothing to refuse, which is found without asking each
     accepted = ", ".join(str(d) for d in dtypes)
@@ -71,35 +71,35 @@ def matrix_layout(name: str, tensor: Tensor) -> tuple[int, int, int]:
     return rows, columns, ld
 
 
+@lru_cache(4096)
+def _contiguous_layout(shape: torch.Size) -> tuple[int, int, int]:
+    if len(shape) < 2:
+        return 1, shape.numel(), shape.numel()
+    columns = math.prod(shape[1:])
+    return shape[0], columns, columns
+
+
 def matrix_layouts(name: str, tensors: Sequence[Tensor]) -> list[tuple[int, int, int]]:
     """``matrix_layout`` of each of a list."""
-    layouts = []
-    for i, t in enumerate(tensors):
-        shape = t.shape
-        if len(shape) == 2 and shape[0] and t.is_contiguous():  # most are
-            layouts.append((shape[0], shape[1], shape[1]))
-        elif len(shape) == 1 and t.is_contiguous():
-            layouts.append((1, shape[0], shape[0]))
-        else:
-            layouts.append(matrix_layout(f"{name}[{i}]", t))
-    return layouts
+    if all(map(Tensor.is_contiguous, tensors)):
+        return [_contiguous_layout(t.shape) for t in tensors]
+    return [matrix_layout(f"{name}[{i}]", t) for i, t in enumerate(tensors)]
 
 
 def disjoint(name: str, values: Sequence[Tensor], layouts: Sequence[tuple[int, int, int]]) -> None:
     """Refuse lists in which two tensors share an element (duplicates, overlapping views)."""
     # In bytes, so that lists of several dtypes can be checked together.
-    spans = [
-        (begin := t.data_ptr(), begin + ((rows - 1) * ld + columns) * t.element_size(), i)
-        for i, (t, (rows, columns, ld)) in enumerate(zip(values, layouts, strict=True))
+    sizes, begins = list(map(Tensor.element_size, values)), list(map(Tensor.data_ptr, values))
+    lengths = [(rows - 1) * ld + columns if rows and columns else 0 for rows, columns, ld in layouts]
+    ends = list(map(add, begins, map(mul, lengths, sizes)))
+    if all(map(le, sorted(ends), sorted(begins)[1:])):
+        return  # each begins behind the end of all those before it
+    spans = sorted(
+        (begin, end, i)
+        for i, (begin, end, (rows, columns, _)) in enumerate(zip(begins, ends, layouts, strict=True))
         if rows and columns
-    ]
-    spans.sort()
-    if all(before[1] <= after[0] for before, after in pairwise(spans)):
-        return
-    layouts = [
-        (rows, columns * t.element_size(), ld * t.element_size())
-        for t, (rows, columns, ld) in zip(values, layouts, strict=True)
-    ]
+    )
+    layouts = [(rows, columns * size, ld * size) for size, (rows, columns, ld) in zip(sizes, layouts, strict=True)]
     reach, owner = -1, -1
     for begin, end, i in spans:
         if begin < reach and not _interleaved(spans, begin, layouts, i):

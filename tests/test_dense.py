@@ -624,6 +624,6 @@ def test_extension_refuses_what_it_cannot_index(coefficients, decay, ids, span, 
     keys = torch.tensor([1])
     with pytest.raises(RuntimeError, match=accepted):
         torch.ops.pgap_kernels_cpu.dense(
-            weights, weights, keys, coefficients, decay, None, [1], ids, [*span] * 3, "normal"
+            [], weights, True, keys, coefficients, decay, None, [1], ids, [*span] * 3, "normal"
         )
     assert all((w == 0).all() for w in weights)

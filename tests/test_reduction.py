@@ -83,7 +83,7 @@ def test_products_of_the_definition(backend):
 
 @pytest.mark.parametrize(("kind", "offset"), [("norm", 0), *(("dot", offset) for offset in (0, 5, 4090, 2**33 + 17))])
 def test_cpu_sums_groups_in_order(kind, offset):
-    """One partial sum per group of 4096 logical elements, in index order; then the partial sums in order."""
+    """A part per group of 4096 logical elements, itself of 16 sums taken in turn; then the parts in order."""
     arguments = dot_arguments(shapes=[(70001,)]) if kind == "dot" else norm_arguments(shapes=[(70001,)])
     if kind == "dot":
         arguments["slices"] = [(offset, 2**40)]
@@ -91,9 +91,12 @@ def test_cpu_sums_groups_in_order(kind, offset):
     edges = [0, *range(4096 - offset % 4096, len(terms), 4096), len(terms)]
     total = 0.0
     for begin, end in itertools.pairwise(edges):
+        sums = [0.0] * 16
+        for i, term in enumerate(terms[begin:end].tolist()):
+            sums[i % 16] += term
         partial = 0.0
-        for term in terms[begin:end].tolist():
-            partial += term
+        for part in sums:
+            partial += part
         total += partial
     call = ops.seeded_dot if kind == "dot" else ops.squared_norms
     assert call(**arguments, backend="cpu").item() == total

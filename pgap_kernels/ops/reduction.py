@@ -56,7 +56,7 @@ def seeded_dot(
         TypeError, ValueError: naming the argument.
     """
     values = checks.tensors("tensors", tensors)
-    layouts = [checks.matrix_layout(f"tensors[{i}]", t) for i, t in enumerate(values)]
+    layouts = checks.matrix_layouts("tensors", values)
     noise_options(distribution, tier)
     keys = checks.key_tensor("key", [key])
     ids = checks.tensor_ids("tensor_ids", tensor_ids, len(values))
@@ -85,7 +85,7 @@ def squared_norms(
         TypeError, ValueError: naming the argument.
     """
     values = checks.tensors("tensors", tensors)
-    layouts = [checks.matrix_layout(f"tensors[{i}]", t) for i, t in enumerate(values)]
+    layouts = checks.matrix_layouts("tensors", values)
     dtypes = tuple({torch.float32: None, values[0].dtype: None})
     origin = [] if anchors is None else checks.companions("anchors", anchors, values, dtypes, written=False)
     spans = checks.slices("slices", None, layouts)
