@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 
 # (provider, instruction set): colour and marker, in the order of the legend; others are not drawn.
 STYLES = {
-    ("ours", "avx512"): ("tab:blue", "o"),
+    ("ours", "avx512_bf16"): ("tab:blue", "o"),
+    ("ours", "avx512"): ("tab:blue", "."),
     ("ours", "avx2"): ("tab:cyan", "s"),
+    ("ours", "neon"): ("tab:cyan", "s"),
     ("ours", "generic"): ("tab:purple", "v"),
     ("ours", None): ("tab:blue", "o"),
     ("idiom", None): ("tab:red", "D"),

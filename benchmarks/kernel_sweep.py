@@ -16,7 +16,7 @@ from benchmarks.kernel_ops import OPS, Case, weights
 from benchmarks.timing import Call
 from pgap_kernels import cpu
 
-ISAS = ("avx512", "avx2", "generic")  # from the best
+ISAS = ("avx512_bf16", "avx512", "avx2", "neon", "generic")  # from the best
 PROVIDERS = ("ours", "reference", "idiom", "torch.compile", "addmm_", "lerp", "two_passes", "to_nearest", "one_by_one")
 FLOORS = ("floor", "copy")
 PROBE = (1024, 1024)  # a matrix on which one turn of anything is affordable

@@ -91,7 +91,7 @@ def points(args: argparse.Namespace) -> list[Point]:
                         found += [Point(run, op, dtype, shape, rank, count) for count in threads]
     if not args.targets:
         return found
-    compared = {key[:3] for key in kernel_targets.wanted(ISAS)}
+    compared = {key[:3] for key in kernel_targets.wanted(args.isa or ISAS)}
     return [p for p in found if (p.op, p.dtype, p.rank) in compared]
 
 
@@ -226,7 +226,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         if reason:
             parser.error(f"--device: got cuda, but the Triton backend does not run here: {reason}")
     else:
-        runs = ISAS[ISAS.index(cpu.isa()[0]) :]
+        runs = cpu.isas()[cpu.isas().index(cpu.isa()[0]) :]
         for isa in args.isa or ():
             if isa not in runs:
                 parser.error(f"--isa: got {isa}; accepted here: {', '.join(runs)}")

@@ -16,10 +16,10 @@ import torch
 
 from benchmarks import timing
 from benchmarks.kernel_ops import OPS, shape_of, weights
-from benchmarks.kernel_sweep import ISAS, PROVIDERS, Point, Sweep, make_case
+from benchmarks.kernel_sweep import PROVIDERS, Point, Sweep, make_case
 from pgap_kernels import cpu
 
-BUILDS = () if cpu.unavailable else ISAS[ISAS.index(cpu.isa()[0]) :]
+BUILDS = () if cpu.unavailable else cpu.isas()
 SWEEP = Sweep(
     torch.device("cpu"),
     timing.on_host,

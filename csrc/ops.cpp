@@ -48,7 +48,12 @@ void box_muller(Tensor a, Tensor b, Tensor even, Tensor odd) {
     });
 }
 
-std::string isa() { return std::string(kernels().name) + "," + best_isa(); }
+// The build in use, then all that this CPU runs, best first.
+std::string isa() {
+    std::string names = kernels().name;
+    for (int64_t i = 0; build(i); ++i) names += std::string(",") + build(i)->name;
+    return names;
+}
 void use_isa(std::string name) { use(name.c_str()); }
 
 }  // namespace

@@ -38,8 +38,13 @@ def refusal(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 def isa() -> tuple[str, str]:
     """(instruction set in use, best one this CPU has); PGAP_ISA lowers the first."""
-    used, best = torch.ops.pgap_kernels_cpu.isa().split(",")
+    used, best, *_ = torch.ops.pgap_kernels_cpu.isa().split(",")
     return used, best
+
+
+def isas() -> list[str]:
+    """Instruction sets that this CPU has a build for, best first."""
+    return torch.ops.pgap_kernels_cpu.isa().split(",")[1:]
 
 
 def use_isa(name: str) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from benchmarks import idioms, kernel_figure, kernel_targets, kernels, timing
 from benchmarks.kernel_ops import OPS, shape_of, weights
-from benchmarks.kernel_sweep import ISAS, Point, Sweep
+from benchmarks.kernel_sweep import Point, Sweep
 from pgap_kernels import cpu
 
 NUMBERS = ("seconds", "host_seconds", "repeats", "floor_ratio", "gb_per_s", "megabytes")
@@ -54,7 +54,7 @@ def test_command(command, tmp_path, capsys, no_compiler):
     settings = {(r["run"], r["op"], r["dtype"], tuple(r["shape"]), r["rank"]) for r in report["rows"]}
     assert len(settings) == 2 * (2 * 2 * 3 + 1)  # runs, dtypes, shapes, dense and two ranks; and host
     isas = {r["isa"] for r in report["rows"] if r["provider"] == "ours"}
-    assert isas == set(ISAS[ISAS.index(before) :])
+    assert isas == set(cpu.isas()[cpu.isas().index(before) :])
     for row in report["rows"]:
         if row["provider"] == "torch.compile":
             assert row["unmeasured"] == "RuntimeError: no compiler"
