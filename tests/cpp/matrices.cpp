@@ -16,19 +16,50 @@ Matrix packed(const Matrix& b, int64_t begin, int64_t end, int64_t panel) {
     return to;
 }
 
+// Factors for bf16 weights are of that type themselves, and fit to be multiplied in pairs.
+Matrix factor(DType dtype, int64_t rows, int64_t cols, uint64_t seed) {
+    if (dtype != DType::bf16) return Matrix(DType::f32, rows, cols, 0, 0, seed);
+    const Matrix halves(DType::bf16, rows, cols, 0, 0, seed, Fill::positive);
+    Matrix to(DType::f32, rows, cols, 0, 0, 0);
+    for (int64_t i = 0; i < rows * cols; ++i) {
+        const uint32_t bits = uint32_t(((const uint16_t*)halves.at(0))[i] | (i % 3 ? 0 : 0x8000u)) << 16;
+        std::memcpy(to.floats() + i, &bits, 4);
+    }
+    to.settle();
+    return to;
+}
+
+// The numbers at i * along + k * step for k = 0, 1 .. rank as pairs, the even k high.
+Matrix paired(const Matrix& m, int64_t rank, int64_t count, int64_t along, int64_t step, bool by_row) {
+    const int64_t depth = (rank + 1) / 2;
+    Matrix to(DType::f32, by_row ? count : depth, by_row ? depth : count, 0, 0, 0);
+    for (int64_t i = 0; i < count; ++i)
+        for (int64_t k = 0; k < rank; k += 2) {
+            uint32_t high, low = 0;
+            std::memcpy(&high, m.floats() + i * along + k * step, 4);
+            if (k + 1 < rank) std::memcpy(&low, m.floats() + i * along + (k + 1) * step, 4);
+            high |= low >> 16;
+            std::memcpy(by_row ? to.at(i, k / 2) : to.at(k / 2, i), &high, 4);
+        }
+    to.settle();
+    return to;
+}
+
 struct Rounding { float decay; bool stochastic; };
 
 void low_rank_case(Run& run, const std::string& name, DType dtype, int64_t rank, int64_t rows, int64_t cols,
                    bool reads, Rounding rounding) {
     const uint64_t key = 29;
-    Matrix left(DType::f32, 1, rows * rank, 0, 0, 12), b(DType::f32, rank, cols, 0, 0, 13);
+    const bool pairs = run.k.pairs && dtype == DType::bf16;
+    Matrix left = pairs ? paired(factor(dtype, rows, rank, 12), rank, rows, rank, 1, true) : factor(dtype, rows, rank, 12);
+    const Matrix b = pairs ? paired(factor(dtype, rank, cols, 13), rank, cols, 1, cols, false) : factor(dtype, rank, cols, 13);
     for (const Cut cut : kCuts) {
         Matrix in(dtype, rows, cols, rank % 3, 1, 14), out(dtype, rows, cols, rank % 2, 3, 0, Fill::nan);
         const auto call = [&](int64_t row, int64_t count, int64_t col, int64_t columns, bool singly) {
             const Matrix right = packed(b, col, col + columns, run.k.right_panel);
             LowRankPass pass = {};
             pass.dtype = dtype, pass.rank = rank, pass.coefficient = 0.3f, pass.decay = rounding.decay;
-            pass.left = left.floats() + row * rank, pass.right = right.floats();
+            pass.pairs = pairs, pass.left = left.floats() + row * left.cols, pass.right = right.floats();
             pass.rounding_key = rounding.stochastic ? &key : nullptr;
             Piece& p = pass.piece;
             p.rows = count, p.cols = columns, p.tensor_id = 77;

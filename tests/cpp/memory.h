@@ -78,6 +78,8 @@ public:
     }
     bool untouched() { return guards_intact() && !std::memcmp(memory.get(), before.data(), size_t(bytes)); }
 
+    void settle() { before.assign(memory.get(), memory.get() + bytes); }  // what is there now is to stay
+
     const DType dtype;
     const int64_t rows, cols, ld;
 
