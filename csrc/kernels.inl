@@ -53,14 +53,11 @@ template <bool FIRST> static void add_normal(float* delta, const Group& g, uint3
                                              float coefficient) {
     const Philox7 philox = philox_of(g, tensor_id, key);
     const uint32_t block = block_of(g);
-    const V::F a = V::set(coefficient);
+    const V2::F a = V2::set(coefficient);
     const char* ahead = g.run;
-    const int64_t step = g.run ? g.run_bytes * V::N / kBlocks : 0;
-    for (int64_t r = g.block_begin; r < g.block_end; r += V2::N) {
-        if (FIRST && step) {
-            for (int64_t b = 0; b < 2*step; b += 64) V::prefetch(ahead + b);
-            ahead += 2*step;
-        }
+    const int64_t step = FIRST && g.run ? g.run_bytes * V2::N / kBlocks : 0;
+    for (int64_t r = g.block_begin; r < g.block_end; r += V2::N, ahead += step) {
+        for (int64_t b = 0; b < step; b += 64) V::prefetch(ahead + b);
         V2::U x[4];
         V2::F z[4];
         philox.words<V2>(block + uint32_t(r), x);
@@ -68,8 +65,7 @@ template <bool FIRST> static void add_normal(float* delta, const Group& g, uint3
         box_muller<V2>(x[2], x[3], z[2], z[3]);
         for (int lane = 0; lane < 4; ++lane) {
             float* d = delta + lane * kBlocks + r;
-            V::store(d, FIRST ? V::mul(a, z[lane].a) : V::fma(a, z[lane].a, V::load(d)));
-            V::store(d + V::N, FIRST ? V::mul(a, z[lane].b) : V::fma(a, z[lane].b, V::load(d + V::N)));
+            V2::store(d, FIRST ? V2::mul(a, z[lane]) : V2::fma(a, z[lane], V2::load(d)));
         }
     }
 }

@@ -3,7 +3,7 @@
 
 constexpr int64_t kRightBlock = 128 << 10;          // floats of Bt that stay in L2 while all rows pass over them
 constexpr int64_t kChunk = 8192 / kPanel * kPanel;  // columns of a tile's rows that wait for their rounding
-constexpr int kAhead = 2;                           // panels between a prefetch and its use
+constexpr int kAhead = 8;                           // panels between a prefetch and its use
 
 // P Bt of ROWS rows and a panel. With PAIRS an item of P and Bt is two numbers of 16 bits, of which the one for the
 // smaller k is the high half and added first.

@@ -300,6 +300,8 @@ template <class V> struct Twice {
     struct W { typename V::W a, b; };
     static F set(float x) { return {V::set(x), V::set(x)}; }
     static U setu(uint32_t x) { return {V::setu(x), V::setu(x)}; }
+    static F load(const float* p) { return {V::load(p), V::load(p + V::N)}; }
+    static void store(float* p, F x) { V::store(p, x.a), V::store(p + V::N, x.b); }
     static F add(F x, F y) { return {V::add(x.a, y.a), V::add(x.b, y.b)}; }
     static F mul(F x, F y) { return {V::mul(x.a, y.a), V::mul(x.b, y.b)}; }
     static F fma(F x, F y, F z) { return {V::fma(x.a, y.a, z.a), V::fma(x.b, y.b, z.b)}; }
