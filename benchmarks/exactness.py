@@ -18,17 +18,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from benchmarks import exactness_drift, exactness_movement, exactness_tables, machine
-from pgap_kernels import __version__, cpu
 
 Rows = Callable[[argparse.Namespace], Iterator[dict]]
 SECTIONS = ("drift", "movement", "smollm2")
@@ -67,14 +64,6 @@ def facts(rows: list[dict]) -> list[tuple[str, bool]]:
     return found
 
 
-def _machine() -> dict[str, str | int]:
-    return {"processor": machine.processor(), "isa": cpu.isa()[0], "threads": torch.get_num_threads()}
-
-
-def _versions() -> dict[str, str]:
-    return {"pgap_kernels": __version__, "torch": version("torch"), "python": platform.python_version()}
-
-
 def _smollm2(args: argparse.Namespace) -> Iterator[dict]:
     from benchmarks import exactness_smollm2  # transformers takes seconds to import
 
@@ -104,7 +93,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help=f"smollm2: steps to time and compare; default: {FULL['steps']}")
     parser.add_argument("--batch", type=int, help=f"smollm2: sentences per batch; default: {FULL['batch']}")
     parser.add_argument("--threads", type=int, help="of the CPU; default: PyTorch's")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write rows, machine, versions and settings there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write rows, machine and settings there")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw drift and movement there (.png, .svg, .pdf)")
     args = parser.parse_args(given)
     for name, default in (QUICK if args.quick else FULL).items():
@@ -144,7 +133,7 @@ def main(given: list[str] | None = None) -> int:
         console.print(f"[green]holds[/]  {text}" if holds else f"[red]FAILS[/]  {text}", highlight=False)
     if args.json:
         settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-        report = {"machine": _machine(), "versions": _versions(), "arguments": settings}
+        report = {"machine": machine.facts(), "arguments": settings}
         report |= {"facts": [{"fact": text, "holds": holds} for text, holds in held], "rows": rows}
         args.json.write_text(json.dumps(report, indent=1) + "\n")
     if args.figure:

@@ -31,7 +31,6 @@ size only; about twelve minutes on two cores. Run it on an idle machine.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -251,8 +250,7 @@ def main(given: Sequence[str] | None = None) -> None:
     if args.targets:
         console.print(targets_table(rows))
     if args.json:
-        report = {"facts": facts, "rows": rows}
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        machine.write(args.json, facts, rows)
     if args.figure:
         from benchmarks import kernel_figure
 

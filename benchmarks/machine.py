@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -33,6 +35,12 @@ def facts(device: torch.device | None = None) -> dict:
         "system": platform.platform(),
         "command": _command(),
     }
+
+
+def write(file: Path, found: dict, rows: Sequence[dict]) -> None:
+    """A report of a command: the facts, and a row a line."""
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    file.write_text(f'{{"facts": {json.dumps(found)},\n"rows": [\n{lines}\n]}}\n')
 
 
 def line(found: dict) -> str:

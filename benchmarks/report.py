@@ -57,7 +57,8 @@ def load(folder: Path) -> dict[str, list[dict]]:
 def page(template: str, reports: dict[str, list[dict]]) -> str:
     """The template with its placeholders filled."""
     kernels, steps = (_rows(reports[command]) for command in ("kernels", "step"))
-    targets = [*report_kernels.targets(kernels), *report_step.targets(reports["step"])]
+    targets = [*report_kernels.targets(kernels), *report_step.targets(steps)]
+    targets = [[*line, verdict.replace("missed", "**missed**")] for *line, verdict in targets]
     parts = {
         "targets": table(["what", "weights", "threads", "target", "measured", ""], targets),
         "machine": _machine([*reports["kernels"], *reports["step"]]),

@@ -23,11 +23,7 @@ def targets(rows: Sequence[dict]) -> Iterator[list[str]]:
     for outcome in kernel_targets.outcomes(rows):
         where = " x ".join(map(str, outcome.shape))
         threads = str(outcome.threads or "")
-        yield [outcome.target.what, where, threads, outcome.target.bound, str(outcome), _strong(outcome.verdict)]
-
-
-def _strong(verdict: str) -> str:
-    return f"**{verdict}**" if verdict == "missed" else verdict
+        yield [outcome.target.what, where, threads, outcome.target.bound, str(outcome), outcome.verdict]
 
 
 def idioms(rows: Sequence[dict]) -> str:

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from benchmarks import step_targets
 from benchmarks.markdown import range_of, table
 
 if TYPE_CHECKING:
@@ -16,12 +17,10 @@ NAMES = ("provider", "method", "mode", "rank")
 PARTS = (("forward", "forwards", "tab:gray"), ("perturb", "perturb and update", "tab:blue"))
 
 
-def targets(reports: Sequence[dict]) -> Iterator[list[str]]:
-    """What was to be reached, as the measuring command judged it."""
-    for report in reports:
-        for t in report.get("targets", []):
-            verdict = "met" if t["met"] else "**missed**"
-            yield [t["text"], "", "", f"≤ {t['limit']:g}", f"{t['value']:.3f}", verdict]
+def targets(rows: Sequence[dict]) -> Iterator[list[str]]:
+    """What was to be reached: rows of the page's first table."""
+    for t in step_targets.targets(rows):
+        yield [t.text, "", "", f"≤ {t.limit:g}", str(t), t.verdict]
 
 
 def tables(rows: Sequence[dict]) -> Iterator[str]:

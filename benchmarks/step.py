@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -125,7 +124,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--runs", type=int, default=1, help="repeats of it all; default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="smollm2, 8 tokens, rank 16, 2 steps")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write rows, targets, machine and settings there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write rows, machine and settings there")
     args = parser.parse_args(given)
     for name, full, quick in (
         ("model", list(MODELS), ["smollm2"]),
@@ -149,18 +148,12 @@ def main(given: list[str] | None = None) -> int:
     args = arguments(given)
     console = Console() if sys.stdout.isatty() else Console(width=160)
     found = list(rows(args, console))
-    reached = targets(found)
-    for target in reached:
+    for target in targets(found):
         verdict = "[green]met[/]   " if target.met else "[red]missed[/]"
-        console.print(f"{verdict} {target.text}: {target.value:.3f}, to reach {target.limit}", highlight=False)
+        console.print(f"{verdict} {target.text}: {target}, to reach {target.limit}", highlight=False)
     if args.json:
         settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-        report = {
-            "facts": machine.facts() | {"arguments": settings},
-            "targets": [target._asdict() | {"met": target.met} for target in reached],
-            "rows": found,
-        }
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        machine.write(args.json, machine.facts() | {"arguments": settings}, found)
     return 0
 
 

@@ -6,17 +6,27 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+from benchmarks.markdown import range_of
+
 
 class Target(NamedTuple):
-    """A figure to reach; ``value`` is the median over the runs."""
+    """A figure to reach, and what it was in each run; their median counts."""
 
     text: str
-    value: float
+    values: tuple[float, ...]
     limit: float
 
     @property
     def met(self) -> bool:
-        return self.value <= self.limit
+        return statistics.median(self.values) <= self.limit
+
+    @property
+    def verdict(self) -> str:
+        return "met" if self.met else "missed"
+
+    def __str__(self) -> str:
+        """The median of the runs and, of several, their range."""
+        return range_of(self.values, 3)
 
 
 def targets(rows: Iterable[dict]) -> list[Target]:
@@ -33,17 +43,14 @@ def targets(rows: Iterable[dict]) -> list[Target]:
     return [target for target in found if target is not None]
 
 
-def _best(
-    text: str, rows: Sequence[dict], name: str, limit: float, choose: Callable[..., tuple[float, str]]
-) -> Target | None:
+def _best(text: str, rows: Sequence[dict], name: str, limit: float, choose: Callable) -> Target | None:
     """The least or largest figure among contenders, each by its median over the runs and thread counts given."""
     values: dict[str, list[float]] = {}
     for row in rows:
         if row[name] is not None:
             rank = "" if row["rank"] is None else f", rank {row['rank']}"
-            what = f"{row['mode']}{rank}, {row['threads']} threads"
-            values.setdefault(what, []).append(row[name])
+            values.setdefault(f"{row['mode']}{rank}, {row['threads']} threads", []).append(row[name])
     if not values:
         return None
-    value, what = choose((statistics.median(of), what) for what, of in values.items())
-    return Target(f"{text} ({what})", value, limit)
+    what = choose(values, key=lambda name: statistics.median(values[name]))
+    return Target(f"{text} ({what})", tuple(values[what]), limit)

@@ -173,7 +173,7 @@ def test_report_and_figure(settings, tmp_path, capsys, set_threads):
     assert shown.count("holds ") == 3 and "FAILS" not in shown and "ours: folded" in shown
     found = json.loads(report.read_text())
     assert {row["section"] for row in found["rows"]} == {"drift", "movement"}
-    assert found["machine"]["threads"] == 1 and found["versions"]["torch"] and found["arguments"]["quick"]
+    assert found["machine"]["threads"] == 1 and found["machine"]["torch"] and found["arguments"]["quick"]
     assert all(fact["holds"] for fact in found["facts"])
     assert figure.read_bytes().startswith(b"\x89PNG")
 
