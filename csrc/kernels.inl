@@ -71,11 +71,22 @@ template <bool FIRST> static void add_normal(float* delta, const Group& g, uint3
 }
 
 // Signs of the group's 4096 elements: 128 consecutive words, all in one output lane.
+struct Signs {
+    int64_t first, block;
+    Philox7 philox;
+    Signs(const Group& g, uint32_t tensor_id, uint64_t key)
+        : first(g.number * (kGroup / 32)), block((first >> 12 << 10) | (first & 1023)),
+          philox(uint32_t(uint64_t(block) >> 32), tensor_id, key) {}
+    void words(int from, uint32_t (&to)[V::N]) const {
+        V::U x[4];
+        philox.words<V>(uint32_t(block) + uint32_t(from), x);
+        V::storeu(to, x[(first >> 10) & 3]);
+    }
+};
+
 template <bool FIRST> static void add_rademacher(float* delta, const Group& g, uint32_t tensor_id, uint64_t key,
                                                  float coefficient) {
-    const int64_t word = g.number * (kGroup / 32), block = ((word >> 12) << 10) | (word & 1023);
-    const int lane = int((word >> 10) & 3);
-    const Philox7 philox(uint32_t(uint64_t(block) >> 32), tensor_id, key);
+    const Signs signs(g, tensor_id, key);
     const V::F a = V::set(coefficient);
     const V::U minus = V::setu(0x80000000u);
     const char* ahead = g.run;
@@ -83,10 +94,8 @@ template <bool FIRST> static void add_rademacher(float* delta, const Group& g, u
     for (int i = 0; i < 128; i += V::N) {
         for (int64_t b = 0; FIRST && b < step; b += 64) V::prefetch(ahead + b);
         ahead += step;
-        V::U x[4];
         uint32_t words[V::N];
-        philox.words<V>(uint32_t(block) + uint32_t(i), x);
-        V::storeu(words, x[lane]);
+        signs.words(i, words);
         for (int k = 0; k < V::N; ++k) {
             float* d = delta + (i + k) * 32;
             for (int bit = 0; bit < 32; bit += V::N, d += V::N) {
@@ -232,18 +241,15 @@ template <class F> static void with_type(DType dtype, F f) {
 
 // One draw of signs over a whole group costs less than a buffer for it.
 template <class T> static void add_signs(const DensePass& pass, const Piece& p, const Group& g) {
-    const int64_t word = g.number * (kGroup / 32), block = ((word >> 12) << 10) | (word & 1023);
-    const Philox7 philox(uint32_t(uint64_t(block) >> 32), p.tensor_id, pass.draws.keys[0]);
+    const Signs signs(g, p.tensor_id, pass.draws.keys[0]);
     const V::U a = V::as_u(V::set(-pass.draws.coefficients[p.scalar]));
     const float decay = pass.decay[p.scalar];
     const V::F d = V::set(decay);
     const T* in = (const T*)g.run;
     T* out = (T*)p.out + g.row * p.ld_out - g.start;
     for (int i = 0; i < 128; i += V::N) {
-        V::U x[4];
         uint32_t words[V::N];
-        philox.words<V>(uint32_t(block) + uint32_t(i), x);
-        V::storeu(words, x[(word >> 10) & 3]);
+        signs.words(i, words);
         for (int k = 0; k < V::N; ++k)
             for (int bit = 0; bit < 32; bit += V::N, in += V::N, out += V::N) {
                 const V::F delta = V::as_f(V::xoru(V::lane_bits(words[k], bit), a)), w = V::load(in);

@@ -34,6 +34,41 @@ void dense(std::vector<Tensor> in, std::vector<Tensor> out, bool in_place, Tenso
     for_each_group(pieces, [&](size_t i, int64_t begin, int64_t end) { kernels().dense(pass, pieces[i], begin, end); });
 }
 
+// ---- lists of tensors ------------------------------------------------------------------------------------------
+
+// Whether a list is plainly fit for a pass that writes it: contiguous rows on one device, one tensor behind the other,
+// and if `alike` of one dtype. False only means that Python is to look closer, and to say what is wrong.
+bool plain(std::vector<Tensor> tensors, bool alike) {
+    struct Kind { int32_t dtype, device, index, layout; };
+    const auto kind_of = [](const Tensor& t) {
+        Kind kind;
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &kind.dtype));
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &kind.device));
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &kind.index));
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(t.get(), &kind.layout));
+        return kind;
+    };
+    if (tensors.empty()) return false;
+    const Kind first = kind_of(tensors[0]);
+    std::vector<std::pair<uintptr_t, uintptr_t>> extents;
+    extents.reserve(tensors.size());
+    for (const Tensor& t : tensors) {
+        const Kind kind = kind_of(t);
+        if (kind.layout != aoti_torch_layout_strided() || kind.device != first.device || kind.index != first.index ||
+            (alike && kind.dtype != first.dtype))
+            return false;
+        const std::optional<Rows> rows = find_rows(t);
+        if (!rows) return false;
+        if (rows->rows * rows->cols == 0) continue;
+        const uintptr_t begin = (uintptr_t)t.const_data_ptr();
+        extents.emplace_back(begin, begin + ((rows->rows - 1) * rows->ld + rows->cols) * t.element_size());
+    }
+    std::sort(extents.begin(), extents.end());
+    for (size_t i = 1; i < extents.size(); ++i)
+        if (extents[i - 1].second > extents[i].first) return false;
+    return true;
+}
+
 // ---- the transform alone, and what is running -------------------------------------------------------------------
 
 void box_muller(Tensor a, Tensor b, Tensor even, Tensor odd) {
@@ -61,6 +96,7 @@ void use_isa(std::string name) { use(name.c_str()); }
 STABLE_TORCH_LIBRARY(pgap_kernels_cpu, m) {
     m.def("dense(Tensor[] weights, Tensor(a!)[] out, bool in_place, Tensor keys, Tensor coefficients, Tensor decay, "
           "Tensor? rounding_keys, int[] stages, int[] tensor_ids, int[] slices, str distribution) -> ()");
+    m.def("plain(Tensor[] tensors, bool alike) -> bool");
     m.def("box_muller(Tensor a, Tensor b, Tensor(a!) even, Tensor(b!) odd) -> ()");
     m.def("isa() -> str");
     m.def("use_isa(str name) -> ()");
@@ -68,6 +104,7 @@ STABLE_TORCH_LIBRARY(pgap_kernels_cpu, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(pgap_kernels_cpu, CompositeExplicitAutograd, m) {
     m.impl("dense", TORCH_BOX(&dense));
+    m.impl("plain", TORCH_BOX(&plain));
     m.impl("box_muller", TORCH_BOX(&box_muller));
     m.impl("isa", TORCH_BOX(&isa));
     m.impl("use_isa", TORCH_BOX(&use_isa));

@@ -52,12 +52,12 @@ const float* numbers_of(const Factor& f, int64_t at, int64_t count, std::vector<
     return room.data();
 }
 
-// Columns of panel-packed M: row j of `rows` (each `rank` numbers) becomes column j of panels [rank][panel].
-void pack(const float* rows, int64_t count, int64_t rank, float* panels) {
+// A matrix of `depth` rows and `columns` columns, whose numbers lie these strides apart, as panels [depth][panel].
+void pack(const float* from, int64_t depth, int64_t row_stride, int64_t columns, int64_t column_stride, float* panels) {
     const int64_t panel = kernels().right_panel;
-    for (int64_t j = 0; j < count; ++j) {
-        float* to = panels + j / panel * panel * rank + j % panel;
-        for (int64_t k = 0; k < rank; ++k) to[k * panel] = rows[j * rank + k];
+    for (int64_t j = 0; j < columns; ++j) {
+        float* to = panels + j / panel * panel * depth + j % panel;
+        for (int64_t k = 0; k < depth; ++k) to[k * panel] = from[k * row_stride + j * column_stride];
     }
 }
 
@@ -170,7 +170,7 @@ private:
             finish(room, range);
             b = room.data();
         }
-        pack(b, count / rank_, depth(), w.right.data() + begin * depth());
+        pack(b, depth(), 1, count / rank_, depth(), w.right.data() + begin * depth());
     }
 
     DType dtype_;
@@ -179,7 +179,7 @@ private:
     bool pairs_;
 };
 
-// The core for P = A C, transposed into panels.
+// The core for P = A C, in panels.
 std::vector<float> core_for(Core kind, const std::vector<Tensor>& stored, size_t t, int64_t rank, uint32_t tensor_id,
                             uint64_t key) {
     if (kind == Core::none) return {};
@@ -189,8 +189,7 @@ std::vector<float> core_for(Core kind, const std::vector<Tensor>& stored, size_t
     if (kind == Core::diagonal) return std::vector<float>(c, c + count);
     const int64_t panel = kernels().right_panel;
     std::vector<float> packed(size_t((rank + panel - 1) / panel * panel * rank), 0.0f);
-    for (int64_t k = 0; k < rank; ++k)
-        for (int64_t j = 0; j < rank; ++j) packed[size_t(j / panel * panel * rank + k * panel + j % panel)] = c[k * rank + j];
+    pack(c, rank, rank, rank, 1, packed.data());
     return packed;
 }
 

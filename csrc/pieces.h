@@ -61,29 +61,39 @@ inline std::vector<float> table_of(const Tensor& t, int64_t rows, int64_t column
 
 struct Rows { int64_t rows, cols, ld; };
 
-inline Rows rows_of(const Tensor& t, const char* name = "weights") {
+// None if the rows are not contiguous, or overlap.
+inline std::optional<Rows> find_rows(const Tensor& t) {
+    const auto sizes = t.sizes(), strides = t.strides();
     const int64_t dim = t.dim(), numel = t.numel();
     if (dim < 2) {
-        STD_TORCH_CHECK(numel < 2 || t.stride(0) == 1, name, ": accepted: contiguous rows");
-        return {1, numel, numel};
+        if (numel > 1 && strides[0] != 1) return std::nullopt;
+        return Rows{1, numel, numel};
     }
     int64_t cols = 1;
     for (int64_t i = dim - 1; i > 0; --i) {
-        STD_TORCH_CHECK(numel == 0 || t.size(i) == 1 || t.stride(i) == cols, name, ": accepted: contiguous rows");
-        cols *= t.size(i);
+        if (numel > 0 && sizes[i] != 1 && strides[i] != cols) return std::nullopt;
+        cols *= sizes[i];
     }
-    const int64_t rows = t.size(0), ld = numel > 0 && rows > 1 ? t.stride(0) : cols;
-    STD_TORCH_CHECK(ld >= cols, name, ": accepted: rows that do not overlap");
-    return {rows, cols, ld};
+    const int64_t ld = numel > 0 && sizes[0] > 1 ? strides[0] : cols;
+    if (ld < cols) return std::nullopt;
+    return Rows{sizes[0], cols, ld};
 }
 
-// Checked list of tensors as pieces; without `in` nothing is read, without `out` nothing written.
+inline Rows rows_of(const Tensor& t, const char* name = "weights") {
+    const std::optional<Rows> rows = find_rows(t);
+    STD_TORCH_CHECK(rows, name, ": accepted: contiguous rows that do not overlap");
+    return *rows;
+}
+
+// Checked list of tensors as pieces; without `in` nothing is read, without `out` nothing written, and without `slices`
+// all are whole.
 inline std::vector<Piece> pieces_of(const std::vector<Tensor>& in, const std::vector<Tensor>& out,
                                     const std::vector<int64_t>& tensor_ids, const std::vector<int64_t>& slices,
                                     DType dtype) {
     const std::vector<Tensor>& shapes = out.empty() ? in : out;
     const size_t count = shapes.size();
-    STD_TORCH_CHECK((in.empty() || in.size() == count) && tensor_ids.size() == count && slices.size() == 2 * count,
+    STD_TORCH_CHECK((in.empty() || in.size() == count) && tensor_ids.size() == count &&
+                        (slices.empty() || slices.size() == 2 * count),
                     "weights, out, tensor_ids, slices: accepted: lists of one length");
     std::vector<Piece> pieces;
     pieces.reserve(count);
@@ -91,7 +101,8 @@ inline std::vector<Piece> pieces_of(const std::vector<Tensor>& in, const std::ve
         const Rows shape = rows_of(shapes[t]);
         Piece p = {};
         p.rows = shape.rows, p.cols = shape.cols, p.ld_in = p.ld_out = shape.ld;
-        p.base = slices[2 * t], p.row_stride = slices[2 * t + 1];
+        p.base = slices.empty() ? 0 : slices[2 * t];
+        p.row_stride = slices.empty() ? std::max<int64_t>(p.cols, 1) : slices[2 * t + 1];
         p.tensor_id = uint32_t(tensor_ids[t]), p.scalar = int64_t(t);
         if (!out.empty()) {
             STD_TORCH_CHECK(out[t].is_cpu() && dtype_of(out[t]) == dtype, "out: accepted: CPU tensors of one dtype");

@@ -162,39 +162,48 @@ static void preconditioned(const PreconditionedPass& pass, const Piece& piece, i
 
 // ---- affine: W <- fma(c, X, W0), X = Delta where given, else W - W0 -----------------------------------------------
 
-// n elements of a companion as float32.
-static void load(const Companion& c, int64_t row, int64_t column, float* to, int64_t n) {
-    with_type(c.dtype, [&](auto t) { widen_all((const decltype(t)*)c.data + row * c.ld + column, to, n); });
+// f(its row from a column on, as float32 or as the weights' T); null where there is no companion
+template <class T, class F> static void with_row(const Companion& c, int64_t row, int64_t column, F f) {
+    const int64_t at = row * c.ld + column;
+    if (!c.data) f((const T*)nullptr);
+    else if (c.dtype == DType::f32) f((const float*)c.data + at);
+    else f((const T*)c.data + at);
 }
 
-// x = fma(c, x - origin, origin), or with x the difference itself
-template <class X> static int64_t affine_lanes(float* x, const float* origin, bool difference, float c, int64_t i,
-                                               int64_t n) {
-    const typename X::F factor = X::set(c), minus = X::set(-0.0f);
+// out = fma(c, x - origin, origin), or with x the difference itself
+template <class X, class T, class A, class B>
+static int64_t affine_lanes(T* out, const A* origin, const B* x, bool difference, float c, int64_t i, int64_t n) {
+    const typename X::F factor = X::set(c);
     for (; i + X::N <= n; i += X::N) {
         const typename X::F o = X::load(origin + i), value = X::load(x + i);
-        const typename X::F negated = X::as_f(X::xoru(X::as_u(o), X::as_u(minus)));
-        X::store(x + i, X::fma(factor, difference ? value : X::add(value, negated), o));
+        X::store(out + i, X::fma(factor, difference ? value : X::sub(value, o), o));
     }
     return i;
 }
+template <class T, class A, class B>
+static void affine_row(T* out, const A* origin, const B* x, bool difference, float c, int64_t n) {
+    affine_lanes<Generic<1>>(out, origin, x, difference, c, affine_lanes<V>(out, origin, x, difference, c, 0, n), n);
+}
 
 template <class T> static void affine_groups(const AffinePass& pass, const Piece& p, int64_t begin, int64_t end) {
-    alignas(64) float x[kGroup], origin[kGroup];
+    alignas(64) float acc[kGroup];
     alignas(64) uint32_t words[kGroup];
     const bool stochastic = pass.rounding_key && sizeof(T) == 2, difference = p.second.data;
+    const Companion from = difference ? p.second : Companion{const_cast<void*>(p.in), p.ld_in, pass.dtype};
     const float c = pass.coefficient[p.scalar];
     for (int64_t number = begin; number < end; ++number) {
         Group g;
         if (!enter_group<T>(p, number, g)) continue;
         if (stochastic) element_words(words, g, p.tensor_id, *pass.rounding_key);
         each_row(p, g, [&](int64_t row, int64_t column, int64_t lo, int64_t n) {
-            load(p.first, row, column, origin, n);
-            if (difference) load(p.second, row, column, x, n);
-            else widen_all((const T*)p.in + row * p.ld_in + column, x, n);
-            affine_lanes<Generic<1>>(x, origin, difference, c, affine_lanes<V>(x, origin, difference, c, 0, n), n);
             T* const out = (T*)p.out + row * p.ld_out + column;
-            apply(out, (const T*)nullptr, x, stochastic ? words + lo : nullptr, n, 0.0f);
+            with_row<T>(p.first, row, column, [&](auto* origin) {
+                with_row<T>(from, row, column, [&](auto* x) {
+                    if (!stochastic) return affine_row(out, origin, x, difference, c, n);
+                    affine_row(acc, origin, x, difference, c, n);
+                    apply_stochastic(out, (const T*)nullptr, acc, words + lo, n, 0.0f);
+                });
+            });
         });
     }
 }
@@ -209,25 +218,38 @@ static void affine(const AffinePass& pass, const Piece& piece, int64_t begin, in
 // threads nor instruction sets matter.
 constexpr int kColumns = 16;
 
+template <class T, class A>
+static void add_products(double (&sums)[kColumns], const T* in, const A* origin, const float* z, int64_t n) {
+    constexpr int kVectors = kColumns / V::N;
+    V::D acc[kVectors];
+    for (int v = 0; v < kVectors; ++v) acc[v] = V::load(sums + v * V::N);
+    int64_t i = 0;
+    for (; i + kColumns <= n; i += kColumns)
+        for (int v = 0; v < kVectors; ++v) {
+            const int64_t at = i + v * V::N;
+            V::F x = V::load(in + at);
+            if (origin) x = V::sub(x, V::load(origin + at));
+            acc[v] = V::add_product(x, z ? V::load(z + at) : x, acc[v]);
+        }
+    for (int v = 0; v < kVectors; ++v) V::store(sums + v * V::N, acc[v]);
+    for (int k = 0; i < n; ++i, ++k) {
+        const float x = origin ? widen(in[i]) - widen(origin[i]) : widen(in[i]);
+        sums[k] += double(x) * double(z ? z[i] : x);
+    }
+}
+
 template <class T> static void reduce_groups(const ReducePass& pass, const Piece& p, int64_t begin, int64_t end,
                                              double* partials) {
-    alignas(64) float z[kGroup], x[kGroup], origin[kGroup];
+    alignas(64) float z[kGroup];
     for (int64_t number = begin; number < end; ++number) {
         double sums[kColumns] = {}, sum = 0;
         Group g;
         if (enter_group<T>(p, number, g)) {
             if (pass.key) add_draw<true>(z, g, pass.distribution, p.tensor_id, *pass.key, 1.0f);
             each_row(p, g, [&](int64_t row, int64_t column, int64_t lo, int64_t n) {
-                widen_all((const T*)p.in + row * p.ld_in + column, x, n);
-                if (p.first.data) {
-                    load(p.first, row, column, origin, n);
-                    for (int64_t i = 0; i < n; ++i) x[i] -= origin[i];
-                }
-                const float* other = pass.key ? z + lo : x;
-                int64_t i = 0;
-                for (; i + kColumns <= n; i += kColumns)
-                    for (int k = 0; k < kColumns; ++k) sums[k] += double(x[i + k]) * double(other[i + k]);
-                for (int k = 0; i + k < n; ++k) sums[k] += double(x[i + k]) * double(other[i + k]);
+                const T* in = (const T*)p.in + row * p.ld_in + column;
+                with_row<T>(p.first, row, column,
+                            [&](auto* origin) { add_products(sums, in, origin, pass.key ? z + lo : nullptr, n); });
             });
         }
         for (const double part : sums) sum += part;

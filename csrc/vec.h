@@ -3,6 +3,7 @@
 // that was compiled with different flags. No standard library here for the same reason.
 //
 //   F  N floats          U  N 32-bit words          W  N 64-bit words, in an order only narrow() knows
+//   D  N doubles
 //
 // fma is explicit everywhere; the files are compiled with -ffp-contract=off.
 
@@ -44,6 +45,7 @@ template <int LANES> struct Generic {
     struct F { float v[N]; };
     struct U { uint32_t v[N]; };
     struct W { uint64_t v[N]; };
+    struct D { double v[N]; };
 #define PGAP_EACH for (int i = 0; i < N; ++i)
     static F set(float x) { F r; PGAP_EACH r.v[i] = x; return r; }
     static U setu(uint32_t x) { U r; PGAP_EACH r.v[i] = x; return r; }
@@ -61,10 +63,16 @@ template <int LANES> struct Generic {
         return all;
     }
     static F add(F a, F b) { F r; PGAP_EACH r.v[i] = a.v[i] + b.v[i]; return r; }
+    static F sub(F a, F b) { F r; PGAP_EACH r.v[i] = a.v[i] - b.v[i]; return r; }
     static F mul(F a, F b) { F r; PGAP_EACH r.v[i] = a.v[i] * b.v[i]; return r; }
     static F fma(F a, F b, F c) { F r; PGAP_EACH r.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]); return r; }
     static F fnma(F a, F b, F c) { F r; PGAP_EACH r.v[i] = __builtin_fmaf(-a.v[i], b.v[i], c.v[i]); return r; }
     static F sqrt(F a) { F r; PGAP_EACH r.v[i] = __builtin_sqrtf(a.v[i]); return r; }
+    static D load(const double* p) { D r; PGAP_EACH r.v[i] = p[i]; return r; }
+    static void store(double* p, D a) { PGAP_EACH p[i] = a.v[i]; }
+    static D add_product(F a, F b, D c) {  // exact before the sum
+        D r; PGAP_EACH r.v[i] = double(a.v[i]) * double(b.v[i]) + c.v[i]; return r;
+    }
     static F from_int(U a) { F r; PGAP_EACH r.v[i] = float(int32_t(a.v[i])); return r; }
     static F as_f(U a) { F r; PGAP_EACH r.v[i] = bits_to_float(a.v[i]); return r; }
     static U as_u(F a) { U r; PGAP_EACH r.v[i] = float_to_bits(a.v[i]); return r; }
@@ -93,6 +101,7 @@ struct Avx2 {
     using F = __m256;
     using U = __m256i;
     struct W { __m256i even, odd; };  // 64-bit lanes: words 0,2,4,6 and 1,3,5,7
+    struct D { __m256d low, high; };
     static F set(float x) { return _mm256_set1_ps(x); }
     static U setu(uint32_t x) { return _mm256_set1_epi32(int(x)); }
     static F load(const float* p) { return _mm256_loadu_ps(p); }
@@ -124,10 +133,20 @@ struct Avx2 {
         return _mm256_movemask_epi8(_mm256_cmpeq_epi32(_mm256_max_epu32(above, room), room)) == -1;
     }
     static F add(F a, F b) { return _mm256_add_ps(a, b); }
+    static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
     static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
     static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
     static F fnma(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); }
     static F sqrt(F a) { return _mm256_sqrt_ps(a); }
+    static D load(const double* p) { return {_mm256_loadu_pd(p), _mm256_loadu_pd(p + 4)}; }
+    static void store(double* p, D a) { _mm256_storeu_pd(p, a.low), _mm256_storeu_pd(p + 4, a.high); }
+    static D wide(F a) {
+        return {_mm256_cvtps_pd(_mm256_castps256_ps128(a)), _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1))};
+    }
+    static D add_product(F a, F b, D c) {
+        const D x = wide(a), y = wide(b);
+        return {_mm256_fmadd_pd(x.low, y.low, c.low), _mm256_fmadd_pd(x.high, y.high, c.high)};
+    }
     static F from_int(U a) { return _mm256_cvtepi32_ps(a); }
     static F as_f(U a) { return _mm256_castsi256_ps(a); }
     static U as_u(F a) { return _mm256_castps_si256(a); }
@@ -161,6 +180,7 @@ struct Avx512 {
     using F = __m512;
     using U = __m512i;
     struct W { __m512i even, odd; };
+    struct D { __m512d low, high; };
     static F set(float x) { return _mm512_set1_ps(x); }
     static U setu(uint32_t x) { return _mm512_set1_epi32(int(x)); }
     static F load(const float* p) { return _mm512_loadu_ps(p); }
@@ -188,10 +208,20 @@ struct Avx512 {
         return _mm512_cmpgt_epu32_mask(_mm512_sub_epi32(a, setu(least)), setu(most - least)) == 0;
     }
     static F add(F a, F b) { return _mm512_add_ps(a, b); }
+    static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
     static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
     static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
     static F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }
     static F sqrt(F a) { return _mm512_sqrt_ps(a); }
+    static D load(const double* p) { return {_mm512_loadu_pd(p), _mm512_loadu_pd(p + 8)}; }
+    static void store(double* p, D a) { _mm512_storeu_pd(p, a.low), _mm512_storeu_pd(p + 8, a.high); }
+    static D wide(F a) {
+        return {_mm512_cvtps_pd(_mm512_castps512_ps256(a)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1))};
+    }
+    static D add_product(F a, F b, D c) {
+        const D x = wide(a), y = wide(b);
+        return {_mm512_fmadd_pd(x.low, y.low, c.low), _mm512_fmadd_pd(x.high, y.high, c.high)};
+    }
     static F from_int(U a) { return _mm512_cvtepi32_ps(a); }
     static F as_f(U a) { return _mm512_castsi512_ps(a); }
     static U as_u(F a) { return _mm512_castps_si512(a); }
@@ -237,6 +267,7 @@ struct Neon {
     using F = float32x4_t;
     using U = uint32x4_t;
     struct W { uint32x4_t low, top; };  // the halves of 64-bit words
+    struct D { float64x2_t low, high; };
     static F set(float x) { return vdupq_n_f32(x); }
     static U setu(uint32_t x) { return vdupq_n_u32(x); }
     static F load(const float* p) { return vld1q_f32(p); }
@@ -258,10 +289,18 @@ struct Neon {
         return vmaxvq_u32(vsubq_u32(a, setu(least))) <= most - least;
     }
     static F add(F a, F b) { return vaddq_f32(a, b); }
+    static F sub(F a, F b) { return vsubq_f32(a, b); }
     static F mul(F a, F b) { return vmulq_f32(a, b); }
     static F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
     static F fnma(F a, F b, F c) { return vfmsq_f32(c, a, b); }
     static F sqrt(F a) { return vsqrtq_f32(a); }
+    static D load(const double* p) { return {vld1q_f64(p), vld1q_f64(p + 2)}; }
+    static void store(double* p, D a) { vst1q_f64(p, a.low), vst1q_f64(p + 2, a.high); }
+    static D wide(F a) { return {vcvt_f64_f32(vget_low_f32(a)), vcvt_high_f64_f32(a)}; }
+    static D add_product(F a, F b, D c) {
+        const D x = wide(a), y = wide(b);
+        return {vfmaq_f64(c.low, x.low, y.low), vfmaq_f64(c.high, x.high, y.high)};
+    }
     static F from_int(U a) { return vcvtq_f32_s32(vreinterpretq_s32_u32(a)); }
     static F as_f(U a) { return vreinterpretq_f32_u32(a); }
     static U as_u(F a) { return vreinterpretq_u32_f32(a); }

@@ -1,32 +1,13 @@
-"""The C++ CPU backend: loads the extension and forwards to it. Absent, it has a reason instead of an error."""
+"""The C++ CPU backend: forwards to the extension."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import torch
 
 from . import reference
+from .extension import unavailable
 
 name = "cpu"
-
-
-def _load() -> str | None:
-    library = Path(__file__).with_name("_C.abi3.so")
-    if not library.exists():
-        return (
-            "the C++ extension was not built; with torch and a C++17 compiler installed run "
-            "`PGAP_FORCE_BUILD=1 pip install --no-build-isolation .`"
-        )
-    try:
-        torch.ops.load_library(str(library))
-    except (OSError, RuntimeError) as error:
-        return f"the C++ extension did not load: {error}"
-    torch.ops.pgap_kernels_cpu.isa()  # an unknown PGAP_ISA is an error now, not at the first op
-    return None
-
-
-unavailable = _load()
 
 
 def refusal(op: str, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -49,10 +49,3 @@ def pack_draws(draws: Sequence[Draw], count: int) -> tuple[Tensor, Tensor]:
 def scalar(name: str, value: Scalar, count: int) -> Tensor:
     """One scalar as a table of one row, (1, 1 or ``count``)."""
     return checks.scalar_table(name, [checks.scalar_row(name, value, count)])
-
-
-def weight_layouts(name: str, tensors: list[Tensor]) -> list[tuple[int, int, int]]:
-    """(rows, columns, row stride) of each of a list of tensors that share no element."""
-    layouts = checks.matrix_layouts(name, tensors)
-    checks.disjoint(name, tensors, layouts)
-    return layouts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ def define_with_out(name: str, arguments: str, impl: Callable) -> None:
 
 def written(*lists: Sequence[Tensor]) -> None:
     """Tell autograd that the tensors changed; library ops do not do it themselves."""
-    tensors = [t for tensors in lists for t in tensors]
+    tensors = list(chain(*lists))
     if any(map(Tensor.is_inference, tensors)):
         tensors = [t for t in tensors if not t.is_inference()]
     torch.autograd.graph.increment_version(tensors)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
-from ._arguments import Key, Scalar, Slices, rounding_keys, scalar, weight_layouts
+from ._arguments import Key, Scalar, Slices, rounding_keys, scalar
 from ._library import define, table, written
 
 
@@ -54,12 +54,11 @@ def anchor_affine_(
     Raises:
         TypeError, ValueError: naming the argument; nothing has been written.
     """
-    weights = checks.tensors("weights", weights)
-    layouts = weight_layouts("weights", weights)
+    weights = checks.matrices("weights", weights)
     dtypes = tuple({torch.float32: None, weights[0].dtype: None})
     origin = checks.companions("anchors", anchors, weights, dtypes)
     distance = [] if deltas is None else checks.companions("deltas", deltas, weights, dtypes)
-    spans = checks.slices("slices", slices, layouts)
+    spans = checks.slices("slices", slices, weights)
     keys_rounding = rounding_keys(rounding, rounding_key)
     if tensor_ids is None:
         if keys_rounding is not None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import backends, checks
 from ..noise import check_uint
-from ._arguments import Draw, Key, Scalar, Slices, noise_options, pack_draws, rounding_keys, scalar, weight_layouts
+from ._arguments import Draw, Key, Scalar, Slices, noise_options, pack_draws, rounding_keys, scalar
 from ._library import define, define_with_out, table, written
 
 # One dense pass may hold several stages: draws are grouped by `stages`, and each stage has its row of `decay` and its
@@ -90,13 +90,12 @@ def dense_perturb_(
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is accepted; nothing has been written.
     """
-    weights = checks.tensors("weights", weights)
-    layouts = weight_layouts("weights", weights)
+    weights = checks.matrices("weights", weights)
     noise_options(distribution, tier)
     keys, coefficients = pack_draws(draws, len(weights))
     decays = scalar("decay", decay, len(weights))
     ids = checks.tensor_ids("tensor_ids", tensor_ids, len(weights))
-    spans = checks.slices("slices", slices, layouts)
+    spans = checks.slices("slices", slices, weights)
     keys_rounding = rounding_keys(rounding, rounding_key)
     args = (keys, coefficients, decays, keys_rounding, [len(draws)], ids, spans, distribution, tier, backend)
     with torch.no_grad():
@@ -142,13 +141,12 @@ def masked_perturb_(
     Raises:
         TypeError, ValueError: naming the argument; nothing has been written.
     """
-    weights = checks.tensors("weights", weights)
-    layouts = weight_layouts("weights", weights)
+    weights = checks.matrices("weights", weights)
     noise_options(distribution, tier)
     keys, coefficients = pack_draws(draws, len(weights))
     decays = scalar("decay", decay, len(weights))
     ids = checks.tensor_ids("tensor_ids", tensor_ids, len(weights))
-    spans = checks.slices("slices", slices, layouts)
+    spans = checks.slices("slices", slices, weights)
     keys_rounding = rounding_keys(rounding, rounding_key)
     mask = _mask(weights, threshold, share, bits)
     args = (keys, coefficients, decays, keys_rounding, *mask, ids, spans, distribution, tier, backend)
@@ -237,12 +235,11 @@ def assemble_gradient_(
     Raises:
         TypeError, ValueError: naming the argument; nothing has been written.
     """
-    gradients = checks.tensors("gradients", gradients, (torch.float32,))
-    layouts = weight_layouts("gradients", gradients)
+    gradients = checks.matrices("gradients", gradients, (torch.float32,))
     noise_options(distribution, tier)
     keys, coefficients = pack_draws(draws, len(gradients))
     ids = checks.tensor_ids("tensor_ids", tensor_ids, len(gradients))
-    spans = checks.slices("slices", slices, layouts)
+    spans = checks.slices("slices", slices, gradients)
     with torch.no_grad():
         table.assemble_gradient_(gradients, keys, coefficients, ids, spans, distribution, tier, backend)
 

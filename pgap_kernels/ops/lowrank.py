@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
-from ._arguments import Key, Scalar, Slices, rounding_keys, weight_layouts
+from ._arguments import Key, Scalar, Slices, rounding_keys
 from ._library import define, define_with_out, table, written
 
 MAX_RANK = 512
@@ -139,11 +139,10 @@ def lowrank_perturb_(
     Raises:
         TypeError, ValueError: naming the argument; nothing has been written.
     """
-    weights = checks.tensors("weights", weights)
+    weights = checks.matrices("weights", weights)
     for i, w in enumerate(weights):
         if w.dim() != 2:
             raise ValueError(f"weights[{i}]: got shape {tuple(w.shape)}; accepted: a matrix")
-    layouts = weight_layouts("weights", weights)
     left_factors, left_key, left_rank = _factor("left", left, weights, 0)
     right_factors, right_key, right_rank = _factor("right", right, weights, 1)
     given = [r for r in (left_rank, right_rank, rank) if r is not None]
@@ -153,7 +152,7 @@ def lowrank_perturb_(
         raise ValueError(f"rank: got left {left_rank}, right {right_rank}, rank {rank}; accepted: one rank for all")
     if isinstance(given[0], bool) or not isinstance(given[0], int):
         raise TypeError(f"rank: got {given[0]!r}; accepted: an integer")
-    spans = checks.slices("slices", slices, layouts)
+    spans = checks.slices("slices", slices, weights)
     # Of a shard only the unsharded row is known: it bounds the rank too.
     sides = [min(w.shape) if slices is None else spans[2 * i + 1] for i, w in enumerate(weights) if w.numel()]
     limit = min([*sides, MAX_RANK])
@@ -182,10 +181,12 @@ def lowrank_perturb_(
     ids = checks.tensor_ids("tensor_ids", tensor_ids, len(weights))
     a = checks.scalar_row("coefficient", coefficient, len(weights))
     d = checks.scalar_row("decay", decay, len(weights))
-    for i, (rows, columns, _) in enumerate(layouts):
-        row, column = divmod(spans[2 * i], spans[2 * i + 1])
-        if slices is not None and (row + rows + column + columns) * given[0] >= 1 << 63:
-            raise ValueError(f"slices[{i}]: got {slices[i]}; accepted: factor elements with indices below 2**63")
+    for i, (base, row_stride) in enumerate(slices or ()):
+        row, column = divmod(base, max(row_stride, 1))
+        if (row + column + sum(weights[i].shape)) * given[0] >= 1 << 63:
+            raise ValueError(
+                f"slices[{i}]: got {(base, row_stride)}; accepted: factor elements with indices below 2**63"
+            )
     factors = (left_factors, right_factors, cores, packed_keys)
     args = (*factors, a, d, keys_rounding, ids, spans, given[0], core_kind, delta, sign_ids, backend)
     with torch.no_grad():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
-from ._arguments import Draw, Key, Scalar, Slices, noise_options, pack_draws, rounding_keys, scalar, weight_layouts
+from ._arguments import Draw, Key, Scalar, Slices, noise_options, pack_draws, rounding_keys, scalar
 from ._library import define, define_with_out, table, written
 
 _NOISE = "Tensor decay, Tensor? rounding_key, int[] tensor_ids, int[] slices, str distribution, str tier, str? backend"
@@ -203,8 +203,7 @@ def preconditioned_update_(
     Raises:
         TypeError, ValueError: naming the argument; nothing has been written.
     """
-    weights = checks.tensors("weights", weights)
-    layouts = weight_layouts("weights", weights)
+    weights = checks.matrices("weights", weights)
     if not isinstance(rule, (Momentum, Adam, HiZOO, HELENE)):
         raise TypeError(f"rule: got {rule!r}; accepted: Momentum, Adam, HiZOO or HELENE")
     if isinstance(state, Tensor) or not isinstance(state, (list, tuple)) or len(state) != rule.states:
@@ -213,7 +212,7 @@ def preconditioned_update_(
     states = [checks.companions(f"state[{i}]", s, weights, (torch.float32,)) for i, s in enumerate(state)]
     if len(states) == 2:
         both = states[0] + states[1]
-        checks.disjoint("state[0] + state[1]", both, [checks.matrix_layout("state", t) for t in both])
+        checks.disjoint("state[0] + state[1]", both)
     noise_options(distribution, tier)
     keys, gradient = pack_draws(draws, len(weights))
     if rule.rule == "hizoo" and len(draws) != 1:
@@ -229,7 +228,7 @@ def preconditioned_update_(
     scalars = checks.scalar_table("rule", named)
     decays = scalar("decay", decay, len(weights))
     ids = checks.tensor_ids("tensor_ids", tensor_ids, len(weights))
-    spans = checks.slices("slices", slices, layouts)
+    spans = checks.slices("slices", slices, weights)
     keys_rounding = rounding_keys(rounding, rounding_key)
     first, second = states[0], states[1] if len(states) == 2 else []
     args = (keys, gradient, back, scalars, rule.rule, decays, keys_rounding, ids, spans, distribution, tier, backend)
@@ -267,14 +266,13 @@ def preconditioned_perturb_(
     Raises:
         TypeError, ValueError: naming the argument; nothing has been written.
     """
-    weights = checks.tensors("weights", weights)
-    layouts = weight_layouts("weights", weights)
+    weights = checks.matrices("weights", weights)
     diagonal = checks.companions("curvature", curvature, weights, (torch.float32,))
     noise_options(distribution, tier)
     keys, coefficients = pack_draws(draws, len(weights))
     decays = scalar("decay", decay, len(weights))
     ids = checks.tensor_ids("tensor_ids", tensor_ids, len(weights))
-    spans = checks.slices("slices", slices, layouts)
+    spans = checks.slices("slices", slices, weights)
     keys_rounding = rounding_keys(rounding, rounding_key)
     args = (diagonal, keys, coefficients, decays, keys_rounding, ids, spans, distribution, tier, backend)
     with torch.no_grad():
@@ -283,5 +281,5 @@ def preconditioned_perturb_(
         else:
             outputs = checks.companions("out", out, weights, (weights[0].dtype,))
             both = outputs + diagonal
-            checks.disjoint("out + curvature", both, [checks.matrix_layout("out", t) for t in both])
+            checks.disjoint("out + curvature", both)
             table.preconditioned_perturb_.out(weights, *args, out=outputs)

@@ -55,12 +55,11 @@ def seeded_dot(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    values = checks.tensors("tensors", tensors)
-    layouts = checks.matrix_layouts("tensors", values)
+    values = checks.matrices("tensors", tensors, written=False)
     noise_options(distribution, tier)
     keys = checks.key_tensor("key", [key])
     ids = checks.tensor_ids("tensor_ids", tensor_ids, len(values))
-    spans = checks.slices("slices", slices, layouts)
+    spans = checks.slices("slices", slices, values)
     with torch.no_grad():
         return table.reduce(values, [], keys, ids, spans, distribution, tier, backend)
 
@@ -84,11 +83,9 @@ def squared_norms(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    values = checks.tensors("tensors", tensors)
-    layouts = checks.matrix_layouts("tensors", values)
+    values = checks.matrices("tensors", tensors, written=False)
     dtypes = tuple({torch.float32: None, values[0].dtype: None})
     origin = [] if anchors is None else checks.companions("anchors", anchors, values, dtypes, written=False)
-    spans = checks.slices("slices", None, layouts)
     none = torch.zeros(0, dtype=torch.int64)
     with torch.no_grad():
-        return table.reduce(values, origin, none, [0] * len(values), spans, "normal", "exact", backend)
+        return table.reduce(values, origin, none, [0] * len(values), [], "normal", "exact", backend)

@@ -284,8 +284,9 @@ class ZOOptimizer(torch.optim.Optimizer):
         weights = list(found.values())
         for bucket in buckets(weights):
             tensors = checks.tensors(f"params ({bucket[0].name!r})", [w.tensor for w in bucket])
-            layouts = [checks.matrix_layout(f"params ({w.name!r})", w.tensor) for w in bucket]
-            checks.disjoint("params", tensors, layouts)
+            for w in bucket:
+                checks.matrix_layout(f"params ({w.name!r})", w.tensor)
+            checks.disjoint("params", tensors)
         return weights
 
     # ---- keys, directions and passes --------------------------------------------------------------------------------

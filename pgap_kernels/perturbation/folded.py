@@ -125,8 +125,10 @@ class Folded(Scratch):
         """W + a z  ->  s W + a z + U C V^T, in the buffer: a dense direction across an open window."""
         if self.shrinks:
             out.sub_(slot.tensor * (1.0 - window.keep_there))
-        args = (slot.no_keys, slot.one[0], slot.none[0], None, [slot.id], slot.span, window.left.shape[1], "full")
-        table.lowrank_perturb_([out], [window.left], [window.right], [window.core], *args, slot.one[0], [], None)
+        table.lowrank_perturb_(
+            [out], [window.left], [window.right], [window.core], slot.no_keys, slot.one[0], slot.none[0], None,
+            [slot.id], [], window.left.shape[1], "full", slot.one[0], [], None,
+        )  # fmt: skip
 
     def leave(self, number: int, args: tuple, kwargs: dict, output: Any) -> Any:
         if not self.active and not self.open:

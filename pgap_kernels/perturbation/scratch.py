@@ -33,7 +33,6 @@ class Slot:
 
     def __init__(self, weight: Weight, key: Tensor, plus: Tensor, minus: Tensor) -> None:
         self.weight, self.id = weight, weight.id
-        self.span = checks.slices("weights", None, [checks.matrix_layout(weight.name, weight.tensor)])
         self.key, self.plus, self.minus = key, plus, minus
         self.kind = CLEAN
         self.stands = False  # in a direction of this step, rather than in what a window has gathered
@@ -51,7 +50,7 @@ class Slot:
         if self.kind == DENSE:
             table.dense_perturb_.out(
                 [self.tensor], self.key, self.plus if sign > 0 else self.minus, self.none, None, [1], [self.id],
-                self.span, "normal", "exact", None, out=[out],
+                [], "normal", "exact", None, out=[out],
             )  # fmt: skip
             return
         assert self.subspace is not None
@@ -59,7 +58,7 @@ class Slot:
         coefficient = self.one if sign > 0 else -self.one
         table.lowrank_perturb_.out(
             [self.tensor], [left], [right], [core], self.no_keys, coefficient[0], self.none[0], None, [self.id],
-            self.span, left.shape[1], "full", self.one[0], [], None, out=[out],
+            [], left.shape[1], "full", self.one[0], [], None, out=[out],
         )  # fmt: skip
 
 

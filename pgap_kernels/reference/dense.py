@@ -73,10 +73,9 @@ def masked_perturb_(
     keys, rounding_keys = keys.tolist(), ints(rounding_keys)
     coefficients, decay, level = coefficients.to(device), decay.to(device), mask_level.to(device)
     for t, (source, target) in enumerate(zip(weights, out, strict=True)):
-        base, row_stride = slices[2 * t : 2 * t + 2]
         draws = list(zip(keys, coefficients[:, column(coefficients, t)], strict=True))
         limit, done = level[0, column(level, t)], 0
-        for begin, count, (value, written) in runs([source, target], base, row_stride):
+        for begin, count, (value, written) in runs([source, target], *slices[2 * t : 2 * t + 2]):
             weight = value.float()
             if mask == "threshold":
                 keep = weight.abs() <= limit

@@ -19,12 +19,15 @@ def _matrix(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.shape[0], columns), (tensor.stride(0), 1))
 
 
-def runs(tensors: list[Tensor], base: int, row_stride: int) -> Iterator[tuple[int, int, list[Tensor]]]:
+def runs(
+    tensors: list[Tensor], base: int = 0, row_stride: int | None = None
+) -> Iterator[tuple[int, int, list[Tensor]]]:
     """(first logical index, length, views) of the runs of tensors of one shape."""
     if tensors[0].numel() == 0:
         return
     matrices = [_matrix(t) for t in tensors]
     rows, columns = matrices[0].shape
+    row_stride = row_stride or columns
     if row_stride == columns and all(m.is_contiguous() for m in matrices):
         matrices, rows, columns = [m.view(1, -1) for m in matrices], 1, rows * columns
     for row in range(rows):

@@ -78,8 +78,8 @@ def lowrank_perturb_(
     for t, (source, target) in enumerate(zip(weights, out, strict=True)):
         if target.numel() == 0:
             continue
-        base, row_stride = slices[2 * t : 2 * t + 2]
         (m, n), device, dtype = source.shape, source.device, source.dtype
+        base, row_stride = slices[2 * t : 2 * t + 2] or (0, n)
 
         def regenerate(rows, first, key, tensor_id=tensor_ids[t], device=device):
             return noise(first * rank, rows * rank, tensor_id, key, "normal", device).view(rows, rank)

@@ -376,6 +376,7 @@ def lowrank_perturb_(
     skip = guard(device, coefficient, decay, delta, *values)
     (a, d), per_tensor = widened(device, coefficient[None], decay[None])
     keys, delta = on(device, torch.nn.functional.pad(keys, (0, 4 - len(keys)))), on(device, delta)
+    slices = slices or [x for w in weights for x in (0, max(w.shape[1], 1))]
     starts = [divmod(slices[2 * t], slices[2 * t + 1]) for t in range(len(weights))]
     small = Factors(rank, dtype, tensor_ids, keys, delta)
     if not right:

@@ -1,0 +1,25 @@
+"""The C++ extension: loaded once, by whoever needs it first. Absent, it has a reason instead of an error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+
+def _load() -> str | None:
+    library = Path(__file__).with_name("_C.abi3.so")
+    if not library.exists():
+        return (
+            "the C++ extension was not built; with torch and a C++17 compiler installed run "
+            "`PGAP_FORCE_BUILD=1 pip install --no-build-isolation .`"
+        )
+    try:
+        torch.ops.load_library(str(library))
+    except (OSError, RuntimeError) as error:
+        return f"the C++ extension did not load: {error}"
+    torch.ops.pgap_kernels_cpu.isa()  # an unknown PGAP_ISA is an error now, not at the first op
+    return None
+
+
+unavailable = _load()

@@ -1,0 +1,83 @@
+"""Checks of lists of weights: with the extension, which passes most lists at once, and without, they say the same."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pgap_kernels import checks, extension
+
+BUFFER = torch.zeros(96)
+
+
+@st.composite
+def views(draw):
+    """Rows of the buffer: some contiguous, some slices of a matrix, some empty, some that overlap themselves."""
+    dims = draw(st.integers(0, 3))
+    sizes = [draw(st.integers(0, 4)) for _ in range(dims)]
+    strides = [draw(st.sampled_from([0, 1, 2, 4, 8, 12])) for _ in range(dims)]
+    if draw(st.booleans()):  # dense but for the first dimension
+        for i in range(dims - 1, 0, -1):
+            strides[i] = 1 if i == dims - 1 else strides[i + 1] * max(sizes[i + 1], 1)
+    reach = sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True) if size)
+    return BUFFER.as_strided(sizes, strides, draw(st.integers(0, 95 - max(reach, 0))))
+
+
+def elements(tensor):
+    """Addresses of all elements, with repeats."""
+    place = torch.arange(96).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    return place.reshape(-1).tolist()
+
+
+def in_rows(tensor):
+    """Each row contiguous, and behind the one before it."""
+    rows = [elements(row) for row in (tensor if tensor.dim() > 1 else tensor.reshape(1, -1) if tensor.numel() else [])]
+    if tensor.dim() == 1 and tensor.numel():
+        rows = [elements(tensor)]
+    dense = all(row == list(range(row[0], row[0] + len(row))) for row in rows if row)
+    return dense and all(a[-1] < b[0] for a, b in zip(rows, rows[1:], strict=False) if a and b)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@given(tensors=st.lists(views(), min_size=1, max_size=4))
+def test_what_is_refused(fast, tensors):
+    """Lists are refused exactly where a row is not contiguous, rows overlap, or two tensors share an element."""
+    reason, extension.unavailable = extension.unavailable, extension.unavailable if fast else "not wanted"
+    try:
+        regular = all(in_rows(t) for t in tensors)
+        places = [place for t in tensors for place in elements(t)]
+        try:
+            checks.matrices("weights", tensors)
+            message = ""
+        except ValueError as error:
+            message = str(error)
+        if not regular:
+            assert "accepted: contiguous rows" in message
+        elif len(set(places)) < len(places):
+            assert "overlaps" in message
+        else:
+            assert not message
+    finally:
+        extension.unavailable = reason
+
+
+@pytest.mark.skipif(extension.unavailable is not None, reason="the C++ extension is not built")
+def test_the_extension_sees_most_lists_at_once():
+    """Weights of a model, whatever their order, shapes and dtype; not what needs a closer look."""
+    whole = torch.zeros(64)
+    plain = torch.ops.pgap_kernels_cpu.plain
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        weights = [torch.zeros(shape, dtype=dtype) for shape in ((3, 5), (7,), (), (0, 4), (2, 3, 4))]
+        assert plain(weights, True) and plain(weights[::-1], True)
+    assert plain([whole[32:], whole[:32].view(4, 8)], True)
+    assert plain([torch.zeros(2), torch.zeros(2, dtype=torch.float64)], False)
+    refused = {
+        "dtypes": [torch.zeros(2), torch.zeros(2, dtype=torch.float64)],
+        "devices": [torch.zeros(2), torch.zeros(2, device="meta")],
+        "layouts": [torch.zeros(2, 2).to_sparse()],
+        "overlap": [whole[:33], whole[32:]],
+        "columns of one matrix": [whole.view(8, 8)[:, :4], whole.view(8, 8)[:, 4:]],
+        "strided": [whole[::2]],
+    }
+    for why, tensors in refused.items():
+        assert not plain(tensors, True), why
