@@ -3,7 +3,7 @@
 
 constexpr int64_t kRightBlock = 128 << 10;          // floats of Bt that stay in L2 while all rows pass over them
 constexpr int64_t kChunk = 8192 / kPanel * kPanel;  // columns of a tile's rows that wait for their rounding
-constexpr int kAhead = 8;                           // panels between a prefetch and its use
+constexpr int kAhead = 8;  // panels between a prefetch and its use; rows often lie so that they share few sets of L1
 
 // P Bt of ROWS rows and a panel. With PAIRS an item of P and Bt is two numbers of 16 bits, of which the one for the
 // smaller k is the high half and added first.
@@ -39,7 +39,7 @@ template <int ROWS, bool PAIRS, class T> static void low_rank_tile(const LowRank
     if (in)
         for (int i = 0; i < ROWS; ++i)
             for (int64_t b = 0; b < int64_t(kPanel * sizeof(T)); b += 64)
-                V::prefetch((const char*)(in + i * p.ld_in + kAhead * kPanel) + b);
+                V::prefetch_l2((const char*)(in + i * p.ld_in + kAhead * kPanel) + b);
     V::F acc[ROWS][kPanelVectors];
     products<ROWS, PAIRS>(pass, row, right, acc);
     const V::F scale = V::set(pass.coefficient), d = V::set(pass.decay);

@@ -3,6 +3,24 @@
 
 // ---- masked: delta = sum_j a_j z_j where kept, -0 elsewhere; W <- W - d W + delta ---------------------------------
 
+// d = d where the bit of an element is set, else -0; element i has bit number `at` + i
+static void keep_bits(float* d, const uint32_t* bits, int64_t at, int64_t n) {
+    const V::U minus = V::setu(0x80000000u), all = V::setu(~0u);
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32, at += 32) {
+        const int shift = int(at & 31);
+        const uint32_t* from = bits + (at >> 5);
+        const uint32_t word = shift ? from[0] >> shift | from[1] << (32 - shift) : from[0];
+        for (int bit = 0; bit < 32; bit += V::N) {
+            const V::U drop = V::addu(V::shr<31>(V::lane_bits(word, bit)), all);  // all ones where the bit is not set
+            const V::U kept = V::andu(V::as_u(V::load(d + i + bit)), V::xoru(drop, all));
+            V::store(d + i + bit, V::as_f(V::oru(kept, V::andu(drop, minus))));
+        }
+    }
+    for (; i < n; ++i, ++at)
+        if (!(bits[at >> 5] >> (at & 31) & 1u)) d[i] = -0.0f;
+}
+
 template <class T> static void masked_groups(const MaskedPass& pass, const Piece& p, int64_t begin, int64_t end) {
     alignas(64) float delta[kGroup];
     alignas(64) uint32_t words[kGroup], mask_words[kGroup];
@@ -16,7 +34,6 @@ template <class T> static void masked_groups(const MaskedPass& pass, const Piece
         if (stochastic) element_words(words, g, p.tensor_id, *pass.rounding_key);
         each_row(p, g, [&](int64_t row, int64_t column, int64_t lo, int64_t n) {
             const T* in = (const T*)p.in + row * p.ld_in + column;
-            const int64_t element = p.element + row * p.cols + column;
             float* d = delta + lo;
             switch (pass.mask) {
                 case Mask::threshold:
@@ -25,11 +42,8 @@ template <class T> static void masked_groups(const MaskedPass& pass, const Piece
                 case Mask::share:
                     for (int64_t i = 0; i < n; ++i) d[i] = mask_words[lo + i] < pass.word_limit ? d[i] : -0.0f;
                     break;
-                case Mask::bits:  // without a branch, which would be mispredicted
-                    for (int64_t i = 0, e = element; i < n; ++i, ++e) {
-                        const uint32_t keep = 0u - (p.bits[e >> 5] >> (e & 31) & 1u);
-                        d[i] = bits_to_float((float_to_bits(d[i]) & keep) | (0x80000000u & ~keep));
-                    }
+                case Mask::bits:
+                    keep_bits(d, p.bits, p.element + row * p.cols + column, n);
                     break;
             }
             apply((T*)p.out + row * p.ld_out + column, in, d, stochastic ? words + lo : nullptr, n, decay);

@@ -91,7 +91,8 @@ template <int LANES> struct Generic {
     static W xorw(W a, W b) { W r; PGAP_EACH r.v[i] = a.v[i] ^ b.v[i]; return r; }
     static W xor3(W a, W b, W c) { return xorw(xorw(a, b), c); }
     static U narrow(W a) { U r; PGAP_EACH r.v[i] = uint32_t(a.v[i]); return r; }
-    static void prefetch(const void*) {}
+    static void prefetch(const void*) {}     // to L1
+    static void prefetch_l2(const void*) {}
 #undef PGAP_EACH
 };
 
@@ -171,6 +172,7 @@ struct Avx2 {
     static W xor3(W a, W b, W c) { return xorw(xorw(a, b), c); }
     static U narrow(W a) { return _mm256_blend_epi32(a.even, _mm256_slli_epi64(a.odd, 32), 0xaa); }
     static void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+    static void prefetch_l2(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 };
 #endif
 
@@ -250,6 +252,7 @@ struct Avx512 {
         return as_u(_mm512_mask_moveldup_ps(as_f(a.even), __mmask16(0xaaaa), as_f(a.odd)));
     }
     static void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+    static void prefetch_l2(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 };
 #endif
 
@@ -258,6 +261,14 @@ struct Avx512Bf16 : Avx512 {
     static F fma_pairs(F a, F b, F c) {  // of bf16, the high halves first
         return _mm512_dpbf16_ps(c, (__m512bh)as_u(a), (__m512bh)as_u(b));
     }
+    static __m256i narrowed(BF16* p, F a) {  // the instruction takes subnormal numbers for zero
+        if (__builtin_expect(_mm512_fpclass_ps_mask(a, 0x20), 0)) return Avx512::narrowed(p, a);
+        return (__m256i)_mm512_cvtneps_pbh(a);
+    }
+    using Avx512::store;
+    using Avx512::stream;
+    static void store(BF16* p, F a) { _mm256_storeu_si256((__m256i*)p, narrowed(p, a)); }
+    static void stream(BF16* p, F a) { _mm256_stream_si256((__m256i*)p, narrowed(p, a)); }
 };
 #endif
 
@@ -328,6 +339,7 @@ struct Neon {
     static W xor3(W a, W b, W c) { return xorw(xorw(a, b), c); }
     static U narrow(W a) { return a.low; }
     static void prefetch(const void* p) { __builtin_prefetch(p); }
+    static void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 };
 #endif
 
