@@ -31,9 +31,11 @@ def tables(rows: Sequence[dict]) -> Iterator[str]:
         for names, runs in _grouped(own, NAMES).items():
             line = [" ".join(str(x) for x in names if x is not None)]
             line += [_median(runs, name, ".3f") for name in ("forward", "perturb", "total")]
-            line += [_range(runs, "ratio"), _median(runs, "refresh", ".2f"), _median(runs, "refresh_share", ".1%")]
+            line += [_range(runs, "ratio"), _range(runs, "ratio_own")]
+            line += [_median(runs, "refresh", ".2f"), _median(runs, "refresh_share", ".1%")]
             lines.append([*line, _median(runs, "peak_memory", ".0f")])
-        columns = ["", "forwards, s", "perturb, s", "step, s", "x forwards", "refresh, s", "of its window", "peak, MB"]
+        columns = ["", "forwards, s", "perturb, s", "step, s", "x forwards", "x own", "refresh, s", "of its window"]
+        columns.append("peak, MB")
         yield f"### {model}, {dtype}, {tokens} tokens a sentence, {threads} threads\n\n{table(columns, lines)}"
 
 
