@@ -89,7 +89,7 @@ def matrices(
 def _plain(value: Any, alike: bool) -> bool:
     """Whether the extension sees at once that a list is in rows and disjoint, and if ``alike`` of one dtype.
 
-    It takes a tenth of the time. On False one looks closer, tensor by tensor, and says what is wrong, if something is.
+    On False one looks closer, tensor by tensor, and says what is wrong, if something is.
     """
     if extension.unavailable or not isinstance(value, (list, tuple)) or not _TENSORS.issuperset(map(type, value)):
         return False
@@ -207,6 +207,8 @@ def scalar_row(name: str, value: Any, count: int) -> Tensor:
 
 def scalar_table(name: str, rows: Sequence[Tensor]) -> Tensor:
     """Rows of length 1 or T as one table with as many columns as the longest."""
+    if len(rows) == 1:
+        return rows[0][None]
     width = max(len(row) for row in rows)
     device = next((row.device for row in rows if row.device.type != "cpu"), torch.device("cpu"))
     return torch.stack([_row_on(device, row).expand(width) for row in rows])
@@ -218,15 +220,15 @@ def _row_on(device: torch.device, row: Tensor) -> Tensor:
     return _filled(row.item(), row.dtype, device)
 
 
-def slices(name: str, value: Sequence[tuple[int, int]] | None, matrices: Sequence[Tensor]) -> list[int]:
+def slices(name: str, value: Sequence[tuple[int, int]] | None, values: Sequence[Tensor]) -> list[int]:
     """(base, row_stride) per tensor, flattened; empty where all are whole, unsharded tensors."""
     if value is None:
         return []
-    if len(value) != len(matrices):
-        raise ValueError(f"{name}: got {len(value)} for {len(matrices)} tensors; accepted: one (base, row_stride) each")
+    if len(value) != len(values):
+        raise ValueError(f"{name}: got {len(value)} for {len(values)} tensors; accepted: one (base, row_stride) each")
     flat = []
-    for i, (span, matrix) in enumerate(zip(value, matrices, strict=True)):
-        rows, columns, _ = matrix_layout(name, matrix)
+    for i, (span, tensor) in enumerate(zip(value, values, strict=True)):
+        rows, columns, _ = matrix_layout(name, tensor)
         if not isinstance(span, (list, tuple)):
             raise TypeError(f"{name}[{i}]: got {span!r}; accepted: (base, row_stride)")
         if len(span) != 2:

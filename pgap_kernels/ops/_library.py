@@ -33,6 +33,7 @@ def define_with_out(name: str, arguments: str, impl: Callable) -> None:
 def written(*lists: Sequence[Tensor]) -> None:
     """Tell autograd that the tensors changed; library ops do not do it themselves."""
     tensors = list(chain(*lists))
-    if any(map(Tensor.is_inference, tensors)):
-        tensors = [t for t in tensors if not t.is_inference()]
-    torch.autograd.graph.increment_version(tensors)
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except RuntimeError:  # inference tensors have no version
+        torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
