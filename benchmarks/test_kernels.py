@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from benchmarks import timing
-from benchmarks.kernel_ops import OPS, shape_of, weights
-from benchmarks.kernel_sweep import PROVIDERS, Point, Sweep, make_case
+from benchmarks.kernels.ops import OPS, shape_of, weights
+from benchmarks.kernels.sweep import PROVIDERS, Point, Sweep, make_case
 from pgap_kernels import cpu
 
 BUILDS = () if cpu.unavailable else cpu.isas()

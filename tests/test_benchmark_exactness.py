@@ -7,7 +7,9 @@ import json
 import pytest
 import torch
 
-from benchmarks import exactness, exactness_drift, exactness_movement
+from benchmarks.exactness import __main__ as exactness
+from benchmarks.exactness import drift
+from benchmarks.exactness import movement as movements
 
 TINY = {
     "drift_width": 16, "drift_steps": 6, "drift_rank": 4, "drift_window": 4, "drift_probes": 2,
@@ -36,8 +38,8 @@ def settings(monkeypatch):
 
 
 def test_scratch_and_folded_change_no_bit_and_in_place_does(settings):
-    rows = list(exactness_drift.rows(settings))
-    assert len(rows) == 3 * len(exactness_drift.SCHEMES) * 4  # steps 1, 2, 5, 6
+    rows = list(drift.rows(settings))
+    assert len(rows) == 3 * len(drift.SCHEMES) * 4  # steps 1, 2, 5, 6
     for row in rows:
         where = (row["scheme"], row["dtype"], row["step"])
         assert row["exact"] == ("scratch" in row["scheme"] or "folded" in row["scheme"]), where
@@ -51,7 +53,7 @@ def test_scratch_and_folded_change_no_bit_and_in_place_does(settings):
 def test_changed_bits_sees_what_a_comparison_of_values_does_not():
     now = torch.tensor([0.0, 1.0, float("nan"), 2.0], dtype=torch.bfloat16)
     before = torch.tensor([-0.0, 1.0, float("nan"), 2.5], dtype=torch.bfloat16)
-    assert exactness_drift.changed_bits(now, before) == 2
+    assert drift.changed_bits(now, before) == 2
 
 
 # ---- movement -------------------------------------------------------------------------------------------------------
@@ -64,7 +66,7 @@ def movement():
     for name, value in TINY.items():
         setattr(settings, name, value)
     found: dict = {}
-    for row in exactness_movement.rows(settings):
+    for row in movements.rows(settings):
         found.setdefault((row["table"], row["dtype"], row["scheme"]), row)
     return found
 
@@ -112,15 +114,15 @@ def test_updates_to_nearest_without_perturbation_stall(movement):
 
 def test_without_a_persistent_direction_intended_is_the_sum_of_directions():
     for rank in (None, 3):
-        walk = exactness_movement.Walk((8, 12), torch.bfloat16, rank)
-        plan = exactness_movement.Plan(5, 0.5)
+        walk = movements.Walk((8, 12), torch.bfloat16, rank)
+        plan = movements.Plan(5, 0.5)
         by_hand = sum(0.5 * walk.matrix(walk.fresh(step)) for step in range(5))
         torch.testing.assert_close(walk.intended(plan), by_hand)
 
 
 def test_directions_have_an_rms_of_1():
     for rank in (None, 16):
-        walk = exactness_movement.Walk((96, 64), torch.bfloat16, rank)
+        walk = movements.Walk((96, 64), torch.bfloat16, rank)
         rms = torch.stack([walk.matrix(walk.fresh(step)).square().mean() for step in range(20)]).mean().sqrt()
         assert rms == pytest.approx(1, rel=0.05)
 
@@ -133,15 +135,15 @@ def tiny(monkeypatch, tmp_path):
     pytest.importorskip("transformers")
     from finetune_tiny import csv_file, tiny_model
 
-    from benchmarks import exactness_smollm2
+    from benchmarks.exactness import smollm2
     from pgap_kernels.finetune import Config
 
     folder, file = tiny_model(tmp_path / "llama", "llama"), csv_file(tmp_path / "data.csv")
-    load_model, load_data = exactness_smollm2.models.load, exactness_smollm2.data.load
+    load_model, load_data = smollm2.models.load, smollm2.data.load
     config = Config(data=str(file), train_size=20, dev_size=8, test_size=8)
-    monkeypatch.setattr(exactness_smollm2.models, "load", lambda name, *rest: load_model(str(folder), *rest))
-    monkeypatch.setattr(exactness_smollm2.data, "load", lambda _, tokenizer: load_data(config, tokenizer))
-    return exactness_smollm2
+    monkeypatch.setattr(smollm2.models, "load", lambda name, *rest: load_model(str(folder), *rest))
+    monkeypatch.setattr(smollm2.data, "load", lambda _, tokenizer: load_data(config, tokenizer))
+    return smollm2
 
 
 def test_passes_are_counted_and_losses_compared(tiny, settings):
@@ -179,7 +181,7 @@ def test_report_and_figure(settings, tmp_path, capsys, set_threads):
 
 
 def test_a_fact_that_does_not_hold_is_told(settings, monkeypatch, capsys):
-    real = exactness_drift.rows
+    real = drift.rows
     monkeypatch.setitem(exactness.RUNNERS, "drift", lambda args: (row | {"exact": True} for row in real(args)))
     assert exactness.main(["--quick", "--only", "drift"]) == 1
     assert "FAILS" in capsys.readouterr().out

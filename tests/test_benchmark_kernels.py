@@ -9,9 +9,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import idioms, kernel_figure, kernel_targets, kernels, timing
-from benchmarks.kernel_ops import OPS, shape_of, weights
-from benchmarks.kernel_sweep import Point, Sweep
+from benchmarks import timing
+from benchmarks.kernels import __main__ as kernels
+from benchmarks.kernels import figure, idioms, targets
+from benchmarks.kernels.ops import OPS, shape_of, weights
+from benchmarks.kernels.sweep import Point, Sweep
 from pgap_kernels import cpu
 
 NUMBERS = ("seconds", "host_seconds", "repeats", "floor_ratio", "gb_per_s", "megabytes")
@@ -156,10 +158,10 @@ def test_fewer_threads_at_the_largest_size_only(monkeypatch):
 
 def test_targets_time_what_they_compare():
     plan = kernels.points(kernels.arguments(["--targets"]))
-    assert {(p.op, p.dtype, p.rank) for p in plan} == {(t.op, t.dtype, t.rank) for t in kernel_targets.TARGETS}
+    assert {(p.op, p.dtype, p.rank) for p in plan} == {(t.op, t.dtype, t.rank) for t in targets.TARGETS}
     assert {p.run for p in plan} == {1, 2, 3} and {p.threads for p in plan} == {1, 2}
     assert {p.shape for p in plan if p.op == "dense" and p.dtype == "float32"} == {(8192, 8192), (8192, 16384)}
-    wanted = kernel_targets.wanted(["avx2", "generic"])
+    wanted = targets.wanted(["avx2", "generic"])
     assert ("dense", "float32", None, "ours", "avx2") in wanted and ("two_draws",) not in wanted
 
 
@@ -172,22 +174,21 @@ def test_targets_are_judged_by_the_median_of_runs():
     rows = [row("ours", s, run, "avx512") for run, s in enumerate((0.8, 1.0, 0.85))]
     rows += [row("ours", 9, run, "avx2") for run in range(3)]
     rows += [row("two_passes", 1, run, "avx512") for run in range(3)]
-    found = [o for o in kernel_targets.outcomes(rows) if o.values]
+    found = [o for o in targets.outcomes(rows) if o.values]
     assert [str(o) for o in found] == ["0.85x (0.80 to 1.00)"] and found[0].verdict == "met"
-    assert {o.verdict for o in kernel_targets.outcomes(rows) if not o.values} == {"not measured"}
+    assert {o.verdict for o in targets.outcomes(rows) if not o.values} == {"not measured"}
     small = [r | {"megabytes": 2.0} for r in rows]
-    assert {o.verdict for o in kernel_targets.outcomes(small)} == {"not measured"}
-    at_least = kernel_targets.Target("two_draws", "two_passes", at_least=1.2)
-    assert kernel_targets.Outcome(at_least, (8, 8), 2, (1.1,)).verdict == "missed"
+    assert {o.verdict for o in targets.outcomes(small)} == {"not measured"}
+    at_least = targets.Target("two_draws", "two_passes", at_least=1.2)
+    assert targets.Outcome(at_least, (8, 8), 2, (1.1,)).verdict == "missed"
 
 
 def test_figures_of_few_rows():
-    for draw in (kernel_figure.against_floor, kernel_figure.by_size):
+    for draw in (figure.against_floor, figure.by_size):
         draw([])
     rows = [r for rows in sweep().rows(points("dense", "lowrank")) for r in rows]
-    for draw in (kernel_figure.against_floor, kernel_figure.by_size):
-        figure = draw(rows)
-        assert figure.axes
+    for draw in (figure.against_floor, figure.by_size):
+        assert draw(rows).axes
 
 
 def test_medians_take_turns_after_a_warm_up():

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import kernels, machine, markdown, report
+from benchmarks import machine, markdown
+from benchmarks.kernels import __main__ as kernels
+from benchmarks.report import __main__ as report
 from pgap_kernels import cpu
 
 TEMPLATE = Path(__file__).parents[1] / "docs" / "benchmarks.in.md"

@@ -12,11 +12,12 @@ pytest.importorskip("transformers")
 
 from finetune_tiny import tiny_model
 
-from benchmarks import step, step_models
-from benchmarks.step_contenders import Contender, Sampled, Spec
-from benchmarks.step_mezo import Forwards
-from benchmarks.step_models import Workload
-from benchmarks.step_targets import targets
+from benchmarks.step import __main__ as step
+from benchmarks.step import models
+from benchmarks.step.contenders import Contender, Sampled, Spec
+from benchmarks.step.mezo import Forwards
+from benchmarks.step.models import Workload
+from benchmarks.step.targets import targets
 
 OURS = [Spec("ours", "mezo", mode) for mode in ("inplace", "two_pass", "scratch")]
 OURS += [Spec("ours", "pgap", mode, 4) for mode in ("inplace", "scratch", "folded")]
@@ -31,9 +32,9 @@ def tiny(monkeypatch, tmp_path, set_threads):
     set_threads(1)
     folder = tiny_model(tmp_path / "llama", "llama")
     load = AutoModelForCausalLM.from_pretrained
-    monkeypatch.setitem(step_models.MODELS, "smollm2", lambda dtype: load(folder, dtype=dtype))
-    monkeypatch.setitem(step_models.MODELS, "opt13b", lambda dtype: load(folder, dtype=dtype))
-    monkeypatch.setattr(step_models, "BATCH", 2)
+    monkeypatch.setitem(models.MODELS, "smollm2", lambda dtype: load(folder, dtype=dtype))
+    monkeypatch.setitem(models.MODELS, "opt13b", lambda dtype: load(folder, dtype=dtype))
+    monkeypatch.setattr(models, "BATCH", 2)
 
 
 def weights(workload: Workload) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """Checks of lists of weights: with the extension, which passes most lists at once, and without, they say the same."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -35,7 +37,7 @@ def in_rows(tensor):
     if tensor.dim() == 1 and tensor.numel():
         rows = [elements(tensor)]
     dense = all(row == list(range(row[0], row[0] + len(row))) for row in rows if row)
-    return dense and all(a[-1] < b[0] for a, b in zip(rows, rows[1:], strict=False) if a and b)
+    return dense and all(a[-1] < b[0] for a, b in pairwise(rows) if a and b)
 
 
 @pytest.mark.parametrize("fast", [True, False])

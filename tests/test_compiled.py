@@ -12,8 +12,8 @@ pytest.importorskip("triton")
 
 from filelock import FileLock
 
-from benchmarks.common_path import CommonPath, Work, common_path
-from benchmarks.disassembly import parse_amdgcn, parse_sass, reading
+from benchmarks.compiled.common_path import CommonPath, Work, common_path
+from benchmarks.compiled.disassembly import parse_amdgcn, parse_sass, reading
 
 # ---- the path, NVIDIA -----------------------------------------------------------------------------------------------
 
@@ -406,6 +406,6 @@ def test_slot_budgets(rows, key, budget):
 
 def test_the_kernel_of_torch_compile_can_still_be_had():
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.inductor", "--dtype", "bf16"]
+    command = [sys.executable, "-m", "benchmarks.compiled.inductor", "--dtype", "bf16"]
     source = subprocess.run(command, capture_output=True, text=True, env=env, check=True).stdout
     assert source.count("@triton.jit") == source.count("tl.store") == 1 and "randn" in source

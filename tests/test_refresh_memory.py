@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.memory import TensorBytes
+from benchmarks.step.memory import TensorBytes
 from pgap_kernels.optim import PGAP
 
 SHAPES = [(300, 200), (200, 300), (256, 256), (64, 320)]

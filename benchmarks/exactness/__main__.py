@@ -25,7 +25,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks import exactness_drift, exactness_movement, exactness_tables, machine
+from benchmarks import machine
+from benchmarks.exactness import drift, movement, tables
 
 Rows = Callable[[argparse.Namespace], Iterator[dict]]
 SECTIONS = ("drift", "movement", "smollm2")
@@ -65,14 +66,14 @@ def facts(rows: list[dict]) -> list[tuple[str, bool]]:
 
 
 def _smollm2(args: argparse.Namespace) -> Iterator[dict]:
-    from benchmarks import exactness_smollm2  # transformers takes seconds to import
+    from benchmarks.exactness import smollm2  # transformers takes seconds to import
 
-    yield from exactness_smollm2.rows(args)
+    yield from smollm2.rows(args)
 
 
 RUNNERS: dict[str, Rows] = {
-    "drift": exactness_drift.rows,
-    "movement": exactness_movement.rows,
+    "drift": drift.rows,
+    "movement": movement.rows,
     "smollm2": _smollm2,
 }
 
@@ -126,7 +127,7 @@ def main(given: list[str] | None = None) -> int:
     for section in args.only or SECTIONS:
         own = list(RUNNERS[section](args))
         rows += own
-        for table in exactness_tables.tables(section, own):
+        for table in tables.tables(section, own):
             console.print(table)
     held = facts(rows)
     for text, holds in held:
@@ -137,9 +138,9 @@ def main(given: list[str] | None = None) -> int:
         report |= {"facts": [{"fact": text, "holds": holds} for text, holds in held], "rows": rows}
         args.json.write_text(json.dumps(report, indent=1) + "\n")
     if args.figure:
-        from benchmarks import exactness_figure
+        from benchmarks.exactness import figure
 
-        exactness_figure.draw(rows, args.figure)
+        figure.draw(rows, args.figure)
     return 0 if all(holds for _, holds in held) else 1
 
 

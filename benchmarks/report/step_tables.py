@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from benchmarks import step_targets
 from benchmarks.markdown import range_of, table
+from benchmarks.step import targets as step_targets
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""Times the ops of benchmarks.kernel_ops: which settings, who takes part, how often, and the rows that come of it."""
+"""Times the ops of ops.py: which settings, who takes part, how often, and the rows that come of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks import timing
-from benchmarks.kernel_ops import OPS, Case, weights
+from benchmarks.kernels.ops import OPS, Case, weights
 from benchmarks.timing import Call
 from pgap_kernels import cpu
 

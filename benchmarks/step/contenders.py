@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import memory, turns
-from benchmarks.step_mezo import CompiledMeZO, Forwards
-from benchmarks.step_models import Workload, loss_of
+from benchmarks import turns
+from benchmarks.step import memory
+from benchmarks.step.mezo import CompiledMeZO, Forwards
+from benchmarks.step.models import Workload, loss_of
 from pgap_kernels.finetune.baseline import BaselineMeZO
 from pgap_kernels.optim import PGAP, MeZO
 

@@ -10,7 +10,7 @@ from math import isqrt
 import torch
 from torch import Tensor
 
-from benchmarks import idioms
+from benchmarks.kernels import idioms
 from benchmarks.timing import Call
 from pgap_kernels import (
     Adam,

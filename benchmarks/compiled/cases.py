@@ -1,7 +1,7 @@
 """What benchmarks.compiled compiles: every op of the Triton backend in its main configurations, and others' kernels.
 
 A case is a call of the public op on one 4096 x 4096 matrix; which kernel that launches, and how, the op says itself
-(benchmarks/launches.py). Kernels that run beside a pass and do not touch weights have read = written = 0.
+(launches.py). Kernels that run beside a pass and do not touch weights have read = written = 0.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from functools import partial
 import torch
 import triton
 
-from benchmarks import baselines, inductor
-from benchmarks.launches import Launch, recorded
+from benchmarks.compiled import baselines, inductor
+from benchmarks.compiled.launches import Launch, recorded
 from pgap_kernels import (
     HELENE,
     Adam,

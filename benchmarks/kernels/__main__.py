@@ -9,7 +9,7 @@ A setting is an op, dtype, size, rank and number of threads; at each, everybody 
 
     ours            our kernels, on a CPU once per instruction set that it runs
     reference       our op in plain PyTorch: exact, and slow
-    idiom           the PyTorch code that people write today (benchmarks/idioms.py): torch.normal and add_, as MeZO;
+    idiom           the PyTorch code that people write today (idioms.py): torch.normal and add_, as MeZO;
                     U Z V^T made whole, scaled and added, as SubZero and (without Z) LOZO
     torch.compile   the idiom, compiled
     addmm_, lerp    leaner PyTorch code, where there is some
@@ -41,9 +41,10 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from benchmarks import kernel_targets, machine, timing
-from benchmarks.kernel_ops import ALL, OPS, shape_of
-from benchmarks.kernel_sweep import ISAS, PATIENCE, PROVIDERS, Point, Sweep
+from benchmarks import machine, timing
+from benchmarks.kernels import targets
+from benchmarks.kernels.ops import ALL, OPS, shape_of
+from benchmarks.kernels.sweep import ISAS, PATIENCE, PROVIDERS, Point, Sweep
 from pgap_kernels import backends, cpu
 
 CORES = os.cpu_count() or 1
@@ -63,11 +64,11 @@ QUICK = DEFAULT | {
     "budget": 0.02,
 }
 TARGETS = DEFAULT | {
-    "op": list(dict.fromkeys(t.op for t in kernel_targets.TARGETS)),
-    "dtype": list(dict.fromkeys(t.dtype for t in kernel_targets.TARGETS)),
+    "op": list(dict.fromkeys(t.op for t in targets.TARGETS)),
+    "dtype": list(dict.fromkeys(t.dtype for t in targets.TARGETS)),
     "size": [512.0],
     "shape": [[8192, 8192]],
-    "rank": sorted({t.rank for t in kernel_targets.TARGETS if t.rank}),
+    "rank": sorted({t.rank for t in targets.TARGETS if t.rank}),
     "threads": [1, 2],
     "runs": 3,
     "budget": 2.0,
@@ -90,7 +91,7 @@ def points(args: argparse.Namespace) -> list[Point]:
                         found += [Point(run, op, dtype, shape, rank, count) for count in threads]
     if not args.targets:
         return found
-    compared = {key[:3] for key in kernel_targets.wanted(args.isa or ISAS)}
+    compared = {key[:3] for key in targets.wanted(args.isa or ISAS)}
     return [p for p in found if (p.op, p.dtype, p.rank) in compared]
 
 
@@ -139,7 +140,7 @@ def targets_table(rows: Sequence[dict]) -> Table:
     table = Table(title="targets (median of the runs, and their range)", title_justify="left", box=None)
     for column in ("what", "weights", "threads", "target", "measured", ""):
         table.add_column(column)
-    for outcome in kernel_targets.outcomes(rows):
+    for outcome in targets.outcomes(rows):
         style = {True: "green", False: "red", None: "dim"}[outcome.met]
         shape = " x ".join(map(str, outcome.shape))
         what, bound = outcome.target.what, outcome.target.bound
@@ -243,7 +244,7 @@ def main(given: Sequence[str] | None = None) -> None:
         sweep = Sweep(device, timing.on_host, args.isa)
     sweep.providers, sweep.repeats, sweep.budget = args.provider, args.repeats, args.budget
     if args.targets:
-        sweep.wanted = kernel_targets.wanted(args.isa)
+        sweep.wanted = targets.wanted(args.isa)
     facts = machine.facts(device)
     console.print(machine.line(facts), highlight=False)
     rows = list(measured(args, sweep, console))
@@ -252,9 +253,9 @@ def main(given: Sequence[str] | None = None) -> None:
     if args.json:
         machine.write(args.json, facts, rows)
     if args.figure:
-        from benchmarks import kernel_figure
+        from benchmarks.kernels import figure
 
-        kernel_figure.against_floor(rows).savefig(args.figure, dpi=150)
+        figure.against_floor(rows).savefig(args.figure, dpi=150)
 
 
 if __name__ == "__main__":

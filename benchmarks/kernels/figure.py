@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from benchmarks.kernel_ops import ALL, OPS
+from benchmarks.kernels.ops import ALL, OPS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,9 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 
-from benchmarks import kernel_targets
-from benchmarks.kernel_ops import ALL, OPS
-from benchmarks.kernel_sweep import ISAS, PROVIDERS
+from benchmarks.kernels import targets as kernel_targets
+from benchmarks.kernels.ops import ALL, OPS
+from benchmarks.kernels.sweep import ISAS, PROVIDERS
 from benchmarks.markdown import range_of, table
 
 FAMILIES = {

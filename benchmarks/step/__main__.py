@@ -32,9 +32,9 @@ from rich.table import Table
 from tqdm import tqdm
 
 from benchmarks import machine, turns
-from benchmarks.step_contenders import METHODS, MODES, OTHERS, Contender, specs
-from benchmarks.step_models import BATCH, MODELS, Workload
-from benchmarks.step_targets import targets
+from benchmarks.step.contenders import METHODS, MODES, OTHERS, Contender, specs
+from benchmarks.step.models import BATCH, MODELS, Workload
+from benchmarks.step.targets import targets
 
 ALL_MODES = tuple(dict.fromkeys(mode for modes in MODES.values() for mode in modes))
 PROVIDERS = ("ours", *OTHERS)

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from benchmarks.kernel_ops import OPS
+from benchmarks.kernels.ops import OPS
 from benchmarks.markdown import range_of
 
 LEAST_MB = 128  # targets are for weights well beyond the caches

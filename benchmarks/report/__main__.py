@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from benchmarks import report_kernels, report_step
 from benchmarks.machine import text
 from benchmarks.markdown import table
+from benchmarks.report import kernel_tables, step_tables
 
 MACHINE = ("device", "processor", "torch", "python")  # figures of different ones do not go together
 
@@ -57,14 +57,14 @@ def load(folder: Path) -> dict[str, list[dict]]:
 def page(template: str, reports: dict[str, list[dict]]) -> str:
     """The template with its placeholders filled."""
     kernels, steps = (_rows(reports[command]) for command in ("kernels", "step"))
-    targets = [*report_kernels.targets(kernels), *report_step.targets(steps)]
+    targets = [*kernel_tables.targets(kernels), *step_tables.targets(steps)]
     targets = [[*line, verdict.replace("missed", "**missed**")] for *line, verdict in targets]
     parts = {
         "targets": table(["what", "weights", "threads", "target", "measured", ""], targets),
         "machine": _machine([*reports["kernels"], *reports["step"]]),
-        "idioms": report_kernels.idioms(kernels),
-        "kernels": "\n\n".join(report_kernels.tables(kernels)) or "Not measured.",
-        "steps": "\n\n".join(report_step.tables(steps)) or "Not measured.",
+        "idioms": kernel_tables.idioms(kernels),
+        "kernels": "\n\n".join(kernel_tables.tables(kernels)) or "Not measured.",
+        "steps": "\n\n".join(step_tables.tables(steps)) or "Not measured.",
     }
     unknown = set(re.findall(r"{{(.*?)}}", template)) - set(parts)
     if unknown:
@@ -85,15 +85,15 @@ def _machine(reports: Sequence[dict]) -> str:
 
 def figures(reports: dict[str, list[dict]], folder: Path) -> None:
     """Draw what there are rows for."""
-    from benchmarks import kernel_figure
+    from benchmarks.kernels import figure
 
     kernels, steps = (_rows(reports[command]) for command in ("kernels", "step"))
     folder.mkdir(exist_ok=True)
     if kernels:
-        kernel_figure.against_floor(kernels).savefig(folder / "kernels.png", dpi=120)
-        kernel_figure.by_size(kernels).savefig(folder / "kernels_size.png", dpi=120)
+        figure.against_floor(kernels).savefig(folder / "kernels.png", dpi=120)
+        figure.by_size(kernels).savefig(folder / "kernels_size.png", dpi=120)
     if steps:
-        report_step.figure(steps).savefig(folder / "step.png", dpi=120)
+        step_tables.figure(steps).savefig(folder / "step.png", dpi=120)
 
 
 def main(given: Sequence[str] | None = None) -> int:

@@ -19,7 +19,7 @@ ms per GPU is a model of a pass over 1e9 weights, the larger of two times; m and
     issue   slots / (0.8 x 128 lanes x SMs x clock)      A100 108 SMs at 1.41 GHz, H100 and H200 132 at 1.755 GHz
 
 Beside our kernels: "copy" (W += a), passes with Triton's generators ("tl.randn", "tl.randn4x"), and what torch.compile
-makes of MeZO's perturbation (benchmarks/inductor.py).
+makes of MeZO's perturbation (inductor.py).
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 
-from benchmarks import disassembly
-from benchmarks.common_path import Work, common_path
-from benchmarks.compiled_cases import BYTES, SIDE, Case, all_cases
-from benchmarks.launches import compile_for
+from benchmarks.compiled import disassembly
+from benchmarks.compiled.cases import BYTES, SIDE, Case, all_cases
+from benchmarks.compiled.common_path import Work, common_path
+from benchmarks.compiled.launches import compile_for
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

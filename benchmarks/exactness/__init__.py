@@ -1,0 +1,1 @@
+"""What is evaluated and what is applied; ``python -m benchmarks.exactness``."""

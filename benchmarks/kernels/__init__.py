@@ -1,0 +1,1 @@
+"""Times of ops; ``python -m benchmarks.kernels``."""

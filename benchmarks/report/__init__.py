@@ -1,0 +1,1 @@
+"""The page of what was timed; ``python -m benchmarks.report``."""

@@ -1,0 +1,1 @@
+"""Times of whole steps; ``python -m benchmarks.step``."""
