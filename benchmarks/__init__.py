@@ -1,1 +1,1 @@
-"""Measurements; each module is run by hand and prints its table, or JSON with --json."""
+"""Measurements: what is run by ``python -m benchmarks.NAME`` prints its table, or writes JSON with --json."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from pgap_kernels import __version__, cpu
+from pgap_kernels import __version__, cpu, extension
 
 
 def facts(device: torch.device | None = None) -> dict:
@@ -27,7 +27,7 @@ def facts(device: torch.device | None = None) -> dict:
         "caches": _caches(),
         "memory_gb": _memory_gb(),
         "threads": torch.get_num_threads(),
-        "isa": None if cpu.unavailable else cpu.isa()[0],
+        "isa": None if extension.unavailable else cpu.isa()[0],
         "pgap_kernels": __version__,
         "torch": version("torch"),
         "python": platform.python_version(),

@@ -17,16 +17,16 @@ import torch
 from benchmarks import timing
 from benchmarks.kernels.ops import OPS, shape_of, weights
 from benchmarks.kernels.sweep import PROVIDERS, Point, Sweep, make_case
-from pgap_kernels import cpu
+from pgap_kernels import cpu, extension
 
-BUILDS = () if cpu.unavailable else cpu.isas()
+BUILDS = () if extension.unavailable else cpu.isas()
 SWEEP = Sweep(
     torch.device("cpu"),
     timing.on_host,
     [isa for isa in BUILDS if isa != "generic"] or BUILDS,
     [provider for provider in PROVIDERS if provider != "reference"],
 )
-pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=str(cpu.unavailable))
+pytestmark = pytest.mark.skipif(extension.unavailable is not None, reason=str(extension.unavailable))
 
 
 def _settings() -> Iterator:

@@ -3,7 +3,7 @@
 
 constexpr int64_t kRightBlock = 128 << 10;          // floats of Bt that stay in L2 while all rows pass over them
 constexpr int64_t kChunk = 8192 / kPanel * kPanel;  // columns of a tile's rows that wait for their rounding
-constexpr int kAhead = 8;  // panels between a prefetch and its use; rows often lie so that they share few sets of L1
+constexpr int kAhead = 8;                           // panels between a prefetch and its use
 
 // P Bt of ROWS rows and a panel. With PAIRS an item of P and Bt is two numbers of 16 bits, of which the one for the
 // smaller k is the high half and added first.
@@ -36,7 +36,7 @@ template <int ROWS, bool PAIRS, class T> static void low_rank_tile(const LowRank
     const Piece& p = pass.piece;
     T* const out = (T*)p.out + row * p.ld_out + col;
     const T* const in = p.in ? (const T*)p.in + row * p.ld_in + col : nullptr;
-    if (in)
+    if (in)  // not to L1, of which rows that lie a power of two apart share few sets
         for (int i = 0; i < ROWS; ++i)
             for (int64_t b = 0; b < int64_t(kPanel * sizeof(T)); b += 64)
                 V::prefetch_l2((const char*)(in + i * p.ld_in + kAhead * kPanel) + b);

@@ -61,7 +61,7 @@ bool plain(std::vector<Tensor> tensors, bool alike) {
         if (!rows) return false;
         if (rows->rows * rows->cols == 0) continue;
         const uintptr_t begin = (uintptr_t)t.const_data_ptr();
-        extents.emplace_back(begin, begin + ((rows->rows - 1) * rows->ld + rows->cols) * t.element_size());
+        extents.emplace_back(begin, begin + ((rows->rows - 1) * rows->ld + rows->cols) * int64_t(aoti_torch_dtype_element_size(kind.dtype)));
     }
     std::sort(extents.begin(), extents.end());
     for (size_t i = 1; i < extents.size(); ++i)

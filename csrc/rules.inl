@@ -12,8 +12,8 @@ static void keep_bits(float* d, const uint32_t* bits, int64_t at, int64_t n) {
         const uint32_t* from = bits + (at >> 5);
         const uint32_t word = shift ? from[0] >> shift | from[1] << (32 - shift) : from[0];
         for (int bit = 0; bit < 32; bit += V::N) {
-            const V::U drop = V::addu(V::shr<31>(V::lane_bits(word, bit)), all);  // all ones where the bit is not set
-            const V::U kept = V::andu(V::as_u(V::load(d + i + bit)), V::xoru(drop, all));
+            const V::U drop = V::addu(V::shr<31>(V::lane_bits(word, bit)), all), keep = V::xoru(drop, all);
+            const V::U kept = V::andu(V::as_u(V::load(d + i + bit)), keep);
             V::store(d + i + bit, V::as_f(V::oru(kept, V::andu(drop, minus))));
         }
     }
@@ -176,7 +176,7 @@ static void preconditioned(const PreconditionedPass& pass, const Piece& piece, i
 
 // ---- affine: W <- fma(c, X, W0), X = Delta where given, else W - W0 -----------------------------------------------
 
-// f(its row from a column on, as float32 or as the weights' T); null where there is no companion
+// f(its row from a column on, as float32 or as the weights' T, which is all that attach() lets in); null without one
 template <class T, class F> static void with_row(const Companion& c, int64_t row, int64_t column, F f) {
     const int64_t at = row * c.ld + column;
     if (!c.data) f((const T*)nullptr);

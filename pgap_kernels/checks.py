@@ -79,10 +79,9 @@ def matrices(
     if _plain(value, True) and value[0].dtype in dtypes:
         return list(value)
     values = tensors(name, value, dtypes)
-    for i, tensor in enumerate(values):
-        matrix_layout(f"{name}[{i}]", tensor)
+    layouts = [matrix_layout(f"{name}[{i}]", tensor) for i, tensor in enumerate(values)]
     if written:
-        disjoint(name, values)
+        _refuse_overlaps(name, values, layouts)
     return values
 
 
@@ -98,16 +97,17 @@ def _plain(value: Any, alike: bool) -> bool:
 
 def disjoint(name: str, values: Sequence[Tensor]) -> None:
     """Refuse lists of matrices in which two share an element (duplicates, overlapping views)."""
-    if _plain(values, False):
-        return
+    if not _plain(values, False):
+        _refuse_overlaps(name, values, [matrix_layout(name, tensor) for tensor in values])
+
+
+def _refuse_overlaps(name: str, values: Sequence[Tensor], elements: Sequence[tuple[int, int, int]]) -> None:
     # In bytes, so that lists of several dtypes can be checked together.
     layouts, spans = [], []
-    for i, tensor in enumerate(values):
-        size = tensor.element_size()
-        rows, columns, ld = matrix_layout(name, tensor)
+    for i, (tensor, (rows, columns, ld)) in enumerate(zip(values, elements, strict=True)):
+        size, begin = tensor.element_size(), tensor.data_ptr()
         layouts.append((rows, columns * size, ld * size))
         if rows and columns:
-            begin = tensor.data_ptr()
             spans.append((begin, begin + ((rows - 1) * ld + columns) * size, i))
     spans.sort()
     reach, owner = -1, -1

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import reference
-from .extension import unavailable
+from . import extension, reference
 
 name = "cpu"
 
@@ -14,7 +13,7 @@ def refusal(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this backend does not serve the op there, or None."""
     if device.type != "cpu":
         return f"serves CPU tensors, not {device.type}"
-    return unavailable
+    return extension.unavailable
 
 
 def isa() -> tuple[str, str]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, backends, cpu, noise
+from . import __version__, backends, cpu, extension, noise
 from .checks import WEIGHT_DTYPES
 from .ops import draw
 
@@ -134,7 +134,7 @@ def _self_test() -> dict[str, bool]:
 def examine() -> dict[str, Any]:
     """Everything ``pgap-kernels doctor`` reports, as JSON-ready values."""
     isa = None
-    if cpu.unavailable is None:
+    if extension.unavailable is None:
         used, best = cpu.isa()
         isa = {"used": used, "best": best}
     return {
@@ -145,7 +145,7 @@ def examine() -> dict[str, Any]:
         "packages": {package: _version(package) for package in _PACKAGES},
         "devices": _devices(),
         "isa": isa,
-        "extension": cpu.unavailable or "loaded",
+        "extension": extension.unavailable or "loaded",
         "choices": _choices(),
         "self_test": _self_test(),
     }

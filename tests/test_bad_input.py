@@ -548,17 +548,17 @@ import warnings
 import torch
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    from pgap_kernels import backends, cpu, ops
+    from pgap_kernels import backends, extension, ops
     z = [ops.draw((67, 129), 5, 7, offset=1000), ops.draw((67, 129), 5, 7, offset=1000)]
     w = [torch.zeros(9, 9)]
     ops.dense_perturb_(w, [(1, 1.0)], tensor_ids=[1])
     ops.lowrank_perturb_(w, 1, 2, rank=2, coefficient=0.1, tensor_ids=[1])
 assert torch.equal(*z)
-assert "_C" in cpu.unavailable or "extension was not built" in cpu.unavailable, cpu.unavailable
+assert "_C" in extension.unavailable or "extension was not built" in extension.unavailable, extension.unavailable
 try:
     ops.draw(3, 1, 2, backend="cpu")
 except ValueError as error:
-    assert "does not serve assemble_gradient_" in str(error) and cpu.unavailable in str(error), error
+    assert "does not serve assemble_gradient_" in str(error) and extension.unavailable in str(error), error
 else:
     raise AssertionError("a backend that is absent was accepted")
 print(len([c for c in caught if "slow" in str(c.message)]), len(caught))

@@ -14,10 +14,10 @@ from benchmarks.kernels import __main__ as kernels
 from benchmarks.kernels import figure, idioms, targets
 from benchmarks.kernels.ops import OPS, shape_of, weights
 from benchmarks.kernels.sweep import Point, Sweep
-from pgap_kernels import cpu
+from pgap_kernels import cpu, extension
 
 NUMBERS = ("seconds", "host_seconds", "repeats", "floor_ratio", "gb_per_s", "megabytes")
-pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason="the C++ extension is not built")
+pytestmark = pytest.mark.skipif(extension.unavailable is not None, reason="the C++ extension is not built")
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from benchmarks import machine, markdown
 from benchmarks.kernels import __main__ as kernels
 from benchmarks.report import __main__ as report
-from pgap_kernels import cpu
+from pgap_kernels import extension
 
 TEMPLATE = Path(__file__).parents[1] / "docs" / "benchmarks.in.md"
 FACTS = {"processor": "some CPU", "torch": "2.x", "python": "3.x", "caches": {"L1": "32K"}, "command": "python -m it"}
@@ -93,7 +93,7 @@ def test_runs_of_several_files_are_told_apart(folders):
     assert "3.00x (2.00 to 4.00) | met" in (docs / "benchmarks.md").read_text()
 
 
-@pytest.mark.skipif(cpu.unavailable is not None, reason="the C++ extension is not built")
+@pytest.mark.skipif(extension.unavailable is not None, reason="the C++ extension is not built")
 def test_what_the_kernels_command_writes(folders, set_threads, capsys):
     data, docs = folders
     ops = ["--op", "rademacher", "lowrank", "host", "--dtype", "float32", "--provider", "ours", "idiom", "addmm_"]

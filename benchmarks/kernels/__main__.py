@@ -45,7 +45,7 @@ from benchmarks import machine, timing
 from benchmarks.kernels import targets
 from benchmarks.kernels.ops import ALL, OPS, shape_of
 from benchmarks.kernels.sweep import ISAS, PATIENCE, PROVIDERS, Point, Sweep
-from pgap_kernels import backends, cpu
+from pgap_kernels import backends, cpu, extension
 
 CORES = os.cpu_count() or 1
 DEFAULT = {
@@ -217,8 +217,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         file = getattr(args, name)
         if file and not file.parent.is_dir():
             parser.error(f"--{name}: there is no folder {str(file.parent)!r}; create it first")
-    if args.device == "cpu" and cpu.unavailable:
-        parser.error(cpu.unavailable)
+    if args.device == "cpu" and extension.unavailable:
+        parser.error(extension.unavailable)
     if args.device == "cuda":
         if not torch.cuda.is_available():
             parser.error("--device: got cuda, but PyTorch finds no CUDA or ROCm device here; accepted here: cpu")

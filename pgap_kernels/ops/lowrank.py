@@ -181,9 +181,8 @@ def lowrank_perturb_(
     ids = checks.tensor_ids("tensor_ids", tensor_ids, len(weights))
     a = checks.scalar_row("coefficient", coefficient, len(weights))
     d = checks.scalar_row("decay", decay, len(weights))
-    for i, (base, row_stride) in enumerate(slices or ()):
-        row, column = divmod(base, max(row_stride, 1))
-        if (row + column + sum(weights[i].shape)) * given[0] >= 1 << 63:
+    for i, (base, row_stride) in enumerate(zip(spans[::2], spans[1::2], strict=True)):
+        if (sum(divmod(base, row_stride)) + sum(weights[i].shape)) * given[0] >= 1 << 63:
             raise ValueError(
                 f"slices[{i}]: got {(base, row_stride)}; accepted: factor elements with indices below 2**63"
             )

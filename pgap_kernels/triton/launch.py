@@ -152,7 +152,6 @@ def dense_table(
 def _make_dense_table(lists, tensor_ids, slices, per_tensor, same_shape) -> Table:
     entries, tiles = [], []
     for t in range(len(lists[0])):
-        base, row_stride = slices[2 * t : 2 * t + 2] or (0, None)
         entry: dict[Any, int] = {}
         leading, places = {}, []
         for index, (field, tensors) in enumerate(zip((OUT, IN, EXTRA, SECOND), lists, strict=True)):
@@ -162,7 +161,7 @@ def _make_dense_table(lists, tensor_ids, slices, per_tensor, same_shape) -> Tabl
             if index < 2 or same_shape:
                 rows, columns, leading[index] = checks.matrix_layout("weights", tensors[t])
                 places.append((tensors[t].data_ptr(), leading[index] * tensors[t].element_size()))
-        row_stride = row_stride or max(columns, 1)
+        base, row_stride = slices[2 * t : 2 * t + 2] or (0, max(columns, 1))
         if all(ld == columns for ld in leading.values()) and row_stride == columns:
             rows, columns = 1, rows * columns
         per_row, own = _spans(rows, columns, base, row_stride)
