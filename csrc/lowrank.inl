@@ -30,16 +30,16 @@ void products(const LowRankPass& pass, int64_t row, const float* right, V::F (&a
     }
 }
 
-// A tile from registers to W, to nearest.
+// A tile from registers to W, to nearest. `ahead` elements further is what will be needed soon.
 template <int ROWS, bool PAIRS, class T> static void low_rank_tile(const LowRankPass& pass, int64_t row, int64_t col,
-                                                                   const float* right) {
+                                                                   const float* right, int64_t ahead) {
     const Piece& p = pass.piece;
     T* const out = (T*)p.out + row * p.ld_out + col;
     const T* const in = p.in ? (const T*)p.in + row * p.ld_in + col : nullptr;
     if (in)  // not to L1, of which rows that lie a power of two apart share few sets
         for (int i = 0; i < ROWS; ++i)
             for (int64_t b = 0; b < int64_t(kPanel * sizeof(T)); b += 64)
-                V::prefetch_l2((const char*)(in + i * p.ld_in + kAhead * kPanel) + b);
+                V::prefetch_l2((const char*)(in + i * p.ld_in + ahead) + b);
     V::F acc[ROWS][kPanelVectors];
     products<ROWS, PAIRS>(pass, row, right, acc);
     const V::F scale = V::set(pass.coefficient), d = V::set(pass.decay);
@@ -75,8 +75,12 @@ template <int ROWS, bool PAIRS, class T> static void low_rank_nearest(const LowR
     const Piece& p = pass.piece;
     const int64_t panel = kPanel * (PAIRS ? (pass.rank + 1) / 2 : pass.rank);
     const float* right = pass.right + first / kPanel * panel;
+    const int64_t width = last - first, reach = kAhead * kPanel < width ? kAhead * kPanel : width;
     int64_t col = first;
-    for (; col + kPanel <= last; col += kPanel, right += panel) low_rank_tile<ROWS, PAIRS, T>(pass, row, col, right);
+    for (; col + kPanel <= last; col += kPanel, right += panel) {
+        const int64_t ahead = col + reach < last ? reach : reach - width + ROWS * p.ld_in;  // in the tile below
+        low_rank_tile<ROWS, PAIRS, T>(pass, row, col, right, ahead);
+    }
     if (col == last) return;
     alignas(64) float delta[ROWS * kPanel];
     low_rank_delta<ROWS, PAIRS>(pass, row, right, delta, kPanel);
