@@ -178,15 +178,15 @@ def test_filters(capsys):
 
 def row(**changes) -> dict:
     base = {"model": "smollm2", "dtype": "float32", "tokens": 32, "batch": 16, "provider": "ours", "method": "mezo"}
-    return base | {"mode": "inplace", "rank": None, "threads": 2, "ratio": 1.1, "refresh_share": None} | changes
+    return base | {"mode": "inplace", "rank": None, "threads": 2, "ratio_own": 1.1, "refresh_share": None} | changes
 
 
 def test_targets_take_medians_over_runs_and_the_best_mode():
-    rows = [row(ratio=value) for value in (1.1, 1.12, 3.0)]
-    rows += [row(method="pgap", rank=16, mode="inplace", ratio=1.3, refresh_share=0.1)]
-    rows += [row(method="pgap", rank=16, mode="folded", ratio=1.09, refresh_share=0.16)]
-    rows += [row(mode="scratch", ratio=1.0), row(tokens=8, ratio=1.0), row(model="opt13b", ratio=1.0)]
-    rows += [row(provider="published", mode=None, ratio=1.0), row(dtype="bfloat16", ratio=1.0)]
+    rows = [row(ratio_own=value) for value in (1.1, 1.12, 3.0)]
+    rows += [row(method="pgap", rank=16, mode="inplace", ratio_own=1.3, refresh_share=0.1)]
+    rows += [row(method="pgap", rank=16, mode="folded", ratio_own=1.09, refresh_share=0.16)]
+    rows += [row(mode="scratch", ratio_own=1.0), row(tokens=8, ratio_own=1.0), row(model="opt13b", ratio_own=1.0)]
+    rows += [row(provider="published", mode=None, ratio_own=1.0), row(dtype="bfloat16", ratio_own=1.0)]
     found = targets(rows)
     assert [(statistics.median(t.values), t.limit, t.met) for t in found] == [
         (1.12, 1.15, True),

@@ -36,8 +36,8 @@ def targets(rows: Iterable[dict]) -> list[Target]:
     mezo = [r for r in ours if (r["method"], r["mode"]) == ("mezo", "inplace")]
     pgap = [r for r in ours if r["method"] == "pgap"]
     found = [
-        _best("MeZO in place: step / two forwards", mezo, "ratio", 1.15, min),
-        _best("P-GAP, best mode: step / two forwards, refresh apart", pgap, "ratio", 1.08, min),
+        _best("MeZO in place: step / its two forwards", mezo, "ratio_own", 1.15, min),
+        _best("P-GAP, best mode: step / its two forwards, refresh apart", pgap, "ratio_own", 1.08, min),
         _best("P-GAP, most costly: refresh / window of steps", pgap, "refresh_share", 0.15, max),
     ]
     return [target for target in found if target is not None]
