@@ -78,7 +78,9 @@ def test_page(folders):
     assert f"{step} 1.200 (1.100 to 1.300) | **missed** |" in lines
     assert any(line.startswith("| low rank, rank 16, float32 |") and "not measured" in line for line in lines)
     assert "| dense normal | float32 | 256 | 2 | 10 | 2.10 | too slow | 20.00 | 9.5x (8.0 to 10.0) |" in lines
-    assert "| ours mezo inplace | 1.000 | 0.100 | 1.100 | 1.20 (1.20 to 1.20) | 1.20 (1.10 to 1.30) |  |  | 12 |" in lines
+    assert (
+        "| ours mezo inplace | 1.000 | 0.100 | 1.100 | 1.20 (1.20 to 1.20) | 1.20 (1.10 to 1.30) |  |  | 12 |" in lines
+    )
     assert "| ours pgap folded 16 | 1.000 | 0.100 | 1.100 | 1.20 | 1.10 | 9.00 | 8.0% | 12 |" in lines
     assert "| caches | L1 32K |" in lines and "python -m it" in lines
     for name in ("kernels", "kernels_size", "step"):

@@ -30,6 +30,7 @@ GPUS = (
     ("H200", "sm_90", 4.8e12, 132, 1.755e9),
 )
 
+
 def resources(compiled, code: disassembly.Code) -> tuple[int, int]:
     """Registers and spills. AMD's scalar registers spill into lanes of vector registers: that costs no memory."""
     local = sum(x.local for x in code.instructions)
