@@ -30,7 +30,7 @@ import torch
 from torch.nn.functional import linear
 
 from benchmarks import machine, timing
-from pgap_kernels import backends, cpu, extension, lowrank_perturb_
+from pgap_kernels import cpu, lowrank_perturb_
 from pgap_kernels.ops.forward import fold_
 
 SHAPES = [(576, 576), (192, 576), (1536, 576), (576, 1536), (5120, 5120)]
@@ -129,14 +129,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, help="turns per figure (default: what a second has room for, 5 to 101)")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args()
-    if args.device == "cpu" and extension.unavailable:
-        parser.error(extension.unavailable)
-    if args.device == "cuda":
-        if not torch.cuda.is_available():
-            parser.error("--device: got cuda, but PyTorch finds no CUDA or ROCm device here; accepted here: cpu")
-        reason = backends.triton.refusal("lowrank_forward_", torch.device("cuda"), torch.float32)
-        if reason:
-            parser.error(f"--device: got cuda, but the Triton backend does not run here: {reason}")
+    if reason := machine.refusal(args.device, "lowrank_forward_"):
+        parser.error(reason)
     with torch.no_grad():
         found = list(rows(args))
     if args.json:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from pgap_kernels import __version__, cpu, extension
+from pgap_kernels import __version__, backends, cpu, extension
 
 
 def facts(device: torch.device | None = None) -> dict:
@@ -35,6 +35,16 @@ def facts(device: torch.device | None = None) -> dict:
         "system": platform.platform(),
         "command": _command(),
     }
+
+
+def refusal(device: str, op: str) -> str | None:
+    """Why an op cannot be timed on a device here, or None."""
+    if device == "cpu":
+        return extension.unavailable
+    if not torch.cuda.is_available():
+        return "--device: got cuda, but PyTorch finds no CUDA or ROCm device here; accepted here: cpu"
+    reason = backends.triton.refusal(op, torch.device("cuda"), torch.float32)
+    return reason and f"--device: got cuda, but the Triton backend does not run here: {reason}"
 
 
 def write(file: Path, found: dict, rows: Sequence[dict]) -> None:

@@ -60,8 +60,8 @@ bool plain(std::vector<Tensor> tensors, bool alike) {
         const std::optional<Rows> rows = find_rows(t);
         if (!rows) return false;
         if (rows->rows * rows->cols == 0) continue;
-        const uintptr_t begin = (uintptr_t)t.const_data_ptr();
-        extents.emplace_back(begin, begin + ((rows->rows - 1) * rows->ld + rows->cols) * int64_t(aoti_torch_dtype_element_size(kind.dtype)));
+        const uintptr_t begin = (uintptr_t)t.const_data_ptr(), size = aoti_torch_dtype_element_size(kind.dtype);
+        extents.emplace_back(begin, begin + uintptr_t((rows->rows - 1) * rows->ld + rows->cols) * size);
     }
     std::sort(extents.begin(), extents.end());
     for (size_t i = 1; i < extents.size(); ++i)

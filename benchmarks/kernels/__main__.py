@@ -45,7 +45,7 @@ from benchmarks import machine, timing
 from benchmarks.kernels import targets
 from benchmarks.kernels.ops import ALL, OPS, shape_of
 from benchmarks.kernels.sweep import ISAS, PATIENCE, PROVIDERS, Point, Sweep
-from pgap_kernels import backends, cpu, extension
+from pgap_kernels import cpu
 
 CORES = os.cpu_count() or 1
 DEFAULT = {
@@ -217,15 +217,9 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         file = getattr(args, name)
         if file and not file.parent.is_dir():
             parser.error(f"--{name}: there is no folder {str(file.parent)!r}; create it first")
-    if args.device == "cpu" and extension.unavailable:
-        parser.error(extension.unavailable)
-    if args.device == "cuda":
-        if not torch.cuda.is_available():
-            parser.error("--device: got cuda, but PyTorch finds no CUDA or ROCm device here; accepted here: cpu")
-        reason = backends.triton.refusal("dense_perturb_", torch.device("cuda"), torch.float32)
-        if reason:
-            parser.error(f"--device: got cuda, but the Triton backend does not run here: {reason}")
-    else:
+    if reason := machine.refusal(args.device, "dense_perturb_"):
+        parser.error(reason)
+    if args.device == "cpu":
         runs = cpu.isas()[cpu.isas().index(cpu.isa()[0]) :]
         for isa in args.isa or ():
             if isa not in runs:
