@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
+from ..directions import Direction
 from ..noise import Role
-from ..perturbation import Direction, PerWeight
-from .base import Closure, Cost, Params, ZOOptimizer, at_least_one
+from .base import Evaluation, Params, ZOOptimizer
+from .options import at_least_one
 
 
 class MeZO(ZOOptimizer):
@@ -24,6 +25,8 @@ class MeZO(ZOOptimizer):
         **options: model, seed, tensor_ids, on_nonfinite, mode and its options, of ``ZOOptimizer``.
     """
 
+    method: ClassVar[str] = "MeZO"
+
     def __init__(
         self,
         params: Params,
@@ -34,21 +37,17 @@ class MeZO(ZOOptimizer):
         probes: int = 1,
         **options: Any,
     ) -> None:
-        self.probes = at_least_one("probes", probes)
         super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay}, **options)
+        self.probes = at_least_one("probes", probes)
 
-    def cost(self) -> Cost:
-        return Cost(2 * self.probes + (0 if self.two_pass else 1), 0, self.perturbation.scratch_bytes)
+    def first_point(self, step: int) -> Direction:
+        return self.noise(self.key(Role.DENSE, 0, step))
 
-    def directions(self, step: int) -> list[Direction]:
-        return [self.dense(self.key(Role.DENSE, probe, step)) for probe in range(self.probes)]
-
-    def estimate_and_update(self, closure: Closure) -> float:
-        directions = self.plan(self.steps)
-        losses = [self.two_sided(direction, closure) for direction in directions]
-
-        def step(plus: float, minus: float) -> PerWeight:
-            return lambda w: -w.group["lr"] / self.probes * (plus - minus) / (2 * self.radius(w))
-
-        self.land([(direction, step(*pair)) for direction, pair in zip(directions, losses, strict=True)])
+    def estimate_and_update(self, evaluate: Evaluation) -> float:
+        rest = [self.noise(self.key(Role.DENSE, probe)) for probe in range(1, self.probes)]
+        directions = [self.planned(self.steps), *rest]
+        losses = [evaluate.two_sided(direction) for direction in directions]
+        self.apply_update(
+            [(d, self.sgd(plus - minus, self.probes)) for d, (plus, minus) in zip(directions, losses, strict=True)]
+        )
         return sum(plus + minus for plus, minus in losses) / (2 * self.probes)

@@ -1,43 +1,37 @@
 """How a direction reaches the forward, and how an update reaches the weights: three modes behind one interface.
 
-    inplace   the weights are written +-eps; any closure; exact to rounding in float32, drifts in 16-bit
+    inplace   the weights are written W + point; any closure; exact to rounding in float32, drifts in 16-bit
     scratch   a layer runs on a perturbed copy in one reused buffer; the weights see updates only
-    folded    U Z V^T acts on the layer's output; the weights are written once per window
+    folded    a low-rank direction acts on the layer's output; the weights see updates only
 
-Imports: choice -> folded -> scratch -> (hooks, arena) and inplace -> base -> (residual) -> direction.
+Imports: modes -> folded -> scratch -> (stacked, arena) -> hooks, and inplace -> base -> residual. Observers stand beside.
 """
 
-from .base import Perturbation, Update, Write, all_or_nothing
-from .choice import MODES, Choice, build, choose
-from .direction import Dense, Direction, Part, PerWeight, Subspace, Term, Weight, buckets
+from .base import Perturbation, StateRule, Update
 from .folded import Folded
 from .inplace import InPlace
+from .modes import MERGES, MODES, Choice, build, choose, unfolded
+from .observers import observing
 from .residual import Residual
 from .scratch import Scratch
-from .surroundings import Autocast, ForwardState, uninterrupted
+from .step_context import Autocast, ForwardState, uninterrupted
 
 __all__ = [
+    "MERGES",
     "MODES",
     "Autocast",
     "Choice",
-    "Dense",
-    "Direction",
     "Folded",
     "ForwardState",
     "InPlace",
-    "Part",
-    "PerWeight",
     "Perturbation",
     "Residual",
     "Scratch",
-    "Subspace",
-    "Term",
+    "StateRule",
     "Update",
-    "Weight",
-    "Write",
-    "all_or_nothing",
-    "buckets",
     "build",
     "choose",
+    "observing",
+    "unfolded",
     "uninterrupted",
 ]

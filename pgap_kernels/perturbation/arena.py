@@ -10,7 +10,7 @@ from torch import Tensor
 _ALIGNMENT = 128  # bytes: vector accesses, and no two tensors in one cache line
 
 
-def room(tensor: Tensor) -> int:
+def padded_bytes(tensor: Tensor) -> int:
     """Bytes that a tensor takes up."""
     return -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
 
@@ -26,13 +26,13 @@ class Arena:
     def take(self, like: Tensor) -> Tensor:
         """Uninitialised contiguous memory of a tensor's shape and dtype, the last to be given back."""
         device, begin = like.device, self.top[like.device]
-        if begin + room(like) > self.capacity[device]:
+        if begin + padded_bytes(like) > self.capacity[device]:
             own = torch.empty(like.shape, dtype=like.dtype, device=device)
-            self.top[device] = begin + room(like)
+            self.top[device] = begin + padded_bytes(like)
             return own
         if device not in self.memory:
             self.memory[device] = torch.empty(self.capacity[device], dtype=torch.uint8, device=device)
-        self.top[device] = begin + room(like)
+        self.top[device] = begin + padded_bytes(like)
         taken = self.memory[device][begin : begin + like.numel() * like.element_size()]
         return taken.view(like.dtype).view(like.shape)
 
@@ -45,7 +45,7 @@ class Arena:
 
     def give_back(self, like: Tensor) -> None:
         """Release what the last ``take`` of such a tensor gave."""
-        self.top[like.device] -= room(like)
+        self.top[like.device] -= padded_bytes(like)
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor lies in the arena's memory."""

@@ -1,104 +1,110 @@
-"""The interface of the modes, and writes that happen all or not at all."""
+"""The interface of the modes: how a direction reaches a forward, and how an update reaches the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from functools import partial
-from typing import Any, ClassVar, NamedTuple, TypeVar
+import copy
+from collections.abc import Callable, Collection, Hashable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from .direction import Direction, Part, PerWeight, Term, Weight
+from .. import ops
+from ..directions import Amounts, Direction, Noise, Part, Pass, RulePass, Weight, bytes_of, run_all_or_none
 from .residual import Residual
 
 T = TypeVar("T")
 
 
-class Update(NamedTuple):
-    """W <- (1 - decay) W + sum over (direction, step) of step * direction; directions have parts of the same weights.
+class StateRule(NamedTuple):
+    """A rule with state: what the op needs for the weights of one pass.
 
-    ``closing``: all that is pending shall be in the weights afterwards. Otherwise ``following``, where known, is the
-    direction and amount at which the next forward will stand.
+    Attributes:
+        make: the rule, its scalars one for each weight where they differ.
+        state: the rule's states.
+        indices: of the weights that it updates; None for all. The others move along their direction.
     """
 
-    terms: Sequence[tuple[Direction, PerWeight]]
-    decay: PerWeight
-    closing: bool = True
-    following: tuple[Direction, PerWeight] | None = None
+    make: Callable[[Sequence[Weight]], ops.Rule]
+    state: Callable[[Sequence[Weight]], list[list[Tensor]]]
+    indices: Collection[int] | None = None
 
-    def by_part(self) -> list[tuple[list[Term], list[float]]]:
-        """Terms and decays of each part."""
-        directions = [direction for direction, _ in self.terms]
-        rows = []
-        for parts in zip(*directions, strict=True):
-            terms = [Term(part, part.amounts(step)) for part, (_, step) in zip(parts, self.terms, strict=True)]
-            rows.append((terms, [self.decay(w) for w in parts[0].weights]))
-        return rows
+    def serves(self, part: Part) -> bool:
+        """Whether it updates the weights of a part."""
+        return self.indices is None or part.indices[0] in self.indices
 
 
-class Write(NamedTuple):
-    """A pass over some tensors that can be made and be taken back, to rounding."""
+@dataclass(frozen=True)
+class Update:
+    """W <- (1 - decay) W + direction, or what a rule makes of the direction as a gradient estimate.
 
-    tensors: list[Tensor]
-    do: Callable[[], None]
-    undo: Callable[[], None]
-
-
-def all_or_nothing(writes: Sequence[Write], spare: int) -> None:
-    """Make every write, or none: if one raises, those before it are undone and the exception propagates.
-
-    An op that raises has written nothing. Up to ``spare`` bytes are copied before they are written, the smallest writes
-    first, and come back to the bit; the last write needs no copy.
+    Attributes:
+        direction: coefficients included.
+        decay: of each weight; it acts on the weights that the direction moves.
+        rounding_key: gives the n-th key of stochastic rounding of this update.
+        flush: everything that was learnt shall be in the weights afterwards, whatever the mode defers.
+        next_point: what the next step's first forward will see added, where that is known.
+        rule: for updates with state.
     """
-    done: list[tuple[Write, list[Tensor] | None]] = []
-    ordered = sorted(writes, key=lambda write: size_of(write.tensors))
-    try:
-        for write in ordered:
-            size, copies = size_of(write.tensors), None
-            if write is not ordered[-1] and size <= spare:
-                copies, spare = [t.clone() for t in write.tensors], spare - size
-            write.do()
-            done.append((write, copies))
-    except BaseException:
-        for write, copies in reversed(done):
-            if copies is None:
-                write.undo()
-            else:
-                torch._foreach_copy_(write.tensors, copies)
-        raise
 
+    direction: Direction
+    decay: Amounts
+    rounding_key: Callable[[int], int]
+    flush: bool = True
+    next_point: Direction | None = None
+    rule: StateRule | None = None
 
-def size_of(tensors: Sequence[Tensor]) -> int:
-    """Bytes."""
-    return sum(t.numel() * t.element_size() for t in tensors)
+    def keep(self) -> list[float]:
+        """1 - decay of the weights that move, 1 of the others."""
+        moved = {i for part in self.direction for i in part.indices}
+        return [1.0 - d if i in moved else 1.0 for i, d in enumerate(self.decay)]
 
+    def passes(self, moves: Sequence[tuple[Part, Part | None]] | None = None) -> list[Pass]:
+        """The passes of parts with what each shall restore; by default of the direction's parts.
 
-def stochastic(part: Part, key: int) -> dict[str, Any]:
-    """Rounding of an update: stochastic in 16-bit, where to nearest would lose steps under half an ulp."""
-    if part.tensors[0].dtype == torch.float32:
-        return {}
-    return {"rounding": "stochastic", "rounding_key": key}
+        Where several write a weight, the first decays it and each has a rounding key of its own.
+        """
+        times: dict[int, int] = {}
+        made: list[Pass] = []
+        for part, restore in moves if moves is not None else [(part, None) for part in self.direction]:
+            decay = [0.0 if w.index in times else self.decay[w.index] for w in part.weights]
+            key = self.rounding_key(max(times.get(i, 0) for i in part.indices))
+            times |= {i: times.get(i, 0) + 1 for i in part.indices}
+            made.append(self._pass(part, decay, key, restore))
+        return made
+
+    def _pass(self, part: Part, decay: list[float], key: int, restore: Part | None) -> Pass:
+        if self.rule is None or not self.rule.serves(part):
+            return Pass(part, decay, key)
+        if restore is not None and not isinstance(restore, Noise):
+            raise ValueError(f"rule: got a perturbation by {type(restore).__name__}; accepted: plain dense noise")
+        return RulePass(part, decay, key, self.rule.make(part.weights), self.rule.state(part.weights), restore)
 
 
 class Perturbation:
-    """How a direction reaches the forwards of a step, and how an update reaches the weights.
+    """One mode.
 
-    A step is ``begin``, any number of ``stand`` and ``forward``, and ``commit``; on an exception ``restore``.
+    A step is ``begin``, any number of ``perturb_to`` and ``forward``, and ``apply``; on an exception ``restore``.
 
     Attributes:
         passes: reads and writes of all weights so far, counted by elements.
         seconds: spent on perturbing inside forwards, if they were not compiled.
-        written: how many times this step has written weights; the number of its next stochastic-rounding key.
+        passes_this_step: number of ``perturb_to`` and ``apply`` of this step that wrote weights; it numbers the keys of
+            stochastic rounding.
+        dry: count passes, run none.
     """
 
     mode: ClassVar[str]
 
     def __init__(self, weights: Sequence[Weight]) -> None:
         self.passes = 0.0
-        self.written = self.merge_key = 0
+        self.passes_this_step = self.merge_key = 0
         self.seconds = 0.0
+        self.workspace_bytes = 0  # the most that was lent beyond the memory of the forwards
         self.residual: Residual | None = None
+        self.dry = False
+        self.released: str | None = None  # why it serves no more
         self.adopt(weights)
 
     @property
@@ -107,86 +113,98 @@ class Perturbation:
         return 0
 
     @property
+    def state_bytes(self) -> int:
+        """Memory that the mode keeps between steps."""
+        return 0
+
+    @property
     def graph_key(self) -> Hashable:
         """Forwards with equal keys may replay each other's CUDA graph."""
         return None
-
-    def adopt(self, weights: Sequence[Weight]) -> None:
-        """Serve these weights from now on."""
-        self.weights = list(weights)
-        self.total = sum(w.tensor.numel() for w in weights) or 1
-        self.largest = max((size_of([w.tensor]) for w in weights), default=0)
-
-    def count(self, weights: Sequence[Weight]) -> None:
-        """Note a pass over some of the weights."""
-        self.passes += sum(w.tensor.numel() for w in weights) / self.total
-
-    def landing(self, terms: list[Term], decay: list[float], rounding_key: int) -> list[Write]:
-        """The passes that make an update of one part: one, or with residual planes some for a few weights each."""
-        if not any(decay) and not any(any(t.coefficient) for t in terms):
-            return []  # not even -0 becomes 0
-        part, residual = terms[0].part, self.residual
-        if residual is not None and residual.serves(part):
-            return [
-                self._write(residual.tensors(part, chosen), terms, decay, partial(residual.write, part, chosen))
-                for chosen in residual.batches(part.weights)
-            ]
-        first = partial(part.write, rounding=stochastic(part, rounding_key))
-        return [self._write(part.tensors, terms, decay, partial(part.write, rounding={}), first)]
-
-    def _write(
-        self,
-        tensors: list[Tensor],
-        terms: list[Term],
-        decay: list[float],
-        write: Callable,
-        first: Callable | None = None,
-    ) -> Write:
-        """A pass and its inverse,  W <- (W - sum of terms) / (1 - d); ``first`` makes the pass if not ``write``."""
-
-        def do() -> None:
-            (first or write)(terms, decay)
-            self.passes += sum(t.numel() for t in tensors if t.is_floating_point()) / self.total  # planes are integers
-
-        def undo() -> None:
-            keep = [1.0 - d for d in decay]
-            back = [Term(t.part, [-c / k for c, k in zip(t.coefficient, keep, strict=True)]) for t in terms]
-            write(back, [-d / k for d, k in zip(decay, keep, strict=True)])
-
-        return Write(tensors, do, undo)
 
     @property
     def pending(self) -> bool:
         """Whether the weights are not what the model is: see ``merge``."""
         return False
 
-    def spare(self, elements: int, device: torch.device) -> Tensor:
+    def adopt(self, weights: Sequence[Weight]) -> None:
+        """Serve these weights from now on."""
+        self.weights = list(weights)
+        self.total = sum(w.tensor.numel() for w in weights) or 1
+        self.largest = max((bytes_of([w.tensor]) for w in weights), default=0)
+
+    def workspace(self, elements: int, device: torch.device) -> Tensor:
         """Uninitialised float32 memory to use until the next forward."""
+        self.workspace_bytes = max(self.workspace_bytes, 4 * elements)
         return torch.empty(elements, dtype=torch.float32, device=device)
+
+    def dry_copy(self, weights: list[Weight]) -> Perturbation:
+        """The mode for weights without memory: it counts passes and runs none."""
+        twin = copy.copy(self)
+        twin.dry, twin.residual = True, None
+        twin.weights, twin.passes, twin.seconds, twin.workspace_bytes = weights, 0.0, 0.0, 0
+        twin.forget()
+        return twin
+
+    def forget(self) -> None:
+        """Drop what belongs to the weights as they were."""
+
+    # ---- passes -----------------------------------------------------------------------------------------------------
+
+    def count_passes(self, weights: Sequence[Weight], times: int = 1) -> None:
+        """Count passes over some of the weights."""
+        self.passes += times * sum(w.tensor.numel() for w in weights) / self.total
+
+    def run(self, p: Pass) -> None:
+        """Run a pass: the only place where weights are written."""
+        if not self.dry:
+            p.run()
+        self.count_passes(p.weights)
+
+    def split(self, p: Pass) -> list[Pass]:
+        """The passes that make a pass of an update: with residual planes some, for a few weights each."""
+        if p.is_empty():
+            return []
+        if self.residual is None or not self.residual.serves(p.part):
+            return [p]
+        return self.residual.split(p)
+
+    def run_all(self, passes: Sequence[Pass], copy_budget: int) -> None:
+        """Run the passes of an update, or none of them."""
+        run_all_or_none([small for p in passes for small in self.split(p)], self.run, copy_budget)
+
+    # ---- a step -----------------------------------------------------------------------------------------------------
 
     def begin(self, merge_key: int) -> None:
         """A step begins; ``merge_key`` rounds what is merged until the next begins."""
-        self.written, self.merge_key = 0, merge_key
+        if self.released is not None:
+            raise RuntimeError(f"step: {self.released}; make a new optimizer to go on")
+        self.passes_this_step, self.merge_key = 0, merge_key
 
-    def stand(self, direction: Direction, amount: PerWeight) -> None:
-        """The forwards that follow see W + amount * direction; an empty direction is W."""
+    def perturb_to(self, points: Sequence[Direction]) -> None:
+        """The next forwards see W + point: one point, or one for each of N equal slices of a forward's rows.
+
+        Raises:
+            ValueError: the mode cannot show several points in one forward.
+        """
         raise NotImplementedError
 
     def forward(self, call: Callable[[], T]) -> T:
-        """One forward where ``stand`` said."""
+        """One forward at the points of the last ``perturb_to``."""
         return call()
 
-    def commit(self, update: Update, rounding_key: int) -> None:
-        """Leave where one stands and make the update; if it raises, nothing has changed."""
+    def apply(self, update: Update) -> None:
+        """Leave the point and make the update; if it raises, nothing has changed."""
         raise NotImplementedError
 
     def restore(self) -> None:
-        """The weights as they were before ``begin``."""
-        raise NotImplementedError
+        """Give the weights what they were before ``begin``."""
+        self.perturb_to([Direction()])
 
     def merge(self) -> None:
-        """Write what is pending into the weights."""
+        """Write into the weights what is pending."""
 
-    def release(self) -> None:
-        """Leave the model alone from now on, with all that it has learnt in its weights."""
+    def release(self, why: str = "the optimizer was detached from its model") -> None:
+        """Leave the model alone from now on, with all that was learnt in its weights."""
         self.merge()
+        self.released = why

@@ -1,10 +1,15 @@
-"""Folded: directions U Z V^T act on a layer's output, updates gather in a core, W is written once per window.
+"""Folded: low-rank directions A C B^T act on a layer's output; the weight is read by its own layer alone.
 
-    forward of a layer:   y <- s x W^T + b + (x V) (C + a Z)^T U^T        the module has made x W^T + b
-    update:               C <- (1 - d) C - lr rho Z,   s <- (1 - d) s     C (r, r) float32, s in float64 on the host
-    merge:                W <- round_stochastic(s W + U C V^T),   C <- 0,   s <- 1
+    forward of a layer:   y <- x W^T + b + (x B) C^T A^T                 the module has made x W^T + b
+    update:               W <- round_stochastic((1 - d) W + A C B^T)     one pass a step
 
-Dense directions, on tensors that are no matrix or as probes of a refresh, take the scratch.
+With ``merge="window"`` updates gather in a core and W is written once per window:
+
+    forward of a layer:   y <- s x W^T + b + (x B) (G + C)^T A^T
+    update:               G <- (1 - d) G + C,   s <- (1 - d) s           G float32, s in float64 on the host
+    merge:                W <- round_stochastic(s W + A G B^T),   G <- 0,   s <- 1
+
+Everything else, dense directions and layers that are not linear maps or embeddings, takes the scratch.
 """
 
 from __future__ import annotations
@@ -16,228 +21,229 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..ops._library import table
-from ..ops.forward import fold_
-from .base import Update, Write, all_or_nothing
-from .direction import Direction, PerWeight, Subspace, Term, Weight, buckets, sum_of_cores
-from .hooks import EMBEDDING, LINEAR, Place, Use
-from .scratch import CLEAN, DENSE, SUBSPACE, Scratch, Slot
-
-
-class Window:
-    """What a matrix has gathered since its weight was last written: s W + U C V^T."""
-
-    def __init__(self, left: Tensor, right: Tensor) -> None:
-        self.left, self.right = left, right
-        rank, device = left.shape[1], left.device
-        self.core = torch.zeros(rank, rank, device=device, dtype=torch.float32)
-        self.keep = 1.0  # s
-        self.keep_there = torch.ones((), device=device, dtype=torch.float32)
-        self.open = False
-
-    def pair(self, moved: Tensor) -> list[Tensor]:
-        """C + a Z and C - a Z."""
-        return [self.core + moved, self.core - moved]
-
-    def show(self, slot: Slot) -> None:
-        """The forward sees U C V^T alone."""
-        if slot.subspace is None:
-            slot.subspace = (self.left, self.right, torch.empty_like(self.core))
-        slot.kind, slot.stands = SUBSPACE, False
-        slot.subspace[2].copy_(self.core)
-
-    def assign(self, core: Tensor | None, keep: float) -> None:
-        """Another C, in the same memory, and another s; None closes the window."""
-        self.open = core is not None
-        self.keep = keep
-        self.keep_there.fill_(keep)
-        self.core.zero_() if core is None else self.core.copy_(core)
-
-
-def foldable(uses: Sequence[Use], number: int) -> str | None:
-    """Why directions of a weight cannot be folded into the outputs of its modules, or None."""
-    for use in uses:
-        for place in use.places:
-            if place.weight == number and (use.kind is None or place.name != "weight"):
-                where = f"{use.name}.{place.name}" if use.name else place.name
-                return f"{where} belongs to a {type(use.module).__name__}"
-    return None
+from .. import ops
+from ..directions import Direction, Part, Pass, Weight, add_parts
+from .base import Update
+from .hooks import EMBEDDING, LINEAR, ModuleUse, ParamRef
+from .scratch import Scratch, Shown
+from .stacked import check_rows
 
 
 class Folded(Scratch):
-    """Perturbs the outputs of linear layers and embeddings, and everything else as ``Scratch``."""
+    """Perturbs the outputs of linear layers and embeddings, and everything else as ``Scratch``.
+
+    Args:
+        weights, model, allow_unused: as in ``Scratch``.
+        defers: updates that act on outputs gather until ``merge`` or an update that flushes.
+    """
 
     mode: ClassVar[str] = "folded"
 
-    def __init__(self, weights: Sequence[Weight], model: nn.Module, **options: bool) -> None:
-        self.windows: dict[int, Window] = {}
+    def __init__(self, weights: Sequence[Weight], model: nn.Module, *, defers: bool = False, **options: bool) -> None:
+        self.defers = defers
+        self.window: list[Part] = []  # what has been gathered, not yet written
         super().__init__(weights, model, **options)
 
     def adopt(self, weights: Sequence[Weight]) -> None:
+        assert not self.window, "a window is merged before the weights change"
+        self.keep = [1.0] * len(weights)  # s
         super().adopt(weights)
-        self.windows = {}
-        self.open = self.shrinks = False
+
+    def _make_tables(self) -> None:
+        super()._make_tables()
+        self.foldable = foldable_weights(self.uses)
+        shape = (len(self.weights), 1, 1)
+        devices = {w.tensor.device for w in self.weights}
+        # 1 - s, where fills and outputs read it.
+        self.faded = {d: torch.zeros(shape, dtype=torch.float32, device=d) for d in devices}
+        self.fades = False
 
     @property
     def pending(self) -> bool:
-        return self.open
-
-    def stand(self, direction: Direction, amount: PerWeight) -> None:
-        super().stand(direction, amount)
-        idle = [n for n, window in self.windows.items() if window.open and self.slots[n].kind == CLEAN]
-        for number in idle:
-            self.windows[number].show(self.slots[number])
-        self.open = any(window.open for window in self.windows.values())
-        self.shrinks = any(window.keep != 1.0 for window in self.windows.values())
-
-    def _stand_in_subspace(self, part: Subspace, slots: list[Slot], values: list[float]) -> None:
-        super()._stand_in_subspace(part, slots, values)
-        for number, slot in self._numbered(slots):
-            window = self.windows.get(number)
-            assert slot.subspace is not None
-            if window is None or window.left is not slot.subspace[0]:
-                assert window is None or not window.open, "a window is merged before its subspace changes"
-                self.windows[number] = Window(*slot.subspace[:2])
-            elif window.open and not self.paired:
-                slot.subspace[2].add_(window.core)
-
-    def _numbered(self, slots: Sequence[Slot]) -> list[tuple[int, Slot]]:
-        numbers = {id(slot): number for number, slot in enumerate(self.slots)}
-        return [(numbers[id(slot)], slot) for slot in slots]
+        return bool(self.window)
 
     @property
-    def graph_key(self) -> tuple:
-        across = [n for n, w in self.windows.items() if w.open and (self.paired or self.slots[n].kind == DENSE)]
-        return (*super().graph_key, self.shrinks, tuple(across))
+    def state_bytes(self) -> int:
+        return sum(part.core_bytes for part in self.window)
+
+    def forget(self) -> None:
+        self.window, self.keep = [], [1.0] * len(self.weights)
+        super().forget()
+
+    def perturb_to(self, points: Sequence[Direction]) -> None:
+        super().perturb_to([self._with_window(point) for point in points])
+        self.fades = any(s != 1.0 for s in self.keep)
+        for faded in self.faded.values():
+            faded.copy_(torch.tensor([1.0 - s for s in self.keep], dtype=torch.float32, device="cpu")[:, None, None])
+
+    def _with_window(self, point: Direction) -> Direction:
+        """What the window holds and the point add up to; cores of one subspace become one."""
+        if not self.window:
+            return point
+        return add_parts([*self.window, *(half for part in point for half in self._split(part))])
+
+    def _split(self, part: Part) -> list[Part]:
+        """The parts of the weights that fold and of those that do not."""
+        if not part.acts_on_outputs:
+            return [part]
+        folds = [i for i, index in enumerate(part.indices) if index in self.foldable]
+        if len(folds) in (0, len(part.weights)):
+            return [part]
+        rest = sorted({*range(len(part.weights))} - {*folds})
+        return [part.of(folds), part.of(rest)]
+
+    def _folds(self, part: Part) -> bool:
+        return part.acts_on_outputs and part.indices[0] in self.foldable
 
     # ---- a forward --------------------------------------------------------------------------------------------------
 
-    def fills(self, place: Place) -> bool:
-        return self.slots[place.weight].kind == DENSE
+    def fills_of(self, index: int, point: int) -> list[Shown]:
+        shown = self.shown[index][point]
+        return [s for s in shown if not s.part.acts_on_outputs] if index in self.foldable else shown
 
-    def fill(self, place: Place, out: Tensor, sign: int) -> None:
-        super().fill(place, out, sign)
-        window = self.windows.get(place.weight)
-        if window is not None and window.open:
-            self._add_window(self.slots[place.weight], window, out)
+    def folds_of(self, index: int, point: int) -> list[Shown]:
+        """What is added to a weight by moving its layer's output."""
+        return [s for s in self.shown[index][point] if s.part.acts_on_outputs] if index in self.foldable else []
 
-    def _add_window(self, slot: Slot, window: Window, out: Tensor) -> None:
-        """W + a z  ->  s W + a z + U C V^T, in the buffer: a dense direction across an open window."""
-        if self.shrinks:
-            out.sub_(slot.tensor * (1.0 - window.keep_there))
-        table.lowrank_perturb_(
-            [out], [window.left], [window.right], [window.core], slot.no_keys, slot.one[0], slot.none[0], None,
-            [slot.id], [], window.left.shape[1], "full", slot.one[0], [], None,
-        )  # fmt: skip
+    def decay_of(self, index: int) -> Tensor:
+        return self.faded[self.weights[index].tensor.device][index]
 
     def leave(self, number: int, args: tuple, kwargs: dict, output: Any) -> Any:
-        if not self.active and not self.open:
+        if not self.active and not self.window:
             return None
-        begin = 0.0 if torch.compiler.is_compiling() else time.perf_counter()
+        compiling = torch.compiler.is_compiling()
+        begin = 0.0 if compiling else time.perf_counter()
         use = self.uses[number]
-        for place in use.places:
-            if self.slots[place.weight].kind == SUBSPACE:
+        for ref in use.refs:
+            if any(self.folds_of(ref.index, point) for point in range(self.count)):
                 x = args[0] if args else next(iter(kwargs.values()))
-                output = self._fold(use, place.weight, x, output)
-        if not torch.compiler.is_compiling():
+                output = self._fold(use, ref, x, output)
+        if not compiling:
             self.seconds += time.perf_counter() - begin
         kept = super().leave(number, args, kwargs, output)
         return output if kept is None else kept
 
-    def _fold(self, use: Use, weight: int, x: Tensor, output: Tensor) -> Tensor:
-        slot, window = self.slots[weight], self.windows[weight]
-        assert slot.subspace is not None
-        left, right, core = slot.subspace
-        if self.shrinks:
-            output = self._shrunk(use, window, output)
-        output, one, transposed = output.contiguous(), slot.one[0], use.kind != LINEAR
-        if torch.is_grad_enabled() and output.requires_grad:  # a first-order use between steps: in PyTorch's own ops
-            into, m, out_of = (left, core, right) if transposed else (right, core.T, left)
-            t = into[x] if use.kind == EMBEDDING else x.float() @ into
-            return output + (t @ m @ out_of.T).to(output.dtype)
-        if torch.compiler.is_compiling():
-            table.lowrank_forward_(
-                output, x, left, right, core, None, slot.no_keys[:0], one, one, 0, [], False, False, transposed, None
-            )
-        else:
-            pair = self.paired and self.active and slot.stands
-            fold_(output, x, left, right, window.pair(core) if pair else [core], transposed)
+    def _fold(self, use: ModuleUse, ref: ParamRef, x: Tensor, output: Tensor) -> Tensor:
+        folds = [self.folds_of(ref.index, point) for point in range(self.count)]
+        if self.fades and not any(self.fills_of(ref.index, point) for point in range(self.count)):
+            output = self._faded_output(use, ref, output)
+        output = output.contiguous()
+        if self.count > 1:
+            check_rows(self, type(use.module).__name__, output.shape[0])
+        if torch.is_grad_enabled() and output.requires_grad:  # a first-order use between steps, of one point
+            return _fold_differentiably(use.kind, folds[0], x, output)
+        for operands in _by_factors(folds):
+            left, right, _ = operands[0]
+            add_lowrank(output, x, left, right, [core for _, _, core in operands], use.kind != LINEAR)
         return output
 
-    def _shrunk(self, use: Use, window: Window, output: Tensor) -> Tensor:
+    def _faded_output(self, use: ModuleUse, ref: ParamRef, output: Tensor) -> Tensor:
         """s (y - b) + b, with the b that the module has added."""
-        output = output * window.keep_there
-        bias = use.module._parameters.get("bias") if use.kind != EMBEDDING else None
-        if bias is None:
+        faded = self.decay_of(ref.index).view(())
+        output = output * (1 - faded)
+        bias = next((r for r in use.refs if r.name == "bias" and r.owner is use.module), None)
+        own = use.module._parameters.get("bias") if use.kind != EMBEDDING else None
+        if own is None:
             return output
-        biases: list[Tensor] = [bias]
-        if self.paired and self.active:  # the halves have had one each, and given them back
-            for place in use.places:
-                if place.name == "bias" and self.fills(place):
-                    biases = [torch.empty_like(bias), torch.empty_like(bias)]
-                    self.fill(place, biases[0], 1)
-                    self.fill(place, biases[1], -1)
-        halves = zip(output.chunk(len(biases)), biases, strict=True)
-        return torch.cat([y + (b * (1 - window.keep_there)).to(y.dtype) for y, b in halves])
+        biases: list[Tensor] = [own]
+        if self.count > 1 and bias is not None and bias in self.refs_to_fill(use):
+            biases = [torch.empty_like(own) for _ in range(self.count)]  # each point had its own and gave it back
+            for point, b in enumerate(biases):
+                self.fill(bias, b, point)
+        parts = zip(output.chunk(len(biases)), biases, strict=True)
+        return torch.cat([y + (b * faded).to(y.dtype) for y, b in parts])
 
     # ---- updates ----------------------------------------------------------------------------------------------------
 
-    def commit(self, update: Update, rounding_key: int) -> None:
-        writes: list[Write] = []
-        gathered: dict[int, tuple[Tensor, float]] = {
-            number: (window.core, window.keep) for number, window in self.windows.items() if window.open
-        }
-        for terms, decay in update.by_part():
-            if isinstance(terms[0].part, Subspace):
-                gathered.update(self._gathered(terms, decay))
+    def apply(self, update: Update) -> None:
+        if not self.defers and not self.window:
+            super().apply(update)
+            return
+        window, keep, passes, direct = list(self.window), list(self.keep), [], []
+        for part in (half for whole in update.direction for half in self._split(whole)):
+            if not self._folds(part):
+                direct.append((part, None))
+                continue
+            kept = [1.0 - d for d in update.decay]
+            both = [(old, old.scaled(kept).plus(part)) for old in window]
+            match = next(((old, new) for old, new in both if new is not None), None)
+            if match is None:  # other factors than before: what they hold is written first
+                stale = [old for old in window if {*old.indices} & {*part.indices}]
+                passes += self._merges(stale, keep, update.rounding_key(1))
+                window = [old for old in window if old not in stale] + [part.condensed()]
             else:
-                writes += self.landing(terms, decay, rounding_key)
-        if update.closing:
-            writes += self._merges(gathered, rounding_key)
-        all_or_nothing(writes, self.largest)
-        self.written += 1
-        for number, (core, keep) in gathered.items():
-            self.windows[number].assign(*((None, 1.0) if update.closing else (core, keep)))
-        self.stand([], lambda _: 0.0)
+                window = [match[1].condensed() if old is match[0] else old for old in window]
+            for index in part.indices:
+                keep[index] *= kept[index]
+        passes += update.passes(direct)
+        if update.flush or not self.defers:
+            passes += self._merges(window, keep, update.rounding_key(0))
+            window = []
+        self.run_all(passes, copy_budget=self.largest)
+        self.passes_this_step += 2 + len(update.direction.parts)
+        self.window, self.keep = window, keep
+        self.restore()
 
-    def _gathered(self, terms: list[Term], decay: list[float]) -> dict[int, tuple[Tensor, float]]:
-        """C and s of each matrix of a part after an update; nothing is written."""
-        part = terms[0].part
-        assert isinstance(part, Subspace)
-        step, coefficient = sum_of_cores(terms)
-        cores = step if isinstance(step, list) else part.cores
-        number_of = {id(w.tensor): number for number, w in enumerate(self.weights)}
-        numbers = [number_of[id(t)] for t in part.tensors]
-        windows = [self.windows[number] for number in numbers]
-        keep = [1.0 - d for d in decay]
-        total = torch._foreach_mul([w.core for w in windows], keep)
-        torch._foreach_add_(total, torch._foreach_mul(cores, coefficient))
-        kept = [w.keep * k for w, k in zip(windows, keep, strict=True)]
-        return dict(zip(numbers, zip(total, kept, strict=True), strict=True))
-
-    def _merges(self, gathered: dict[int, tuple[Tensor, float]], rounding_key: int) -> list[Write]:
-        names = {self.weights[number].name: number for number in gathered}
-        weights = [self.weights[number] for number in gathered]
-        writes = []
-        for bucket in buckets(weights, also=lambda w: self.windows[names[w.name]].left.shape[1]):
-            numbers = [names[w.name] for w in bucket]
-            windows = [self.windows[n] for n in numbers]
-            part = Subspace(
-                bucket,
-                [w.left for w in windows],
-                [w.right for w in windows],
-                [gathered[n][0] for n in numbers],
-                [1.0] * len(bucket),
-            )
-            term = Term(part, [1.0] * len(bucket))
-            writes += self.landing([term], [1.0 - gathered[n][1] for n in numbers], rounding_key)
-        return writes
+    def _merges(self, window: Sequence[Part], keep: list[float], rounding_key: int) -> list[Pass]:
+        """The passes that write parts of the window; their weights' s is 1 again."""
+        passes = [Pass(part, [1.0 - keep[i] for i in part.indices], rounding_key) for part in window]
+        for part in window:
+            for index in part.indices:
+                keep[index] = 1.0
+        return passes
 
     def merge(self) -> None:
-        gathered = {n: (window.core, window.keep) for n, window in self.windows.items() if window.open}
-        if not gathered:
+        if not self.window:
             return
-        all_or_nothing(self._merges(gathered, self.merge_key), self.largest)
-        for number in gathered:
-            self.windows[number].assign(None, 1.0)
-        self.stand([], lambda _: 0.0)
+        keep = list(self.keep)
+        self.run_all(self._merges(self.window, keep, self.merge_key), copy_budget=self.largest)
+        self.window, self.keep = [], keep
+        self.restore()
+
+
+def foldable_weights(uses: Sequence[ModuleUse]) -> set[int]:
+    """Indices of the weights whose every use is a layer that low-rank directions can act on the output of."""
+    known = {ref.index for use in uses for ref in use.refs}
+    return known - {ref.index for use in uses for ref in use.refs if not use.foldable(ref)}
+
+
+Fold = tuple[Tensor, Tensor, Tensor]  # A, B and the core
+
+
+def _by_factors(folds: Sequence[Sequence[Shown]]) -> list[list[Fold]]:
+    """The folds of one weight as ops: each has one pair of factors, and a core for each point.
+
+    Where points differ in factors, each op has a zero core for the points that it is not for.
+    """
+    count, found = len(folds), {}
+    for point, shown in enumerate(folds):
+        for s in shown:
+            left, right, core = s.operands.fold(s.position)
+            cores = found.setdefault((id(left), id(right)), [(left, right, None)] * count)
+            before = cores[point][2]
+            cores[point] = (left, right, core if before is None else before + core)
+    return [
+        [(left, right, torch.zeros_like(_first(fold)) if core is None else core) for left, right, core in fold]
+        for fold in found.values()
+    ]
+
+
+def _first(fold: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> Tensor:
+    return next(core for _, _, core in fold if core is not None)
+
+
+def add_lowrank(output: Tensor, x: Tensor, left: Tensor, right: Tensor, cores: list[Tensor], transposed: bool) -> None:
+    """output <- output + x (A C B^T)^T, or x (A C B^T) if transposed, with a core for each slice of the rows."""
+    if torch.compiler.is_compiling():  # the op itself can be traced, its checked and its unchecked entry cannot
+        ops.torch_ops.lowrank_forward_(output, x, left=left, right=right, cores=cores, transposed=transposed)
+    else:
+        ops.add_lowrank_(output, x, left=left, right=right, cores=cores, transposed=transposed)
+
+
+def _fold_differentiably(kind: str | None, folds: Sequence[Shown], x: Tensor, output: Tensor) -> Tensor:
+    for s in folds:
+        left, right, core = s.operands.fold(s.position)
+        into, m, out_of = (left, core, right) if kind != LINEAR else (right, core.T, left)
+        t = into[x] if kind == EMBEDDING else x.float() @ into
+        output = output + (t @ m @ out_of.T).to(output.dtype)
+    return output

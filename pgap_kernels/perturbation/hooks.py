@@ -1,4 +1,4 @@
-"""Which module uses which weight, and being there when it does: before and after each of its forwards."""
+"""Maps weights to the modules whose forwards use them, and hooks those forwards."""
 
 from __future__ import annotations
 
@@ -10,25 +10,39 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
 
-from .direction import Weight
+from ..directions import Weight
 
 LINEAR, CONV1D, EMBEDDING = "linear", "conv1d", "embedding"
 
 
-class Place(NamedTuple):
-    """A parameter of a module, and the number of its weight."""
+class ParamRef(NamedTuple):
+    """A parameter in its owner: what a hook exchanges."""
 
+    owner: nn.Module
     name: str
-    weight: int
+    index: int  # of its weight
     parameter: nn.Parameter
 
+    def is_in_place(self) -> bool:
+        """Whether the owner still has this very parameter."""
+        return self.owner._parameters.get(self.name) is self.parameter
 
-class Use:
-    """A module with the trainable parameters that are its own, not its children's."""
+    def put_back(self) -> None:
+        """Give the owner its parameter back."""
+        self.owner._parameters[self.name] = self.parameter
 
-    def __init__(self, name: str, module: nn.Module, places: list[Place]) -> None:
-        self.name, self.module, self.places = name, module, places
+
+class ModuleUse:
+    """A module whose forward uses weights: its own, and those of children that have no forward (``ParameterDict``)."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name, self.module, self.number = name, module, 0
+        self.refs: list[ParamRef] = []
         self.kind = _kind(module)
+
+    def foldable(self, ref: ParamRef) -> bool:
+        """Whether a low-rank direction of a parameter can act on the module's output instead."""
+        return self.kind is not None and ref.owner is self.module and ref.name == "weight"
 
 
 def _kind(module: nn.Module) -> str | None:
@@ -46,39 +60,61 @@ def _kind(module: nn.Module) -> str | None:
     return None
 
 
-def uses_of(model: nn.Module, weights: Sequence[Weight]) -> list[Use]:
-    """Every module that owns one of the weights, once; tied parameters are found by their memory.
+def address(tensor: Tensor) -> tuple:
+    """Equal for tensors that are the same elements; tied parameters are found by it."""
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()
+
+
+def uses_of(model: nn.Module, weights: Sequence[Weight]) -> list[ModuleUse]:
+    """Every module whose forward uses one of the weights, once.
 
     Raises:
-        ValueError: a weight is in no module of the model.
+        ValueError: a weight is in no module of the model, or in none that has a forward.
     """
-    numbers = {_place(w.tensor): number for number, w in enumerate(weights)}
-    uses = []
-    for name, module in model.named_modules():
-        places = [
-            Place(key, numbers[_place(p)], p)
-            for key, p in module._parameters.items()
-            if p is not None and _place(p) in numbers
-        ]
-        if places:
-            uses.append(Use(name, module, places))
-    found = {place.weight for use in uses for place in use.places}
-    lost = [w.name for number, w in enumerate(weights) if number not in found and w.tensor.numel()]
+    weight_at = {address(w.tensor): w for w in weights}
+    modules = dict(model.named_modules())
+    uses: dict[str, ModuleUse] = {}
+    found: set[int] = set()
+    for name, owner in modules.items():
+        for key, parameter in owner._parameters.items():
+            weight = None if parameter is None else weight_at.get(address(parameter))
+            if parameter is None or weight is None:
+                continue
+            user = _user(name, modules)
+            if user is None:
+                raise ValueError(
+                    f"model: {weight.name!r} belongs to a {type(owner).__name__} that no module with a forward "
+                    "contains; accepted: parameters of modules that are called (or mode='inplace')"
+                )
+            use = uses.setdefault(user, ModuleUse(user, modules[user]))
+            use.refs.append(ParamRef(owner, key, weight.index, parameter))
+            found.add(weight.index)
+    lost = [w.name for w in weights if w.index not in found and w.tensor.numel()]
     if lost:
         raise ValueError(
             f"model: its modules do not have the parameter {lost[0]!r}; accepted: the model whose forward the closure "
             "runs, with every parameter to train (or mode='inplace')"
         )
-    return uses
+    ordered = [uses[name] for name in modules if name in uses]
+    for number, use in enumerate(ordered):
+        use.number = number
+    return ordered
 
 
-def _place(tensor: Tensor) -> tuple:
-    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()
+def _user(name: str, modules: dict[str, nn.Module]) -> str | None:
+    """The module itself, or the nearest one around it that has a forward."""
+    while type(modules[name]).forward is nn.Module.forward and "forward" not in modules[name].__dict__:
+        if not name:
+            return None
+        name = name.rpartition(".")[0]
+    return name
 
 
-class Visitor(Protocol):
-    """Who is called before and after a module's forward, before its state is read or loaded (``merge``), and when
-    another takes the model over (``release``)."""
+class HookClient(Protocol):
+    """Is called before and after a module's forward, before its state is read or loaded (``merge``), and when another
+    client takes its weights over (``release``)."""
+
+    weights: list[Weight]
 
     def enter(self, number: int) -> None: ...
 
@@ -86,40 +122,40 @@ class Visitor(Protocol):
 
     def merge(self) -> None: ...
 
-    def release(self) -> None: ...
+    def release(self, why: str) -> None: ...
 
 
 class _Before:
     """A forward pre-hook; a class of its own, so that models with hooks can be copied and pickled."""
 
-    def __init__(self, visitor: Visitor, number: int) -> None:
-        self.visitor, self.number = visitor, number
+    def __init__(self, client: HookClient, number: int) -> None:
+        self.client, self.number = client, number
 
     def __call__(self, module: nn.Module, args: tuple) -> None:
-        self.visitor.enter(self.number)
+        self.client.enter(self.number)
 
 
 class _After(_Before):
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:  # type: ignore[override]
-        return self.visitor.leave(self.number, args, kwargs, output)
+        return self.client.leave(self.number, args, kwargs, output)
 
 
 class _BeforeState(_Before):
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        self.visitor.merge()
+        self.client.merge()
 
 
 class Hooks:
-    """The hooks of one visitor in the modules of one model; a model has one visitor at a time."""
+    """The hooks of one client in the modules of a model."""
 
-    def __init__(self, uses: Sequence[Use], visitor: Visitor) -> None:
-        take_over(use.module for use in uses)
+    def __init__(self, uses: Sequence[ModuleUse], client: HookClient) -> None:
+        take_over((use.module for use in uses), client.weights)
         self.handles = []
         for number, use in enumerate(uses):
-            state = _BeforeState(visitor, number)
+            state = _BeforeState(client, number)
             self.handles += [
-                use.module.register_forward_pre_hook(_Before(visitor, number)),
-                use.module.register_forward_hook(_After(visitor, number), with_kwargs=True, prepend=True),
+                use.module.register_forward_pre_hook(_Before(client, number)),
+                use.module.register_forward_hook(_After(client, number), with_kwargs=True, prepend=True),
                 use.module.register_state_dict_pre_hook(state),
                 use.module.register_load_state_dict_pre_hook(state),
             ]
@@ -130,11 +166,14 @@ class Hooks:
         self.handles = []
 
 
-def take_over(modules: Iterable[nn.Module]) -> None:
-    """Let the visitors that modules have from other optimizers merge and go."""
+def take_over(modules: Iterable[nn.Module], weights: Sequence[Weight]) -> None:
+    """Let other optimizers that have some of these weights merge and go; those with other weights stay."""
     hooks = (hook for module in modules for hook in module._forward_pre_hooks.values() if isinstance(hook, _Before))
-    for visitor in {id(hook.visitor): hook.visitor for hook in hooks}.values():
-        visitor.release()
+    ours = {address(w.tensor) for w in weights if w.tensor.numel()}
+    for client in {id(hook.client): hook.client for hook in hooks}.values():
+        shared = [w.name for w in client.weights if address(w.tensor) in ours]
+        if shared:
+            client.release(f"a newer optimizer has taken over {shared[0]!r} and its model's hooks")
 
 
 def tensors_in(values: Any) -> Iterator[Tensor]:
@@ -143,9 +182,9 @@ def tensors_in(values: Any) -> Iterator[Tensor]:
 
 
 class StrayUses(TorchFunctionMode):
-    """Refuses torch functions that take a weight while no hook stands before it: its forward would be unperturbed.
+    """Refuses torch functions that read a weight where no hook has put the perturbed one: outside its module's forward.
 
-    ``allowed()`` gives the weights' memory that may be read at the moment.
+    ``allowed()`` gives the addresses of weights that may be read at the moment.
     """
 
     def __init__(self, weights: Sequence[Weight], allowed: Callable[[], set[int]]) -> None:
@@ -155,8 +194,11 @@ class StrayUses(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if any(True for _ in tensors_in(result)):  # not a question about its shape or type
+        results = list(tensors_in(result))
+        if results:  # not a question about its shape or type
             for tensor in tensors_in((args, kwargs)):
+                if any(tensor is r for r in results):
+                    continue  # handed through unread, as by requires_grad_
                 place = tensor.data_ptr() if tensor.layout == torch.strided else 0
                 if place in self.names and place not in self.allowed():
                     raise RuntimeError(self._message(place, func))

@@ -1,4 +1,4 @@
-"""In place: the weights are written +-eps and find their way back, to rounding. Serves any closure.
+"""In place: the weights are written W + point and taken back, to rounding. Serves any closure.
 
 three passes:  W + eps z,  then - 2 eps z,  then + ((1 - d) eps - lr rho) z with decay d
 two passes:    the last of a step is the first of the next, + ((1 - d) eps - lr rho) z_t + eps z_{t+1}
@@ -11,8 +11,8 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 
-from .base import Perturbation, Update, all_or_nothing
-from .direction import Direction, Part, PerWeight, Term, Weight
+from ..directions import Amounts, Direction, Part, Pass, Weight
+from .base import Perturbation, Update
 from .hooks import Hooks, uses_of
 
 T = TypeVar("T")
@@ -26,56 +26,73 @@ class InPlace(Perturbation):
     def __init__(self, weights: Sequence[Weight], two_pass: bool = False) -> None:
         super().__init__(weights)
         self.two_pass = two_pass
-        self.standing: list[Term] = []  # what has been added to the weights
+        self.added: list[Part] = []  # what the weights have added at the moment
         self.active = False
         self.hooks: Hooks | None = None
 
     @property
     def pending(self) -> bool:
-        return bool(self.standing)
+        return bool(self.added)
 
-    def stand(self, direction: Direction, amount: PerWeight) -> None:
-        wanted = [Term(part, part.amounts(amount)) for part in direction]
-        moved = False
-        for term in wanted:
-            before = self._standing_at(term.part)
-            if before is None or not _equal(before, term):
-                self._move(term.part, [*([_minus(before)] if before else []), term])
-                self._replace(before, term)
-                moved = True
-        for term in self.standing[:]:
-            if not any(term is other for other in wanted) and not any(_equal(term, other) for other in wanted):
-                self._move(term.part, [_minus(term)])
-                self._replace(term, None)
-                moved = True
-        self.written += moved
+    def adopt(self, weights: Sequence[Weight]) -> None:
+        super().adopt(weights)
+        self.keep_all = [1.0] * len(weights)
 
-    def commit(self, update: Update, rounding_key: int) -> None:
-        rows = update.by_part()
-        if any(not any(term.part.summable(row[0][0].part) for row in rows) for term in self.standing):
-            self.restore()
-        following: list[Term] = []
-        if self.two_pass and not update.closing and update.following:
-            direction, amount = update.following
-            following = [Term(part, part.amounts(amount)) for part in direction]
-        writes, standing = [], []
-        for terms, decay in rows:
-            enter = [t for t in following if t.part.summable(terms[0].part)]
-            # The order of the sum is part of the result: probes, the direction that is left, the one that is entered.
-            writes.extend(self.landing([*terms, *self._leave(terms[0].part, decay), *enter], decay, rounding_key))
-            standing += enter
-        all_or_nothing(writes, 0)
-        self.standing = standing
-        self.written += 1
+    def forget(self) -> None:
+        self.added, self.hooks = [], None
 
-    def _leave(self, part: Part, decay: list[float]) -> list[Term]:
-        before = self._standing_at(part)
-        if before is None:
-            return []
-        return [Term(before.part, [-(1.0 - d) * c for d, c in zip(decay, before.coefficient, strict=True)])]
+    def perturb_to(self, points: Sequence[Direction]) -> None:
+        if len(points) != 1:
+            raise ValueError(
+                f"points: got {len(points)} with mode='inplace', which writes the weights for all rows; accepted: one "
+                "(choose mode 'scratch' or 'folded')"
+            )
+        moved, wanted = False, list(points[0])
+        for part in wanted:
+            before, move = self._move_to(part, self.keep_all)
+            moved |= self._write(move, before, part)
+        for part in [p for p in self.added if not any(p is w for w in wanted)]:
+            moved |= self._write(part.removal(self.keep_all), part, None)
+        self.passes_this_step += moved
 
-    def restore(self) -> None:
-        self.stand([], lambda _: 0.0)
+    def _move_to(self, part: Part, keep: Amounts) -> tuple[Part | None, Part]:
+        """What has been added that one pass can exchange for a part, and that pass's part."""
+        for before in self.added:
+            move = part.moved_from(before, keep)
+            if move is not None:
+                return before, move
+        return None, part
+
+    def _write(self, move: Part, before: Part | None, after: Part | None) -> bool:
+        """One pass of a perturbation; ``added`` is right after each, wherever the next one fails."""
+        p = Pass(move)
+        if not p.is_empty():
+            self.run(p)
+        self.added = [q for q in self.added if q is not before] + ([] if after is None else [after])
+        return not p.is_empty()
+
+    def apply(self, update: Update) -> None:
+        keep = update.keep()
+        moves: list[tuple[Part, Part | None]] = []
+        after: list[Part] = []
+        gone: list[Part] = []
+        for part in update.direction:
+            before, move = self._move_to(part, keep)
+            gone += [] if before is None else [before]
+            if update.rule is not None and update.rule.serves(part):
+                moves.append((part, None if before is None else before.removal(keep)))
+                continue
+            for entered in update.next_point or ():
+                both = move.plus(entered)
+                if both is not None:
+                    move = both
+                    after.append(entered)
+            moves.append((move, None))
+        rest = [part for part in self.added if not any(part is p for p in gone)]
+        passes = update.passes(moves) + [Pass(part.removal(keep)) for part in rest]
+        self.run_all(passes, copy_budget=0)
+        self.added = after
+        self.passes_this_step += 1 + len(passes)
 
     def merge(self) -> None:
         self.restore()
@@ -83,7 +100,7 @@ class InPlace(Perturbation):
     # ---- the model between the steps of the two-pass schedule -------------------------------------------------------
 
     def watch(self, model: nn.Module) -> None:
-        """See to it that evaluations and checkpoints of a model between steps find clean weights."""
+        """Take the perturbation off before anybody evaluates or saves the model between steps."""
         self.hooks = Hooks(uses_of(model, self.weights), self)
 
     def forward(self, call: Callable[[], T]) -> T:
@@ -95,32 +112,14 @@ class InPlace(Perturbation):
 
     def enter(self, number: int) -> None:
         """Before a module's forward."""
-        if self.standing and not self.active:
+        if self.added and not self.active:
             self.merge()
 
-    def leave(self, number: int, args: tuple, kwargs: dict, output: Any) -> None:
-        """After a module's forward."""
+    def leave(self, number: int, args: tuple, kwargs: dict, output: Any) -> Any:
+        """After a module's forward: nothing to do."""
 
-    def release(self) -> None:
-        super().release()
+    def release(self, why: str = "the optimizer was detached from its model") -> None:
+        super().release(why)
         if self.hooks is not None:
             self.hooks.remove()
             self.hooks = None
-
-    def _move(self, part: Part, terms: list[Term]) -> None:
-        part.write(terms, [0.0] * len(part.weights), {})
-        self.count(part.weights)
-
-    def _standing_at(self, part: Part) -> Term | None:
-        return next((term for term in self.standing if term.part.summable(part)), None)
-
-    def _replace(self, before: Term | None, after: Term | None) -> None:
-        self.standing = [t for t in self.standing if t is not before] + ([after] if after else [])
-
-
-def _equal(a: Term, b: Term) -> bool:
-    return a.part is b.part and a.coefficient == b.coefficient
-
-
-def _minus(term: Term) -> Term:
-    return Term(term.part, [-c for c in term.coefficient])

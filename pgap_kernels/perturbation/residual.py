@@ -7,11 +7,12 @@ float16:   W + R 2^-15 ulp(W), which is a float32 without loss from 2^-14 up, an
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .direction import Part, Term, Weight
+from ..directions import Part, Pass, RulePass, Weight
 
 _FP16_BITS, _FP16_LOWEST = 10, -14
 _FRACTION = 15  # bits of an ulp of float16 that are kept
@@ -44,6 +45,29 @@ def _ulp_exponent(high: Tensor) -> Tensor:
     return exponent.clamp(min=_FP16_LOWEST) - _FP16_BITS
 
 
+@dataclass(frozen=True)
+class ResidualPass(Pass):
+    """A pass in float32 over weights that have planes: it reads both and writes both."""
+
+    planes: Sequence[Tensor] = ()
+
+    @property
+    def written(self) -> list[Tensor]:
+        return [*self.part.tensors, *self.planes]
+
+    def run(self) -> None:
+        highs = [t.detach() for t in self.part.tensors]
+        masters = [joined(high, low) for high, low in zip(highs, self.planes, strict=True)]
+        Pass(self.part.of(range(len(masters)), masters), self.decay).run()
+        for master, high, low in zip(masters, highs, self.planes, strict=True):
+            split(master, high, low)
+
+    def inverse(self) -> ResidualPass:
+        back = super().inverse()
+        assert back is not None
+        return replace(self, part=back.part, decay=back.decay)
+
+
 class Residual:
     """The planes of the 16-bit weights among these; those of weights that ``before`` has go on."""
 
@@ -67,20 +91,24 @@ class Residual:
         """Whether the part's weights have planes."""
         return part.weights[0].name in self.planes
 
-    def tensors(self, part: Part, chosen: Sequence[int]) -> list[Tensor]:
-        """Some of the part's weights and their planes."""
-        return [part.tensors[i] for i in chosen] + [self.planes[part.weights[i].name] for i in chosen]
+    def split(self, p: Pass) -> list[Pass]:
+        """The passes that make a pass, for no more elements at a time than the largest weight has.
 
-    def write(self, part: Part, chosen: Sequence[int], terms: Sequence[Term], decay: list[float]) -> None:
-        """The pass of ``Part.write`` over some of its weights, made in float32."""
-        masters = [joined(part.tensors[i].detach(), self.planes[part.weights[i].name]) for i in chosen]
-        moved = [Term(t.part.subset(chosen, masters), _at(t.coefficient, chosen)) for t in terms]
-        moved[0].part.write(moved, _at(decay, chosen), {})
-        for i, master in zip(chosen, masters, strict=True):
-            split(master, part.tensors[i].detach(), self.planes[part.weights[i].name])
+        Raises:
+            ValueError: the pass has a rule, whose kernel reads 16-bit weights.
+        """
+        if isinstance(p, RulePass):
+            raise ValueError("residual: got True with an update by a rule; accepted: methods without one")
+        decay = p.decay or [0.0] * len(p.weights)
+        return [
+            ResidualPass(p.part.of(chosen), [decay[i] for i in chosen], None, self._planes_of(p, chosen))
+            for chosen in self._batches(p.weights)
+        ]
 
-    def batches(self, weights: Sequence[Weight]) -> Iterator[list[int]]:
-        """Numbers of a part's weights, no more at a time than the largest has elements."""
+    def _planes_of(self, p: Pass, chosen: Sequence[int]) -> list[Tensor]:
+        return [self.planes[p.weights[i].name] for i in chosen]
+
+    def _batches(self, weights: Sequence[Weight]) -> Iterator[list[int]]:
         batch: list[int] = []
         elements = 0
         for i, w in enumerate(weights):
@@ -91,7 +119,3 @@ class Residual:
             elements += w.tensor.numel()
         if batch:
             yield batch
-
-
-def _at(values: list[float], chosen: Sequence[int]) -> list[float]:
-    return [values[i] for i in chosen]

@@ -1,6 +1,6 @@
-"""Scratch: W + sum a z is written to one reused buffer right before a layer's forward; W itself is never touched.
+"""Scratch: W + point is written to one reused buffer right before a layer's forward; W itself is never touched.
 
-    forward of a module:   buffer <- W + a z(key)   or   W + U (a Z) V^T,   the module runs on the buffer
+    forward of a module:   buffer <- W + c z(key)   or   W + A C B^T,   the module runs on the buffer
     update:                W <- round_stochastic((1 - d) W - lr rho z), the only write
 
 Keys, coefficients and cores lie in tensors that keep their place, so forwards can be compiled, or captured in a CUDA
@@ -10,129 +10,88 @@ graph and replayed.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .. import checks
-from ..ops._library import table
-from .arena import Arena, room
-from .base import Perturbation, Update, all_or_nothing
-from .direction import Dense, Direction, PerWeight, Subspace, Weight
-from .hooks import Hooks, Place, StrayUses, Use, tensors_in, uses_of
-from .pairs import Halves
+from ..directions import Direction, Operands, Part, Weight
+from .arena import Arena, padded_bytes
+from .base import Perturbation, Update
+from .hooks import Hooks, ModuleUse, ParamRef, StrayUses, tensors_in, uses_of
+from .stacked import StackedForward
 
 T = TypeVar("T")
-CLEAN, DENSE, SUBSPACE = "clean", "dense", "subspace"
 
 
-class Slot:
-    """What the next forward sees in place of one weight."""
+class Shown(NamedTuple):
+    """A part whose operands are loaded, and the position of one weight in it."""
 
-    def __init__(self, weight: Weight, key: Tensor, plus: Tensor, minus: Tensor) -> None:
-        self.weight, self.id = weight, weight.id
-        self.key, self.plus, self.minus = key, plus, minus
-        self.kind = CLEAN
-        self.stands = False  # in a direction of this step, rather than in what a window has gathered
-        self.subspace: tuple[Tensor, Tensor, Tensor] | None = None  # U, V and a Z, in the same memory for every step
-        self.no_keys = torch.zeros(3, dtype=torch.int64, device=key.device)
-        self.none, self.one = torch.zeros_like(plus), torch.ones_like(plus)
-
-    @property
-    def tensor(self) -> Tensor:
-        """W, wherever its data lies by now."""
-        return self.weight.tensor
-
-    def fill(self, out: Tensor, sign: int) -> None:
-        """out <- W + sign * what is added to it."""
-        if self.kind == DENSE:
-            table.dense_perturb_.out(
-                [self.tensor], self.key, self.plus if sign > 0 else self.minus, self.none, None, [1], [self.id],
-                [], "normal", "exact", None, out=[out],
-            )  # fmt: skip
-            return
-        assert self.subspace is not None
-        left, right, core = self.subspace
-        coefficient = self.one if sign > 0 else -self.one
-        table.lowrank_perturb_.out(
-            [self.tensor], [left], [right], [core], self.no_keys, coefficient[0], self.none[0], None, [self.id],
-            [], left.shape[1], "full", self.one[0], [], None, out=[out],
-        )  # fmt: skip
+    part: Part
+    operands: Operands
+    position: int
 
 
 class Scratch(Perturbation):
     """Perturbs what modules run on.
 
     Args:
-        weights: to perturb; every one belongs to a module of the model.
+        weights: to perturb; every one is used by a module of the model.
         model: whose forward the closure runs.
         allow_unused: accept forwards that do not call a weight's module.
-        paired: a forward runs on a batch stacked twice; its second half sees the opposite direction.
     """
 
     mode: ClassVar[str] = "scratch"
 
-    def __init__(
-        self, weights: Sequence[Weight], model: nn.Module, *, allow_unused: bool = False, paired: bool = False
-    ) -> None:
-        self.model, self.allow_unused, self.paired = model, allow_unused, paired
+    def __init__(self, weights: Sequence[Weight], model: nn.Module, *, allow_unused: bool = False) -> None:
+        self.model, self.allow_unused = model, allow_unused
         self.hooks: Hooks | None = None
-        self.halves: list[Halves] = []
+        self.stacked: list[StackedForward] = []
         super().__init__(weights)
 
     def adopt(self, weights: Sequence[Weight]) -> None:
         super().adopt(weights)
+        self._unhook()
         self.uses = uses_of(self.model, self.weights)
-        self.slots = self._slots()
         self.arena = Arena(self._capacity())
         self.active = self.captures = False
-        self.rows = 0  # leading dimension of a stacked batch
+        self.rows, self.count = 0, 1  # of a stacked batch: its leading dimension, and its points
+        self.modules = list(self.model.modules())
         self.on_cuda = any(w.tensor.is_cuda for w in self.weights)
-        self.frames: list[
-            tuple[nn.Module, Callable[[], None]]
-        ] = []  # modules that run, and how to clean up behind them
+        # Uses whose modules run, each with what gives its parameters back.
+        self.frames: list[tuple[int, Callable[[], None]]] = []
+        self.lent: set[int] = set()  # ids of the buffers that owners have in place of their parameters
         self.calls: list[int] = []  # of each use in a forward
-        self.replays: set[tuple] = set()  # of forwards that were captured in a CUDA graph
-        self.verified = False
-        self._unhook()
+        self.replays: set[Hashable] = set()  # graph keys of forwards that were captured in a CUDA graph
+        self.checked: set[Hashable] = set()  # training flags under which stray uses were looked for
+        self.memory: dict[Hashable, Operands] = {}
+        self._make_tables()
+        self.restore()
         self.hooks = Hooks(self.uses, self)
-        self.halves = [Halves(self, use) for use in self.uses] if self.paired else []
-
-    def _slots(self) -> list[Slot]:
-        rows: dict[torch.device, list[int]] = {}
-        for number, w in enumerate(self.weights):
-            rows.setdefault(w.tensor.device, []).append(number)
-        self.tables = []
-        slots: dict[int, Slot] = {}
-        for device, numbers in rows.items():
-            keys = torch.zeros(len(numbers), dtype=torch.int64, device=device)
-            plus, minus = torch.zeros(2, len(numbers), 1, 1, dtype=torch.float32, device=device)
-            self.tables.append((numbers, keys, plus, minus))
-            for i, number in enumerate(numbers):
-                slots[number] = Slot(self.weights[number], keys[i : i + 1], plus[i], minus[i])
-        return [slots[number] for number in range(len(self.weights))]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "slots": [], "tables": [], "replays": set()}
+        return {**self.__dict__, "memory": {}, "shown": [], "key": (), "replays": set()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy shares no memory with what it was made from, and its tables and slots do with each other."""
+        """A copy shares no device memory with what it was made from."""
         self.__dict__.update(state)
-        self.slots = self._slots()
-        self.stand([], lambda _: 0.0)
+        self._make_tables()
+        self.restore()
+
+    def _make_tables(self) -> None:
+        devices = {w.tensor.device for w in self.weights}
+        self.no_decay = {d: torch.zeros(1, 1, dtype=torch.float32, device=d) for d in devices}
 
     def begin(self, merge_key: int) -> None:
         super().begin(merge_key)
         for use in self.uses:
-            for place in use.places:
-                parameter, slot = use.module._parameters.get(place.name), self.slots[place.weight]
-                if parameter is not place.parameter or slot.key.device != parameter.device:
+            for ref in use.refs:
+                if not ref.is_in_place():
+                    name = self.weights[ref.index].name
                     raise RuntimeError(
-                        f"model: {slot.weight.name!r} is another tensor, or on another device, than when the optimizer "
-                        "was made; accepted: the same Parameter objects where they were (load_state_dict without "
-                        "assign=True). Make a new optimizer for new parameters"
+                        f"model: {name!r} is another tensor than when the optimizer was made; accepted: the same "
+                        "Parameter objects (load_state_dict without assign=True). Make a new optimizer for new parameters"
                     )
 
     def _capacity(self) -> dict[torch.device, int]:
@@ -143,9 +102,9 @@ class Scratch(Perturbation):
             around = [use.name[:i] for i, c in enumerate(use.name) if c == "."] + ([""] if use.name else [])
             needed: dict[torch.device, int] = {}
             for name in [*around, use.name]:
-                for place in own[name].places if name in own else ():
-                    tensor = self.slots[place.weight].tensor
-                    needed[tensor.device] = needed.get(tensor.device, 0) + room(tensor)
+                for ref in own[name].refs if name in own else ():
+                    tensor = self.weights[ref.index].tensor
+                    needed[tensor.device] = needed.get(tensor.device, 0) + padded_bytes(tensor)
             for device, size in needed.items():
                 capacity[device] = max(capacity.get(device, 0), size)
         return capacity
@@ -154,84 +113,94 @@ class Scratch(Perturbation):
     def scratch_bytes(self) -> int:
         return sum(self.arena.capacity.values())
 
-    def spare(self, elements: int, device: torch.device) -> Tensor:
+    def workspace(self, elements: int, device: torch.device) -> Tensor:
+        if self.dry and max(self.arena.capacity.values()) >= 4 * elements:
+            return torch.empty(elements, dtype=torch.float32, device=device)
         idle = self.arena.idle(elements, device)
-        return super().spare(elements, device) if idle is None else idle
+        return super().workspace(elements, device) if idle is None else idle
 
-    # ---- where the forwards stand -----------------------------------------------------------------------------------
+    def forget(self) -> None:
+        self.memory, self.checked = {}, set()
+        self._make_tables()
+        self.restore()
 
-    def stand(self, direction: Direction, amount: PerWeight) -> None:
-        number_of = {id(w.tensor): number for number, w in enumerate(self.weights)}
-        keys, coefficients = [0] * len(self.weights), [0.0] * len(self.weights)
-        for slot in self.slots:
-            slot.kind = CLEAN
-        for part in direction:
-            values = part.amounts(amount)
-            slots = [self.slots[number_of[id(t)]] for t in part.tensors]
-            if isinstance(part, Subspace):
-                self._stand_in_subspace(part, slots, values)
-                continue
-            assert isinstance(part, Dense)
-            bits = checks.key_bits("key", part.key)
-            assert isinstance(bits, int)
-            for slot, tensor, value in zip(slots, part.tensors, values, strict=True):
-                slot.kind = DENSE
-                number = number_of[id(tensor)]
-                keys[number], coefficients[number] = bits, value
-        for numbers, keys_there, plus, minus in self.tables:
-            keys_there.copy_(torch.tensor([keys[n] for n in numbers], dtype=torch.int64))
-            plus.copy_(torch.tensor([coefficients[n] for n in numbers], dtype=torch.float32).view(-1, 1, 1))
-            torch.neg(plus, out=minus)
+    # ---- the points of the next forwards ----------------------------------------------------------------------------
 
-    def _stand_in_subspace(self, part: Subspace, slots: list[Slot], values: list[float]) -> None:
-        for slot, left, right in zip(slots, part.left, part.right, strict=True):
-            slot.kind, slot.stands = SUBSPACE, True
-            if slot.subspace is None or slot.subspace[0] is not left:
-                slot.subspace = (left, right, torch.empty(left.shape[1], left.shape[1], device=left.device))
-        cores = [slot.subspace[2] for slot in slots if slot.subspace is not None]
-        torch._foreach_copy_(cores, torch._foreach_mul(part.cores, values))
+    def perturb_to(self, points: Sequence[Direction]) -> None:
+        self.count = len(points)
+        # Of each weight and each point, what is added.
+        self.shown: list[list[list[Shown]]] = [[[] for _ in points] for _ in self.weights]
+        keys = []
+        for number, point in enumerate(points):
+            for part in point:
+                operands = self._loaded(number, part)
+                keys.append((number, part.layout(), operands.graph_key()))
+                for position, index in enumerate(part.indices):
+                    self.shown[index][number].append(Shown(part, operands, position))
+        self.key: tuple = tuple(keys)
+        if self.count > 1 and not self.stacked and not self.dry:
+            self.stacked = [StackedForward(self, use) for use in self.uses]
+
+    def _loaded(self, number: int, part: Part) -> Operands:
+        """The part's operands, in the memory that a part of its layout had before at this point."""
+        key = (number, part.layout())
+        if key not in self.memory:
+            self.memory[key] = part.operands()
+        self.memory[key].load(part)
+        return self.memory[key]
 
     @property
-    def graph_key(self) -> tuple:
-        """Forwards with equal keys may replay each other's CUDA graph."""
-        return tuple(slot.kind for slot in self.slots)
+    def graph_key(self) -> Hashable:
+        return self.count, self.key
+
+    def fills_of(self, index: int, point: int) -> list[Shown]:
+        """What is added to a weight in the buffer."""
+        return self.shown[index][point]
+
+    def refs_to_fill(self, use: ModuleUse) -> list[ParamRef]:
+        """The parameters that a module's forward finds replaced by the buffer."""
+        return [ref for ref in use.refs if any(self.fills_of(ref.index, point) for point in range(self.count))]
+
+    def decay_of(self, index: int) -> Tensor:
+        """The share of a weight that the buffer leaves out, (1, 1)."""
+        return self.no_decay[self.weights[index].tensor.device]
 
     # ---- a forward --------------------------------------------------------------------------------------------------
 
     def forward(self, call: Callable[[], T]) -> T:
-        self.calls = [0] * len(self.uses)
+        self.calls = [1 if self.dry else 0] * len(self.uses)
         self.active, self.captures, self.rows = True, False, 0
+        training = tuple([module.training for module in self.modules])
         try:
-            if self.verified or self._compiled():
-                result, self.verified = call(), True
-            else:
+            if training in self.checked or self.dry or self._is_compiled():
+                result = call()
+            else:  # a branch of the model that is new may use a weight in another way
                 with StrayUses(self.weights, self._readable):
                     result = call()
-                self.verified = True
+            self.checked.add(training)
         finally:
             self.active = False
             self._unwind()
             for use, times in zip(self.uses, self.calls, strict=True):
-                filled = [self.weights[p.weight] for p in use.places if self.fills(p)] if times else []
-                self.count(filled * times * (2 if self.paired else 1))
+                if times:
+                    filled = [self.weights[ref.index] for ref in self.refs_to_fill(use)]
+                    self.count_passes(filled, times * self.count)
         if self.captures:
             self.replays.add(self.graph_key)
         self._check_called()
         return result
 
-    def _compiled(self) -> bool:
+    def _is_compiled(self) -> bool:
         """Torch's own tracing and the search for stray uses do not go together."""
-        return any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in self.model.modules())
+        return any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in self.modules)
 
     def _readable(self) -> set[int]:
-        """Memory of the weights that may be read now: of modules that run, unless they run on the buffer."""
-        running = [module for module, _ in self.frames]
+        """Addresses of the weights that may be read now: of modules that run, unless they run on the buffer."""
         return {
-            self.slots[place.weight].tensor.data_ptr()
-            for use in self.uses
-            if any(module is use.module for module in running)
-            for place in use.places
-            if not self.fills(place)
+            ref.parameter.data_ptr()
+            for number, _ in self.frames
+            for ref in self.uses[number].refs
+            if not any(self.fills_of(ref.index, point) for point in range(self.count))
         }
 
     def _check_called(self) -> None:
@@ -239,10 +208,8 @@ class Scratch(Perturbation):
             return
         if not any(self.calls) and self.graph_key in self.replays:
             return
-        reached = {
-            place.weight for use, times in zip(self.uses, self.calls, strict=True) if times for place in use.places
-        }
-        missed = [w.name for n, w in enumerate(self.weights) if n not in reached and self.slots[n].kind != CLEAN]
+        reached = {ref.index for use, times in zip(self.uses, self.calls, strict=True) if times for ref in use.refs}
+        missed = [w.name for w in self.weights if w.index not in reached and any(self.shown[w.index])]
         if missed:
             what = f"{missed[0]!r} was" if len(missed) == 1 else f"{missed[0]!r} and {len(missed) - 1} others were"
             raise RuntimeError(
@@ -252,108 +219,115 @@ class Scratch(Perturbation):
                 "rightly never uses them"
             )
 
-    def fills(self, place: Place) -> bool:
-        """Whether a module's parameter is replaced by the buffer now."""
-        return self.slots[place.weight].kind != CLEAN
-
-    def fill(self, place: Place, out: Tensor, sign: int) -> None:
-        """out <- what the module runs on in place of its parameter."""
-        self.slots[place.weight].fill(out, sign)
-
     def enter(self, number: int) -> None:
         """Before a module's forward: it gets perturbed parameters."""
         if not self.active:
             return
         use = self.uses[number]
         if torch.compiler.is_compiling():
-            if self.paired:
+            if self.count > 1:
                 raise RuntimeError("paired: got True with torch.compile; accepted: models that are not compiled")
             self.calls[number] = 1
-            for place in use.places:
-                if self.fills(place):
-                    like = self.slots[place.weight].tensor
-                    out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-                    self.fill(place, out, 1)
-                    use.module._parameters[place.name] = out  # type: ignore[assignment]
+            for ref in self.refs_to_fill(use):
+                out = torch.empty(ref.parameter.shape, dtype=ref.parameter.dtype, device=ref.parameter.device)
+                self.fill(ref, out, 0)
+                ref.owner._parameters[ref.name] = out  # type: ignore[assignment]
             return
+        for ref in use.refs:
+            if not ref.is_in_place() and id(ref.owner._parameters.get(ref.name)) not in self.lent:
+                raise RuntimeError(
+                    f"closure: {self.weights[ref.index].name!r} was replaced for this forward (by functional_call or a "
+                    "parametrization), so it would not be perturbed; accepted: forwards on the model's own parameters. "
+                    "Choose mode='inplace' if the loss depends on the weights all the same"
+                )
         self.calls[number] += 1
         if self.on_cuda and torch.cuda.is_current_stream_capturing():
             self.captures = True
-        # A pair is filled by its halves.
-        self.push(use.module, [] if self.paired else [place for place in use.places if self.fills(place)], 1)
+        # With several points the module's forward is a StackedForward, which fills for each.
+        self._push(number, [] if self.count > 1 else self.refs_to_fill(use), 0)
 
-    def push(self, module: nn.Module, places: Sequence[Place], sign: int) -> None:
-        """A module gets perturbed parameters, until ``pop``."""
+    def push(self, use: ModuleUse, refs: Sequence[ParamRef], point: int) -> None:
+        """Fill parameters of a module for one of several points, until ``pop``."""
+        self._push(use.number, refs, point)
+
+    def _push(self, number: int, refs: Sequence[ParamRef], point: int) -> None:
         begin = time.perf_counter()
-        taken: list[Place] = []
+        taken: list[tuple[ParamRef, Tensor, Any]] = []
 
         def undo() -> None:
-            for place in reversed(taken):
-                module._parameters[place.name] = place.parameter
-                self.arena.give_back(place.parameter)
+            for ref, out, before in reversed(taken):
+                ref.owner._parameters[ref.name] = before  # of a module inside itself, the buffer of the outer call
+                self.lent.discard(id(out))
+                self.arena.give_back(ref.parameter)
 
-        self.frames.append((module, undo))
-        for place in places:
-            out = self.arena.take(place.parameter)
-            taken.append(place)
-            module._parameters[place.name] = out  # type: ignore[assignment]
-            self.fill(place, out, sign)
+        self.frames.append((number, undo))
+        for ref in refs:
+            out = self.arena.take(ref.parameter)
+            taken.append((ref, out, ref.owner._parameters[ref.name]))
+            self.lent.add(id(out))
+            ref.owner._parameters[ref.name] = out  # type: ignore[assignment]
+            self.fill(ref, out, point)
         self.seconds += time.perf_counter() - begin
 
     def pop(self) -> None:
-        """Take back the last ``push``."""
+        """Take back the last push."""
         _, undo = self.frames.pop()
         undo()
+
+    def fill(self, ref: ParamRef, out: Tensor, point: int) -> None:
+        """out <- W + what is added to it at a point."""
+        source, decay = ref.parameter, self.decay_of(ref.index)
+        for shown in self.fills_of(ref.index, point):
+            shown.operands.fill(shown.position, source, out, decay)
+            source, decay = out, self.no_decay[out.device]  # type: ignore[assignment]
+        if source is not out:  # clean at this point
+            out.copy_(source)
+        row = self.weights[ref.index].padding_row
+        if row is not None:
+            out[row] = ref.parameter[row]
 
     def leave(self, number: int, args: tuple, kwargs: dict, output: Any) -> Any:
         """After a module's forward: it has its own parameters back."""
         if not self.active:
             return None
         if torch.compiler.is_compiling():
-            self._restore(self.uses[number])
+            for ref in self.uses[number].refs:
+                ref.put_back()
             return None
-        kept = self.kept(output)
+        kept = self.detached_output(output)
         self.pop()
         return kept
 
-    def kept(self, output: Any) -> Any:
-        """The output, if it lies in the buffer as a copy that will not be overwritten; None: as it is."""
+    def detached_output(self, output: Any) -> Any:
+        """A copy of an output that lies in the buffer, which will be overwritten; None if it does not."""
         if not any(self.arena.holds(t) for t in tensors_in(output)):
             return None
         return torch.utils._pytree.tree_map_only(Tensor, lambda t: t.clone() if self.arena.holds(t) else t, output)
-
-    @staticmethod
-    def _restore(use: Use) -> None:
-        for place in use.places:
-            use.module._parameters[place.name] = place.parameter
 
     def _unwind(self) -> None:
         """Give every module its parameters back, wherever a forward stopped."""
         while self.frames:
             self.pop()
         for use in self.uses:  # of a compiled forward
-            if any(use.module._parameters[place.name] is not place.parameter for place in use.places):
-                self._restore(use)
+            for ref in use.refs:
+                if not isinstance(ref.owner._parameters.get(ref.name), nn.Parameter):
+                    ref.put_back()
 
     # ---- updates ----------------------------------------------------------------------------------------------------
 
-    def commit(self, update: Update, rounding_key: int) -> None:
-        landings = (self.landing(terms, decay, rounding_key) for terms, decay in update.by_part())
-        all_or_nothing([write for writes in landings for write in writes], self.largest)
-        self.written += 1
-        self.stand([], lambda _: 0.0)
+    def apply(self, update: Update) -> None:
+        self.run_all(update.passes(), copy_budget=self.largest)
+        self.passes_this_step += 1 + len(update.direction.parts)
+        self.restore()
 
-    def restore(self) -> None:
-        self.stand([], lambda _: 0.0)
-
-    def release(self) -> None:
-        super().release()
+    def release(self, why: str = "the optimizer was detached from its model") -> None:
+        super().release(why)
         self._unhook()
 
     def _unhook(self) -> None:
         if self.hooks is not None:
             self.hooks.remove()
             self.hooks = None
-        for halves in self.halves:
-            halves.remove()
-        self.halves = []
+        for stacked in self.stacked:
+            stacked.remove()
+        self.stacked = []

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from ..directions import Weight
 from .base import Perturbation
-from .direction import Weight
-from .folded import Folded, foldable
+from .folded import Folded, foldable_weights
 from .hooks import take_over, uses_of
 from .inplace import InPlace
 from .scratch import Scratch
 
 MODES = ("inplace", "scratch", "folded", "auto")
+MERGES = ("step", "window")
 
 # For float32 weights, where every mode is exact to rounding: what was fastest (docs/modes.md has the figures).
 _FLOAT32 = {
     ("dense", "cpu"): "inplace",
     ("dense", "cuda"): "inplace",
-    ("subspace", "cpu"): "folded",
-    ("subspace", "cuda"): "folded",
+    ("low-rank", "cpu"): "folded",
+    ("low-rank", "cuda"): "folded",
 }
 
 
@@ -33,62 +34,67 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose(mode: str, weights: Sequence[Weight], model: nn.Module | None, subspace: Sequence[str] | None) -> Choice:
-    """The mode for a method.
+def choose(mode: str, weights: Sequence[Weight], model: nn.Module | None, lowrank: Collection[int] | None) -> Choice:
+    """Choose the mode for a method.
 
     Args:
         mode: one of ``MODES``.
         weights: to train.
         model: that has them as parameters; hooks need it.
-        subspace: names of the weights with directions U Z V^T; None if the method has none.
+        lowrank: indices of the weights with low-rank directions; None if the method has none.
 
     Raises:
         ValueError: the mode cannot serve the method, the model or a weight.
     """
     if mode != "auto":
-        reason = _refusal(mode, weights, model, subspace)
+        reason = _refusal(mode, weights, model, lowrank)
         if reason:
             raise ValueError(f"mode: got {mode!r}, but {reason}")
         return Choice(mode, "asked for")
-    kind = "dense" if subspace is None else "subspace"
+    kind = "dense" if lowrank is None else "low-rank"
     if any(w.tensor.dtype != torch.float32 for w in weights):
-        wanted, other = "scratch" if subspace is None else "folded", "scratch"
+        wanted, other = "scratch" if lowrank is None else "folded", "scratch"
         why = "16-bit weights are not restored exactly in place"
     else:
         device = weights[0].tensor.device.type
         wanted, other = _FLOAT32.get((kind, device), "inplace"), "inplace"
         why = f"table of float32 modes, {kind} on {device}"
-    for mode in (wanted, other):
-        reason = _refusal(mode, weights, model, subspace)
+    for candidate in (wanted, other):
+        reason = _refusal(candidate, weights, model, lowrank)
         if reason is None:
-            return Choice(mode, why)
+            return Choice(candidate, why)
         why = reason
     return Choice("inplace", why)
 
 
 def _refusal(
-    mode: str, weights: Sequence[Weight], model: nn.Module | None, subspace: Sequence[str] | None
+    mode: str, weights: Sequence[Weight], model: nn.Module | None, lowrank: Collection[int] | None
 ) -> str | None:
     """Why a mode cannot serve, or None."""
     if mode == "inplace":
         return None
-    if mode == "folded" and subspace is None:
-        return "the method's directions are dense; accepted: folded for U Z V^T methods, scratch or inplace for others"
+    if mode == "folded" and lowrank is None:
+        return "the method's directions are dense; accepted: folded for low-rank methods, scratch or inplace for others"
     if model is None:
         return "no model was given, whose modules it would hook; accepted: a model as params or model="
     try:
         uses = uses_of(model, weights)
     except ValueError as error:
         return str(error)
-    names = set(subspace or ()) if mode == "folded" else set()
-    for number, w in enumerate(weights):
-        why = foldable(uses, number) if w.name in names else None
-        if why:
-            return (
-                f"{why}, whose forward it does not know; accepted: nn.Linear, nn.Embedding and Conv1D weights. Leave "
-                f"{w.name!r} out with exclude=, or choose mode='scratch'"
-            )
+    if mode == "folded" and lowrank and not foldable_weights(uses) & {*lowrank}:
+        use, ref = next((use, ref) for use in uses for ref in use.refs if ref.index in lowrank)
+        return (
+            f"no low-rank direction could be folded: {weights[ref.index].name!r}, for one, belongs to a "
+            f"{type(use.module).__name__}, whose forward it does not know; accepted: some weight of an nn.Linear, "
+            "nn.Embedding or Conv1D. Choose mode='scratch'"
+        )
     return None
+
+
+def unfolded(weights: Sequence[Weight], model: nn.Module, lowrank: Collection[int]) -> list[str]:
+    """Names of the weights with low-rank directions that mode "folded" has to serve by the scratch."""
+    foldable = foldable_weights(uses_of(model, weights))
+    return [weights[index].name for index in lowrank if index not in foldable]
 
 
 def build(
@@ -98,16 +104,17 @@ def build(
     *,
     two_pass: bool,
     allow_unused: bool,
-    paired: bool,
+    defers: bool,
 ) -> Perturbation:
     """The strategy of a mode."""
     if choice.mode == "inplace":
         if model is not None:
-            take_over(model.modules())
+            take_over(model.modules(), weights)
         strategy = InPlace(weights, two_pass)
         if two_pass and model is not None:
             strategy.watch(model)
         return strategy
     assert model is not None
-    hooked = Folded if choice.mode == "folded" else Scratch
-    return hooked(weights, model, allow_unused=allow_unused, paired=paired)
+    if choice.mode == "folded":
+        return Folded(weights, model, allow_unused=allow_unused, defers=defers)
+    return Scratch(weights, model, allow_unused=allow_unused)

@@ -1,0 +1,39 @@
+"""What a method moves along: a direction is a vector of parts, a pass is what a part does to its weights.
+
+    Weight      a tensor and its identity
+    Part        what one op call adds to some weights: Noise, LowRank or Anchored; a new kind is a file here
+    Direction   a vector of parts
+    Pass        a part, a decay and a rounding key: runs, has an inverse, is counted
+
+Imports: passes -> direction, noise, lowrank, anchored -> part -> weight.
+"""
+
+from .anchored import Anchored
+from .direction import Direction, add_parts
+from .lowrank import Factor, LowRank, Term
+from .noise import Mask, Noise
+from .part import Operands, Part
+from .passes import Pass, RulePass, bytes_of, run_all_or_none, with_padding_kept
+from .weight import Amounts, Weight, bucket, uniform
+
+__all__ = [
+    "Amounts",
+    "Anchored",
+    "Direction",
+    "Factor",
+    "LowRank",
+    "Mask",
+    "Noise",
+    "Operands",
+    "Part",
+    "Pass",
+    "RulePass",
+    "Term",
+    "Weight",
+    "add_parts",
+    "bucket",
+    "bytes_of",
+    "run_all_or_none",
+    "uniform",
+    "with_padding_kept",
+]

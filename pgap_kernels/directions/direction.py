@@ -1,0 +1,47 @@
+"""A direction is a vector over the weights: parts that add up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from .part import Part
+from .weight import Amounts
+
+
+class Direction:
+    """An immutable vector of parts. ``W + eps * sum_j c_j D_j`` is a point like any other.
+
+    Parts that one pass can make are one part; where two parts share a weight they take a pass each, in order.
+    """
+
+    def __init__(self, parts: Sequence[Part] = ()) -> None:
+        self.parts = tuple(parts)
+
+    def __iter__(self) -> Iterator[Part]:
+        return iter(self.parts)
+
+    def __bool__(self) -> bool:
+        return bool(self.parts)
+
+    def scaled(self, amounts: Amounts) -> Direction:
+        """This direction times the amount of each weight."""
+        return Direction([part.scaled(amounts) for part in self.parts])
+
+    @staticmethod
+    def sum(terms: Sequence[tuple[Direction, Amounts]]) -> Direction:
+        """The sum of amount * direction, in the order of the terms."""
+        return add_parts(part.scaled(amounts) for direction, amounts in terms for part in direction)
+
+
+def add_parts(parts: Iterator[Part] | Sequence[Part]) -> Direction:
+    """The sum of parts: each is added to the first before it that one pass can make with it."""
+    total: list[Part] = []
+    for part in parts:
+        for i, before in enumerate(total):
+            both = before.plus(part)
+            if both is not None:
+                total[i] = both
+                break
+        else:
+            total.append(part)
+    return Direction(total)

@@ -1,0 +1,274 @@
+"""Low-rank directions of weight matrices.
+
+A (sum_j c_j C_j) B^T       A (m, r), B (n, r): stored, or drawn from a key;   C_j: none (identity), diagonal or full
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from .part import Operands, Part, add_rows, call_into, pick, scale_row
+from .weight import Amounts, Weight, uniform
+
+
+class Factor(NamedTuple):
+    """A or B of several weights: float32 tensors (rows, rank), or a key and the rank to draw them with."""
+
+    tensors: list[Tensor] | None = None
+    key: int | None = None
+    rank: int | None = None
+
+    @classmethod
+    def stored(cls, tensors: Sequence[Tensor]) -> Factor:
+        """Factors kept by the method."""
+        return cls(tensors=list(tensors))
+
+    @classmethod
+    def drawn(cls, key: int, rank: int) -> Factor:
+        """Factors that are regenerated wherever they are needed."""
+        return cls(key=key, rank=rank)
+
+    @property
+    def columns(self) -> int:
+        """The rank."""
+        if self.tensors is None:
+            assert self.rank is not None
+            return self.rank
+        return self.tensors[0].shape[1]
+
+    def argument(self) -> list[Tensor] | int:
+        """As ``ops.lowrank_perturb_`` takes it."""
+        if self.tensors is not None:
+            return self.tensors
+        assert self.key is not None
+        return self.key
+
+    def identity(self) -> Hashable:
+        """Equal for factors that are the same ones; no values are compared."""
+        return self.key if self.tensors is None else tuple(map(id, self.tensors))
+
+    def of(self, chosen: Sequence[int]) -> Factor:
+        """The factors of some of the weights."""
+        return self if self.tensors is None else Factor.stored(pick(self.tensors, chosen))
+
+    def materialised(self, weights: Sequence[Weight], side: int) -> list[Tensor]:
+        """The tensors; drawn ones are drawn now. ``side`` is 0 for A, 1 for B."""
+        if self.tensors is not None:
+            return self.tensors
+        assert self.key is not None
+        return [_draw_factor(w, side, self.columns, self.key) for w in weights]
+
+
+def _draw_factor(weight: Weight, side: int, rank: int, key: int) -> Tensor:
+    """Rows of the unsharded factor that belong to this shard."""
+    base, row_stride = weight.span or (0, weight.tensor.shape[1])
+    first = (base // row_stride, base % row_stride)[side]
+    shape = (weight.tensor.shape[side], rank)
+    return ops.draw(shape, key, weight.id, offset=first * rank, device=weight.tensor.device)
+
+
+class Term(NamedTuple):
+    """One core of the sum: a tensor of each weight (None: the identity), and a coefficient for each."""
+
+    cores: Sequence[Tensor] | None
+    row: Sequence[float]
+
+
+class LowRank(Part):
+    """Low-rank displacements of weight matrices of one rank.
+
+    Args:
+        weights: matrices (m, n) of one device and dtype.
+        left, right: A and B.
+        terms: their cores and coefficients.
+
+    Raises:
+        ValueError: a weight is no matrix, or the rank exceeds its shorter side.
+    """
+
+    acts_on_outputs: ClassVar[bool] = True
+
+    def __init__(self, weights: Sequence[Weight], left: Factor, right: Factor, terms: Sequence[Term]) -> None:
+        super().__init__(weights)
+        for w in weights:
+            if w.tensor.dim() != 2 or (w.span is None and left.columns > min(w.tensor.shape)):
+                raise ValueError(
+                    f"rank: got {left.columns} for {w.name!r} of shape {tuple(w.tensor.shape)}; accepted: a matrix, "
+                    "and no more than its shorter side"
+                )
+        self.left, self.right, self.terms = left, right, list(terms)
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.left.columns
+
+    def coefficients(self) -> list[Sequence[float]]:
+        return [term.row for term in self.terms]
+
+    def scaled(self, amounts: Amounts) -> LowRank:
+        terms = [Term(term.cores, scale_row(term.row, self.weights, amounts)) for term in self.terms]
+        return LowRank(self.weights, self.left, self.right, terms)
+
+    def plus(self, other: Part) -> LowRank | None:
+        """Parts that share both factors add their cores; parts without cores that share one add the other factor."""
+        if not isinstance(other, LowRank) or self.indices != other.indices:
+            return None
+        same_left = self.left.identity() == other.left.identity()
+        same_right = self.right.identity() == other.right.identity()
+        if same_left and same_right and self.rank == other.rank:
+            return LowRank(self.weights, self.left, self.right, _added(self.terms, other.terms))
+        if self.rank != other.rank or not (same_left or same_right) or not (self._is_bare() and other._is_bare()):
+            return None
+        ones = [Term(None, [1.0] * len(self.weights))]
+        if same_right:
+            return LowRank(self.weights, self._sum_of(other, "left", 0), self.right, ones)
+        return LowRank(self.weights, self.left, self._sum_of(other, "right", 1), ones)
+
+    def _is_bare(self) -> bool:
+        return all(term.cores is None for term in self.terms)
+
+    def _sum_of(self, other: LowRank, side: str, number: int) -> Factor:
+        total: list[Tensor] = []
+        for part in (self, other):
+            factors = getattr(part, side).materialised(self.weights, number)
+            rows = [sum(values) for values in zip(*part.coefficients(), strict=True)]
+            moved = torch._foreach_mul(factors, rows)
+            if total:
+                torch._foreach_add_(total, moved)
+            else:
+                total = list(moved)
+        return Factor.stored(total)
+
+    def condensed(self) -> LowRank:
+        """The same with coefficient 1: multiplied into one core of each weight, or into A where there is none."""
+        ones = [1.0] * len(self.weights)
+        if not self._is_bare():
+            return LowRank(self.weights, self.left, self.right, [Term(self._cores(), ones)])
+        rows = [sum(values) for values in zip(*self.coefficients(), strict=True)]
+        left = torch._foreach_mul(self.left.materialised(self.weights, 0), rows)
+        return LowRank(self.weights, Factor.stored(left), self.right, [Term(None, ones)])
+
+    @property
+    def core_bytes(self) -> int:
+        held = self.left.tensors or [] if self._is_bare() else [c for term in self.terms for c in term.cores or ()]
+        return sum(t.nbytes for t in held)
+
+    def _cores(self) -> list[Tensor]:
+        """sum_j c_j C_j, float32 (r, r)."""
+        total: list[Tensor] = []
+        for term in self.terms:
+            cores = term.cores
+            if cores is None:
+                device = self.weights[0].tensor.device
+                cores = [torch.eye(self.rank, dtype=torch.float32, device=device)] * len(self.weights)
+            elif cores[0].dim() == 1:
+                cores = [core.diag() for core in cores]
+            moved = torch._foreach_mul(list(cores), list(term.row))
+            if total:
+                torch._foreach_add_(total, moved)
+            else:
+                total = list(moved)
+        return total
+
+    def apply(self, tensors: list[Tensor], **options: Any) -> None:
+        if len(self.terms) == 1:
+            core, coefficient = self.terms[0].cores, uniform(self.terms[0].row)
+        else:
+            core, coefficient = self._cores(), 1.0
+        ops.lowrank_perturb_(
+            tensors,
+            self.left.argument(),
+            self.right.argument(),
+            core=None if core is None else list(core),
+            coefficient=coefficient,
+            rank=self.rank,
+            tensor_ids=self.ids,
+            slices=self.slices,
+            **options,
+        )
+
+    def of(self, chosen: Sequence[int], tensors: Sequence[Tensor] | None = None) -> LowRank:
+        terms = [Term(t.cores and pick(t.cores, chosen), pick(t.row, chosen)) for t in self.terms]
+        return LowRank(self._chosen(chosen, tensors), self.left.of(chosen), self.right.of(chosen), terms)
+
+    def layout(self) -> Hashable:
+        return "lowrank", self.indices, self.rank, self.left.tensors is None, self.right.tensors is None
+
+    def operands(self) -> LowRankOperands:
+        return LowRankOperands(self)
+
+
+def _added(terms: Sequence[Term], others: Sequence[Term]) -> list[Term]:
+    """The terms of both; those with the very same cores become one."""
+    total = list(terms)
+    for other in others:
+        for i, term in enumerate(total):
+            if term.cores is other.cores:
+                total[i] = Term(term.cores, add_rows(term.row, other.row))
+                break
+        else:
+            total.append(other)
+    return total
+
+
+class LowRankOperands(Operands):
+    """A, B and the core of each weight of a part; its coefficients are multiplied into the core."""
+
+    def __init__(self, part: LowRank) -> None:
+        device, rank = part.weights[0].tensor.device, part.rank
+        cores = torch.empty(len(part.weights), rank, rank, dtype=torch.float32, device=device)
+        self.cores = list(cores.unbind())
+        self.memory = [[self._memory_for(part, side, w) for w in part.weights] for side in (0, 1)]
+        self.factors: list[list[Tensor]] = [[], []]
+        self.no_keys = torch.zeros(3, dtype=torch.int64, device=device)
+        self.one = torch.ones(1, dtype=torch.float32, device=device)
+        self.options = [{"tensor_ids": [w.id], "slices": list(w.span or ()), "rank": rank} for w in part.weights]
+
+    @staticmethod
+    def _memory_for(part: LowRank, side: int, weight: Weight) -> Tensor | None:
+        """Memory for a factor that is drawn or whose padding row is cleared; others are read where the method has them."""
+        stored = (part.left, part.right)[side].tensors is not None
+        if stored and (side == 1 or weight.padding_row is None):
+            return None
+        shape = (weight.tensor.shape[side], part.rank)
+        return torch.empty(shape, dtype=torch.float32, device=weight.tensor.device)
+
+    def load(self, part: Part) -> None:
+        assert isinstance(part, LowRank)
+        for side, factor in enumerate((part.left, part.right)):
+            tensors = list(factor.materialised(part.weights, side))
+            for i, (memory, weight) in enumerate(zip(self.memory[side], part.weights, strict=True)):
+                if memory is not None:
+                    tensors[i] = memory.copy_(tensors[i])
+                    if side == 0 and weight.padding_row is not None:
+                        memory[weight.padding_row] = 0.0
+            self.factors[side] = tensors
+        torch._foreach_copy_(self.cores, part._cores())
+
+    def fill(self, position: int, tensor: Tensor, out: Tensor, decay: Tensor) -> None:
+        left, right, core = self.fold(position)
+        call_into(
+            ops.torch_ops.lowrank_perturb_,
+            tensor,
+            out,
+            left=[left],
+            right=[right],
+            core=[core],
+            core_kind="full",
+            keys=self.no_keys,
+            coefficient=self.one,
+            decay=decay[0],
+            **self.options[position],
+        )
+
+    def fold(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
+        return self.factors[0][position], self.factors[1][position], self.cores[position]
+
+    def graph_key(self) -> Hashable:
+        return tuple(id(t) for side in self.factors for t in side)

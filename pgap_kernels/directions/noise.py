@@ -1,0 +1,146 @@
+"""Dense seeded noise, plain, masked or preconditioned.
+
+sum_j c_j z(key_j)          times a mask of 0 and 1, or times H^(-1/2) of a diagonal curvature H
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import checks, ops
+from .part import Operands, Part, add_rows, call_into, pick, scale_row
+from .weight import Amounts, Weight, uniform
+
+
+class Mask(NamedTuple):
+    """Which elements noise reaches; exactly one is given, as in ``ops.masked_perturb_``.
+
+    A threshold is read off the weights of the pass, so it serves modes that do not write perturbations; in place the
+    mask has to be stored as ``bits``.
+    """
+
+    threshold: list[float] | None = None
+    share: tuple[int, float] | None = None
+    bits: list[Tensor] | None = None
+
+    def of(self, chosen: Sequence[int]) -> Mask:
+        """The mask of some of the weights."""
+        threshold, bits = (None if v is None else pick(v, chosen) for v in (self.threshold, self.bits))
+        return Mask(threshold, self.share, bits)
+
+
+class Noise(Part):
+    """A combination of seeded draws on the weights.
+
+    Args:
+        weights: of one device and dtype.
+        draws: coefficients by key, a row with one number for each weight.
+        distribution: "normal" or "rademacher".
+        mask: of the elements that move.
+        curvature: H > 0 of each weight, float32; the noise is divided by its root.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[Weight],
+        draws: Mapping[int, Sequence[float]],
+        distribution: str = "normal",
+        mask: Mask | None = None,
+        curvature: Sequence[Tensor] | None = None,
+    ) -> None:
+        super().__init__(weights)
+        if mask is not None and curvature is not None:
+            raise ValueError("mask, curvature: got both; accepted: one of them")
+        self.draws = dict(draws)
+        self.distribution, self.mask = distribution, mask
+        self.curvature = None if curvature is None else list(curvature)
+
+    def _with(self, draws: Mapping[int, Sequence[float]]) -> Noise:
+        return Noise(self.weights, draws, self.distribution, self.mask, self.curvature)
+
+    def coefficients(self) -> list[Sequence[float]]:
+        return list(self.draws.values())
+
+    def scaled(self, amounts: Amounts) -> Noise:
+        return self._with({key: scale_row(row, self.weights, amounts) for key, row in self.draws.items()})
+
+    def plus(self, other: Part) -> Noise | None:
+        if not isinstance(other, Noise) or self._stream() != other._stream():
+            return None
+        total = dict(self.draws)
+        for key, row in other.draws.items():  # a key that both have takes one draw
+            total[key] = add_rows(total[key], row) if key in total else row
+        return self._with(total)
+
+    def _stream(self) -> Hashable:
+        """Equal for parts whose draws one pass can add up."""
+        mask = self.mask and (self.mask.share, _identity(self.mask.bits), tuple(self.mask.threshold or ()))
+        return self.indices, self.distribution, mask, _identity(self.curvature)
+
+    def apply(self, tensors: list[Tensor], **options: Any) -> None:
+        draws = [(key, uniform(row)) for key, row in self.draws.items()]
+        options |= {"tensor_ids": self.ids, "distribution": self.distribution, "slices": self.slices}
+        if self.mask is not None:
+            ops.masked_perturb_(tensors, draws, **self.mask._asdict(), **options)
+        elif self.curvature is not None:
+            ops.preconditioned_perturb_(tensors, draws, self.curvature, **options)
+        else:
+            ops.dense_perturb_(tensors, draws, **options)
+
+    def of(self, chosen: Sequence[int], tensors: Sequence[Tensor] | None = None) -> Noise:
+        draws = {key: pick(row, chosen) for key, row in self.draws.items()}
+        mask = self.mask and self.mask.of(chosen)
+        curvature = self.curvature and pick(self.curvature, chosen)
+        return Noise(self._chosen(chosen, tensors), draws, self.distribution, mask, curvature)
+
+    def layout(self) -> Hashable:
+        return "noise", self._stream(), len(self.draws)
+
+    def operands(self) -> NoiseOperands:
+        return NoiseOperands(self)
+
+
+class NoiseOperands(Operands):
+    """Keys (J,) and coefficients (T, J, 1) of a part of T weights and J draws."""
+
+    def __init__(self, part: Noise) -> None:
+        device, count = part.weights[0].tensor.device, len(part.draws)
+        self.keys = torch.zeros(count, dtype=torch.int64, device=device)
+        self.coefficients = torch.zeros(len(part.weights), count, 1, dtype=torch.float32, device=device)
+        self.rows = self.coefficients.unbind()  # views are made once: fill runs before every layer
+        self.options = [
+            {"tensor_ids": [w.id], "slices": list(w.span or ()), "distribution": part.distribution}
+            for w in part.weights
+        ]
+        self.mask, self.curvature = part.mask, part.curvature
+        if part.mask is not None:
+            none = torch.zeros(1, dtype=torch.int64, device="cpu")
+            masks = [ops.mask_arguments([w.tensor], **part.mask.of([i])._asdict()) for i, w in enumerate(part.weights)]
+            for options, (kind, key, level, bits) in zip(self.options, masks, strict=True):
+                options |= {"mask": kind, "mask_key": none if key is None else key, "mask_level": level}
+                options["mask_bits"] = bits
+
+    def load(self, part: Part) -> None:
+        assert isinstance(part, Noise)
+        keys = [checks.key_bits("key", key) for key in part.draws]
+        self.keys.copy_(torch.tensor(keys, dtype=torch.int64, device="cpu"))
+        rows = torch.tensor(list(part.draws.values()), dtype=torch.float32, device="cpu")
+        self.coefficients.copy_(rows.T[..., None])
+
+    def fill(self, position: int, tensor: Tensor, out: Tensor, decay: Tensor) -> None:
+        options = {"keys": self.keys, "coefficients": self.rows[position], "decay": decay, **self.options[position]}
+        if self.mask is not None:
+            call_into(ops.torch_ops.masked_perturb_, tensor, out, **options)
+        elif self.curvature is not None:
+            options["curvature"] = [self.curvature[position]]
+            call_into(ops.torch_ops.preconditioned_perturb_, tensor, out, **options)
+        else:
+            call_into(ops.torch_ops.dense_perturb_, tensor, out, stages=[len(self.keys)], **options)
+
+
+def _identity(tensors: Sequence[Tensor] | None) -> tuple[int, ...] | None:
+    return None if tensors is None else tuple(map(id, tensors))

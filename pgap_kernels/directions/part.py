@@ -1,0 +1,151 @@
+"""A part of a direction: what one op call adds to some weights."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from .weight import Amounts, Weight
+
+
+class Part(ABC):
+    """A displacement of some weights of one device and dtype, coefficients included.
+
+    Parts are immutable vectors: they scale and add. Two parts add up to one part if one pass can move along both.
+    A mode knows no kind of part. It asks for passes (``apply``) or, where weights are not written, for ``operands``.
+    """
+
+    acts_on_outputs: ClassVar[bool] = False  # its operands can move a layer's output instead of its weight
+
+    def __init__(self, weights: Sequence[Weight]) -> None:
+        self.weights = list(weights)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The weights' tensors."""
+        return [w.tensor for w in self.weights]
+
+    @property
+    def ids(self) -> list[int]:
+        """The weights' ids in the noise contract."""
+        return [w.id for w in self.weights]
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """The weights' indices."""
+        return tuple(w.index for w in self.weights)
+
+    @property
+    def slices(self) -> list[tuple[int, int]] | None:
+        """The ops' ``slices`` of shards; None for whole tensors."""
+        return None if self.weights[0].span is None else [w.span for w in self.weights]  # type: ignore[misc]
+
+    # ---- a vector ---------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def coefficients(self) -> list[Sequence[float]]:
+        """Every coefficient, one row per term with a number for each weight: to find an overflow before it is written."""
+
+    @abstractmethod
+    def scaled(self, amounts: Amounts) -> Part:
+        """This part times the amount of each weight."""
+
+    @abstractmethod
+    def plus(self, other: Part) -> Part | None:
+        """The sum, or None if it takes two passes."""
+
+    def moved_from(self, before: Part, keep: Sequence[float]) -> Part | None:
+        """What takes ``W + before`` to ``keep W + self`` in one pass with decay 1 - keep; None if it takes two."""
+        return before.removal(keep).plus(self)
+
+    def removal(self, keep: Sequence[float]) -> Part:
+        """What takes ``W + self`` to ``keep W`` with decay 1 - keep."""
+        return self.scaled([-k for k in keep])
+
+    def reverted(self, back: Amounts) -> Part:
+        """What takes ``keep W + self`` back to W with decay 1 - 1 / keep; ``back`` is -1 / keep."""
+        return self.scaled(back)
+
+    def is_zero(self) -> bool:
+        """Whether nothing would move; such a pass is not made, as adding +0 would turn -0 into +0."""
+        return not any(map(any, self.coefficients()))
+
+    # ---- a pass -----------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def apply(self, tensors: list[Tensor], **options: Any) -> None:
+        """Write ``tensors <- tensors - decay * tensors + self`` in one op call; options are the op's."""
+
+    @abstractmethod
+    def of(self, chosen: Sequence[int], tensors: Sequence[Tensor] | None = None) -> Part:
+        """The part of some of its weights (positions in ``weights``), stored in other tensors if given."""
+
+    def condensed(self) -> Part:
+        """The same displacement in the fewest terms, in memory of its own where it has any: to add up over many steps."""
+        return self
+
+    @property
+    def core_bytes(self) -> int:
+        """Memory that its coefficients take beyond floats."""
+        return 0
+
+    def _chosen(self, chosen: Sequence[int], tensors: Sequence[Tensor] | None) -> list[Weight]:
+        if tensors is None:
+            return [self.weights[i] for i in chosen]
+        return [self.weights[i]._replace(tensor=t) for i, t in zip(chosen, tensors, strict=True)]
+
+    # ---- a forward that reads the weights without writing them -----------------------------------------------------
+
+    @abstractmethod
+    def layout(self) -> Hashable:
+        """What decides the shape of its operands: parts of one layout can use each other's memory."""
+
+    @abstractmethod
+    def operands(self) -> Operands:
+        """Device memory for what hooks and captured graphs read, not loaded yet."""
+
+
+class Operands(ABC):
+    """A part's keys, coefficients and cores in device memory that keeps its place from step to step."""
+
+    @abstractmethod
+    def load(self, part: Part) -> None:
+        """Take over the values of a part of the same layout."""
+
+    @abstractmethod
+    def fill(self, position: int, tensor: Tensor, out: Tensor, decay: Tensor) -> None:
+        """out <- tensor - decay * tensor + the part, for the weight at a position; decay is a (1, 1) device tensor."""
+
+    def fold(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
+        """A, B and the core of one weight, for parts that act on outputs."""
+        raise NotImplementedError
+
+    def graph_key(self) -> Hashable:
+        """What a captured graph depends on beyond the layout: addresses that ``load`` may have changed."""
+        return None
+
+
+def call_into(op: Any, tensor: Tensor, out: Tensor, *lists: list[Tensor], **options: Any) -> None:
+    """Call an op that reads one tensor and writes another, or in place where they are one."""
+    if tensor is out:
+        op.default([out], *lists, **options)
+    else:
+        op.out([tensor], *lists, out=[out], **options)
+
+
+def pick(values: Sequence, chosen: Sequence[int]) -> list:
+    """The values at some positions."""
+    return [values[i] for i in chosen]
+
+
+def scale_row(row: Sequence[float], weights: Sequence[Weight], amounts: Amounts) -> list[float]:
+    """A row of coefficients times the amounts of its weights."""
+    return [c * amounts[w.index] for c, w in zip(row, weights, strict=True)]
+
+
+def add_rows(a: Sequence[float], b: Sequence[float]) -> list[float]:
+    """The sum of two rows of coefficients."""
+    return [x + y for x, y in zip(a, b, strict=True)]

@@ -1,0 +1,153 @@
+"""A pass is a value: what was or will be done to some weights, once. It runs, is undone, is counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from .noise import Noise
+from .part import Part
+from .weight import Weight
+
+
+@dataclass(frozen=True)
+class Pass:
+    """W <- round((1 - d) W + part), one op call.
+
+    Attributes:
+        part: what is added, coefficients included.
+        decay: d of each weight of the part.
+        rounding_key: key of stochastic rounding of 16-bit weights; None rounds to nearest.
+    """
+
+    part: Part
+    decay: Sequence[float] = ()
+    rounding_key: int | None = None
+    reversible: ClassVar[bool] = True
+
+    @property
+    def weights(self) -> list[Weight]:
+        """The weights that are written."""
+        return self.part.weights
+
+    @property
+    def written(self) -> list[Tensor]:
+        """Every tensor that is written."""
+        return self.part.tensors
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The op's options for decay and rounding."""
+        decay = list(self.decay) if any(self.decay) else 0.0
+        if self.rounding_key is None or self.weights[0].tensor.dtype == torch.float32:
+            return {"decay": decay}
+        return {"decay": decay, "rounding": "stochastic", "rounding_key": self.rounding_key}
+
+    def run(self) -> None:
+        """Write the weights. An op that raises has written nothing."""
+        with_padding_kept(self.weights, self.part.tensors, lambda: self.part.apply(self.part.tensors, **self.options))
+
+    def inverse(self) -> Pass | None:
+        """The pass that takes the weights back, to rounding; None if there is none."""
+        keep = [1.0 - d for d in self.decay or [0.0] * len(self.weights)]
+        back = {w.index: -1.0 / k for w, k in zip(self.weights, keep, strict=True)}
+        return Pass(self.part.reverted(back), [1.0 - 1.0 / k for k in keep])
+
+    def is_empty(self) -> bool:
+        """Whether it would leave every weight as it is."""
+        return not any(self.decay) and self.part.is_zero()
+
+
+@dataclass(frozen=True)
+class RulePass(Pass):
+    """A pass whose update depends on state that it reads and writes: momentum, second moments, curvature.
+
+    ``part`` is the gradient estimate  sum_j (coefficient) z_j;  ``restore`` takes back the perturbation that the weights
+    still have. There is no inverse: to undo it, copies are needed.
+    """
+
+    reversible: ClassVar[bool] = False
+    rule: ops.Rule | None = None
+    state: Sequence[Sequence[Tensor]] = field(default_factory=tuple)
+    restore: Noise | None = None
+
+    @property
+    def written(self) -> list[Tensor]:
+        return [*self.part.tensors, *(t for tensors in self.state for t in tensors)]
+
+    def run(self) -> None:
+        part = self.part
+        if not isinstance(part, Noise) or part.mask is not None or part.curvature is not None:
+            raise ValueError(
+                f"rule: got a {type(part).__name__} direction with {type(self.rule).__name__}; accepted: plain dense noise"
+            )
+        rows = {key: [0.0] * len(part.weights) for key in part.draws} | (self.restore.draws if self.restore else {})
+        zero = [0.0] * len(part.weights)
+        draws = [(key, part.draws.get(key, zero)) for key in rows]
+        call: Callable[[], None] = lambda: ops.preconditioned_update_(  # noqa: E731
+            part.tensors,
+            [list(tensors) for tensors in self.state],
+            [(key, list(row)) for key, row in draws],
+            self.rule,  # type: ignore[arg-type]
+            restore=[list(row) for row in rows.values()],
+            tensor_ids=part.ids,
+            distribution=part.distribution,
+            slices=part.slices,
+            **self.options,
+        )
+        with_padding_kept(part.weights, part.tensors, call)
+
+    def inverse(self) -> None:
+        return None
+
+    def is_empty(self) -> bool:
+        return False  # state moves even where the gradient estimate is 0
+
+
+def with_padding_kept(weights: Sequence[Weight], written: Sequence[Tensor], write: Callable[[], None]) -> None:
+    """Run a write and give the padding rows, which it does not know, what the weights had there."""
+    rows = [
+        (out[w.padding_row], w.tensor[w.padding_row].clone())
+        for w, out in zip(weights, written, strict=True)
+        if w.padding_row is not None
+    ]
+    write()
+    for row, before in rows:
+        row.copy_(before)
+
+
+def bytes_of(tensors: Sequence[Tensor]) -> int:
+    """Their size in bytes."""
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def run_all_or_none(passes: Sequence[Pass], run: Callable[[Pass], None], copy_budget: int) -> None:
+    """Run every pass, or none: if one raises, those before it are undone and the exception propagates.
+
+    Passes run smallest first. Up to ``copy_budget`` bytes of what they write is copied, so that undoing is bit-exact;
+    beyond that it is arithmetic, exact to rounding. The last pass needs neither: an op that raises has written nothing.
+    A pass that has no inverse is copied whatever the budget.
+    """
+    done: list[tuple[Pass, list[Tensor] | None]] = []
+    ordered = sorted(passes, key=lambda p: bytes_of(p.written))
+    try:
+        for p in ordered:
+            size, copies = bytes_of(p.written), None
+            if p is not ordered[-1] and (size <= copy_budget or not p.reversible):
+                copies = [t.clone() for t in p.written]
+                copy_budget -= size
+            run(p)
+            done.append((p, copies))
+    except BaseException:
+        for p, copies in reversed(done):
+            inverse = p.inverse()
+            if copies is not None:
+                torch._foreach_copy_(p.written, copies)
+            elif inverse is not None:
+                run(inverse)
+        raise

@@ -1,0 +1,48 @@
+"""The one identity of a trainable tensor, from the optimizer's constructor to the op call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+# One number for each weight, found by ``Weight.index``.
+Amounts = Sequence[float] | Mapping[int, float]
+
+
+class Weight(NamedTuple):
+    """A trainable tensor.
+
+    Attributes:
+        index: its position among the optimizer's weights; ``Amounts`` and hooks go by it.
+        name: its canonical parameter name.
+        tensor: the parameter itself, or the local piece of a sharded one.
+        id: 32-bit id in the noise contract.
+        group: its param group.
+        span: (base, row_stride) of a shard in the unsharded tensor, as the ops' ``slices``; None for a whole tensor.
+        padding_row: a row that training leaves alone (``nn.Embedding.padding_idx``).
+    """
+
+    index: int
+    name: str
+    tensor: Tensor
+    id: int
+    group: dict[str, Any]
+    span: tuple[int, int] | None = None
+    padding_row: int | None = None
+
+
+def bucket(weights: Sequence[Weight], also: Callable[[Weight], Any] = lambda _: None) -> list[list[Weight]]:
+    """Group weights that may share an op call: one device, dtype and value of ``also``."""
+    found: dict[Any, list[Weight]] = {}
+    for weight in weights:
+        key = (weight.tensor.device, weight.tensor.dtype, weight.span is None, also(weight))
+        found.setdefault(key, []).append(weight)
+    return list(found.values())
+
+
+def uniform(values: Sequence[float]) -> float | list[float]:
+    """One float where all are equal: the ops check and copy one scalar faster than one for each tensor."""
+    first = values[0]
+    return first if values.count(first) == len(values) else list(values)

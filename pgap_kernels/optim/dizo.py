@@ -1,0 +1,143 @@
+"""DiZO (2502.03304): MeZO, whose distance from the pretrained weights is rescaled layer by layer every kappa steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar
+
+from .. import ops
+from ..directions import Anchored, Direction, Weight, bucket
+from ..noise import Role
+from .base import Evaluation, Params, ZOOptimizer
+from .options import at_least_one, patterns, positive
+
+
+class DiZO(ZOOptimizer):
+    """Divergence-driven zeroth-order optimization.
+
+    ``kappa`` MeZO steps without weight decay, then ``iterations`` steps that project, over and over. A projection looks
+    for a ratio c of each selected weight, at first 1, with Delta = W - W0 from the anchor and n = |Delta|:
+
+        z ~ N(0, 1) for each weight, clipped to |z| <= tau n / eps_p
+        g = (L(W0 + (c + eps_p z / n) Delta) - L(W0 + (c - eps_p z / n) Delta)) / (2 eps_p)
+        c <- clip(c - s g z, 1 - tau, 1 + tau);      after the last:  W <- W0 + c Delta
+
+    Each ``step`` call is one of either kind and takes a minibatch of its own, as the paper's projection does. The
+    weights stay as they are until the projection's last step. 2 forwards a step of either kind; in place 3 weight passes
+    of a MeZO step, and 3 of the selected weights of a projecting one. State: W0 of the selected weights in their dtype,
+    and while projecting Delta in float32.
+
+    Args:
+        params, lr, eps: as in ``MeZO``.
+        select: name patterns of the weights to project; each has to match. The published code takes the key and value
+            projections of OPT by their names, and projects nothing in other models.
+        kappa: MeZO steps between projections.
+        iterations: J, steps of a projection.
+        eps_p: radius of a projection's differences.
+        tau: the most that a ratio may leave 1 by.
+        s: step size of a projection.
+        **options: of ``ZOOptimizer``.
+    """
+
+    method: ClassVar[str] = "DiZO"
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-6,
+        eps: float = 1e-3,
+        *,
+        select: Sequence[str] = ("*k_proj.weight", "*v_proj.weight"),
+        kappa: int = 50,
+        iterations: int = 10,
+        eps_p: float = 0.1,
+        tau: float = 0.2,
+        s: float = 2.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": 0.0}, **options)
+        self.select = patterns("select", select, [w.name for w in self.weights()])
+        self.kappa, self.iterations = at_least_one("kappa", kappa), at_least_one("iterations", iterations)
+        self.period = self.kappa + self.iterations
+        self.eps_p, self.tau, self.s = positive("eps_p", eps_p), positive("tau", tau), positive("s", s)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        super().check_group(group)
+        if group["weight_decay"] != 0:
+            raise ValueError(f"weight_decay: got {group['weight_decay']}; accepted: 0, DiZO has none")
+
+    def selected(self) -> list[Weight]:
+        """The weights that are projected."""
+        return [w for w in self.weights() if any(fnmatchcase(w.name, p) for p in self.select) and w.tensor.numel()]
+
+    @property
+    def iteration(self) -> int:
+        """The number of the projecting step that comes next; negative before a MeZO step."""
+        return self.steps % self.period - self.kappa
+
+    def estimate_and_update(self, evaluate: Evaluation) -> float:
+        for w in self.selected():
+            if "anchor" not in self.state[w.tensor]:
+                self.state[w.tensor]["anchor"] = w.tensor.detach().clone()
+        if self.iteration >= 0:
+            return self._project(evaluate)
+        z = self.noise(self.key(Role.DENSE))
+        plus, minus = evaluate.two_sided(z)
+        self.apply_update([(z, self.sgd(plus - minus))])
+        return (plus + minus) / 2
+
+    # ---- a projecting step ------------------------------------------------------------------------------------------
+
+    def _project(self, evaluate: Evaluation) -> float:
+        weights, key = self.selected(), self.key(Role.DATA)
+        states = [self.state[w.tensor] for w in weights]
+        if self.iteration == 0 or any("delta" not in state for state in states):
+            self._measure(weights)
+        draws = [ops.draw(1, key, w.id, device="cpu").item() for w in weights]
+        bounds = [self.tau * state["distance"] / self.eps_p for state in states]
+        z = [min(max(draw, -bound), bound) for draw, bound in zip(draws, bounds, strict=True)]
+        plus, minus = evaluate.population([(self._line(weights), self._amounts(weights, z, sign)) for sign in (1, -1)])
+        g = (plus - minus) / (2 * self.eps_p)
+        ratios = [state["ratio"] - self.s * g * zi for state, zi in zip(states, z, strict=True)]
+        ratios = [min(max(c, 1 - self.tau), 1 + self.tau) for c in ratios]
+        last = self.iteration == self.iterations - 1
+        terms = []
+        if last:
+            amounts = [0.0] * len(self.weights())
+            for w, c in zip(weights, ratios, strict=True):
+                amounts[w.index] = c - 1
+            terms = [(self._line(weights), amounts)]
+        self.apply_update(terms)
+        for state, c in zip(states, ratios, strict=True):
+            state["ratio"] = c
+            if last:
+                del state["delta"]
+        return (plus + minus) / 2
+
+    def _measure(self, weights: list[Weight]) -> None:
+        """Delta and its norm of each weight; all ratios are 1."""
+        for same in bucket(weights):
+            anchors = [self.state[w.tensor]["anchor"] for w in same]
+            squares = self.to_host(ops.squared_norms([w.tensor for w in same], anchors))
+            for w, anchor, square in zip(same, anchors, squares, strict=True):
+                delta = w.tensor.detach().float() - anchor.float()
+                self.state[w.tensor] |= {"delta": delta, "distance": math.sqrt(square), "ratio": 1.0}
+
+    def _line(self, weights: list[Weight]) -> Direction:
+        """Delta of each weight, seen from its anchor."""
+        parts = []
+        for same in bucket(weights):
+            states = [self.state[w.tensor] for w in same]
+            anchors, deltas = ([state[name] for state in states] for name in ("anchor", "delta"))
+            parts.append(Anchored(same, anchors, deltas, [1.0] * len(same)))
+        return Direction(parts)
+
+    def _amounts(self, weights: list[Weight], z: list[float], sign: int) -> list[float]:
+        """c - 1 +- eps_p z / n."""
+        amounts = [0.0] * len(self.weights())
+        for w, zi in zip(weights, z, strict=True):
+            state = self.state[w.tensor]
+            amounts[w.index] = state["ratio"] - 1 + sign * self.eps_p * zi / (state["distance"] + 1e-8)
+        return amounts

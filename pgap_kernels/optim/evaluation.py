@@ -1,0 +1,162 @@
+"""One step's forwards: losses at points, all from the same random numbers and buffers."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..directions import Amounts, Direction, Weight
+from ..perturbation import Autocast, ForwardState, Perturbation, observing, uninterrupted
+
+Closure = Callable[[], "Tensor | float"]
+# A direction and the radius of each weight; the point is W + radius * direction.
+PointSpec = tuple[Direction, Amounts]
+
+
+class NonFiniteLossError(RuntimeError):
+    """The closure returned NaN or infinity. The weights have been restored to what they were before the step."""
+
+
+@dataclass
+class Evaluation:
+    """The forwards of one step; exists inside it only.
+
+    Attributes:
+        step: its number.
+        closure: runs one forward and returns its loss, or one loss for each slice of a stacked batch.
+        perturbation: the mode.
+        weights, model: of the optimizer.
+        eps: the smoothing radius of each weight.
+        state, autocast: what each forward starts from, and runs under.
+        timed: adds the wall seconds of a block to a part of the step.
+        reduce: makes one loss of those of several processes.
+        points_per_forward: how often the closure's batch is stacked.
+        checked_slices: training flags under which the slices were seen to be apart.
+        losses: of every point so far, in order.
+    """
+
+    step: int
+    closure: Closure
+    perturbation: Perturbation
+    weights: list[Weight]
+    model: nn.Module | None
+    eps: Amounts
+    state: ForwardState
+    autocast: Autocast
+    timed: Callable[[str], contextlib.AbstractContextManager]
+    reduce: Callable[[Tensor], Tensor]
+    points_per_forward: int
+    checked_slices: set[tuple[bool, ...]]
+    losses: list[float] = field(default_factory=list)
+
+    def loss(self, direction: Direction | None = None, radius: Amounts | None = None) -> float:
+        """The loss at W + radius * direction; at W without a direction."""
+        return self.population([(direction or Direction(), radius or self.eps)])[0]
+
+    def two_sided(self, direction: Direction, radius: Amounts | None = None) -> tuple[float, float]:
+        """Losses at W + radius * direction and W - radius * direction; the radius is ``eps`` by default."""
+        eps = radius or self.eps
+        plus, minus = self.population([(direction, eps), (direction, [-e for e in eps])])
+        return plus, minus
+
+    def population(self, points: Sequence[PointSpec]) -> list[float]:
+        """Losses at several points: as many in one forward as the closure's batch is stacked for, else one each.
+
+        Raises:
+            NonFiniteLossError: a loss is not finite.
+            ValueError: the points do not fill whole forwards.
+        """
+        per_forward = self.points_per_forward
+        if len(points) % per_forward:
+            raise ValueError(
+                f"paired: got True for a method that evaluates {len(points)} point(s); accepted: a multiple of "
+                f"{per_forward}. Choose paired=False"
+            )
+        found: list[Tensor] = []
+        for first in range(0, len(points), per_forward):
+            together = [direction.scaled(radius) for direction, radius in points[first : first + per_forward]]
+            if per_forward > 1:
+                self._check_slices(together[0], per_forward)
+            found.append(self._forward_at(together))
+        losses = [value for vector in found for value in vector.tolist()]  # only now, so that no forward waits
+        self.losses += losses
+        for i, value in enumerate(losses):
+            if not math.isfinite(value):
+                raise NonFiniteLossError(
+                    f"loss {i + 1} of {len(losses)} points is {value} in step {self.step}; the weights are "
+                    "restored. Lower lr or eps, look at the batch, or pass on_nonfinite='skip'"
+                )
+        return losses
+
+    def observed(self, see: Callable[[Weight, Tensor], None]) -> float:
+        """The loss at W, while ``see`` gets the inputs of every linear layer and embedding with its weight."""
+        with observing(self.model, self.weights, see):
+            return self.loss()
+
+    def clear(self) -> None:
+        """Show W itself again, before the memory of the forwards is used for something else."""
+        self._show([Direction()])
+
+    # ---- one forward ------------------------------------------------------------------------------------------------
+
+    def _show(self, points: Sequence[Direction]) -> None:
+        with self.timed("perturb"), uninterrupted():
+            self.perturbation.perturb_to(points)
+
+    def _forward_at(self, points: Sequence[Direction]) -> Tensor:
+        self._show(points)
+        with self.timed("forward"):
+            value = self._run_closure()
+            if self.state.learn_changes():
+                value = self._run_closure()
+        return self.reduce(self._checked(value, len(points)))
+
+    def _run_closure(self) -> Tensor | float:
+        self.state.restore()
+        with self.autocast.inside():
+            return self.perturbation.forward(self.closure)
+
+    def _checked(self, value: Tensor | float, count: int) -> Tensor:
+        if not isinstance(value, (Tensor, int, float)):
+            raise TypeError(f"closure: returned {type(value).__name__}; accepted: a scalar tensor or a float")
+        loss = value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")
+        if loss.numel() != count or loss.is_complex():
+            accepted = "a real scalar loss" if count == 1 else f"{count} real losses, one of each slice of the batch"
+            raise ValueError(f"closure: returned {loss.dtype} of shape {tuple(loss.shape)}; accepted: {accepted}")
+        if loss.dtype in (torch.float16, torch.bfloat16):
+            _warn_once(
+                f"closure: returned a {loss.dtype} loss, whose rounding is large beside the difference of two losses; "
+                "reduce the loss in float32"
+            )
+        return loss.reshape(count)
+
+    def _check_slices(self, point: Direction, count: int) -> None:
+        """Refuse a model that mixes the slices of a stacked batch: moving one slice may not move another's loss.
+
+        The number of rows cannot tell (a sequence-first layer may have as many), so the first forward is tried out.
+        """
+        flags = tuple(module.training for module in self.model.modules()) if self.model is not None else ()
+        if flags in self.checked_slices or self.perturbation.dry:
+            return
+        still = point.scaled([0.0] * len(self.weights))
+        before = self._forward_at([still] * count)
+        after = self._forward_at([point, *[still] * (count - 1)])
+        if not torch.equal(before[1:], after[1:]):
+            raise RuntimeError(
+                "paired: a point of the first slice of the batch moved the loss of another slice; accepted: models "
+                "whose layers keep rows apart, with the batch as leading dimension, and nothing averaged over it. "
+                "Choose paired=False"
+            )
+        self.checked_slices.add(flags)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)

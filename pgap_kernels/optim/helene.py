@@ -1,0 +1,115 @@
+"""HELENE (2411.10696): annealed momentum over a diagonal curvature with a floor for each layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..directions import Weight
+from ..noise import Role
+from ..perturbation import StateRule
+from .base import Evaluation, Params, ZOOptimizer
+from .options import at_least_one, fraction, patterns, positive
+
+
+class HELENE(ZOOptimizer):
+    """SPSA with annealed momentum, divided by a clipped curvature estimate.
+
+        g = rho z,   a_t = beta1 + (1 - beta1) exp(-t / T),   m <- beta1 m + a_t g        (no bias correction, a_0 = 1)
+        every k steps, the first included:  h <- beta2 h + (1 - beta2) B g^2
+        W <- (1 - lr wd) W - lr m / (gamma max(h, floor) + e)
+
+    2 forwards, 3 weight passes in place, the last of which reads and writes the state too. State: m and h, float32, each
+    of the weight's size.
+
+    The paper's text and code are not public; of its digest ``h`` before the first refresh and the estimate of the
+    curvature are inferred: Sophia's Gauss-Newton-Bartlett form B g^2 with the minibatch estimate g.
+
+    Args:
+        params, lr, eps, weight_decay: as in ``MeZO``.
+        beta1, beta2: decay rates of m and h, of a group.
+        gamma, floor: of the denominator, of a group.
+        floors: floors by name pattern, which take precedence: "layer-wise clipping".
+        e: keeps the denominator away from 0.
+        anneal_steps: T.
+        refresh_every: k.
+        batch_size: B, examples in the closure's minibatch.
+        **options: of ``ZOOptimizer``.
+    """
+
+    method: ClassVar[str] = "HELENE"
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-6,
+        eps: float = 1e-3,
+        weight_decay: float = 0.0,
+        *,
+        batch_size: int,
+        beta1: float = 0.9,
+        beta2: float = 0.99,
+        gamma: float = 1.0,
+        floor: float = 1.0,
+        floors: Mapping[str, float] | None = None,
+        e: float = 1e-8,
+        anneal_steps: float = 1000.0,
+        refresh_every: int = 10,
+        **options: Any,
+    ) -> None:
+        given = {"beta1": beta1, "beta2": beta2, "gamma": gamma, "floor": floor}
+        super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay, **given}, **options)
+        names = [w.name for w in self.weights()]
+        self.floors = {p: positive(f"floors[{p!r}]", v) for p, v in (floors or {}).items()}
+        patterns("floors", list(self.floors), names)
+        self.e, self.anneal_steps = positive("e", e), positive("anneal_steps", anneal_steps)
+        self.refresh_every = self.period = at_least_one("refresh_every", refresh_every)
+        self.batch_size = at_least_one("batch_size", batch_size)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        super().check_group(group)
+        for name in ("beta1", "beta2"):
+            fraction(name, group[name])
+        for name in ("gamma", "floor"):
+            positive(name, group[name])
+
+    def estimate_and_update(self, evaluate: Evaluation) -> float:
+        z = self.noise(self.key(Role.DENSE))
+        plus, minus = evaluate.two_sided(z)
+        rho = [(plus - minus) / (2 * eps) for eps in self.radius()]
+        self.apply_update([(z, rho)], rule=StateRule(self.rule_of, self.state_of))
+        return (plus + minus) / 2
+
+    def rule_of(self, weights: Sequence[Weight]) -> ops.HELENE:
+        """The rule of this step for weights of one pass."""
+        group = weights[0].group
+        beta1, refreshes = group["beta1"], self.steps % self.refresh_every == 0
+        rates = self.rates()
+        return ops.HELENE(
+            lr=[rates[w.index] for w in weights],
+            anneal=beta1 + (1 - beta1) * math.exp(-self.steps / self.anneal_steps),
+            floor=[self.floor_of(w) for w in weights],
+            beta1=beta1,
+            gamma=group["gamma"],
+            eps=self.e,
+            refresh=(group["beta2"], float(self.batch_size)) if refreshes else None,
+        )
+
+    def floor_of(self, weight: Weight) -> float:
+        """The floor of a weight's curvature."""
+        return next((v for p, v in self.floors.items() if fnmatchcase(weight.name, p)), weight.group["floor"])
+
+    def state_of(self, weights: Sequence[Weight]) -> list[list[Tensor]]:
+        """m and h of weights."""
+        states = [self.state[w.tensor] for w in weights]
+        for w, state in zip(weights, states, strict=True):
+            for name in ("momentum", "curvature"):
+                if name not in state:
+                    state[name] = torch.zeros_like(w.tensor, dtype=torch.float32)
+        return [[state[name] for state in states] for name in ("momentum", "curvature")]

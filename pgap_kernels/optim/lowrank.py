@@ -1,0 +1,150 @@
+"""What all low-rank methods share: which matrices, their rank and scale, factors in the state, the refresh schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from .. import checks, ops
+from ..directions import Direction, Factor, LowRank, Term, Weight, bucket
+from .base import Evaluation, Params, ZOOptimizer
+from .checkpoint import keep_memory
+from .options import at_least_one, patterns
+
+SCALES = ("subzero", "paper")
+
+
+class LowRankOptimizer(ZOOptimizer):
+    """Base of the methods that move matrices along A C B^T, and everything else along dense noise.
+
+    Factors are state of their weight (``optimizer.state[p]``), float32, and keep their memory from refresh to refresh:
+    captured forwards read them there.
+
+    Args:
+        params, defaults: as in ``ZOOptimizer``; groups have a ``rank``.
+        window: steps between refreshes of the factors; the first step refreshes.
+        scale: "subzero": sqrt(m n)/r, the norm of dense noise, so that MeZO's eps and lr carry over; "paper": 1.
+        exclude: names (fnmatch patterns, e.g. "*embed*") of matrices that take dense noise instead; each has to match.
+        **options: of ``ZOOptimizer``.
+
+    Attributes:
+        refreshed_at: the step of the last refresh; None before the first.
+    """
+
+    saved_attributes: ClassVar[dict[str, Any]] = {"refreshed_at": None}
+
+    def __init__(
+        self,
+        params: Params,
+        defaults: dict[str, Any],
+        *,
+        window: int,
+        scale: str = "paper",
+        exclude: Sequence[str] = (),
+        **options: Any,
+    ) -> None:
+        self.refreshed_at: int | None
+        super().__init__(params, defaults, **options)
+        self.window = self.period = at_least_one("window", window)
+        self.scale = checks.choice("scale", scale, SCALES)
+        self.exclude = patterns("exclude", exclude, self._known_names())
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        super().check_group(group)
+        if at_least_one("rank", group["rank"]) > ops.MAX_RANK:
+            raise ValueError(f"rank: got {group['rank']}; accepted: 1 to {ops.MAX_RANK}, the most the kernels take")
+
+    # ---- which weights ----------------------------------------------------------------------------------------------
+
+    def _names_of(self) -> dict[int, list[str]]:
+        """Every name of each parameter: tied ones have several."""
+        names: dict[int, list[str]] = {}
+        if self.model is not None:
+            for name, p in self.model.named_parameters(remove_duplicate=False):
+                names.setdefault(id(p), []).append(name)
+        for w in self.weights():
+            names.setdefault(id(w.tensor), []).append(w.name)
+        return names
+
+    def _known_names(self) -> list[str]:
+        return [name for names in self._names_of().values() for name in names]
+
+    def matrices(self) -> list[Weight]:
+        """The weights with low-rank directions."""
+        weights = self.weights()
+        if getattr(self, "_matrices", (None, None))[0] is not weights:
+            names = self._names_of()
+            excluded = {
+                w.index
+                for w in weights
+                if any(fnmatchcase(name, pattern) for name in names[id(w.tensor)] for pattern in self.exclude)
+            }
+            chosen = [w for w in weights if w.tensor.dim() == 2 and w.tensor.numel() and w.index not in excluded]
+            self._matrices = (weights, chosen)
+        return self._matrices[1]
+
+    def others(self) -> list[Weight]:
+        """The weights that take dense noise: no matrices, or excluded by name."""
+        chosen = set(self.lowrank_indices())
+        return [w for w in self.weights() if w.index not in chosen]
+
+    def lowrank_indices(self) -> list[int]:
+        return [w.index for w in self.matrices()]
+
+    def rank_of(self, weight: Weight) -> int:
+        """r of a matrix: the group's, or its shorter side (LoRA factors)."""
+        return min(weight.group["rank"], *weight.tensor.shape)
+
+    def scale_of(self, weight: Weight) -> float:
+        """What multiplies a direction of a matrix."""
+        return math.sqrt(weight.tensor.numel()) / self.rank_of(weight) if self.scale == "subzero" else 1.0
+
+    # ---- factors ----------------------------------------------------------------------------------------------------
+
+    def stored(self, weights: Sequence[Weight], name: str) -> list[Tensor]:
+        """An entry of the state of some matrices."""
+        return [self.state[w.tensor][name] for w in weights]
+
+    def store(self, weight: Weight, **tensors: Tensor) -> None:
+        """Set entries of a matrix's state."""
+        for name, tensor in tensors.items():
+            keep_memory(self.state[weight.tensor], name, tensor)
+
+    def by_rank(self) -> list[list[Weight]]:
+        """The matrices in lists that can share an op call."""
+        return bucket(self.matrices(), also=self.rank_of)
+
+    def low_rank(
+        self, weights: Sequence[Weight], left: Factor, right: Factor, cores: Sequence[Tensor] | None = None
+    ) -> Direction:
+        """scale * A C B^T on matrices of one rank."""
+        return Direction([LowRank(weights, left, right, [Term(cores, [self.scale_of(w) for w in weights])])])
+
+    # ---- the schedule -----------------------------------------------------------------------------------------------
+
+    def refreshes_at(self, step: int) -> bool:
+        """Whether the schedule has a refresh in a step."""
+        return step % self.window == 0
+
+    def refresh_is_due(self, name: str) -> bool:
+        """Whether factors are to be made now: by the schedule, as one was missed, or as a matrix has none."""
+        scheduled = self.steps - self.steps % self.window
+        missed = self.refreshed_at is None or self.refreshed_at < scheduled
+        return missed or any(name not in self.state[w.tensor] for w in self.matrices())
+
+    def refresh(self, evaluate: Evaluation) -> None:
+        """New factors of every matrix."""
+        raise NotImplementedError
+
+    def refresh_if_due(self, name: str, evaluate: Evaluation) -> None:
+        """Refresh, with what a window has gathered in the weights first: it belongs to its own factors."""
+        if not self.refresh_is_due(name):
+            return
+        with self.timed("refresh"):
+            self.refresh(evaluate)
+        self._planned = None
+        self.refreshed_at = self.steps

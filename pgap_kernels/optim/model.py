@@ -1,0 +1,299 @@
+"""What an optimizer knows of its model: the weights, their hyper-parameters, and the mode that perturbs them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks, noise
+from ..directions import Direction, Weight
+from ..noise import Role
+from ..perturbation import (
+    MERGES,
+    MODES,
+    ForwardState,
+    Perturbation,
+    Residual,
+    build,
+    choose,
+    unfolded,
+    uninterrupted,
+)
+from .options import number, positive
+from .weights import collect, fingerprint
+
+_log = logging.getLogger("pgap_kernels")
+MERGE = (1 << 24) - 1  # number of the stochastic-rounding key of merges between steps
+Params = nn.Module | Iterable[Any]
+_NOTHING_TO_TRAIN = "params: got no trainable parameter (requires_grad); accepted: at least one"
+
+
+@contextlib.contextmanager
+def ambient_state_aside() -> Iterator[None]:
+    """Run the optimizer outside of the caller's inference mode: tensors made in it could not be written later."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+class _EnterMode(type):
+    """Enters the mode once the outermost ``__init__`` is over, so that a recipe may set its attributes in any order.
+
+    Not later: hooks have to be in a model before it is compiled.
+    """
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        optimizer = super().__call__(*args, **kwargs)
+        optimizer.weights()
+        _ = optimizer.perturbation
+        return optimizer
+
+
+class ModelOptimizer(torch.optim.Optimizer, metaclass=_EnterMode):
+    """The part of ``ZOOptimizer`` that faces the model; see there for arguments and attributes."""
+
+    method: ClassVar[str]  # name in checkpoints
+    # Plain attributes that go into a state_dict, with their values before the first step.
+    saved_attributes: ClassVar[dict[str, Any]] = {}
+    period: int = 1  # steps after which what a step does repeats; ``cost`` counts one period
+
+    def __init__(
+        self,
+        params: Params,
+        defaults: dict[str, Any],
+        *,
+        model: nn.Module | None = None,
+        seed: int = 0,
+        tensor_ids: Mapping[str, int] | None = None,
+        on_nonfinite: str = "raise",
+        mode: str = "auto",
+        merge: str = "step",
+        two_pass: bool = False,
+        residual: bool = False,
+        allow_unused: bool = False,
+        paired: bool = False,
+    ) -> None:
+        self.seed = noise.check_uint("seed", seed, 64)
+        self.on_nonfinite = checks.choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
+        self.tensor_ids = dict(tensor_ids or {})
+        self.model = params if isinstance(params, nn.Module) else model
+        self.steps = self.skipped = 0
+        self.two_pass, self.residual = bool(two_pass), bool(residual)
+        self.allow_unused, self.paired = bool(allow_unused), bool(paired)
+        self.asked_mode = checks.choice("mode", mode, MODES)
+        self.merges = checks.choice("merge", merge, MERGES)
+        self.seconds = {"forward": 0.0, "perturb": 0.0, "refresh": 0.0}
+        self._perturbation: Perturbation | None = None
+        self._weights: list[Weight] | None = None
+        self._clock: str | None = None
+        self._planned: tuple[int, Direction] | None = None
+        self._flat_steps = 0
+        self._checked_slices: set[tuple[bool, ...]] = set()
+        self._forward_state: ForwardState | None = None
+        for name, value in self.saved_attributes.items():
+            setattr(self, name, value)
+        if isinstance(params, nn.Module):
+            params = list(params.named_parameters())
+        super().__init__(params, defaults)
+        if not self.weights():
+            raise ValueError(_NOTHING_TO_TRAIN)
+        unknown = sorted(set(self.tensor_ids) - {w.name for w in self.weights()})
+        if unknown:
+            raise ValueError(f"tensor_ids: got {unknown[0]!r}; accepted: names of this optimizer's parameters")
+
+    # ---- weights and hyper-parameters ------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        started = self._perturbation is not None
+        if started:
+            self.merge()
+        super().add_param_group(param_group)
+        try:
+            self.check_group(self.param_groups[-1])
+            if started:
+                self.follow_model()
+            else:
+                self._forget_weights()
+                self.weights()
+        except Exception:
+            self.param_groups.pop()
+            self._forget_weights()
+            raise
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Check a param group's hyper-parameters; recipes add theirs."""
+        positive("lr", group["lr"], zero=True)
+        positive("eps", group["eps"])
+        positive("weight_decay", group["weight_decay"], zero=True)
+
+    def weights(self) -> list[Weight]:
+        """Every trainable tensor once: tied weights under their first name, ids checked to be distinct."""
+        if self._weights is None:
+            self._weights = collect(self.param_groups, self.tensor_ids, self.model)
+            self._seen = fingerprint(self.param_groups)
+        return self._weights
+
+    def _forget_weights(self) -> None:
+        self._weights, self._planned, self._forward_state = None, None, None
+
+    def amounts(self, name: str) -> list[float]:
+        """A hyper-parameter of each weight, as its param group has it now."""
+        values = {id(group): number(name, group[name]) for group in self.param_groups}
+        return [values[id(w.group)] for w in self.weights()]
+
+    def decay(self) -> list[float]:
+        """lr * weight_decay of each weight; tensors of one dimension (biases, norm scales) do not decay."""
+        pairs = zip(self.weights(), self.amounts("lr"), self.amounts("weight_decay"), strict=True)
+        return [lr * decay if w.tensor.dim() > 1 else 0.0 for w, lr, decay in pairs]
+
+    def follow_model(self) -> None:
+        """Take the parameters as they are now: others may have frozen, unfrozen, cast or moved them."""
+        before = {w.name: (w.tensor.dtype, w.tensor.device) for w in self.weights()}
+        if self.pending:
+            self.merge()
+        self._forget_weights()
+        weights = self.weights()
+        if not weights:
+            raise ValueError(_NOTHING_TO_TRAIN)
+        for w in weights:
+            for name, value in self.state.get(w.tensor, {}).items():
+                if isinstance(value, Tensor) and value.device != w.tensor.device:
+                    self.state[w.tensor][name] = value.to(w.tensor.device)
+        kinds = {w.name: (w.tensor.dtype, w.tensor.device) for w in weights}
+        if any(kinds[name] != kind for name, kind in before.items() if name in kinds):
+            self._enter_mode(self.asked_mode)
+            return
+        choose(self.mode, weights, self.model, self.lowrank_indices())
+        self.perturbation.adopt(weights)
+        if self.residual:
+            self.perturbation.residual = Residual(weights, self.perturbation.residual)
+
+    # ---- the mode ---------------------------------------------------------------------------------------------------
+
+    def lowrank_indices(self) -> Collection[int] | None:
+        """Indices of the weights with low-rank directions, if the method has such directions."""
+        return None
+
+    def first_point(self, step: int) -> Direction | None:
+        """What the first forward of a step will see added, if that is known before the step."""
+        return None
+
+    @property
+    def perturbation(self) -> Perturbation:
+        """The mode's strategy."""
+        if self._perturbation is None:
+            self._enter_mode(self.asked_mode)
+        assert self._perturbation is not None
+        return self._perturbation
+
+    def _enter_mode(self, mode: str) -> None:
+        weights = self.weights()
+        lowrank = self.lowrank_indices()
+        choice = choose(mode, weights, self.model, lowrank)
+        self._check_options(choice.mode)
+        if choice.mode == "inplace" and any(w.tensor.dtype != torch.float32 for w in weights):
+            warnings.warn(
+                "16-bit weights are perturbed in place: each step rounds them, so they are not restored exactly "
+                f"(fp32 weights are, to rounding); {choice.reason if mode == 'auto' else 'other modes are exact'}",
+                stacklevel=4,
+            )
+        before = self._perturbation
+        options = {"two_pass": self.two_pass, "allow_unused": self.allow_unused, "defers": self.merges == "window"}
+        after = build(choice, weights, self.model, **options)
+        after.merge_key = noise.derive(self.seed, 0, Role.ROUNDING, MERGE)
+        if self.residual:
+            after.residual = Residual(weights, before.residual if before else None)
+        if before is not None:
+            before.release("the optimizer has entered another mode")
+            after.passes = before.passes
+        self._perturbation, self.mode_reason = after, choice.reason
+        _log.info("%s runs in mode %s: %s", type(self).__name__, choice.mode, choice.reason)
+        if choice.mode == "folded" and self.model is not None:
+            rest = unfolded(weights, self.model, lowrank or ())
+            if rest:
+                _log.info("%d matrices are not folded but take the scratch: %s", len(rest), ", ".join(rest[:3]))
+
+    def _check_options(self, mode: str) -> None:
+        """Refuse options that the mode cannot serve."""
+        weights = self.weights()
+        is_16_bit = any(w.tensor.dtype != torch.float32 for w in weights)
+        if self.two_pass and (mode != "inplace" or type(self).first_point is ModelOptimizer.first_point):
+            raise ValueError(
+                f"two_pass: got True with mode={mode!r} and {type(self).__name__}; accepted: with mode='inplace', for "
+                "methods that know their first direction before a step"
+            )
+        if self.paired and mode == "inplace":
+            raise ValueError("paired: got True with mode='inplace'; accepted: with mode 'scratch' or 'folded'")
+        if self.merges == "window" and mode != "folded" and self.asked_mode != "auto":
+            raise ValueError(f"merge: got 'window' with mode={mode!r}; accepted: with mode 'folded'")
+        if self.residual and (mode == "inplace" or not is_16_bit):
+            raise ValueError(
+                f"residual: got True with mode={mode!r} and {weights[0].tensor.dtype} weights; accepted: with "
+                "16-bit weights that are not perturbed in place"
+            )
+
+    @property
+    def mode(self) -> str:
+        """The mode in use; assign another between steps, after ``merge``."""
+        return self.perturbation.mode
+
+    @mode.setter
+    def mode(self, mode: str) -> None:
+        checks.choice("mode", mode, MODES)
+        if self.pending:
+            raise ValueError(
+                f"mode: got {mode!r} while mode {self.mode!r} has updates or perturbations that are not in the "
+                "weights; call merge() first"
+            )
+        self._enter_mode(mode)
+        self.asked_mode = mode
+
+    @property
+    def pending(self) -> bool:
+        """Whether the weights are not what the model is: see ``merge``."""
+        return self._perturbation is not None and self._perturbation.pending
+
+    @property
+    def passes(self) -> float:
+        """Reads and writes of all the weights so far, counted by elements."""
+        return self.perturbation.passes
+
+    def merge(self) -> None:
+        """Write into the weights what a window has gathered, or take off what the two-pass schedule has added.
+
+        Nothing to do otherwise. ``state_dict`` of the optimizer and of a hooked model do it first.
+        """
+        if self._perturbation is not None:
+            with ambient_state_aside(), uninterrupted():
+                self._perturbation.merge()
+
+    def detach(self) -> None:
+        """Merge, and take the hooks off the model: the optimizer has done its work."""
+        with ambient_state_aside(), uninterrupted():
+            self.perturbation.release()
+
+    # ---- copies -----------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        # "step" is in there once a scheduler has bound its counter to this very object.
+        fresh = {"_weights": None, "_planned": None, "_forward_state": None}
+        return {k: v for k, v in self.__dict__.items() if k != "step"} | fresh
+
+    def become_dry(self, weights: list[Weight]) -> None:
+        """Forget what was learnt and stand before the first step, on weights without memory; nothing is computed."""
+        self._perturbation = self.perturbation.dry_copy(weights)
+        self._weights, self._seen, self._planned = weights, fingerprint(self.param_groups), None
+        self._forward_state, self._clock = None, None
+        self.seconds = dict.fromkeys(self.seconds, 0.0)
+        self.state.clear()
+        self.steps = 0
+        for name, value in self.saved_attributes.items():
+            setattr(self, name, value)
+
+    def check_state(self, weight: Weight, state: Mapping[str, Any]) -> None:
+        """Raise ValueError if a weight's saved state does not fit; nothing has been loaded yet."""

@@ -1,0 +1,60 @@
+"""Checks of hyper-parameters: each names the argument, what was given and what is accepted."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor
+
+
+def number(name: str, value: Any) -> float:
+    """A finite number as a float: of Python, of NumPy, or a tensor with one element (as schedulers may leave them)."""
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise ValueError(f"{name}: got {value!r}; accepted: a finite number")
+    return float(value)
+
+
+def positive(name: str, value: Any, *, zero: bool = False) -> float:
+    """A finite number > 0, or >= 0."""
+    checked = number(name, value)
+    if checked < 0 or (checked == 0 and not zero):
+        raise ValueError(f"{name}: got {value}; accepted: a number {'>= 0' if zero else '> 0'}")
+    return checked
+
+
+def fraction(name: str, value: Any) -> float:
+    """A number from 0 to below 1, as decay rates of moments are."""
+    checked = number(name, value)
+    if not 0 <= checked < 1:
+        raise ValueError(f"{name}: got {value}; accepted: a number from 0 to below 1")
+    return checked
+
+
+def at_least_one(name: str, value: Any) -> int:
+    """An integer >= 1."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < 1:
+        raise ValueError(f"{name}: got {value!r}; accepted: an integer, 1 or more")
+    return value.__index__()
+
+
+def patterns(name: str, value: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+    """fnmatch patterns of parameter names, each of which matches some."""
+    if isinstance(value, str):
+        raise TypeError(f"{name}: got the string {value!r}; accepted: a list of name patterns")
+    for pattern in value:
+        if not any(fnmatchcase(k, pattern) for k in known):
+            core = pattern.strip("*").lower()
+            near = [k for k in known if core and core in k.lower()] or get_close_matches(pattern, known, 3, 0.4)
+            hint = f"near names: {', '.join(map(repr, near[:3]))}" if near else f"names are like {known[0]!r}"
+            raise ValueError(
+                f"{name}: {pattern!r} matches no parameter; accepted: fnmatch patterns of whole names, like "
+                f"'*{core or 'embed'}*' ({hint})"
+            )
+    return tuple(value)

@@ -1,0 +1,101 @@
+"""Several points in one forward: the batch's rows are N equal slices, and a module runs once for each on its own filling.
+
+forward(x_1 over ... over x_N)  =  forward(x_1) at W + point_1  over ... over  forward(x_N) at W + point_N
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+from .hooks import ModuleUse, ParamRef, tensors_in
+
+
+class Filler(Protocol):
+    """What fills the parameters of a module for one of the points."""
+
+    rows: int  # leading dimension of the stacked batch; 0 before a module has seen it
+    count: int  # of points, each with a slice of the rows
+
+    def refs_to_fill(self, use: ModuleUse) -> list[ParamRef]: ...
+
+    def push(self, use: ModuleUse, refs: Sequence[ParamRef], point: int) -> None: ...
+
+    def pop(self) -> None: ...
+
+    def detached_output(self, output: Any) -> Any: ...
+
+
+class StackedForward:
+    """In place of a module's ``forward``: where parameters are filled, each slice of rows runs on its own filling."""
+
+    transparent = True  # the module computes what its class says
+
+    def __init__(self, filler: Filler, use: ModuleUse) -> None:
+        self.filler, self.use = filler, use
+        self.own = use.module.__dict__.get("forward")
+        self.forward = use.module.forward
+        use.module.forward = self  # type: ignore[method-assign, assignment]
+
+    def remove(self) -> None:
+        """Give the module its own forward back."""
+        del self.use.module.forward
+        if self.own is not None:
+            self.use.module.forward = self.own  # type: ignore[method-assign]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        filler, use = self.filler, self.use
+        refs = filler.refs_to_fill(use) if filler.count > 1 else []
+        if not refs:
+            return self.forward(*args, **kwargs)
+        rows = next((t.shape[0] for t in tensors_in((args, kwargs)) if t.dim()), 0)
+        check_rows(filler, type(use.module).__name__, rows)
+        results = []
+        for point, part in enumerate(slices_of(rows, filler.count)):
+            own_args, own_kwargs = _rows_of((args, kwargs), rows, part)
+            filler.push(use, refs, point)
+            result = self.forward(*own_args, **own_kwargs)
+            kept = filler.detached_output(result)
+            filler.pop()
+            results.append(result if kept is None else kept)
+        return _stack(results)
+
+
+def check_rows(filler: Filler, module: str, rows: int) -> None:
+    """Refuse a module whose rows are not those of the stacked batch, as far as their number tells."""
+    filler.rows = filler.rows or rows
+    if rows == 0 or rows % filler.count or rows % filler.rows:
+        raise RuntimeError(
+            f"points: a {module} got {rows} rows, the forward began with {filler.rows}, for {filler.count} points; "
+            f"accepted: models whose layers keep the {filler.count} slices of a stacked batch apart, in order. Run one "
+            "point at a time (paired=False)"
+        )
+
+
+def slices_of(rows: int, count: int) -> list[slice]:
+    """The rows of each of ``count`` points."""
+    size = rows // count
+    return [slice(i * size, (i + 1) * size) for i in range(count)]
+
+
+def _rows_of(values: Any, rows: int, part: slice) -> Any:
+    """Of every tensor with that many rows, some of them."""
+
+    def cut(t: Tensor) -> Tensor:
+        return t[part] if t.dim() and len(t) == rows else t
+
+    return tree_map_only(Tensor, cut, values)
+
+
+def _stack(results: Sequence[Any]) -> Any:
+    """One output of the outputs of all slices."""
+    leaves, structures = zip(*(tree_flatten(result) for result in results), strict=True)
+    stacked = [
+        torch.cat(values) if isinstance(values[0], Tensor) and values[0].dim() else values[0]
+        for values in zip(*leaves, strict=True)
+    ]
+    return tree_unflatten(stacked, structures[0])
