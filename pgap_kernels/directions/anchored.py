@@ -95,6 +95,10 @@ class AnchoredOperands(Operands):
         self.rows = self.coefficients.unbind()
         self.options = [{"tensor_ids": [w.id], "slices": list(w.span or ())} for w in part.weights]
 
+    @property
+    def nbytes(self) -> int:
+        return self.coefficients.nbytes
+
     def load(self, part: Part) -> None:
         assert isinstance(part, Anchored)
         values = torch.tensor(part._factors(), dtype=torch.float32, device="cpu")

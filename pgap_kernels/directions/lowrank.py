@@ -239,6 +239,10 @@ class LowRankOperands(Operands):
         shape = (weight.tensor.shape[side], part.rank)
         return torch.empty(shape, dtype=torch.float32, device=weight.tensor.device)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (*self.cores, *(m for side in self.memory for m in side if m is not None)))
+
     def load(self, part: Part) -> None:
         assert isinstance(part, LowRank)
         for side, factor in enumerate((part.left, part.right)):

@@ -113,7 +113,7 @@ class NoiseOperands(Operands):
         self.coefficients = torch.zeros(len(part.weights), count, 1, dtype=torch.float32, device=device)
         self.rows = self.coefficients.unbind()  # views are made once: fill runs before every layer
         self.options = [
-            {"tensor_ids": [w.id], "slices": list(w.span or ()), "distribution": part.distribution}
+            dict[str, Any](tensor_ids=[w.id], slices=list(w.span or ()), distribution=part.distribution)
             for w in part.weights
         ]
         self.mask, self.curvature = part.mask, part.curvature
@@ -124,6 +124,10 @@ class NoiseOperands(Operands):
                 options |= {"mask": kind, "mask_key": none if key is None else key, "mask_level": level}
                 options["mask_bits"] = bits
 
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.coefficients.nbytes
+
     def load(self, part: Part) -> None:
         assert isinstance(part, Noise)
         keys = [checks.key_bits("key", key) for key in part.draws]
@@ -132,7 +136,12 @@ class NoiseOperands(Operands):
         self.coefficients.copy_(rows.T[..., None])
 
     def fill(self, position: int, tensor: Tensor, out: Tensor, decay: Tensor) -> None:
-        options = {"keys": self.keys, "coefficients": self.rows[position], "decay": decay, **self.options[position]}
+        options: dict[str, Any] = {
+            "keys": self.keys,
+            "coefficients": self.rows[position],
+            "decay": decay,
+            **self.options[position],
+        }
         if self.mask is not None:
             call_into(ops.torch_ops.masked_perturb_, tensor, out, **options)
         elif self.curvature is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -95,7 +96,7 @@ class Part(ABC):
     def _chosen(self, chosen: Sequence[int], tensors: Sequence[Tensor] | None) -> list[Weight]:
         if tensors is None:
             return [self.weights[i] for i in chosen]
-        return [self.weights[i]._replace(tensor=t) for i, t in zip(chosen, tensors, strict=True)]
+        return [replace(self.weights[i], tensor=t) for i, t in zip(chosen, tensors, strict=True)]
 
     # ---- a forward that reads the weights without writing them -----------------------------------------------------
 
@@ -110,6 +111,11 @@ class Part(ABC):
 
 class Operands(ABC):
     """A part's keys, coefficients and cores in device memory that keeps its place from step to step."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Memory of its own."""
 
     @abstractmethod
     def load(self, part: Part) -> None:

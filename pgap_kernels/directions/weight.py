@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -11,7 +12,8 @@ from torch import Tensor
 Amounts = Sequence[float] | Mapping[int, float]
 
 
-class Weight(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Weight:
     """A trainable tensor.
 
     Attributes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ class Cost(NamedTuple):
 def measure_cost(optimizer: ModelOptimizer) -> Cost:
     """Run a copy of an optimizer for one period: passes are counted and not run, closures return a constant."""
     twin = _dry_twin(optimizer)
-    forwards = 0
+    forwards = state_bytes = 0
 
     def closure() -> Tensor:
         nonlocal forwards
@@ -35,11 +36,11 @@ def measure_cost(optimizer: ModelOptimizer) -> Cost:
 
     perturbation = twin.perturbation
     for _ in range(2):  # the first period may have more to do: to enter a schedule, to make state
-        forwards, perturbation.passes = 0, 0.0
+        forwards, state_bytes, perturbation.passes = 0, 0, 0.0
         for _ in range(twin.period):
-            twin.step(closure)
-    tensors = [t for state in twin.state.values() for t in state.values() if isinstance(t, Tensor)]
-    state_bytes = sum(t.numel() * t.element_size() for t in tensors) + perturbation.state_bytes
+            twin.step(closure)  # type: ignore[arg-type]
+            tensors = [t for state in twin.state.values() for t in state.values() if isinstance(t, Tensor)]
+            state_bytes = max(state_bytes, sum(t.nbytes for t in tensors) + perturbation.state_bytes)
     return Cost(
         forwards / twin.period,
         perturbation.passes / twin.period,
@@ -61,6 +62,6 @@ def _dry_twin(optimizer: ModelOptimizer) -> ModelOptimizer:
     group_of = {id(old): new for old, new in zip(optimizer.param_groups, twin.param_groups, strict=True)}
     twin.state = defaultdict(dict)
     twin.become_dry(
-        [w._replace(tensor=empty(w.tensor), group=group_of[id(w.group)]) for w in optimizer.weights()],
+        [replace(w, tensor=empty(w.tensor), group=group_of[id(w.group)]) for w in optimizer.weights()],
     )
     return twin

@@ -90,7 +90,7 @@ class Evaluation:
         for i, value in enumerate(losses):
             if not math.isfinite(value):
                 raise NonFiniteLossError(
-                    f"loss {i + 1} of {len(losses)} points is {value} in step {self.step}; the weights are "
+                    f"loss at point {i + 1} of {len(losses)} is {value} in step {self.step}; the weights are "
                     "restored. Lower lr or eps, look at the batch, or pass on_nonfinite='skip'"
                 )
         return losses

@@ -135,6 +135,7 @@ class LOZO(LowRankOptimizer):
 
     def _rule_of(self, weights: Sequence[Weight]) -> ops.Momentum:
         rates = self.rates()
+        assert self.beta is not None
         return ops.Momentum(lr=[rates[w.index] for w in weights], beta=self.beta)
 
     def _state_of(self, weights: Sequence[Weight]) -> list[list[Tensor]]:

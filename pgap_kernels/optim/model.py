@@ -99,6 +99,8 @@ class ModelOptimizer(torch.optim.Optimizer, metaclass=_EnterMode):
             setattr(self, name, value)
         if isinstance(params, nn.Module):
             params = list(params.named_parameters())
+            if not params:
+                raise ValueError(_NOTHING_TO_TRAIN)
         super().__init__(params, defaults)
         if not self.weights():
             raise ValueError(_NOTHING_TO_TRAIN)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from .. import checks, ops
 from ..directions import Direction, Factor, Weight
 from ..noise import Role
-from ..subspace import gradient_basis
+from ..subspace import Basis, gradient_basis
 from .base import Evaluation, Params
 from .lowrank import LowRankOptimizer
 from .options import at_least_one, positive
@@ -84,6 +84,12 @@ class PGAP(LowRankOptimizer):
         super().check_group(group)
         positive("delta", group["delta"], zero=True)
 
+    @property
+    def bases(self) -> dict[str, Basis]:
+        """U, S and V of the matrices that have had a refresh, by name."""
+        states = ((w.name, self.state[w.tensor]) for w in self.matrices())
+        return {name: Basis(*(state[f] for f in Basis._fields)) for name, state in states if "left" in state}
+
     # ---- the step -----------------------------------------------------------------------------------------------
 
     def estimate_and_update(self, evaluate: Evaluation) -> float:
@@ -104,8 +110,8 @@ class PGAP(LowRankOptimizer):
         for delta in dict.fromkeys(w.group["delta"] for w in weights):
             same = [w for w in weights if w.group["delta"] == delta]
             cores |= zip(map(id, same), self._cores(same, positive("delta", delta, zero=True), step), strict=True)
-        factors = (Factor.stored(self.stored(weights, side)) for side in ("left", "right"))
-        return self.low_rank(weights, *factors, [cores[id(w)] for w in weights])
+        left, right = (Factor.stored(self.stored(weights, side)) for side in ("left", "right"))
+        return self.low_rank(weights, left, right, [cores[id(w)] for w in weights])
 
     def _cores(self, weights: list[Weight], delta: float, step: int) -> list:
         if self.delta_steps is not None:

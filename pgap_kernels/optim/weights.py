@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -90,7 +90,7 @@ def padding_rows(model: nn.Module | None) -> dict[int, int]:
             if p is None or not p.numel() or p.device.type == "meta" or hasattr(p, "placements"):
                 continue
             embeds = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and name == "weight"
-            row = module.padding_idx if embeds else None
+            row = cast("int | None", module.padding_idx) if embeds else None
             rows[p.data_ptr()] = row if rows.get(p.data_ptr(), row) == row else None
     return {place: row for place, row in rows.items() if row is not None}
 

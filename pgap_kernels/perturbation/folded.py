@@ -64,7 +64,7 @@ class Folded(Scratch):
 
     @property
     def state_bytes(self) -> int:
-        return sum(part.core_bytes for part in self.window)
+        return super().state_bytes + sum(part.core_bytes for part in self.window)
 
     def forget(self) -> None:
         self.window, self.keep = [], [1.0] * len(self.weights)
@@ -215,7 +215,8 @@ def _by_factors(folds: Sequence[Sequence[Shown]]) -> list[list[Fold]]:
 
     Where points differ in factors, each op has a zero core for the points that it is not for.
     """
-    count, found = len(folds), {}
+    count = len(folds)
+    found: dict[tuple[int, int], list[tuple[Tensor, Tensor, Tensor | None]]] = {}
     for point, shown in enumerate(folds):
         for s in shown:
             left, right, core = s.operands.fold(s.position)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,8 @@ from ..directions import Weight
 LINEAR, CONV1D, EMBEDDING = "linear", "conv1d", "embedding"
 
 
-class ParamRef(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class ParamRef:
     """A parameter in its owner: what a hook exchanges."""
 
     owner: nn.Module

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 
-from ..directions import Amounts, Direction, Part, Pass, Weight
+from ..directions import Direction, Part, Pass, Weight
 from .base import Perturbation, Update
 from .hooks import Hooks, uses_of
 
@@ -55,7 +55,7 @@ class InPlace(Perturbation):
             moved |= self._write(part.removal(self.keep_all), part, None)
         self.passes_this_step += moved
 
-    def _move_to(self, part: Part, keep: Amounts) -> tuple[Part | None, Part]:
+    def _move_to(self, part: Part, keep: Sequence[float]) -> tuple[Part | None, Part]:
         """What has been added that one pass can exchange for a part, and that pass's part."""
         for before in self.added:
             move = part.moved_from(before, keep)

@@ -113,6 +113,10 @@ class Scratch(Perturbation):
     def scratch_bytes(self) -> int:
         return sum(self.arena.capacity.values())
 
+    @property
+    def state_bytes(self) -> int:
+        return sum(operands.nbytes for operands in self.memory.values())
+
     def workspace(self, elements: int, device: torch.device) -> Tensor:
         if self.dry and max(self.arena.capacity.values()) >= 4 * elements:
             return torch.empty(elements, dtype=torch.float32, device=device)
