@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -153,21 +152,9 @@ class ZOOptimizer(ModelOptimizer):
         """Values of a reduction on the host; ones when run dry."""
         return [1.0] * values.numel() if values.is_meta else values.flatten().tolist()
 
-    @contextlib.contextmanager
-    def timed(self, what: str) -> Iterator[None]:
-        """Add the wall seconds of the block to ``seconds[what]``; blocks inside another count to the outer one."""
-        if self._clock is not None:
-            yield
-            return
-        self._clock = what
-        begin, hooks = time.perf_counter(), self.perturbation.seconds
-        try:
-            yield
-        finally:
-            inside = self.perturbation.seconds - hooks if what == "forward" else 0.0
-            self.seconds[what] += time.perf_counter() - begin - inside
-            self.seconds["perturb"] += inside
-            self._clock = None
+    def timed(self, part: str) -> contextlib.AbstractContextManager[None]:
+        """Add the wall seconds of a block to ``seconds[part]``."""
+        return self.clock.timed(part, lambda: self.perturbation.seconds)
 
     def step(self, closure: Closure | None = None) -> float:  # type: ignore[override]
         """One zeroth-order step.

@@ -24,20 +24,14 @@ class DiZO(ZOOptimizer):
         g = (L(W0 + (c + eps_p z / n) Delta) - L(W0 + (c - eps_p z / n) Delta)) / (2 eps_p)
         c <- clip(c - s g z, 1 - tau, 1 + tau);      after the last:  W <- W0 + c Delta
 
-    Each ``step`` call is one of either kind and takes a minibatch of its own, as the paper's projection does. The
-    weights stay as they are until the projection's last step. 2 forwards a step of either kind; in place 3 weight passes
-    of a MeZO step, and 3 of the selected weights of a projecting one. State: W0 of the selected weights in their dtype,
-    and while projecting Delta in float32.
+    Each ``step`` call is one of either kind, with a minibatch of its own; the weights stay as they are until the
+    projection's last step. 2 forwards a step. State: W0 of the selected weights, and while projecting Delta in float32.
 
     Args:
         params, lr, eps: as in ``MeZO``.
-        select: name patterns of the weights to project; each has to match. The published code takes the key and value
-            projections of OPT by their names, and projects nothing in other models.
-        kappa: MeZO steps between projections.
-        iterations: J, steps of a projection.
-        eps_p: radius of a projection's differences.
-        tau: the most that a ratio may leave 1 by.
-        s: step size of a projection.
+        select: name patterns of the weights to project (the published code knows OPT's alone); each has to match.
+        kappa, iterations: MeZO steps between projections, and J, steps of a projection.
+        eps_p, tau, s: radius of a projection's differences, the most that c may leave 1 by, and the step size of c.
         **options: of ``ZOOptimizer``.
     """
 
@@ -88,8 +82,6 @@ class DiZO(ZOOptimizer):
         self.apply_update([(z, self.sgd(plus - minus))])
         return (plus + minus) / 2
 
-    # ---- a projecting step ------------------------------------------------------------------------------------------
-
     def _project(self, evaluate: Evaluation) -> float:
         weights, key = self.selected(), self.key(Role.DATA)
         states = [self.state[w.tensor] for w in weights]
@@ -98,18 +90,14 @@ class DiZO(ZOOptimizer):
         draws = [ops.draw(1, key, w.id, device="cpu").item() for w in weights]
         bounds = [self.tau * state["distance"] / self.eps_p for state in states]
         z = [min(max(draw, -bound), bound) for draw, bound in zip(draws, bounds, strict=True)]
-        plus, minus = evaluate.population([(self._line(weights), self._amounts(weights, z, sign)) for sign in (1, -1)])
+        moves = [self.eps_p * zi / (state["distance"] + 1e-8) for zi, state in zip(z, states, strict=True)]
+        tried = [[state["ratio"] + sign * m for state, m in zip(states, moves, strict=True)] for sign in (1, -1)]
+        plus, minus = evaluate.population([(self._line(weights), self._amounts(weights, c)) for c in tried])
         g = (plus - minus) / (2 * self.eps_p)
+        last = self.iteration == self.iterations - 1
         ratios = [state["ratio"] - self.s * g * zi for state, zi in zip(states, z, strict=True)]
         ratios = [min(max(c, 1 - self.tau), 1 + self.tau) for c in ratios]
-        last = self.iteration == self.iterations - 1
-        terms = []
-        if last:
-            amounts = [0.0] * len(self.weights())
-            for w, c in zip(weights, ratios, strict=True):
-                amounts[w.index] = c - 1
-            terms = [(self._line(weights), amounts)]
-        self.apply_update(terms)
+        self.apply_update([(self._line(weights), self._amounts(weights, ratios))] if last else [])
         for state, c in zip(states, ratios, strict=True):
             state["ratio"] = c
             if last:
@@ -134,10 +122,9 @@ class DiZO(ZOOptimizer):
             parts.append(Anchored(same, anchors, deltas, [1.0] * len(same)))
         return Direction(parts)
 
-    def _amounts(self, weights: list[Weight], z: list[float], sign: int) -> list[float]:
-        """c - 1 +- eps_p z / n."""
+    def _amounts(self, weights: list[Weight], ratios: list[float]) -> list[float]:
+        """c - 1 of the selected weights, 0 of the others."""
         amounts = [0.0] * len(self.weights())
-        for w, zi in zip(weights, z, strict=True):
-            state = self.state[w.tensor]
-            amounts[w.index] = state["ratio"] - 1 + sign * self.eps_p * zi / (state["distance"] + 1e-8)
+        for w, c in zip(weights, ratios, strict=True):
+            amounts[w.index] = c - 1
         return amounts

@@ -25,8 +25,8 @@ class HELENE(ZOOptimizer):
         every k steps, the first included:  h <- beta2 h + (1 - beta2) B g^2
         W <- (1 - lr wd) W - lr m / (gamma max(h, floor) + e)
 
-    2 forwards, 3 weight passes in place, the last of which reads and writes the state too. State: m and h, float32, each
-    of the weight's size.
+    2 forwards, 3 weight passes in place, the last of which reads and writes the state too. State: m and h, float32,
+    each of the weight's size.
 
     The paper's text and code are not public; of its digest ``h`` before the first refresh and the estimate of the
     curvature are inferred: Sophia's Gauss-Newton-Bartlett form B g^2 with the minibatch estimate g.

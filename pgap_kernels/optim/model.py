@@ -21,10 +21,12 @@ from ..perturbation import (
     Perturbation,
     Residual,
     build,
+    check_options,
     choose,
     unfolded,
     uninterrupted,
 )
+from .clock import Clock
 from .options import number, positive
 from .weights import collect, fingerprint
 
@@ -87,10 +89,9 @@ class ModelOptimizer(torch.optim.Optimizer, metaclass=_EnterMode):
         self.allow_unused, self.paired = bool(allow_unused), bool(paired)
         self.asked_mode = checks.choice("mode", mode, MODES)
         self.merges = checks.choice("merge", merge, MERGES)
-        self.seconds = {"forward": 0.0, "perturb": 0.0, "refresh": 0.0}
+        self.clock = Clock()
         self._perturbation: Perturbation | None = None
         self._weights: list[Weight] | None = None
-        self._clock: str | None = None
         self._planned: tuple[int, Direction] | None = None
         self._flat_steps = 0
         self._checked_slices: set[tuple[bool, ...]] = set()
@@ -197,7 +198,15 @@ class ModelOptimizer(torch.optim.Optimizer, metaclass=_EnterMode):
         weights = self.weights()
         lowrank = self.lowrank_indices()
         choice = choose(mode, weights, self.model, lowrank)
-        self._check_options(choice.mode)
+        check_options(
+            choice.mode,
+            weights,
+            two_pass=self.two_pass,
+            knows_first_point=type(self).first_point is not ModelOptimizer.first_point,
+            paired=self.paired,
+            window=self.merges == "window" and mode != "auto",
+            residual=self.residual,
+        )
         if choice.mode == "inplace" and any(w.tensor.dtype != torch.float32 for w in weights):
             warnings.warn(
                 "16-bit weights are perturbed in place: each step rounds them, so they are not restored exactly "
@@ -220,25 +229,6 @@ class ModelOptimizer(torch.optim.Optimizer, metaclass=_EnterMode):
             if rest:
                 _log.info("%d matrices are not folded but take the scratch: %s", len(rest), ", ".join(rest[:3]))
 
-    def _check_options(self, mode: str) -> None:
-        """Refuse options that the mode cannot serve."""
-        weights = self.weights()
-        is_16_bit = any(w.tensor.dtype != torch.float32 for w in weights)
-        if self.two_pass and (mode != "inplace" or type(self).first_point is ModelOptimizer.first_point):
-            raise ValueError(
-                f"two_pass: got True with mode={mode!r} and {type(self).__name__}; accepted: with mode='inplace', for "
-                "methods that know their first direction before a step"
-            )
-        if self.paired and mode == "inplace":
-            raise ValueError("paired: got True with mode='inplace'; accepted: with mode 'scratch' or 'folded'")
-        if self.merges == "window" and mode != "folded" and self.asked_mode != "auto":
-            raise ValueError(f"merge: got 'window' with mode={mode!r}; accepted: with mode 'folded'")
-        if self.residual and (mode == "inplace" or not is_16_bit):
-            raise ValueError(
-                f"residual: got True with mode={mode!r} and {weights[0].tensor.dtype} weights; accepted: with "
-                "16-bit weights that are not perturbed in place"
-            )
-
     @property
     def mode(self) -> str:
         """The mode in use; assign another between steps, after ``merge``."""
@@ -259,6 +249,11 @@ class ModelOptimizer(torch.optim.Optimizer, metaclass=_EnterMode):
     def pending(self) -> bool:
         """Whether the weights are not what the model is: see ``merge``."""
         return self._perturbation is not None and self._perturbation.pending
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Accumulated wall seconds by part of a step."""
+        return self.clock.seconds
 
     @property
     def passes(self) -> float:
@@ -290,8 +285,7 @@ class ModelOptimizer(torch.optim.Optimizer, metaclass=_EnterMode):
         """Forget what was learnt and stand before the first step, on weights without memory; nothing is computed."""
         self._perturbation = self.perturbation.dry_copy(weights)
         self._weights, self._seen, self._planned = weights, fingerprint(self.param_groups), None
-        self._forward_state, self._clock = None, None
-        self.seconds = dict.fromkeys(self.seconds, 0.0)
+        self._forward_state, self.clock = None, Clock()
         self.state.clear()
         self.steps = 0
         for name, value in self.saved_attributes.items():

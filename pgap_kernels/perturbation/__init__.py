@@ -10,7 +10,7 @@ Imports: modes -> folded -> scratch -> (stacked, arena) -> hooks, and inplace ->
 from .base import Perturbation, StateRule, Update
 from .folded import Folded
 from .inplace import InPlace
-from .modes import MERGES, MODES, Choice, build, choose, unfolded
+from .modes import MERGES, MODES, Choice, build, check_options, choose, unfolded
 from .observers import observing
 from .residual import Residual
 from .scratch import Scratch
@@ -30,6 +30,7 @@ __all__ = [
     "StateRule",
     "Update",
     "build",
+    "check_options",
     "choose",
     "observing",
     "unfolded",

@@ -91,6 +91,37 @@ def _refusal(
     return None
 
 
+def check_options(
+    mode: str,
+    weights: Sequence[Weight],
+    *,
+    two_pass: bool,
+    knows_first_point: bool,
+    paired: bool,
+    window: bool,
+    residual: bool,
+) -> None:
+    """Refuse options of an optimizer that its mode, weights or method cannot serve.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if two_pass and (mode != "inplace" or not knows_first_point):
+        raise ValueError(
+            f"two_pass: got True with mode={mode!r}; accepted: with mode='inplace', for methods that know their first "
+            "direction before a step"
+        )
+    if paired and mode == "inplace":
+        raise ValueError("paired: got True with mode='inplace'; accepted: with mode 'scratch' or 'folded'")
+    if window and mode != "folded":
+        raise ValueError(f"merge: got 'window' with mode={mode!r}; accepted: with mode 'folded'")
+    if residual and (mode == "inplace" or all(w.tensor.dtype == torch.float32 for w in weights)):
+        raise ValueError(
+            f"residual: got True with mode={mode!r} and {weights[0].tensor.dtype} weights; accepted: with 16-bit weights "
+            "that are not perturbed in place"
+        )
+
+
 def unfolded(weights: Sequence[Weight], model: nn.Module, lowrank: Collection[int]) -> list[str]:
     """Names of the weights with low-rank directions that mode "folded" has to serve by the scratch."""
     foldable = foldable_weights(uses_of(model, weights))

@@ -1,0 +1,90 @@
+"""LOZO-M (2410.07698): LOZO with a momentum that lives in the small factor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..directions import Direction, Factor, LowRank, Term, Weight
+from ..noise import Role
+from ..perturbation import StateRule
+from .base import Params
+from .lozo import LOZO
+from .options import fraction
+
+
+class LOZOM(LOZO):
+    """Low-rank zeroth-order steps with momentum.
+
+    Directions and rho are those of ``LOZO``; the update goes along a moment N (m, r) of u:
+
+        N <- beta N + (1 - beta) rho u, at first N = rho u;   W <- (1 - lr wd) W - lr N v^T  [/ r]
+        where v changes:  N <- N (v_old^T v_new) / n  before that
+
+    Everything that is not a matrix takes dense noise, with a dense moment of the same rule. State: v and N, (m + n) r
+    floats of a matrix; a moment of the size of other weights, all float32. The published code never projects N where
+    ``window`` is 1; here it is projected.
+
+    Args:
+        params, lr, eps, weight_decay, **options: as in ``LOZO``.
+        beta: decay rate of the moments.
+    """
+
+    method: ClassVar[str] = "LOZOM"
+
+    def __init__(self, params: Params, lr: float = 1e-6, *args: Any, beta: float = 0.9, **options: Any) -> None:
+        super().__init__(params, lr, *args, **options)
+        self.beta = fraction("beta", beta)
+
+    def update_along(self, direction: Direction, difference: float, flush: bool) -> None:
+        fresh = self._fresh(difference)
+        moved: list[tuple[Weight, Tensor]] = []
+        parts: list[LowRank] = []
+        for weights in self.by_rank():
+            moments = self._moments(weights, fresh)
+            moved += zip(weights, moments, strict=True)
+            one = Term(None, [1.0] * len(weights))
+            parts.append(LowRank(weights, Factor.stored(moments), self.right(weights), [one]))
+        others = self.others()
+        terms = [
+            (Direction(parts), self.by_rank_if_asked([-lr for lr in self.rates()])),
+            (self.noise(self.key(Role.DENSE), others), fresh),
+        ]
+        rule = StateRule(self._rule_of, self._state_of, {w.index for w in others})
+        self.apply_update(terms, flush=flush, rule=rule)
+        for w, moment in moved:
+            self.store(w, momentum=moment)
+
+    def _fresh(self, difference: float) -> list[float]:
+        """The share of a step's own direction in each moment: rho at first, then (1 - beta) rho."""
+        share = [1.0 - self.beta if "momentum" in self.state[w.tensor] else 1.0 for w in self.weights()]
+        return [s * difference / (2 * eps) for s, eps in zip(share, self.radius(), strict=True)]
+
+    def _moments(self, weights: list[Weight], fresh: list[float]) -> list[Tensor]:
+        """N of matrices of one rank after this step."""
+        moments = []
+        for w, u in zip(weights, self.left(weights, self.steps).materialised(weights, 0), strict=True):
+            before = self.state[w.tensor].get("momentum")
+            new = u * fresh[w.index]
+            moments.append(new if before is None else new.add_(before, alpha=self.beta))
+        return moments
+
+    def replace_right(self, weight: Weight, v: Tensor) -> None:
+        state = self.state[weight.tensor]
+        if "momentum" in state:
+            state["momentum"].copy_(state["momentum"] @ (state["right"].T @ v) / len(v))
+        super().replace_right(weight, v)
+
+    def _rule_of(self, weights: Sequence[Weight]) -> ops.Momentum:
+        rates = self.rates()
+        return ops.Momentum(lr=[rates[w.index] for w in weights], beta=self.beta)
+
+    def _state_of(self, weights: Sequence[Weight]) -> list[list[Tensor]]:
+        for w in weights:
+            if "momentum" not in self.state[w.tensor]:
+                self.state[w.tensor]["momentum"] = torch.zeros_like(w.tensor, dtype=torch.float32)
+        return [self.stored(weights, "momentum")]
