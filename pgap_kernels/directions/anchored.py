@@ -47,7 +47,7 @@ class Anchored(Part):
         return [self.row]
 
     def scaled(self, amounts: Amounts) -> Anchored:
-        return self._with(scale_row(self.row, self.weights, amounts))
+        return self._with(scale_row(self.row, self.indices, amounts))
 
     def plus(self, other: Part) -> Anchored | None:
         if not isinstance(other, Anchored) or self._line() != other._line():
@@ -58,7 +58,7 @@ class Anchored(Part):
         return self.reverted([-k for k in keep])
 
     def reverted(self, back: Amounts) -> Anchored:
-        return self._with(scale_row(self.row, self.weights, back), add_rows(self.start, self.row))
+        return self._with(scale_row(self.row, self.indices, back), add_rows(self.start, self.row))
 
     def _line(self) -> Hashable:
         return self.indices, tuple(map(id, self.anchors)), tuple(map(id, self.deltas))

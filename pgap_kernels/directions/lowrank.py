@@ -5,6 +5,7 @@ A (sum_j c_j C_j) B^T       A (m, r), B (n, r): stored, or drawn from a key;   C
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -95,10 +96,11 @@ class LowRank(Part):
 
     def __init__(self, weights: Sequence[Weight], left: Factor, right: Factor, terms: Sequence[Term]) -> None:
         super().__init__(weights)
+        rank = left.columns
         for w in weights:
-            if w.tensor.dim() != 2 or (w.span is None and left.columns > min(w.tensor.shape)):
+            if w.tensor.dim() != 2 or (w.span is None and rank > min(w.tensor.shape)):
                 raise ValueError(
-                    f"rank: got {left.columns} for {w.name!r} of shape {tuple(w.tensor.shape)}; accepted: a matrix, "
+                    f"rank: got {rank} for {w.name!r} of shape {tuple(w.tensor.shape)}; accepted: a matrix, "
                     "and no more than its shorter side"
                 )
         self.left, self.right, self.terms = left, right, list(terms)
@@ -112,8 +114,13 @@ class LowRank(Part):
         return [term.row for term in self.terms]
 
     def scaled(self, amounts: Amounts) -> LowRank:
-        terms = [Term(term.cores, scale_row(term.row, self.weights, amounts)) for term in self.terms]
-        return LowRank(self.weights, self.left, self.right, terms)
+        return self._with([Term(term.cores, scale_row(term.row, self.indices, amounts)) for term in self.terms])
+
+    def _with(self, terms: list[Term], left: Factor | None = None, right: Factor | None = None) -> LowRank:
+        """The same weights, which were checked, with other terms and factors of the same rank."""
+        other = copy.copy(self)
+        other.terms, other.left, other.right = terms, left or self.left, right or self.right
+        return other
 
     def plus(self, other: Part) -> LowRank | None:
         """Parts that share both factors add their cores; parts without cores that share one add the other factor."""
@@ -122,13 +129,13 @@ class LowRank(Part):
         same_left = self.left.identity() == other.left.identity()
         same_right = self.right.identity() == other.right.identity()
         if same_left and same_right and self.rank == other.rank:
-            return LowRank(self.weights, self.left, self.right, _added(self.terms, other.terms))
+            return self._with(_added(self.terms, other.terms))
         if self.rank != other.rank or not (same_left or same_right) or not (self._is_bare() and other._is_bare()):
             return None
         ones = [Term(None, [1.0] * len(self.weights))]
         if same_right:
-            return LowRank(self.weights, self._sum_of(other, "left", 0), self.right, ones)
-        return LowRank(self.weights, self.left, self._sum_of(other, "right", 1), ones)
+            return self._with(ones, left=self._sum_of(other, "left", 0))
+        return self._with(ones, right=self._sum_of(other, "right", 1))
 
     def _is_bare(self) -> bool:
         return all(term.cores is None for term in self.terms)
@@ -149,10 +156,10 @@ class LowRank(Part):
         """The same with coefficient 1: multiplied into one core of each weight, or into A where there is none."""
         ones = [1.0] * len(self.weights)
         if not self._is_bare():
-            return LowRank(self.weights, self.left, self.right, [Term(self._cores(), ones)])
+            return self._with([Term(self._cores(), ones)])
         rows = [sum(values) for values in zip(*self.coefficients(), strict=True)]
         left = torch._foreach_mul(self.left.materialised(self.weights, 0), rows)
-        return LowRank(self.weights, Factor.stored(left), self.right, [Term(None, ones)])
+        return self._with([Term(None, ones)], left=Factor.stored(left))
 
     @property
     def core_bytes(self) -> int:
@@ -232,7 +239,7 @@ class LowRankOperands(Operands):
 
     @staticmethod
     def _memory_for(part: LowRank, side: int, weight: Weight) -> Tensor | None:
-        """Memory for a factor that is drawn or whose padding row is cleared; others are read where the method has them."""
+        """Memory for a factor that is drawn or has a cleared padding row; others are read where the method has them."""
         stored = (part.left, part.right)[side].tensors is not None
         if stored and (side == 1 or weight.padding_row is None):
             return None

@@ -5,6 +5,7 @@ sum_j c_j z(key_j)          times a mask of 0 and 1, or times H^(-1/2) of a diag
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -60,13 +61,15 @@ class Noise(Part):
         self.curvature = None if curvature is None else list(curvature)
 
     def _with(self, draws: Mapping[int, Sequence[float]]) -> Noise:
-        return Noise(self.weights, draws, self.distribution, self.mask, self.curvature)
+        other = copy.copy(self)
+        other.draws = dict(draws)
+        return other
 
     def coefficients(self) -> list[Sequence[float]]:
         return list(self.draws.values())
 
     def scaled(self, amounts: Amounts) -> Noise:
-        return self._with({key: scale_row(row, self.weights, amounts) for key, row in self.draws.items()})
+        return self._with({key: scale_row(row, self.indices, amounts) for key, row in self.draws.items()})
 
     def plus(self, other: Part) -> Noise | None:
         if not isinstance(other, Noise) or self._stream() != other._stream():

@@ -23,32 +23,17 @@ class Part(ABC):
 
     def __init__(self, weights: Sequence[Weight]) -> None:
         self.weights = list(weights)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """The weights' tensors."""
-        return [w.tensor for w in self.weights]
-
-    @property
-    def ids(self) -> list[int]:
-        """The weights' ids in the noise contract."""
-        return [w.id for w in self.weights]
-
-    @property
-    def indices(self) -> tuple[int, ...]:
-        """The weights' indices."""
-        return tuple(w.index for w in self.weights)
-
-    @property
-    def slices(self) -> list[tuple[int, int]] | None:
-        """The ops' ``slices`` of shards; None for whole tensors."""
-        return None if self.weights[0].span is None else [w.span for w in self.weights]  # type: ignore[misc]
+        self.tensors = [w.tensor for w in weights]
+        self.ids = [w.id for w in weights]
+        self.indices = tuple([w.index for w in weights])
+        # As the ops take them: None for whole tensors.
+        self.slices = None if weights[0].span is None else [w.span or (0, 0) for w in weights]
 
     # ---- a vector ---------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def coefficients(self) -> list[Sequence[float]]:
-        """Every coefficient, one row per term with a number for each weight: to find an overflow before it is written."""
+        """A row per term with a number for each weight: to find an overflow before it is written."""
 
     @abstractmethod
     def scaled(self, amounts: Amounts) -> Part:
@@ -85,7 +70,7 @@ class Part(ABC):
         """The part of some of its weights (positions in ``weights``), stored in other tensors if given."""
 
     def condensed(self) -> Part:
-        """The same displacement in the fewest terms, in memory of its own where it has any: to add up over many steps."""
+        """The same displacement in the fewest terms, in memory of its own: to add up over many steps."""
         return self
 
     @property
@@ -147,9 +132,9 @@ def pick(values: Sequence, chosen: Sequence[int]) -> list:
     return [values[i] for i in chosen]
 
 
-def scale_row(row: Sequence[float], weights: Sequence[Weight], amounts: Amounts) -> list[float]:
+def scale_row(row: Sequence[float], indices: Sequence[int], amounts: Amounts) -> list[float]:
     """A row of coefficients times the amounts of its weights."""
-    return [c * amounts[w.index] for c, w in zip(row, weights, strict=True)]
+    return [c * amounts[i] for c, i in zip(row, indices, strict=True)]
 
 
 def add_rows(a: Sequence[float], b: Sequence[float]) -> list[float]:

@@ -67,8 +67,8 @@ class Pass:
 class RulePass(Pass):
     """A pass whose update depends on state that it reads and writes: momentum, second moments, curvature.
 
-    ``part`` is the gradient estimate  sum_j (coefficient) z_j;  ``restore`` takes back the perturbation that the weights
-    still have. There is no inverse: to undo it, copies are needed.
+    ``part`` is the gradient estimate  sum_j c_j z_j;  ``restore`` takes back the perturbation that the weights still
+    have. There is no inverse: to undo it, copies are needed.
     """
 
     reversible: ClassVar[bool] = False
@@ -84,7 +84,8 @@ class RulePass(Pass):
         part = self.part
         if not isinstance(part, Noise) or part.mask is not None or part.curvature is not None:
             raise ValueError(
-                f"rule: got a {type(part).__name__} direction with {type(self.rule).__name__}; accepted: plain dense noise"
+                f"rule: got {type(self.rule).__name__} with a {type(part).__name__} direction; accepted: plain dense "
+                "noise"
             )
         rows = {key: [0.0] * len(part.weights) for key in part.draws} | (self.restore.draws if self.restore else {})
         zero = [0.0] * len(part.weights)
@@ -111,6 +112,9 @@ class RulePass(Pass):
 
 def with_padding_kept(weights: Sequence[Weight], written: Sequence[Tensor], write: Callable[[], None]) -> None:
     """Run a write and give the padding rows, which it does not know, what the weights had there."""
+    if all(w.padding_row is None for w in weights):
+        write()
+        return
     rows = [
         (out[w.padding_row], w.tensor[w.padding_row].clone())
         for w, out in zip(weights, written, strict=True)
@@ -134,13 +138,15 @@ def run_all_or_none(passes: Sequence[Pass], run: Callable[[Pass], None], copy_bu
     A pass that has no inverse is copied whatever the budget.
     """
     done: list[tuple[Pass, list[Tensor] | None]] = []
-    ordered = sorted(passes, key=lambda p: bytes_of(p.written))
+    ordered = sorted(passes, key=lambda p: bytes_of(p.written)) if len(passes) > 1 else list(passes)
     try:
         for p in ordered:
-            size, copies = bytes_of(p.written), None
-            if p is not ordered[-1] and (size <= copy_budget or not p.reversible):
-                copies = [t.clone() for t in p.written]
-                copy_budget -= size
+            copies = None
+            if p is not ordered[-1]:
+                size = bytes_of(p.written)
+                if size <= copy_budget or not p.reversible:
+                    copies = [t.clone() for t in p.written]
+                    copy_budget -= size
             run(p)
             done.append((p, copies))
     except BaseException:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import noise
-from ..directions import Amounts, Direction, Noise, Weight, bucket
+from ..directions import Amounts, Direction, Noise, Weight
 from ..noise import Role
 from ..perturbation import Autocast, ForwardState, StateRule, Update, uninterrupted
 from . import checkpoint
@@ -75,10 +75,10 @@ class ZOOptimizer(ModelOptimizer):
         """The key of a step's draw of a role; of this step by default."""
         return noise.derive(self.seed, self.steps if step is None else step, role, probe)
 
-    def noise(self, key: int, weights: Sequence[Weight] | None = None, distribution: str = "normal") -> Direction:
+    def noise(self, key: int, weights: list[Weight] | None = None, distribution: str = "normal") -> Direction:
         """The direction z(key) on the given weights, all by default."""
-        same = bucket(self.weights() if weights is None else weights)
-        return Direction([Noise(ws, {key: [1.0] * len(ws)}, distribution) for ws in same])
+        lists = self.buckets(self.weights() if weights is None else weights)
+        return Direction([Noise(ws, {key: [1.0] * len(ws)}, distribution) for ws in lists])
 
     def radius(self) -> list[float]:
         """The smoothing radius of each weight."""

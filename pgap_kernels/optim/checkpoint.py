@@ -41,8 +41,8 @@ def check(optimizer: ModelOptimizer, state_dict: dict[str, Any]) -> None:
     if zo.get("format") != FORMAT:
         raise ValueError(
             f"state_dict: got format {zo.get('format', 1)}, of another version of this package, which kept the state "
-            f"of methods elsewhere; accepted: format {FORMAT}. Finish that run with the version that began it, or start "
-            "from its weights"
+            f"of methods elsewhere; accepted: format {FORMAT}. Finish that run with the version that began it, or "
+            "start from its weights"
         )
     if zo["contract_version"] != CONTRACT_VERSION or zo["method"] != optimizer.method:
         raise ValueError(

@@ -48,6 +48,7 @@ class LowRankOptimizer(ZOOptimizer):
         **options: Any,
     ) -> None:
         self.refreshed_at: int | None
+        self._found: tuple[list[Weight], tuple[list[Weight], list[Weight], list[int]]] | None = None
         super().__init__(params, defaults, **options)
         self.window = self.period = at_least_one("window", window)
         self.scale = checks.choice("scale", scale, SCALES)
@@ -73,10 +74,10 @@ class LowRankOptimizer(ZOOptimizer):
     def _known_names(self) -> list[str]:
         return [name for names in self._names_of().values() for name in names]
 
-    def matrices(self) -> list[Weight]:
-        """The weights with low-rank directions."""
+    def _split(self) -> tuple[list[Weight], list[Weight], list[int]]:
+        """Matrices with low-rank directions, the other weights, and the matrices' indices; found once."""
         weights = self.weights()
-        if getattr(self, "_matrices", (None, None))[0] is not weights:
+        if self._found is None or self._found[0] is not weights:
             names = self._names_of()
             excluded = {
                 w.index
@@ -84,16 +85,21 @@ class LowRankOptimizer(ZOOptimizer):
                 if any(fnmatchcase(name, pattern) for name in names[id(w.tensor)] for pattern in self.exclude)
             }
             chosen = [w for w in weights if w.tensor.dim() == 2 and w.tensor.numel() and w.index not in excluded]
-            self._matrices = (weights, chosen)
-        return self._matrices[1]
+            indices = [w.index for w in chosen]
+            rest = [w for w in weights if w.index not in {*indices}]
+            self._found = (weights, (chosen, rest, indices))
+        return self._found[1]
+
+    def matrices(self) -> list[Weight]:
+        """The weights with low-rank directions."""
+        return self._split()[0]
 
     def others(self) -> list[Weight]:
         """The weights that take dense noise: no matrices, or excluded by name."""
-        chosen = set(self.lowrank_indices())
-        return [w for w in self.weights() if w.index not in chosen]
+        return self._split()[1]
 
     def lowrank_indices(self) -> list[int]:
-        return [w.index for w in self.matrices()]
+        return self._split()[2]
 
     def rank_of(self, weight: Weight) -> int:
         """r of a matrix: the group's, or its shorter side (LoRA factors)."""

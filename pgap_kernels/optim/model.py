@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks, noise
-from ..directions import Direction, Weight
+from ..directions import Direction, Weight, bucket
 from ..noise import Role
 from ..perturbation import (
     MERGES,
@@ -93,6 +93,7 @@ class ModelOptimizer(torch.optim.Optimizer, metaclass=_EnterMode):
         self._perturbation: Perturbation | None = None
         self._weights: list[Weight] | None = None
         self._planned: tuple[int, Direction] | None = None
+        self._buckets: dict[int, tuple[list[Weight], list[list[Weight]]]] = {}
         self._flat_steps = 0
         self._checked_slices: set[tuple[bool, ...]] = set()
         self._forward_state: ForwardState | None = None
@@ -141,16 +142,28 @@ class ModelOptimizer(torch.optim.Optimizer, metaclass=_EnterMode):
             self._seen = fingerprint(self.param_groups)
         return self._weights
 
+    def buckets(self, weights: list[Weight]) -> list[list[Weight]]:
+        """Weights in lists that can share an op call; worked out once for each list."""
+        if id(weights) not in self._buckets:
+            self._buckets[id(weights)] = (weights, bucket(weights))
+        return self._buckets[id(weights)][1]
+
     def _forget_weights(self) -> None:
         self._weights, self._planned, self._forward_state = None, None, None
+        self._buckets.clear()
 
     def amounts(self, name: str) -> list[float]:
         """A hyper-parameter of each weight, as its param group has it now."""
+        weights = self.weights()
+        if len(self.param_groups) == 1:
+            return [number(name, self.param_groups[0][name])] * len(weights)
         values = {id(group): number(name, group[name]) for group in self.param_groups}
-        return [values[id(w.group)] for w in self.weights()]
+        return [values[id(w.group)] for w in weights]
 
     def decay(self) -> list[float]:
         """lr * weight_decay of each weight; tensors of one dimension (biases, norm scales) do not decay."""
+        if not any(group["weight_decay"] for group in self.param_groups):
+            return [0.0] * len(self.weights())
         pairs = zip(self.weights(), self.amounts("lr"), self.amounts("weight_decay"), strict=True)
         return [lr * decay if w.tensor.dim() > 1 else 0.0 for w, lr, decay in pairs]
 
@@ -278,13 +291,13 @@ class ModelOptimizer(torch.optim.Optimizer, metaclass=_EnterMode):
 
     def __getstate__(self) -> dict[str, Any]:
         # "step" is in there once a scheduler has bound its counter to this very object.
-        fresh = {"_weights": None, "_planned": None, "_forward_state": None}
+        fresh: dict[str, Any] = {"_weights": None, "_planned": None, "_forward_state": None, "_buckets": {}}
         return {k: v for k, v in self.__dict__.items() if k != "step"} | fresh
 
     def become_dry(self, weights: list[Weight]) -> None:
         """Forget what was learnt and stand before the first step, on weights without memory; nothing is computed."""
         self._perturbation = self.perturbation.dry_copy(weights)
-        self._weights, self._seen, self._planned = weights, fingerprint(self.param_groups), None
+        self._weights, self._seen, self._planned, self._buckets = weights, fingerprint(self.param_groups), None, {}
         self._forward_state, self.clock = None, Clock()
         self.state.clear()
         self.steps = 0

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from .. import checks, noise
 from ..directions import Weight, bucket
+
+_FLAGS = attrgetter("requires_grad", "dtype", "device", "shape")
 
 
 def collect(param_groups: Sequence[dict[str, Any]], ids: Mapping[str, int], model: nn.Module | None) -> list[Weight]:
@@ -95,10 +98,7 @@ def padding_rows(model: nn.Module | None) -> dict[int, int]:
     return {place: row for place, row in rows.items() if row is not None}
 
 
-def fingerprint(param_groups: Sequence[dict[str, Any]]) -> list[tuple]:
+def fingerprint(param_groups: Sequence[dict[str, Any]]) -> list:
     """What a step depends on and others may change: looked at before each step."""
-    return [
-        (p.requires_grad, p.dtype, p.device, p.data_ptr() if p.device.type != "meta" else 0, p.shape)
-        for group in param_groups
-        for p in group["params"]
-    ]
+    params = [p for group in param_groups for p in group["params"]]
+    return [*map(_FLAGS, params), *map(Tensor.data_ptr, params)]

@@ -130,7 +130,8 @@ class Perturbation:
     def adopt(self, weights: Sequence[Weight]) -> None:
         """Serve these weights from now on."""
         self.weights = list(weights)
-        self.total = sum(w.tensor.numel() for w in weights) or 1
+        self.numels = [w.tensor.numel() for w in weights]
+        self.total = sum(self.numels) or 1
         self.largest = max((bytes_of([w.tensor]) for w in weights), default=0)
 
     def workspace(self, elements: int, device: torch.device) -> Tensor:
@@ -153,7 +154,8 @@ class Perturbation:
 
     def count_passes(self, weights: Sequence[Weight], times: int = 1) -> None:
         """Count passes over some of the weights."""
-        self.passes += times * sum(w.tensor.numel() for w in weights) / self.total
+        elements = self.total if len(weights) == len(self.weights) else sum(self.numels[w.index] for w in weights)
+        self.passes += times * elements / self.total
 
     def run(self, p: Pass) -> None:
         """Run a pass: the only place where weights are written."""

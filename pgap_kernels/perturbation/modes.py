@@ -117,8 +117,8 @@ def check_options(
         raise ValueError(f"merge: got 'window' with mode={mode!r}; accepted: with mode 'folded'")
     if residual and (mode == "inplace" or all(w.tensor.dtype == torch.float32 for w in weights)):
         raise ValueError(
-            f"residual: got True with mode={mode!r} and {weights[0].tensor.dtype} weights; accepted: with 16-bit weights "
-            "that are not perturbed in place"
+            f"residual: got True with mode={mode!r} and {weights[0].tensor.dtype} weights; accepted: with 16-bit "
+            "weights that are not perturbed in place"
         )
 
 

@@ -91,7 +91,8 @@ class Scratch(Perturbation):
                     name = self.weights[ref.index].name
                     raise RuntimeError(
                         f"model: {name!r} is another tensor than when the optimizer was made; accepted: the same "
-                        "Parameter objects (load_state_dict without assign=True). Make a new optimizer for new parameters"
+                        "Parameter objects (load_state_dict without assign=True). Make a new optimizer for new "
+                        "parameters"
                     )
 
     def _capacity(self) -> dict[torch.device, int]:

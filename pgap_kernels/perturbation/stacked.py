@@ -1,4 +1,4 @@
-"""Several points in one forward: the batch's rows are N equal slices, and a module runs once for each on its own filling.
+"""Several points in one forward: the batch's rows are N equal slices, and a module runs once for each on its filling.
 
 forward(x_1 over ... over x_N)  =  forward(x_1) at W + point_1  over ... over  forward(x_N) at W + point_N
 """

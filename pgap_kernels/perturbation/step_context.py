@@ -60,13 +60,13 @@ class ForwardState:
 
     Buffers up to ``SMALL`` bytes are copied at each step. Larger ones (packed weights of quantised models) are copied
     only once a forward was seen to change them, by their version counters. Batch norm writes its statistics past the
-    version counter, but those are small. Buffers that share memory with a weight are the optimizer's business, not ours.
+    version counter, but those are small. Buffers that share memory with a weight move with the weight.
     """
 
     SMALL = 1 << 20
 
     def __init__(self, model: nn.Module | None, weights: Iterable[Tensor]) -> None:
-        self.model = model
+        self.modules = list(model.modules()) if model is not None else []
         tensors = list(weights)
         self.cuda_devices = {t.device for t in tensors if t.device.type == "cuda"}
         self.memory_of_weights = {_memory(t) for t in tensors}
@@ -78,7 +78,7 @@ class ForwardState:
         self.cuda = {d: torch.cuda.get_rng_state(d) for d in self.cuda_devices}
         self.owners = [
             (module, name, buffer)
-            for module in (self.model.modules() if self.model is not None else ())
+            for module in self.modules
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
