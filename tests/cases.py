@@ -13,10 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from helpers import DTYPES, weights
+from helpers import DTYPES, ops, weights
 from torch import Tensor
 
-from pgap_kernels import noise, ops
+from pgap_kernels import noise
 
 SHAPES = [(), (0,), (0, 4), (1,), (31,), (4095,), (4097,), (11, 397), (3, 5, 2, 2)]
 IDS = [noise.tensor_id(f"w{i}") for i in range(len(SHAPES))]

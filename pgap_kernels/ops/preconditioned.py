@@ -10,34 +10,32 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
-from ._arguments import Draw, Key, Scalar, Slices, noise_options, pack_draws, rounding_keys, scalar
-from ._library import define, define_with_out, table, written
-
-_NOISE = "Tensor decay, Tensor? rounding_key, int[] tensor_ids, int[] slices, str distribution, str tier, str? backend"
-
-
-def _update_impl(weights, first, second, keys, gradient, restore, scalars, rule, *args):
-    backend = backends.select("preconditioned_update_", weights[0].device, weights[0].dtype, args[-1])
-    backend.preconditioned_(weights, weights, first, second, keys, gradient, restore, scalars, rule, *args[:-1])
-    written(weights, first, second)
+from ..arguments import CurvatureArguments, PreconditionedArguments, schema
+from ._library import bump_versions, call, define, define_with_out, torch_ops
+from ._packing import Draw, Key, Scalar, Slices, noise_options, outputs, pack_draws, rounding_keys, scalar
 
 
-def _perturb_impl(weights, curvature, keys, coefficients, *args, out=None):
+def _update(weights, state0, state1, **arguments):
+    serving = backends.select("preconditioned_update_", weights[0].device, weights[0].dtype)
+    serving.preconditioned_(weights, weights, state0, state1, PreconditionedArguments(**arguments))
+    bump_versions(weights, state0, state1)
+
+
+def _perturb(weights, *, curvature, coefficients, out=None, **arguments):
     out = weights if out is None else out
-    backend = backends.select("preconditioned_perturb_", weights[0].device, weights[0].dtype, args[-1])
+    serving = backends.select("preconditioned_perturb_", weights[0].device, weights[0].dtype)
     none = torch.zeros(0, 1, dtype=torch.float32)
-    backend.preconditioned_(weights, out, curvature, [], keys, coefficients, coefficients, none, "perturb", *args[:-1])
-    written(out)
+    as_update = {"gradient": coefficients, "restore": coefficients, "scalars": none, "rule": "perturb"}
+    serving.preconditioned_(weights, out, curvature, [], PreconditionedArguments(**as_update, **arguments))
+    bump_versions(out)
 
 
 define(
-    "preconditioned_update_(Tensor(a!)[] weights, Tensor(b!)[] first, Tensor(c!)[] second, Tensor keys, "
-    f"Tensor gradient, Tensor restore, Tensor scalars, str rule, {_NOISE}) -> ()",
-    _update_impl,
+    "preconditioned_update_(Tensor(a!)[] weights, Tensor(b!)[] state0, Tensor(c!)[] state1, *, "
+    f"{schema(PreconditionedArguments)}) -> ()",
+    _update,
 )
-define_with_out(
-    "preconditioned_perturb_", f"Tensor[] curvature, Tensor keys, Tensor coefficients, {_NOISE}", _perturb_impl
-)
+define_with_out("preconditioned_perturb_", CurvatureArguments, _perturb)
 
 
 def _times(value: Scalar, factor: float | Tensor) -> Scalar:
@@ -182,7 +180,6 @@ def preconditioned_update_(
     rounding: str = "nearest",
     rounding_key: Key | None = None,
     slices: Slices | None = None,
-    backend: str | None = None,
 ) -> None:
     """Restore, update the state and step, in one pass that reads and writes weights and state once.
 
@@ -198,7 +195,7 @@ def preconditioned_update_(
         draws: (key, c_j) pairs.
         rule: ``Momentum``, ``Adam``, ``HiZOO`` or ``HELENE``.
         restore: r_j, one scalar per draw; by default 0.
-        tensor_ids, decay, distribution, tier, rounding, rounding_key, slices, backend: as in ``dense_perturb_``.
+        tensor_ids, decay, distribution, tier, rounding, rounding_key, slices: as in ``dense_perturb_``.
 
     Raises:
         TypeError, ValueError: naming the argument; nothing has been written.
@@ -225,15 +222,22 @@ def preconditioned_update_(
     )
     _check_rule(rule, len(weights))
     named = [checks.scalar_row(f"rule.{name}", value, len(weights)) for name, value in rule.scalars()]
-    scalars = checks.scalar_table("rule", named)
-    decays = scalar("decay", decay, len(weights))
-    ids = checks.tensor_ids("tensor_ids", tensor_ids, len(weights))
-    spans = checks.slices("slices", slices, weights)
-    keys_rounding = rounding_keys(rounding, rounding_key)
-    first, second = states[0], states[1] if len(states) == 2 else []
-    args = (keys, gradient, back, scalars, rule.rule, decays, keys_rounding, ids, spans, distribution, tier, backend)
+    arguments = PreconditionedArguments(
+        keys=keys,
+        gradient=gradient,
+        restore=back,
+        scalars=checks.scalar_table("rule", named),
+        rule=rule.rule,
+        decay=scalar("decay", decay, len(weights)),
+        tensor_ids=checks.tensor_ids("tensor_ids", tensor_ids, len(weights)),
+        rounding_key=rounding_keys(rounding, rounding_key),
+        slices=checks.slices("slices", slices, weights),
+        distribution=distribution,
+        tier=tier,
+    )
+    state0, state1 = states[0], states[1] if len(states) == 2 else []
     with torch.no_grad():
-        table.preconditioned_update_(weights, first, second, *args)
+        torch_ops.preconditioned_update_(weights, state0, state1, **arguments._asdict())
 
 
 @torch.compiler.disable
@@ -250,7 +254,6 @@ def preconditioned_perturb_(
     rounding: str = "nearest",
     rounding_key: Key | None = None,
     slices: Slices | None = None,
-    backend: str | None = None,
 ) -> None:
     """``dense_perturb_`` along noise divided by the root of a diagonal curvature, which is only read.
 
@@ -260,7 +263,7 @@ def preconditioned_perturb_(
 
     Args:
         curvature: H > 0, float32 tensors of the weights' shapes.
-        weights, draws, tensor_ids, decay, out, distribution, tier, rounding, rounding_key, slices, backend: as in
+        weights, draws, tensor_ids, decay, out, distribution, tier, rounding, rounding_key, slices: as in
             ``dense_perturb_``.
 
     Raises:
@@ -270,16 +273,18 @@ def preconditioned_perturb_(
     diagonal = checks.companions("curvature", curvature, weights, (torch.float32,))
     noise_options(distribution, tier)
     keys, coefficients = pack_draws(draws, len(weights))
-    decays = scalar("decay", decay, len(weights))
-    ids = checks.tensor_ids("tensor_ids", tensor_ids, len(weights))
-    spans = checks.slices("slices", slices, weights)
-    keys_rounding = rounding_keys(rounding, rounding_key)
-    args = (diagonal, keys, coefficients, decays, keys_rounding, ids, spans, distribution, tier, backend)
-    with torch.no_grad():
-        if out is None:
-            table.preconditioned_perturb_(weights, *args)
-        else:
-            outputs = checks.companions("out", out, weights, (weights[0].dtype,))
-            both = outputs + diagonal
-            checks.disjoint("out + curvature", both)
-            table.preconditioned_perturb_.out(weights, *args, out=outputs)
+    arguments = CurvatureArguments(
+        curvature=diagonal,
+        keys=keys,
+        coefficients=coefficients,
+        decay=scalar("decay", decay, len(weights)),
+        tensor_ids=checks.tensor_ids("tensor_ids", tensor_ids, len(weights)),
+        rounding_key=rounding_keys(rounding, rounding_key),
+        slices=checks.slices("slices", slices, weights),
+        distribution=distribution,
+        tier=tier,
+    )
+    targets = outputs(out, weights)
+    if targets is not None:
+        checks.disjoint("out + curvature", targets + diagonal)
+    call(torch_ops.preconditioned_perturb_, weights, arguments, targets)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from ..arguments import ReductionArguments
 from .layout import runs
 from .noise import noise
 
 
-def reduce(tensors, anchors, keys, tensor_ids, slices, distribution, tier):
+def reduce(tensors, arguments: ReductionArguments):
     """Products and sums in float64; one value per tensor."""
+    anchors, keys, tensor_ids, slices = arguments.anchors, arguments.keys, arguments.tensor_ids, arguments.slices
     device = tensors[0].device
     totals = torch.zeros(len(tensors), dtype=torch.float64, device=device)
     for t, tensor in enumerate(tensors):
@@ -20,6 +22,6 @@ def reduce(tensors, anchors, keys, tensor_ids, slices, distribution, tier):
                 x = x - anchor[0].float()
             other = x
             if len(keys):
-                other = noise(begin, count, tensor_ids[t], int(keys[0]), distribution, device)
+                other = noise(begin, count, tensor_ids[t], int(keys[0]), arguments.distribution, device)
             totals[t] += x.double() @ other.double()
     return totals

@@ -8,9 +8,7 @@ import pytest
 import torch
 from agreement import SHAPES, agree, assert_all_same
 from cases import LAYOUTS, Case, anchor_arguments
-from helpers import DTYPES
-
-from pgap_kernels import ops
+from helpers import DTYPES, ops
 
 # (weights, anchors): anchors are float32 or the weights' own dtype.
 PAIRS = [(dtype, anchors) for dtype in DTYPES for anchors in dict.fromkeys([torch.float32, dtype])]

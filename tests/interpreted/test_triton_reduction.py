@@ -8,9 +8,8 @@ import pytest
 import torch
 from agreement import SHAPES
 from cases import DISTRIBUTIONS, IDS, KEYS, LAYOUTS, Case, dot_arguments, norm_arguments, run
-from helpers import DTYPES, weights
+from helpers import DTYPES, ops, weights
 
-from pgap_kernels import ops
 from pgap_kernels.triton.reduction import collect_kernel
 from pgap_kernels.triton.tiles import FIELDS, FIRST_TILE, TILES
 
