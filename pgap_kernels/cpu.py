@@ -57,8 +57,8 @@ def preconditioned_(*args):
     torch.ops.pgap_kernels_cpu.preconditioned(*args[:-1])  # likewise
 
 
-def anchor_affine_(*args):
-    torch.ops.pgap_kernels_cpu.affine(*args)  # the same arguments in the same order
+def anchor_affine_(weights, *args):
+    torch.ops.pgap_kernels_cpu.affine([], weights, True, *args)
 
 
 def reduce(tensors, anchors, keys, tensor_ids, slices, distribution, tier):
