@@ -66,7 +66,8 @@ def preconditioned_(weights, out, state0, state1, arguments):
 
 
 def anchor_affine_(weights, out, arguments):
-    torch.ops.pgap_kernels_cpu.affine.default(weights, **_keywords(arguments))
+    in_place = weights is out
+    torch.ops.pgap_kernels_cpu.affine.default([] if in_place else weights, out, in_place, **_keywords(arguments))
 
 
 def reduce(tensors, arguments):

@@ -250,7 +250,9 @@ def test_no_anchors():
 
 def good_for_extension() -> dict:
     return {
-        "weights": [torch.zeros(40).bfloat16() for _ in range(3)],
+        "weights": [],
+        "out": [torch.zeros(40).bfloat16() for _ in range(3)],
+        "in_place": True,
         "anchors": [torch.ones(40) for _ in range(3)],
         "deltas": [torch.ones(40).bfloat16() for _ in range(3)],
         "coefficient": torch.ones(1, 3),
@@ -263,6 +265,9 @@ def good_for_extension() -> dict:
 @pytest.mark.parametrize(
     ("change", "accepted"),
     [
+        ({"in_place": False, "deltas": []}, "weights: accepted: one per output"),
+        ({"in_place": False, "weights": [torch.zeros(40).bfloat16()]}, "lists of one length"),
+        ({"in_place": False, "weights": [torch.zeros(39).bfloat16()] * 3}, "the shapes of weights"),
         ({"anchors": []}, "anchors: accepted: one tensor per weight"),
         ({"anchors": [torch.ones(40)] * 2}, "anchors: accepted: one tensor per weight"),
         ({"anchors": [torch.ones(39)] * 3}, "anchors: accepted: the shapes"),
@@ -281,10 +286,27 @@ def test_extension_refuses_what_it_cannot_index(change, accepted):
     arguments = {**good_for_extension(), **change}
     with pytest.raises(RuntimeError, match=accepted):
         torch.ops.pgap_kernels_cpu.affine(**arguments)
-    assert all((w == 0).all() for w in arguments["weights"])
+    assert all((w == 0).all() for w in arguments["out"])
 
 
 def test_extension_takes_what_the_refusals_start_from():
     arguments = good_for_extension()
     torch.ops.pgap_kernels_cpu.affine(**arguments)
-    assert all((w == 2).all() for w in arguments["weights"])
+    assert all((w == 2).all() for w in arguments["out"])
+
+
+@pytest.mark.parametrize("deltas", [True, False])
+@pytest.mark.parametrize("rounding_key", [None, torch.tensor([5])])
+def test_extension_out_of_place_is_in_place(deltas, rounding_key):
+    arguments = {**good_for_extension(), "rounding_key": rounding_key}
+    arguments["coefficient"] = torch.full((1, 3), 0.3)
+    if not deltas:
+        arguments["deltas"] = []
+    arguments["out"] = [torch.randn(40).bfloat16() for _ in range(3)]
+    before = [w.clone() for w in arguments["out"]]
+    apart = [torch.full_like(w, math.nan) for w in before]
+    given = {**arguments, "weights": [] if deltas else before, "out": apart, "in_place": False}
+    torch.ops.pgap_kernels_cpu.affine(**given)
+    torch.ops.pgap_kernels_cpu.affine(**arguments)
+    for found, want in zip(apart, arguments["out"], strict=True):
+        assert_same_bits(found, want)

@@ -262,6 +262,8 @@ def good_for_extension() -> dict:
         ({"anchors": [torch.ones(40).half()] * 3}, "anchors: accepted: CPU tensors"),
         ({"tensors": [torch.ones(80).bfloat16()[::2]] * 3}, "contiguous rows"),
         ({"tensors": [torch.ones(40).double()] * 3}, "tensors: accepted: float32"),
+        ({"tensors": [torch.ones(1, 1).bfloat16().expand(5, 8)] * 3}, "contiguous rows"),
+        ({"tensors": [torch.ones(40).bfloat16().as_strided((5, 8), (4, 1))] * 3}, "contiguous rows"),
         ({"slices": [0, 39] * 3}, "slices"),
         ({"tensor_ids": [1, 2]}, "tensor_ids"),
     ],
@@ -276,3 +278,18 @@ def test_extension_takes_what_the_refusals_start_from():
     torch.ops.pgap_kernels_cpu.reduce(**arguments)
     signs = [ops.draw(40, 1, i, distribution="rademacher").sum().item() for i in (1, 2, 3)]
     assert arguments["totals"].tolist() == signs
+
+
+@pytest.mark.parametrize("keys", [[3], []])
+@pytest.mark.parametrize("span", [[0, 700], [5, 9000]])
+def test_extension_reads_a_row_expanded_over_rows(keys, span):
+    row, anchor = torch.randn(700).bfloat16(), torch.randn(700)
+    arguments = {"keys": torch.tensor(keys, dtype=torch.int64), "tensor_ids": [9], "slices": span}
+    totals = []
+    for rows in (lambda t: t.expand(50, 700), lambda t: t.repeat(50, 2)[:, :700]):
+        total = torch.full((1,), math.nan, dtype=torch.float64)
+        torch.ops.pgap_kernels_cpu.reduce(
+            tensors=[rows(row)], anchors=[rows(anchor)], distribution="normal", totals=total, **arguments
+        )
+        totals.append(total.item())
+    assert totals[0] == totals[1] and math.isfinite(totals[0])
