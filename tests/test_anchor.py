@@ -175,6 +175,26 @@ def test_poisoned_weights_are_only_written_where_distances_are_stored(backend):
     assert_all_same(arguments["weights"], want)
 
 
+@pytest.mark.parametrize("deltas", [None, torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_out_leaves_the_weights(backend, dtype, deltas):
+    """With stored distances it does not even read them."""
+    arguments = anchor_arguments(dtype, deltas=deltas, rounding="stochastic", layout="strided", out=True)
+    out, w = arguments.pop("out"), arguments["weights"]
+    want = clones(w)
+    ops.anchor_affine_(**{**arguments, "weights": want}, backend=backend)
+    if deltas is not None:
+        for t in w:
+            t.fill_(math.nan)
+    before, versions, before_out = clones(w), [t._version for t in w], [t._version for t in out]
+    ops.anchor_affine_(**arguments, out=out, backend=backend)
+    assert_all_same(out, want)
+    assert_all_same(w, before)
+    assert [t._version for t in w] == versions
+    assert all(t._version > b for t, b in zip(out, before_out, strict=True))
+
+
 # ---- registration --------------------------------------------------------------------------------------------------
 
 
@@ -208,6 +228,7 @@ def test_opcheck(backend, dtype, deltas):
     w, keywords = op_arguments(dtype, deltas)
     with serving(backend):
         torch.library.opcheck(TABLE.anchor_affine_.default, (w,), keywords)
+        torch.library.opcheck(TABLE.anchor_affine_.out, (w,), {**keywords, "out": clones(w)})
 
 
 def test_compiled_op():
@@ -242,6 +263,14 @@ def test_other_sixteen_bits(name):
 def test_stochastic_rounding_needs_ids():
     arguments = good(rounding="stochastic", rounding_key=1)
     refused("anchor_affine_", arguments, ValueError, "^tensor_ids: got None; accepted: one per tensor with stochastic")
+
+
+@pytest.mark.parametrize("name", ["anchors", "deltas"])
+def test_out_over_what_is_read(name):
+    out = [torch.zeros(6, 8), good()[name][1]]
+    arguments = good(out=out)
+    arguments[name][1] = out[1]
+    refused("anchor_affine_", arguments, ValueError, rf"^out \+ {name}\[\d\] overlaps")
 
 
 def test_no_anchors():

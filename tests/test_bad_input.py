@@ -18,8 +18,8 @@ from refusals import refused
 import pgap_kernels
 from pgap_kernels import backends, ops, use_backend
 
-WITH_OUT = ("dense_perturb_", "masked_perturb_", "preconditioned_perturb_", "lowrank_perturb_")
-ROUNDING = (*WITH_OUT, "preconditioned_update_", "anchor_affine_")
+WITH_OUT = ("dense_perturb_", "masked_perturb_", "preconditioned_perturb_", "lowrank_perturb_", "anchor_affine_")
+ROUNDING = (*WITH_OUT, "preconditioned_update_")
 OPS = (*ROUNDING, "assemble_gradient_")
 WITH_DECAY = tuple(op for op in ROUNDING if op != "anchor_affine_")
 WITH_DRAWS = tuple(op for op in OPS if op not in ("lowrank_perturb_", "anchor_affine_"))

@@ -7,19 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import backends, checks
-from ..arguments import AnchorArguments, schema
-from ._library import bump_versions, define, torch_ops
-from ._packing import Key, Scalar, Slices, rounding_keys, scalar
+from .. import checks
+from ..arguments import AnchorArguments
+from ._library import call, define_pass, torch_ops
+from ._packing import Key, Scalar, Slices, outputs, rounding_keys, scalar
 
-
-def _affine(weights, **arguments):
-    serving = backends.select("anchor_affine_", weights[0].device, weights[0].dtype)
-    serving.anchor_affine_(weights, weights, AnchorArguments(**arguments))
-    bump_versions(weights)
-
-
-define(f"anchor_affine_(Tensor(a!)[] weights, *, {schema(AnchorArguments)}) -> ()", _affine)
+define_pass("anchor_affine_", AnchorArguments)
 
 
 @torch.compiler.disable
@@ -30,6 +23,7 @@ def anchor_affine_(
     *,
     deltas: Sequence[Tensor] | None = None,
     tensor_ids: Sequence[int] | None = None,
+    out: Sequence[Tensor] | None = None,
     rounding: str = "nearest",
     rounding_key: Key | None = None,
     slices: Slices | None = None,
@@ -37,7 +31,7 @@ def anchor_affine_(
     """Scale the distance from an anchor:  W <- round(fma(c, X, W0))  with X = Delta where given, else W - W0.
 
     K5 of the kernel algebra; DiZO's projection (2502.03304). With a stored Delta any number of scales can be tried
-    without rounding drift; W is then only written. The same bits on every backend.
+    without rounding drift; W is then only written, and with ``out`` not touched. The same bits on every backend.
 
     Args:
         weights: as in ``dense_perturb_``.
@@ -45,7 +39,7 @@ def anchor_affine_(
         coefficient: c, a float, a float per tensor, or a tensor of either.
         deltas: stored distances, in the weights' dtype or float32.
         tensor_ids: needed with stochastic rounding.
-        rounding, rounding_key, slices: as in ``dense_perturb_``.
+        out, rounding, rounding_key, slices: as in ``dense_perturb_``; outputs share nothing with anchors and deltas.
 
     Raises:
         TypeError, ValueError: naming the argument; nothing has been written.
@@ -64,5 +58,8 @@ def anchor_affine_(
         rounding_key=rounding_keys(rounding, rounding_key),
         slices=checks.slices("slices", slices, weights),
     )
-    with torch.no_grad():
-        torch_ops.anchor_affine_(weights, **arguments._asdict())
+    targets = outputs(out, weights)
+    if targets is not None:
+        checks.disjoint("out + anchors", targets + arguments.anchors)
+        checks.disjoint("out + deltas", targets + arguments.deltas)
+    call(torch_ops.anchor_affine_, weights, arguments, targets)
