@@ -51,10 +51,11 @@ def tensors(name: str, value: Sequence[Tensor], dtypes: Sequence[torch.dtype] = 
     return list(value)
 
 
-def matrix_layout(name: str, tensor: Tensor) -> tuple[int, int, int]:
+def matrix_layout(name: str, tensor: Tensor, written: bool = True) -> tuple[int, int, int]:
     """(rows, columns, row stride in memory) of a row-contiguous tensor; vectors and scalars are one row.
 
-    Rows (``tensor[i]``) must each be contiguous and must not overlap; anything else raises.
+    Rows (``tensor[i]``) must each be contiguous and must not overlap; anything else raises. A tensor that is only read
+    may also be one row expanded over all (stride 0).
     """
     if tensor.dim() < 2:
         rows, columns = 1, tensor.numel()
@@ -63,7 +64,8 @@ def matrix_layout(name: str, tensor: Tensor) -> tuple[int, int, int]:
     else:
         rows, columns = tensor.shape[0], math.prod(tensor.shape[1:])
         ld = tensor.stride(0) if rows > 1 and columns else columns
-        regular = tensor.is_contiguous() or (ld >= columns and tensor[0].is_contiguous())
+        apart = ld >= columns or (ld == 0 and not written)
+        regular = tensor.is_contiguous() or (apart and tensor[0].is_contiguous())
     if not regular:
         raise ValueError(
             f"{name}: got shape {tuple(tensor.shape)} with strides {tensor.stride()}; accepted: contiguous rows that "
@@ -79,7 +81,7 @@ def matrices(
     if _plain(value, True) and value[0].dtype in dtypes:
         return list(value)
     values = tensors(name, value, dtypes)
-    layouts = [matrix_layout(f"{name}[{i}]", tensor) for i, tensor in enumerate(values)]
+    layouts = [matrix_layout(f"{name}[{i}]", tensor, written) for i, tensor in enumerate(values)]
     if written:
         _refuse_overlaps(name, values, layouts)
     return values
@@ -228,7 +230,7 @@ def slices(name: str, value: Sequence[tuple[int, int]] | None, values: Sequence[
         raise ValueError(f"{name}: got {len(value)} for {len(values)} tensors; accepted: one (base, row_stride) each")
     flat = []
     for i, (span, tensor) in enumerate(zip(value, values, strict=True)):
-        rows, columns, _ = matrix_layout(name, tensor)
+        rows, columns, _ = matrix_layout(name, tensor, written=False)
         if not isinstance(span, (list, tuple)):
             raise TypeError(f"{name}[{i}]: got {span!r}; accepted: (base, row_stride)")
         if len(span) != 2:
@@ -268,6 +270,9 @@ def companions(
             raise ValueError(
                 f"{name}[{i}]: got shape {tuple(t.shape)}; accepted: {tuple(w.shape)}, that of weights[{i}]"
             )
-    if written:
-        disjoint(f"{name} + weights", given + weights)
+    both = given + weights
+    if written and not _plain(both, False):
+        layouts = [matrix_layout(f"{name}[{i}]", t) for i, t in enumerate(given)]
+        layouts += [matrix_layout(f"weights[{i}]", t) for i, t in enumerate(weights)]
+        _refuse_overlaps(f"{name} + weights", both, layouts)
     return given

@@ -130,6 +130,15 @@ def test_matrices(case):
         checks.matrices("w", value)
 
 
+def test_a_row_may_be_expanded_where_it_is_only_read():
+    for rows in (torch.zeros(8).expand(6, 8), torch.zeros(2, 4).expand(6, 2, 4), torch.zeros(1, 8).expand(6, 8)):
+        assert checks.matrices("w", [rows], written=False)[0] is rows
+        assert checks.matrix_layout("w", rows, written=False) == (6, 8, 0)
+    for other in (torch.zeros(6, 1).expand(6, 8), torch.zeros(64).as_strided((6, 8), (4, 1))):
+        with pytest.raises(ValueError, match=r"^w\[0\]: got shape .* strides"):
+            checks.matrices("w", [other], written=False)
+
+
 @pytest.mark.parametrize(
     "tensors",
     [
@@ -154,6 +163,7 @@ COMPANIONS = {
     "other dtype": ([t.half() for t in RIGHT], TypeError, r"\[0\]: got dtype torch.float16"),
     "meta": ([t.to("meta") for t in RIGHT], ValueError, ": got 2 tensors on meta"),
     "transposed": ([RIGHT[0].T.contiguous().T, RIGHT[1]], ValueError, r"\[0\]: got shape .* strides"),
+    "expanded rows": ([torch.zeros(8).expand(6, 8), RIGHT[1]], ValueError, r"\[0\]: got shape .* strides"),
     "the weights": (WEIGHTS, ValueError, r" \+ weights\[\d\] overlaps"),
     "itself": ([WHOLE.view(-1)[:48].view(6, 8), WHOLE.view(-1)[47:82].view(5, 7)], ValueError, r" \+ .* overlaps"),
 }

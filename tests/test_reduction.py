@@ -135,6 +135,19 @@ def test_strides_do_not_matter_to_the_cpu():
     assert torch.equal(ops.seeded_dot(**apart, backend="cpu"), ops.seeded_dot(**packed, backend="cpu"))
 
 
+@pytest.mark.parametrize("span", [{}, {"slices": [(5, 9000)]}])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_expanded_over_rows_is_the_matrix_of_equal_rows(backend, dtype, span):
+    (row,), (anchor,) = weights([(704,)], dtype), weights([(704,)], seed=1)
+    options = {"tensor_ids": IDS[:1], "backend": backend, **span}
+    dots, norms = [], []
+    for rows in (lambda t: t.expand(50, 704), lambda t: t.repeat(50, 1)):
+        dots.append(ops.seeded_dot([rows(row)], KEYS[0], **options))
+        norms.append(ops.squared_norms([rows(row)], [rows(anchor)], backend=backend))
+    assert torch.equal(*dots) and torch.equal(*norms)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_shards_add_up(backend):
     (w,) = weights([(50, 300)])

@@ -41,7 +41,8 @@ def seeded_dot(
     order of summation.
 
     Args:
-        tensors: float32, bfloat16 or float16, laid out as the weights of ``dense_perturb_``; only read.
+        tensors: float32, bfloat16 or float16, laid out as the weights of ``dense_perturb_``; only read, so they may
+            overlap, or be a row vector expanded over rows: ``a.expand(m, n)`` gives <1 a^T, z>.
         key, tensor_ids, distribution, tier, slices: as there.
 
     Returns:

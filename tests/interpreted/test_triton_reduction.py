@@ -81,6 +81,14 @@ def test_place_in_memory_does_not_matter():
     assert all(torch.equal(n, norms[0]) for n in norms)
 
 
+def test_a_row_expanded_over_rows_is_the_matrix_of_equal_rows():
+    (row,) = weights([(700,)], torch.bfloat16)
+    for options in ({}, {"slices": [(5, 9000)]}):
+        tensors = (row.expand(7, 700), row.repeat(7, 1))
+        dots = [ops.seeded_dot([t], KEYS[0], tensor_ids=IDS[:1], backend="triton", **options) for t in tensors]
+        assert torch.equal(*dots)
+
+
 def test_infinities_and_nan_pass_through():
     for bad in (math.inf, math.nan):
         values = torch.tensor([1.0, bad, 2.0])
