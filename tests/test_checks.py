@@ -1,12 +1,14 @@
 """The checks that the ops share, value by value; of lists with and without the extension, which passes most at once."""
 
 import math
+from fractions import Fraction
 from itertools import pairwise
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from helpers import assert_same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -194,6 +196,10 @@ def test_companions(case):
         (True, TypeError),
         (1j, TypeError),
         ([0.1, "x"], TypeError),
+        (np.float32(math.nan), ValueError),
+        (np.bool_(True), TypeError),
+        ([0.1, torch.tensor(math.nan)], ValueError),
+        ([0.1, torch.tensor([0.1, 0.2])], TypeError),
         (torch.tensor(math.nan), ValueError),
         (torch.tensor([0.1, math.inf]), ValueError),
         (torch.tensor(1e300, dtype=torch.float64), ValueError),
@@ -205,6 +211,13 @@ def test_companions(case):
 def test_scalars(value, error):
     with pytest.raises(error, match=r"^a: got"):
         checks.scalar_row("a", value, 2)
+
+
+@pytest.mark.parametrize("value", [np.float32(0.1), np.float64(0.1), np.int64(3), Fraction(1, 10), torch.tensor(0.1)])
+def test_any_real_number_is_a_scalar(value):
+    want = torch.tensor([float(value)])
+    assert_same_bits(checks.scalar_row("a", value, 2), want)
+    assert_same_bits(checks.scalar_row("a", [value, 0.5], 2), torch.cat([want, torch.tensor([0.5])]))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from bounds import Bounded, known, scalar
@@ -21,6 +22,7 @@ from cases import (
 )
 from helpers import DTYPES, assert_same_bits, clones, ops, poison, serving, weights
 from refusals import refused
+from torch.utils._pytree import tree_map_only
 
 BACKENDS = ("reference", "cpu")
 TABLE = torch.ops.pgap_kernels
@@ -275,6 +277,20 @@ def test_scalars_in_tensors(backend, rule):
             arguments["rule"] = type(arguments["rule"])(**{**arguments["rule"].__dict__, **fields})
             arguments["restore"] = [torch.tensor(r) for r in arguments["restore"]]
         ops.preconditioned_update_(**arguments, backend=backend)
+        results.append([*arguments["weights"], *flat(arguments["state"])])
+    assert_all_same(*results)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_numpy_scalars_are_floats(rule):
+    """What a rule computes from float32 numbers is not rounded to float32 on the way."""
+    results = []
+    for number in (np.float32, lambda x: float(np.float32(x))):
+        arguments = update_arguments(rule, shapes=[(33,), (11, 7)])
+        arguments["rule"] = type(arguments["rule"])(
+            **{name: tree_map_only(float, number, value) for name, value in arguments["rule"].__dict__.items()}
+        )
+        ops.preconditioned_update_(**arguments)
         results.append([*arguments["weights"], *flat(arguments["state"])])
     assert_all_same(*results)
 

@@ -147,8 +147,8 @@ def _mask(weights, threshold, share, bits) -> tuple[str, Tensor, Tensor, list[Te
     if share is not None:
         if not isinstance(share, (list, tuple)) or len(share) != 2:
             raise TypeError(f"share: got {share!r}; accepted: (key, probability)")
-        probability = share[1]
-        if isinstance(probability, bool) or not isinstance(probability, (int, float)) or not 0 <= probability <= 1:
+        probability = checks.number("share probability", share[1])
+        if not 0 <= probability <= 1:
             raise ValueError(f"share probability: got {probability!r}; accepted: a float from 0 to 1")
         limit = torch.full((1, 1), int(probability * 2**32), dtype=torch.int64)
         return "share", checks.key_tensor("share key", [share[0]]), limit, []

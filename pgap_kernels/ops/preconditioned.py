@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import ClassVar
+from dataclasses import dataclass, fields, replace
+from numbers import Integral
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -50,6 +51,7 @@ class Momentum:
     beta: float | Tensor = 0.9
     rule: ClassVar[str] = "momentum"
     states: ClassVar[int] = 1
+    per_tensor: ClassVar[tuple[str, ...]] = ("lr",)
 
     def scalars(self) -> list[tuple[str, Scalar]]:
         """The kernel's scalars in its order, named."""
@@ -69,6 +71,7 @@ class Adam:
     eps: float = 1e-8
     rule: ClassVar[str] = "adam"
     states: ClassVar[int] = 2
+    per_tensor: ClassVar[tuple[str, ...]] = ("lr",)
 
     def scalars(self) -> list[tuple[str, Scalar]]:
         """The kernel's scalars in its order, named; the corrections are folded into the learning rate and v."""
@@ -96,6 +99,7 @@ class HiZOO:
     alpha: float | Tensor = 1e-8
     rule: ClassVar[str] = "hizoo"
     states: ClassVar[int] = 1
+    per_tensor: ClassVar[tuple[str, ...]] = ("lr",)
 
     def scalars(self) -> list[tuple[str, Scalar]]:
         """The kernel's scalars in its order, named."""
@@ -118,6 +122,7 @@ class HELENE:
     eps: float | Tensor = 1e-8
     refresh: tuple[float, float] | None = None
     states: ClassVar[int] = 2
+    per_tensor: ClassVar[tuple[str, ...]] = ("lr", "floor")
 
     @property
     def rule(self) -> str:
@@ -142,27 +147,43 @@ class HELENE:
 Rule = Momentum | Adam | HiZOO | HELENE
 
 
-def _check_rule(rule: Rule, count: int) -> None:
-    """Refuse a field by its own name, before arithmetic is done with it."""
-    for field in fields(rule):
-        name, value = f"rule.{field.name}", getattr(rule, field.name)
-        if field.name == "step":
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            if not whole and not isinstance(value, Tensor):
-                raise ValueError(f"{name}: got {value!r}; accepted: an integer, 1 for the first step, or a tensor")
-        elif field.name in ("betas", "refresh"):
-            if value is None and field.name == "refresh":
-                continue
-            if not isinstance(value, (list, tuple)) or len(value) != 2:
-                raise TypeError(f"{name}: got {value!r}; accepted: two floats")
-            for v in value:
-                checks.scalar_row(name, v, 1)
-                if field.name == "betas" and not 0 <= v < 1:
-                    raise ValueError(f"{name}: got {value!r}; accepted: floats from 0 to below 1")
-        elif isinstance(value, (list, tuple)) and field.type != "Scalar":
-            raise TypeError(f"{name}: got {value!r}; accepted: a float or a tensor")
-        else:
-            checks.scalar_row(name, value, count)
+def _checked(rule: Rule, count: int) -> Rule:
+    """The rule with Python's numbers, so that ``scalars`` computes in float64; a field is refused by its name."""
+    return replace(rule, **{f.name: _checked_field(rule, f.name, count) for f in fields(rule)})
+
+
+def _checked_field(rule: Rule, field: str, count: int) -> Any:
+    name, value = f"rule.{field}", getattr(rule, field)
+    if field == "step":
+        if isinstance(value, Tensor):
+            return value
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name}: got {value!r}; accepted: an integer, 1 for the first step, or a tensor")
+        return int(value)
+    if field == "refresh" and value is None:
+        return None
+    if field in ("betas", "refresh"):
+        if not isinstance(value, (list, tuple)) or len(value) != 2:
+            raise TypeError(f"{name}: got {value!r}; accepted: two floats")
+        pair = [_checked_number(name, v) for v in value]
+        if field == "betas" and not all(0 <= v < 1 for v in pair):
+            raise ValueError(f"{name}: got {value!r}; accepted: floats from 0 to below 1")
+        return pair
+    several = isinstance(value, (list, tuple))
+    if several and field not in rule.per_tensor:
+        raise TypeError(f"{name}: got {value!r}; accepted: a float or a tensor")
+    checks.scalar_row(name, value, count)
+    if isinstance(value, Tensor):
+        return value
+    return [_checked_number(name, v) for v in value] if several else checks.number(name, value)
+
+
+def _checked_number(name: str, value: Any) -> Any:
+    """One number; a tensor stays where it is."""
+    if isinstance(value, Tensor):
+        checks.scalar_row(name, value, 1)
+        return value
+    return checks.number(name, value)
 
 
 @torch.compiler.disable
@@ -220,7 +241,7 @@ def preconditioned_update_(
     back = checks.scalar_table(
         "restore", [checks.scalar_row(f"restore[{i}]", r, len(weights)) for i, r in enumerate(rows)]
     )
-    _check_rule(rule, len(weights))
+    rule = _checked(rule, len(weights))
     named = [checks.scalar_row(f"rule.{name}", value, len(weights)) for name, value in rule.scalars()]
     arguments = PreconditionedArguments(
         keys=keys,
