@@ -18,7 +18,6 @@ from benchmarks.compiled.launches import Launch, recorded
 from pgap_kernels import (
     HELENE,
     Adam,
-    AlignedCore,
     HiZOO,
     Momentum,
     anchor_affine_,
@@ -230,7 +229,6 @@ LOWRANK: list[tuple[str, int, Callable[[int], object]]] = [
     ("drawn core", 16, lambda rank: 3),
     ("drawn core", 64, lambda rank: 3),
     ("stored core", 16, lambda rank: [torch.empty(rank, rank)]),
-    ("aligned core", 16, lambda rank: AlignedCore(3, [torch.empty(rank)], 1.0, sign_key=4)),
     ("stochastic", 16, lambda rank: 3),
     ("no core", 128, lambda rank: None),
 ]
@@ -305,7 +303,7 @@ def _forward(rank: int, x_dtype: torch.dtype | None, dtype: torch.dtype) -> None
     numbers = x_dtype == torch.int64
     x = torch.zeros(SIDE, dtype=x_dtype) if numbers else _matrix(x_dtype or dtype)
     left, right = _matrix(dtype, rank), _matrix(dtype, rank)
-    lowrank_forward_(_matrix(dtype), x, left, right, core=torch.empty(rank, rank), transposed=numbers)
+    lowrank_forward_(_matrix(dtype), x, left, right, [torch.empty(rank, rank)], transposed=numbers)
 
 
 def _steps(over: str, arguments: dict, _: int) -> tuple[int, ...]:

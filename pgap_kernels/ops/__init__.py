@@ -1,18 +1,19 @@
 """Every op: schema, fake, checks, docstring, public function. The one door to the backends.
 
-An op takes lists of tensors, checks everything before anything is written, and passes scalars and keys in small
-tensors. Formulas are those of docs/kernels.md; rounding happens once, when a weight is written. A file here has its
-namesakes in ``reference`` and ``triton``.
+A public function takes lists of tensors, checks everything before anything is written, and passes scalars and keys in
+small tensors, in the record of its family (``arguments``). Formulas are those of docs/kernels.md; a weight is rounded
+once, when it is written. A file here has its namesakes in ``reference`` and ``triton``.
 
 Under ``torch.compile`` the public functions run as they are, between graphs: their checks read addresses. The ops
-themselves, ``torch.ops.pgap_kernels.*``, can be traced.
+themselves, ``torch.ops.pgap_kernels.*``, can be traced; they take the fields of the record as keywords.
 """
 
+from ._library import torch_ops
 from .anchor import anchor_affine_
-from .dense import assemble_gradient_, dense_perturb_, draw, masked_perturb_, threshold_bits
-from .forward import lowrank_forward_
-from .lowrank import MAX_RANK, AlignedCore, aligned_core, lowrank_perturb_
-from .preconditioned import HELENE, Adam, HiZOO, Momentum, preconditioned_perturb_, preconditioned_update_
+from .dense import assemble_gradient_, dense_perturb_, draw, mask_arguments, masked_perturb_, threshold_bits
+from .forward import add_lowrank_, lowrank_forward_
+from .lowrank import MAX_RANK, aligned_core, lowrank_perturb_
+from .preconditioned import HELENE, Adam, HiZOO, Momentum, Rule, preconditioned_perturb_, preconditioned_update_
 from .reduction import seeded_dot, squared_norms
 from .skipped import raise_if_skipped
 
@@ -20,9 +21,10 @@ __all__ = [
     "HELENE",
     "MAX_RANK",
     "Adam",
-    "AlignedCore",
     "HiZOO",
     "Momentum",
+    "Rule",
+    "add_lowrank_",
     "aligned_core",
     "anchor_affine_",
     "assemble_gradient_",
@@ -30,6 +32,7 @@ __all__ = [
     "draw",
     "lowrank_forward_",
     "lowrank_perturb_",
+    "mask_arguments",
     "masked_perturb_",
     "preconditioned_perturb_",
     "preconditioned_update_",
@@ -37,4 +40,5 @@ __all__ = [
     "seeded_dot",
     "squared_norms",
     "threshold_bits",
+    "torch_ops",
 ]

@@ -58,12 +58,13 @@ def anchor_kernel(
     store_tile(address(entry, OUT, 0, row, offset, TYPE), r, offset, columns, whole, value, TYPE)
 
 
-def anchor_affine_(weights, anchors, deltas, coefficient, rounding_key, tensor_ids, slices):
+def anchor_affine_(weights, out, arguments):
     """``ops.anchor_affine_`` in one launch."""
+    anchors, deltas, coefficient, tensor_ids, rounding_key, slices = arguments
     device, dtype = weights[0].device, weights[0].dtype
     (c,), per_tensor = widened(device, coefficient)
     source = deltas or weights
-    tensors = dense_table(weights, source, tensor_ids, slices, per_tensor, anchors)
+    tensors = dense_table(out, source, tensor_ids, slices, per_tensor, anchors)
     launch(
         anchor_kernel,
         tensors.tiles,

@@ -152,7 +152,9 @@ def dense_kernel(
     store_tile(address(entry, OUT, 0, row, offset, TYPE), r, offset, columns, whole, value, TYPE)
 
 
-def _run(out, source, keys, coefficients, decay, rounding_keys, stages, tensor_ids, slices, distribution, tier, **mask):
+def _run(out, source, arguments, decay, rounding_keys, stages, **mask):
+    keys, coefficients, tensor_ids = arguments.keys, arguments.coefficients, arguments.tensor_ids
+    slices, distribution, tier = arguments.slices, arguments.distribution, arguments.tier
     device = out[0].device
     tables, per_tensor = widened(device, coefficients, decay, mask.get("level", decay))
     tensors = dense_table(out, source, tensor_ids, slices, per_tensor, mask.get("bits", ()), same_shape=False)
@@ -190,35 +192,19 @@ def _run(out, source, keys, coefficients, decay, rounding_keys, stages, tensor_i
     )
 
 
-def dense_perturb_(
-    weights, out, keys, coefficients, decay, rounding_keys, stages, tensor_ids, slices, distribution, tier
-):
+def dense_perturb_(weights, out, arguments):
     """``ops.dense_perturb_`` in one launch."""
-    _run(out, weights, keys, coefficients, decay, rounding_keys, stages, tensor_ids, slices, distribution, tier)
+    _run(out, weights, arguments, arguments.decay, arguments.rounding_keys, arguments.stages)
 
 
-def assemble_gradient_(gradients, keys, coefficients, tensor_ids, slices, distribution, tier):
+def assemble_gradient_(gradients, arguments):
     """``ops.assemble_gradient_`` in one launch."""
-    decay = torch.zeros(1, 1)
-    _run(gradients, [], keys, coefficients, decay, None, [len(keys)], tensor_ids, slices, distribution, tier)
+    _run(gradients, [], arguments, torch.zeros(1, 1), None, [len(arguments.keys)])
 
 
-def masked_perturb_(
-    weights,
-    out,
-    keys,
-    coefficients,
-    decay,
-    rounding_keys,
-    mask,
-    mask_key,
-    mask_level,
-    mask_bits,
-    tensor_ids,
-    slices,
-    distribution,
-    tier,
-):
+def masked_perturb_(weights, out, arguments):
     """``ops.masked_perturb_`` in one launch."""
-    args = (keys, coefficients, decay, rounding_keys, [len(keys)], tensor_ids, slices, distribution, tier)
-    _run(out, weights, *args, kind=mask, key=mask_key, level=mask_level, bits=mask_bits)
+    kind, key, level, bits = arguments.mask, arguments.mask_key, arguments.mask_level, arguments.mask_bits
+    stages = [len(arguments.keys)]
+    mask = {"kind": kind, "key": key, "level": level, "bits": bits}
+    _run(out, weights, arguments, arguments.decay, arguments.rounding_key, stages, **mask)

@@ -159,7 +159,7 @@ def _make_dense_table(lists, tensor_ids, slices, per_tensor, same_shape) -> Tabl
                 continue
             entry[field] = tensors[t].data_ptr()
             if index < 2 or same_shape:
-                rows, columns, leading[index] = checks.matrix_layout("weights", tensors[t])
+                rows, columns, leading[index] = checks.matrix_layout("weights", tensors[t], written=False)
                 places.append((tensors[t].data_ptr(), leading[index] * tensors[t].element_size()))
         base, row_stride = slices[2 * t : 2 * t + 2] or (0, max(columns, 1))
         if all(ld == columns for ld in leading.values()) and row_stride == columns:

@@ -351,24 +351,10 @@ def lowrank_kernel(
         )
 
 
-def lowrank_perturb_(
-    weights,
-    out,
-    left,
-    right,
-    core,
-    keys,
-    coefficient,
-    decay,
-    rounding_key,
-    tensor_ids,
-    slices,
-    rank,
-    core_kind,
-    delta,
-    sign_ids,
-):
+def lowrank_perturb_(weights, out, arguments):
     """``ops.lowrank_perturb_``: one launch, and one before it for each of P and B that a program cannot make itself."""
+    left, right, core, keys, coefficient, decay, tensor_ids, rank, core_kind, rounding_key, slices = arguments
+    delta, sign_ids = torch.ones(1), list[int]()
     device, dtype = weights[0].device, weights[0].dtype
     stochastic_rounding = rounding_key is not None and dtype != torch.float32
     config = lowrank_config(dtype, rank, stochastic_rounding, architecture(device))

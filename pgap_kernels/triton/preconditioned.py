@@ -140,27 +140,12 @@ def preconditioned_kernel(
         store_lane(target, lane, r, offset, columns, whole, value, TYPE)
 
 
-def preconditioned_(
-    weights,
-    out,
-    first,
-    second,
-    keys,
-    gradient,
-    restore,
-    scalars,
-    rule,
-    decay,
-    rounding_key,
-    tensor_ids,
-    slices,
-    distribution,
-    tier,
-):
+def preconditioned_(weights, out, state0, state1, arguments):
     """``ops.preconditioned_update_`` and ``ops.preconditioned_perturb_`` in one launch."""
+    keys, gradient, restore, scalars, rule, decay, tensor_ids, rounding_key, slices, distribution, tier = arguments
     device, dtype = weights[0].device, weights[0].dtype
     tables, per_tensor = widened(device, gradient, restore, scalars, decay)
-    tensors = dense_table(out, weights, tensor_ids, slices, per_tensor, first, second)
+    tensors = dense_table(out, weights, tensor_ids, slices, per_tensor, state0, state1)
     keys = on(device, keys)
     launch(
         preconditioned_kernel,

@@ -78,8 +78,9 @@ def collect_kernel(table_ptr, parts_ptr, totals_ptr, STEP: tl.constexpr):
     tl.store(totals_ptr + t, tl.sum(total, 0))
 
 
-def reduce(tensors, anchors, keys, tensor_ids, slices, distribution, tier):
+def reduce(tensors, arguments):
     """``ops.seeded_dot`` and ``ops.squared_norms`` in two launches."""
+    anchors, keys, tensor_ids, slices, distribution, tier = arguments
     device, dtype = tensors[0].device, tensors[0].dtype
     table = dense_table(tensors, tensors, tensor_ids, slices, False, anchors)
     parts = torch.empty(max(table.tiles, 1), dtype=torch.float64, device=device)

@@ -3,10 +3,8 @@
 import pytest
 import torch
 from agreement import assert_all_same
-from helpers import assert_same_bits, weights
+from helpers import assert_same_bits, ops, weights
 from lowrank_calls import CORE, IDS, LEFT, RIGHT, SHAPES, WIDE, perturbed, stored
-
-from pgap_kernels import ops
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -70,4 +68,12 @@ def test_keys_in_tensors():
     signed = [torch.tensor(key - (key >> 63 << 64)) for key in (LEFT, RIGHT, CORE)]
     want = perturbed(w, LEFT, RIGHT, core=CORE, rank=3, coefficient=0.25)
     got = perturbed(w, signed[0], signed[1], core=signed[2].view(1), rank=3, coefficient=torch.tensor([0.25]))
+    assert_all_same(got, want)
+
+
+@pytest.mark.parametrize("signs", [{}, {"sign_key": RIGHT}, {"sign_key": RIGHT, "sign_ids": [0, 0]}])
+def test_aligned_core_has_the_bits_of_the_reference(signs):
+    values = [torch.linspace(3, 0.01, rank) for rank in (1, 7)]
+    options = {"tensor_ids": IDS[:2], "delta": 0.7, **signs}
+    got, want = (ops.aligned_core(values, CORE, backend=b, **options) for b in ("triton", "reference"))
     assert_all_same(got, want)
