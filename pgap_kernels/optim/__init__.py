@@ -7,8 +7,24 @@ Imports: recipes -> lowrank -> base -> (evaluation, checkpoint, cost) -> model -
 """
 
 from .base import Cost, Evaluation, NonFiniteLossError, ZOOptimizer
+from .dizo import DiZO
+from .helene import HELENE
 from .lowrank import LowRankOptimizer
+from .lozo import LOZO
 from .mezo import MeZO
 from .pgap import PGAP
+from .pizo import PIZO
 
-__all__ = ["PGAP", "Cost", "Evaluation", "LowRankOptimizer", "MeZO", "NonFiniteLossError", "ZOOptimizer"]
+__all__ = [
+    "HELENE",
+    "LOZO",
+    "PGAP",
+    "PIZO",
+    "Cost",
+    "DiZO",
+    "Evaluation",
+    "LowRankOptimizer",
+    "MeZO",
+    "NonFiniteLossError",
+    "ZOOptimizer",
+]
