@@ -11,6 +11,7 @@ from .dizo import DiZO
 from .helene import HELENE
 from .lowrank import LowRankOptimizer
 from .lozo import LOZO
+from .lozo_m import LOZOM
 from .mezo import MeZO
 from .pgap import PGAP
 from .pizo import PIZO
@@ -18,6 +19,7 @@ from .pizo import PIZO
 __all__ = [
     "HELENE",
     "LOZO",
+    "LOZOM",
     "PGAP",
     "PIZO",
     "Cost",

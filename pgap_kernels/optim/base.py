@@ -75,10 +75,10 @@ class ZOOptimizer(ModelOptimizer):
         """The key of a step's draw of a role; of this step by default."""
         return noise.derive(self.seed, self.steps if step is None else step, role, probe)
 
-    def noise(self, key: int, weights: list[Weight] | None = None, distribution: str = "normal") -> Direction:
-        """The direction z(key) on the given weights, all by default."""
-        lists = self.buckets(self.weights() if weights is None else weights)
-        return Direction([Noise(ws, {key: [1.0] * len(ws)}, distribution) for ws in lists])
+    def noise(self, key: int, buckets: Sequence[list[Weight]] | None = None, distribution: str = "normal") -> Direction:
+        """The direction z(key) on weights in lists that can share a pass, by default on all."""
+        lists = self.buckets() if buckets is None else buckets
+        return Direction([Noise(weights, {key: [1.0] * len(weights)}, distribution) for weights in lists])
 
     def radius(self) -> list[float]:
         """The smoothing radius of each weight."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..directions import Direction, Weight, bucket
+from ..directions import Weight, bucket
 from ..noise import Role
 from ..perturbation import StateRule
 from .base import Evaluation, Params, ZOOptimizer
@@ -82,7 +82,7 @@ class HELENE(ZOOptimizer):
     def estimate_and_update(self, evaluate: Evaluation) -> float:
         # A part for each set of hyper-parameters: a pass has one rule.
         same = bucket(self.weights(), also=lambda w: tuple(w.group[name] for name in ("beta1", "beta2", "gamma")))
-        z = Direction([part for weights in same for part in self.noise(self.key(Role.DENSE), weights)])
+        z = self.noise(self.key(Role.DENSE), same)
         plus, minus = evaluate.two_sided(z)
         rho = [(plus - minus) / (2 * eps) for eps in self.radius()]
         self.apply_update([(z, rho)], rule=StateRule(self.rule_of, self.state_of))

@@ -48,7 +48,7 @@ class LowRankOptimizer(ZOOptimizer):
         **options: Any,
     ) -> None:
         self.refreshed_at: int | None
-        self._found: tuple[list[Weight], tuple[list[Weight], list[Weight], list[int]]] | None = None
+        self._found: tuple[list[Weight], tuple[list[Weight], list[list[Weight]], list[int]]] | None = None
         super().__init__(params, defaults, **options)
         self.window = self.period = at_least_one("window", window)
         self.scale = checks.choice("scale", scale, SCALES)
@@ -74,8 +74,8 @@ class LowRankOptimizer(ZOOptimizer):
     def _known_names(self) -> list[str]:
         return [name for names in self._names_of().values() for name in names]
 
-    def _split(self) -> tuple[list[Weight], list[Weight], list[int]]:
-        """Matrices with low-rank directions, the other weights, and the matrices' indices; found once."""
+    def _split(self) -> tuple[list[Weight], list[list[Weight]], list[int]]:
+        """Matrices with low-rank directions, the other weights in buckets, and the matrices' indices; found once."""
         weights = self.weights()
         if self._found is None or self._found[0] is not weights:
             names = self._names_of()
@@ -87,15 +87,15 @@ class LowRankOptimizer(ZOOptimizer):
             chosen = [w for w in weights if w.tensor.dim() == 2 and w.tensor.numel() and w.index not in excluded]
             indices = [w.index for w in chosen]
             rest = [w for w in weights if w.index not in {*indices}]
-            self._found = (weights, (chosen, rest, indices))
+            self._found = (weights, (chosen, bucket(rest), indices))
         return self._found[1]
 
     def matrices(self) -> list[Weight]:
         """The weights with low-rank directions."""
         return self._split()[0]
 
-    def others(self) -> list[Weight]:
-        """The weights that take dense noise: no matrices, or excluded by name."""
+    def others(self) -> list[list[Weight]]:
+        """The weights that take dense noise, no matrices or excluded by name, in lists that can share an op call."""
         return self._split()[1]
 
     def lowrank_indices(self) -> list[int]:

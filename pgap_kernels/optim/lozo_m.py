@@ -54,7 +54,7 @@ class LOZOM(LOZO):
             (Direction(parts), self.by_rank_if_asked([-lr for lr in self.rates()])),
             (self.noise(self.key(Role.DENSE), others), fresh),
         ]
-        rule = StateRule(self._rule_of, self._state_of, {w.index for w in others})
+        rule = StateRule(self._rule_of, self._state_of, {w.index for same in others for w in same})
         self.apply_update(terms, flush=flush, rule=rule)
         for w, moment in moved:
             self.store(w, momentum=moment)

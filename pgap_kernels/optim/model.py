@@ -93,7 +93,7 @@ class ModelOptimizer(torch.optim.Optimizer, metaclass=_EnterMode):
         self._perturbation: Perturbation | None = None
         self._weights: list[Weight] | None = None
         self._planned: tuple[int, Direction] | None = None
-        self._buckets: dict[int, tuple[list[Weight], list[list[Weight]]]] = {}
+        self._buckets: list[list[Weight]] | None = None
         self._flat_steps = 0
         self._checked_slices: set[tuple[bool, ...]] = set()
         self._forward_state: ForwardState | None = None
@@ -142,15 +142,14 @@ class ModelOptimizer(torch.optim.Optimizer, metaclass=_EnterMode):
             self._seen = fingerprint(self.param_groups)
         return self._weights
 
-    def buckets(self, weights: list[Weight]) -> list[list[Weight]]:
-        """Weights in lists that can share an op call; worked out once for each list."""
-        if id(weights) not in self._buckets:
-            self._buckets[id(weights)] = (weights, bucket(weights))
-        return self._buckets[id(weights)][1]
+    def buckets(self) -> list[list[Weight]]:
+        """All weights in lists that can share an op call."""
+        if self._buckets is None:
+            self._buckets = bucket(self.weights())
+        return self._buckets
 
     def _forget_weights(self) -> None:
-        self._weights, self._planned, self._forward_state = None, None, None
-        self._buckets.clear()
+        self._weights, self._buckets, self._planned, self._forward_state = None, None, None, None
 
     def amounts(self, name: str) -> list[float]:
         """A hyper-parameter of each weight, as its param group has it now."""
@@ -291,13 +290,14 @@ class ModelOptimizer(torch.optim.Optimizer, metaclass=_EnterMode):
 
     def __getstate__(self) -> dict[str, Any]:
         # "step" is in there once a scheduler has bound its counter to this very object.
-        fresh: dict[str, Any] = {"_weights": None, "_planned": None, "_forward_state": None, "_buckets": {}}
+        fresh = {"_weights": None, "_planned": None, "_forward_state": None, "_buckets": None}
         return {k: v for k, v in self.__dict__.items() if k != "step"} | fresh
 
     def become_dry(self, weights: list[Weight]) -> None:
         """Forget what was learnt and stand before the first step, on weights without memory; nothing is computed."""
         self._perturbation = self.perturbation.dry_copy(weights)
-        self._weights, self._seen, self._planned, self._buckets = weights, fingerprint(self.param_groups), None, {}
+        self._weights, self._seen = weights, fingerprint(self.param_groups)
+        self._planned = self._buckets = None
         self._forward_state, self.clock = None, Clock()
         self.state.clear()
         self.steps = 0
