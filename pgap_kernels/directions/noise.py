@@ -84,6 +84,10 @@ class Noise(Part):
         mask = self.mask and (self.mask.share, _identity(self.mask.bits), tuple(self.mask.threshold or ()))
         return self.indices, self.distribution, mask, _identity(self.curvature)
 
+    def plain_draws(self) -> Mapping[int, Sequence[float]] | None:
+        plain = self.mask is None and self.curvature is None and self.distribution == "normal"
+        return self.draws if plain else None
+
     def apply(self, tensors: list[Tensor], **options: Any) -> None:
         draws = [(key, uniform(row)) for key, row in self.draws.items()]
         options |= {"tensor_ids": self.ids, "distribution": self.distribution, "slices": self.slices}

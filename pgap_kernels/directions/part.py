@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -58,6 +58,10 @@ class Part(ABC):
     def is_zero(self) -> bool:
         """Whether nothing would move; such a pass is not made, as adding +0 would turn -0 into +0."""
         return not any(map(any, self.coefficients()))
+
+    def plain_draws(self) -> Mapping[int, Sequence[float]] | None:
+        """Coefficients by key, if this is plain dense normal noise: what rules with state take as a gradient."""
+        return None
 
     # ---- a pass -----------------------------------------------------------------------------------------------------
 

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .noise import Noise
 from .part import Part
-from .weight import Weight
+from .weight import Weight, uniform
 
 
 @dataclass(frozen=True)
@@ -74,34 +73,35 @@ class RulePass(Pass):
     reversible: ClassVar[bool] = False
     rule: ops.Rule | None = None
     state: Sequence[Sequence[Tensor]] = field(default_factory=tuple)
-    restore: Noise | None = None
+    restore: Part | None = None
 
     @property
     def written(self) -> list[Tensor]:
         return [*self.part.tensors, *(t for tensors in self.state for t in tensors)]
 
     def run(self) -> None:
-        part = self.part
-        if not isinstance(part, Noise) or part.mask is not None or part.curvature is not None:
+        part, rule = self.part, self.rule
+        draws, back = part.plain_draws(), {} if self.restore is None else self.restore.plain_draws()
+        if rule is None or draws is None or back is None:
             raise ValueError(
-                f"rule: got {type(self.rule).__name__} with a {type(part).__name__} direction; accepted: plain dense "
-                "noise"
+                f"rule: got {type(rule).__name__} with a {type(part).__name__}; accepted: plain dense noise"
             )
-        rows = {key: [0.0] * len(part.weights) for key in part.draws} | (self.restore.draws if self.restore else {})
         zero = [0.0] * len(part.weights)
-        draws = [(key, part.draws.get(key, zero)) for key in rows]
-        call: Callable[[], None] = lambda: ops.preconditioned_update_(  # noqa: E731
-            part.tensors,
-            [list(tensors) for tensors in self.state],
-            [(key, list(row)) for key, row in draws],
-            self.rule,  # type: ignore[arg-type]
-            restore=[list(row) for row in rows.values()],
-            tensor_ids=part.ids,
-            distribution=part.distribution,
-            slices=part.slices,
-            **self.options,
-        )
-        with_padding_kept(part.weights, part.tensors, call)
+        keys = list({**draws, **back})
+
+        def update() -> None:
+            ops.preconditioned_update_(
+                part.tensors,
+                [list(tensors) for tensors in self.state],
+                [(key, uniform(draws.get(key, zero))) for key in keys],
+                rule,
+                restore=[uniform(back.get(key, zero)) for key in keys],
+                tensor_ids=part.ids,
+                slices=part.slices,
+                **self.options,
+            )
+
+        with_padding_kept(part.weights, part.tensors, update)
 
     def inverse(self) -> None:
         return None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..directions import Amounts, Direction, Noise, Part, Pass, RulePass, Weight, bytes_of, run_all_or_none
+from ..directions import Amounts, Direction, Part, Pass, RulePass, Weight, bytes_of, run_all_or_none
 from .residual import Residual
 
 T = TypeVar("T")
@@ -77,8 +77,6 @@ class Update:
     def _pass(self, part: Part, decay: list[float], key: int, restore: Part | None) -> Pass:
         if self.rule is None or not self.rule.serves(part):
             return Pass(part, decay, key)
-        if restore is not None and not isinstance(restore, Noise):
-            raise ValueError(f"rule: got a perturbation by {type(restore).__name__}; accepted: plain dense noise")
         return RulePass(part, decay, key, self.rule.make(part.weights), self.rule.state(part.weights), restore)
 
 
