@@ -133,9 +133,8 @@ def _bits() -> torch.Tensor:
 def _staged(dtype: torch.dtype) -> None:
     """Two passes in one, as a replay has them, each with decay and, for 16 bits, stochastic rounding."""
     keys, scalars = torch.tensor([1, 2]), torch.ones(2, 1)
-    torch.ops.pgap_kernels.dense_perturb_(
-        [_matrix(dtype)], keys, scalars, scalars, keys, [1, 1], [7], [0, SIDE], "normal", "exact", None
-    )
+    arguments = {"keys": keys, "coefficients": scalars, "decay": scalars, "rounding_keys": keys}
+    torch.ops.pgap_kernels.dense_perturb_([_matrix(dtype)], **arguments, stages=[1, 1], tensor_ids=[7])
 
 
 def _assemble(draws: list, dtype: torch.dtype) -> None:
