@@ -84,16 +84,13 @@ def anchor(device: torch.device) -> Call:
 
 
 def lowrank(device: torch.device, rank: int, dtype=torch.float32, stored: bool = True) -> Call:
-    """P-GAP's pass: the core is aligned inside it."""
+    """Factors and core all stored, or all drawn."""
     shapes = [(200, 130), (130, 257)]
-    w, keys, (a, delta) = _weights(device, dtype, shapes), _keys(device, 4), _scalars(device, 1e-2, 0.7)
-    left, right = ([(m, rank) for m, _ in shapes], [(n, rank) for _, n in shapes])
-    factors = (_weights(device, shapes=left, seed=1), _weights(device, shapes=right, seed=2)) if stored else keys[2:]
-    values = moved([torch.linspace(3, 0.01, rank), torch.linspace(2, 1, rank)], device)
-    core = ops.AlignedCore(keys[0], values, delta, sign_key=keys[1])
+    w, keys, (a,) = _weights(device, dtype, shapes), [] if stored else _keys(device, 3), _scalars(device, 1e-2)
+    sizes = ([(m, rank) for m, _ in shapes], [(n, rank) for _, n in shapes], [(rank, rank)] * 2)
+    left, right, core = [_weights(device, shapes=size, seed=i) for i, size in enumerate(sizes, 1)] if stored else keys
     options = {"core": core, "coefficient": a, "rank": rank, "tensor_ids": IDS[:2], "backend": "triton"}
-    used = keys[:2] if stored else keys
-    return Call(lambda: ops.lowrank_perturb_(w, *factors, **options), w, [a, delta, *values], used)
+    return Call(lambda: ops.lowrank_perturb_(w, left, right, **options), w, [a], keys)
 
 
 WRITING: dict[str, Callable[[torch.device], Call]] = {

@@ -18,7 +18,6 @@ from benchmarks.compiled.launches import Launch, recorded
 from pgap_kernels import (
     HELENE,
     Adam,
-    AlignedCore,
     HiZOO,
     Momentum,
     anchor_affine_,
@@ -230,7 +229,6 @@ LOWRANK: list[tuple[str, int, Callable[[int], object]]] = [
     ("drawn core", 16, lambda rank: 3),
     ("drawn core", 64, lambda rank: 3),
     ("stored core", 16, lambda rank: [torch.empty(rank, rank)]),
-    ("aligned core", 16, lambda rank: AlignedCore(3, [torch.empty(rank)], 1.0, sign_key=4)),
     ("stochastic", 16, lambda rank: 3),
     ("no core", 128, lambda rank: None),
 ]

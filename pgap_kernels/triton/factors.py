@@ -1,7 +1,6 @@
-"""The small side of a low-rank direction: P = A C, with A and C stored or regenerated, C aligned on the way.
+"""The small side of a low-rank direction: P = A C, with A and C stored or regenerated.
 
     A[i, k] = normal number (row i) r + k under its key;   C[k, j] = normal number k r + j
-    aligned (P-GAP):  alpha = (<S, C> - xi sqrt(delta) |S|) / |S|^2,   C[k, k] <- C[k, k] - alpha S_k     in float64
 
 One program of a low-rank pass makes P of its rows once and keeps it; above a rank that the configuration states
 `product_kernel` makes P of all matrices first (docs/kernels.md has the model behind the crossover).
@@ -15,15 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import PRODUCT
-from .launch import TYPES, assembled, cached_table, identity, is_nvidia, launch, next_power_of_two, scratch
-from .noise import element_normal, group_words
+from .launch import TYPES, assembled, cached_table, identity, is_nvidia, launch, scratch
+from .noise import element_normal
 from .rounding import narrow
 from .tiles import EXTRA, FIELDS, FIRST_TILE, OUT, ROWS, TENSOR_ID
 
 # Columns of a low-rank table beyond those of tiles.py; EXTRA is A, SECOND is B.
 FIRST_ROW = tl.constexpr(20)  # of the shard in the unsharded matrix
-CORE = tl.constexpr(18)  # C, its diagonal, or S
-SIGN_ID = tl.constexpr(19)
+CORE = tl.constexpr(18)  # C or its diagonal
 
 
 @triton.jit
@@ -41,24 +39,7 @@ def left_tile(entry, key, i, k, RANK: tl.constexpr, LEFT_TYPE: tl.constexpr):
 
 
 @triton.jit
-def alignment(entry, keys_ptr, delta_ptr, RANK: tl.constexpr, PADDED: tl.constexpr, SIGN: tl.constexpr):
-    """alpha, in float64."""
-    k = tl.arange(0, PADDED)
-    s = tl.load(tl.load(entry + CORE).to(tl.pointer_type(tl.float32)) + k, mask=k < RANK, other=0.0).to(tl.float64)
-    z = element_normal(k.to(tl.int64) * (RANK + 1), tl.load(entry + TENSOR_ID).to(tl.uint32), tl.load(keys_ptr + 2))
-    square = tl.sum(s * s, 0)
-    projection = tl.sum(s * z.to(tl.float64), 0)
-    target = tl.sqrt(tl.load(delta_ptr).to(tl.float64)) * tl.sqrt(square)
-    if SIGN:
-        zero = tl.zeros((), tl.int64)
-        sign_id = tl.load(entry + SIGN_ID).to(tl.uint32)
-        word, _, _, _ = group_words(zero, zero.to(tl.int32), sign_id, tl.load(keys_ptr + 3))
-        target = tl.where((word & 1) != 0, target, -target)
-    return tl.where(square > 0, (projection - target) / square, 0.0)
-
-
-@triton.jit
-def core_tile(entry, keys_ptr, alpha, k, j, RANK: tl.constexpr, KIND: tl.constexpr, CORE_TYPE: tl.constexpr):
+def core_tile(entry, keys_ptr, k, j, RANK: tl.constexpr, KIND: tl.constexpr, CORE_TYPE: tl.constexpr):
     """C[k, j] in float32 for rows k (K, 1) and columns j (1, J); 0 outside."""
     inside = (k < RANK) & (j < RANK)
     if KIND == "full":
@@ -67,11 +48,6 @@ def core_tile(entry, keys_ptr, alpha, k, j, RANK: tl.constexpr, KIND: tl.constex
     else:
         tensor_id, key = tl.load(entry + TENSOR_ID).to(tl.uint32), tl.load(keys_ptr + 2)
         c = element_normal((k * RANK + j).to(tl.int64), tensor_id, key)
-        if KIND == "aligned":
-            pointer = tl.load(entry + CORE).to(tl.pointer_type(tl.float32))
-            s = tl.load(pointer + k, mask=k < RANK, other=0.0).to(tl.float64)
-            z = element_normal(k.to(tl.int64) * (RANK + 1), tensor_id, key).to(tl.float64)
-            c = tl.where(k == j, (z - alpha * s).to(tl.float32), c)
         c = tl.where(inside, c, 0.0)
     return c
 
@@ -80,7 +56,6 @@ def core_tile(entry, keys_ptr, alpha, k, j, RANK: tl.constexpr, KIND: tl.constex
 def product_tile(
     entry,
     keys_ptr,
-    alpha,
     i,
     j,
     RANK: tl.constexpr,
@@ -103,7 +78,7 @@ def product_tile(
         p = tl.zeros((i.shape[0], j.shape[1]), tl.float32)
         for first in range(0, RANK, K):
             a = left_tile(entry, key, i, first + tl.arange(0, K)[None, :], RANK, LEFT_TYPE)
-            c = core_tile(entry, keys_ptr, alpha, first + tl.arange(0, K)[:, None], j, RANK, KIND, CORE_TYPE)
+            c = core_tile(entry, keys_ptr, first + tl.arange(0, K)[:, None], j, RANK, KIND, CORE_TYPE)
             p = tl.dot(a, c, acc=p, input_precision=PRODUCTS)
     return p
 
@@ -112,12 +87,9 @@ def product_tile(
 def product_kernel(
     map_ptr,
     table_ptr,
-    keys_ptr,  # of A, B, C, xi
-    delta_ptr,
+    keys_ptr,  # of A, B, C
     RANK: tl.constexpr,
-    PADDED: tl.constexpr,
     KIND: tl.constexpr,
-    SIGN: tl.constexpr,
     TYPE: tl.constexpr,
     LEFT_TYPE: tl.constexpr,
     CORE_TYPE: tl.constexpr,
@@ -130,13 +102,10 @@ def product_kernel(
     tile = tl.program_id(0).to(tl.int64)
     entry = table_ptr + tl.load(map_ptr + tile).to(tl.int64) * FIELDS
     i = (tile - tl.load(entry + FIRST_TILE)) * BM + tl.arange(0, BM)[:, None]
-    alpha = tl.zeros((), tl.float64)
-    if KIND == "aligned":
-        alpha = alignment(entry, keys_ptr, delta_ptr, RANK, PADDED, SIGN)
     pointer = tl.load(entry + OUT).to(tl.pointer_type(TYPE))
     for first in range(0, RANK, K):
         j = first + tl.arange(0, K)[None, :]
-        p = product_tile(entry, keys_ptr, alpha, i, j, RANK, KIND, LEFT_TYPE, CORE_TYPE, KEY, PRODUCTS, K)
+        p = product_tile(entry, keys_ptr, i, j, RANK, KIND, LEFT_TYPE, CORE_TYPE, KEY, PRODUCTS, K)
         tl.store(pointer + i * RANK + j, narrow(p, TYPE), mask=(i < tl.load(entry + ROWS)) & (j < RANK))
 
 
@@ -152,9 +121,8 @@ class Factors(NamedTuple):
     dtype: torch.dtype
     tensor_ids: list[int]
     keys: Tensor
-    delta: Tensor
 
-    def products(self, side, rows, firsts, left=(), core=(), kind="none", sign_ids=()) -> list[Tensor]:
+    def products(self, side, rows, firsts, left=(), core=(), kind="none") -> list[Tensor]:
         """P (or B, as the drawn "right" side without a core) of every matrix in one launch, in a scratch."""
         rank, device = self.rank, self.keys.device
         buffer = scratch(side, device, self.dtype, sum(rows) * rank)
@@ -167,7 +135,6 @@ class Factors(NamedTuple):
                     EXTRA: left[t].data_ptr() if left else 0,
                     CORE: core[t].data_ptr() if core else 0,
                     TENSOR_ID: self.tensor_ids[t],
-                    SIGN_ID: sign_ids[t] if sign_ids else 0,
                     ROWS: rows[t],
                     FIRST_ROW: firsts[t],
                 }
@@ -175,7 +142,7 @@ class Factors(NamedTuple):
             ]
             return assembled(entries, [triton.cdiv(m, PRODUCT.rows) for m in rows], device, keep=buffer)
 
-        key = ("product", side, kind, rank, *map(tuple, (rows, firsts, self.tensor_ids, sign_ids)))
+        key = ("product", side, kind, rank, *map(tuple, (rows, firsts, self.tensor_ids)))
         tensors = cached_table((*key, identity(parts, left, core)), make)
         launch(
             product_kernel,
@@ -185,11 +152,8 @@ class Factors(NamedTuple):
             map_ptr=tensors.map,
             table_ptr=tensors.entries,
             keys_ptr=self.keys,
-            delta_ptr=self.delta,
             RANK=rank,
-            PADDED=next_power_of_two(rank),
             KIND=kind,
-            SIGN=bool(sign_ids),
             TYPE=TYPES[self.dtype],
             LEFT_TYPE=TYPES[left[0].dtype] if left else None,
             CORE_TYPE=TYPES[core[0].dtype] if core else None,

@@ -13,7 +13,7 @@ import triton.language as tl
 from .. import checks, reference
 from .config import PRODUCT, lowrank_config
 from .dense import assemble_gradient_
-from .factors import CORE, FIRST_ROW, SIGN_ID, Factors, alignment, left_tile, product_tile, products_on
+from .factors import CORE, FIRST_ROW, Factors, left_tile, product_tile, products_on
 from .launch import (
     TYPES,
     architecture,
@@ -238,15 +238,13 @@ def lowrank_kernel(
     map_ptr,
     table_ptr,
     skip_ptr,
-    keys_ptr,  # of A, B, C, xi
+    keys_ptr,  # of A, B, C
     coefficient_ptr,
     decay_ptr,
-    delta_ptr,
     rounding_ptr,
     RANK: tl.constexpr,
     PADDED: tl.constexpr,
-    KIND: tl.constexpr,  # of the core: none, diagonal, full, regenerated, aligned
-    SIGN: tl.constexpr,
+    KIND: tl.constexpr,  # of the core: none, diagonal, full, regenerated
     TYPE: tl.constexpr,
     LEFT_TYPE: tl.constexpr,
     RIGHT_TYPE: tl.constexpr,
@@ -276,11 +274,8 @@ def lowrank_kernel(
     a, d = tl.load(coefficient_ptr + scalar), tl.load(decay_ptr + scalar)
     p = tl.zeros((BM, PADDED), TYPE)
     if RESIDENT:
-        alpha = tl.zeros((), tl.float64)
-        if KIND == "aligned":
-            alpha = alignment(entry, keys_ptr, delta_ptr, RANK, PADDED, SIGN)
         i, k = row + tl.arange(0, BM)[:, None], tl.arange(0, PADDED)[None, :]
-        p = product_tile(entry, keys_ptr, alpha, i, k, RANK, KIND, LEFT_TYPE, CORE_TYPE, 0, PRODUCTS, CORE_STEP)
+        p = product_tile(entry, keys_ptr, i, k, RANK, KIND, LEFT_TYPE, CORE_TYPE, 0, PRODUCTS, CORE_STEP)
         p = narrow(p, TYPE)
     columns = tl.load(entry + COLUMNS)
     begin = strip * (STRIP * BN)
@@ -372,19 +367,20 @@ def lowrank_perturb_(
     device, dtype = weights[0].device, weights[0].dtype
     stochastic_rounding = rounding_key is not None and dtype != torch.float32
     config = lowrank_config(dtype, rank, stochastic_rounding, architecture(device))
-    values = [torch.cat(core)] if core_kind == "aligned" else []
-    skip = guard(device, coefficient, decay, delta, *values)
+    if core_kind == "aligned":
+        core, core_kind = aligned_core(core, keys[2:], tensor_ids, sign_ids, delta.item()), "full"
+    skip = guard(device, coefficient, decay)
     (a, d), per_tensor = widened(device, coefficient[None], decay[None])
-    keys, delta = on(device, torch.nn.functional.pad(keys, (0, 4 - len(keys)))), on(device, delta)
+    keys = on(device, keys)
     slices = slices or [x for w in weights for x in (0, max(w.shape[1], 1))]
     starts = [divmod(slices[2 * t], slices[2 * t + 1]) for t in range(len(weights))]
-    small = Factors(rank, dtype, tensor_ids, keys, delta)
+    small = Factors(rank, dtype, tensor_ids, keys)
     if not right:
         right = small.products("right", [w.shape[1] for w in weights], [column for _, column in starts])
     if not config.makes and (core_kind != "none" or not left):
         rows, firsts = [w.shape[0] for w in weights], [row for row, _ in starts]
-        left = small.products("left", rows, firsts, left, core, core_kind, sign_ids)
-        core, core_kind, sign_ids = [], "none", []
+        left = small.products("left", rows, firsts, left, core, core_kind)
+        core, core_kind = [], "none"
 
     def make():
         entries, tiles = [], []
@@ -406,7 +402,6 @@ def lowrank_perturb_(
                     ROW_STRIDE: slices[2 * t + 1],
                     FIRST_ROW: starts[t][0],
                     TENSOR_ID: tensor_ids[t],
-                    SIGN_ID: sign_ids[t] if sign_ids else 0,
                     TILES_PER_ROW: strips,
                     ALIGNED: int(all(x % 16 == 0 for x in addresses)),
                     SCALAR: t if per_tensor else 0,
@@ -417,7 +412,7 @@ def lowrank_perturb_(
             tiles.append(triton.cdiv(m, config.rows) * strips)
         return assembled(entries, tiles, device)
 
-    key = ("lowrank", rank, config, per_tensor, tuple(tensor_ids), tuple(sign_ids), tuple(slices))
+    key = ("lowrank", rank, config, per_tensor, tuple(tensor_ids), tuple(slices))
     tensors = cached_table((*key, identity(weights, out, left, right, core)), make)
     padded = next_power_of_two(rank)
     launch(
@@ -431,12 +426,10 @@ def lowrank_perturb_(
         keys_ptr=keys,
         coefficient_ptr=a,
         decay_ptr=d,
-        delta_ptr=delta,
         rounding_ptr=keys if rounding_key is None else on(device, rounding_key),
         RANK=rank,
         PADDED=padded,
         KIND=core_kind,
-        SIGN=bool(sign_ids),
         TYPE=TYPES[dtype],
         LEFT_TYPE=TYPES[left[0].dtype] if left else None,
         RIGHT_TYPE=TYPES[right[0].dtype],

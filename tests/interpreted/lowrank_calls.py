@@ -8,9 +8,7 @@ from helpers import clones
 
 from pgap_kernels import noise, ops
 
-LEFT, RIGHT, CORE, SIGN = (
-    noise.derive(4, 1, role) for role in (noise.Role.LEFT, noise.Role.RIGHT, noise.Role.CORE, noise.Role.SIGN)
-)
+LEFT, RIGHT, CORE = (noise.derive(4, 1, role) for role in (noise.Role.LEFT, noise.Role.RIGHT, noise.Role.CORE))
 STOCHASTIC = {"rounding": "stochastic", "rounding_key": noise.derive(4, 1, noise.Role.ROUNDING)}
 IDS = [noise.tensor_id(f"w{i}") for i in range(4)]
 # Whole tiles of every configuration, and ragged ones. As shards of wide rows they may have any rank.

@@ -6,7 +6,7 @@ from agreement import assert_all_same
 from helpers import assert_same_bits, weights
 from lowrank_calls import CORE, IDS, LEFT, RIGHT, SHAPES, WIDE, perturbed, stored
 
-from pgap_kernels import ops
+from pgap_kernels import noise, ops
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -70,4 +70,17 @@ def test_keys_in_tensors():
     signed = [torch.tensor(key - (key >> 63 << 64)) for key in (LEFT, RIGHT, CORE)]
     want = perturbed(w, LEFT, RIGHT, core=CORE, rank=3, coefficient=0.25)
     got = perturbed(w, signed[0], signed[1], core=signed[2].view(1), rank=3, coefficient=torch.tensor([0.25]))
+    assert_all_same(got, want)
+
+
+@pytest.mark.parametrize("signs", ["fixed", "per matrix", "global"])
+def test_aligned_core_has_the_bits_of_the_reference(signs):
+    """P-GAP's core, which a pass takes as a stored one."""
+    sign_key = noise.derive(4, 1, noise.Role.SIGN)
+    options = {"fixed": {}, "per matrix": {"sign_key": sign_key}, "global": {"sign_key": sign_key, "sign_ids": [0, 0]}}
+    values = [torch.linspace(3, 0.01, rank) for rank in (1, 7)]
+    got, want = (
+        ops.aligned_core(values, CORE, tensor_ids=IDS[:2], delta=0.7, backend=b, **options[signs])
+        for b in ("triton", "reference")
+    )
     assert_all_same(got, want)

@@ -8,7 +8,7 @@ import torch
 from agreement import assert_all_same
 from helpers import clones, weights
 
-from pgap_kernels import ops, raise_if_skipped
+from pgap_kernels import raise_if_skipped
 from pgap_kernels.triton import launch
 
 TABLE = torch.ops.pgap_kernels
@@ -28,7 +28,7 @@ def given(w) -> dict[str, tuple]:
     second = [torch.ones_like(t) for t in w]
     left, right = [torch.ones(len(w[0]), 2)], [torch.ones(w[0].shape[1], 2)]
     one = torch.tensor([0.5])
-    small = ([1], [0, 7], 2, "aligned", one, [], "triton")
+    small = ([1], [0, 7], 2, "diagonal", one, [], "triton")
     return {
         "dense": (TABLE.dense_perturb_, (w, KEYS, table(2), table(1), None, [2], *NOISE), (2, 3)),
         "stages": (TABLE.dense_perturb_, (w, KEYS, table(2), table(3), None, [1, 0, 1], *NOISE), (2, 3)),
@@ -48,7 +48,7 @@ def given(w) -> dict[str, tuple]:
         "low rank": (
             TABLE.lowrank_perturb_,
             (w[:1], left, right, [torch.ones(2)], torch.tensor([1, 2, 3]), one, one, None, *small),
-            (3, 5, 6, 12),
+            (5, 6),
         ),
     }
 
@@ -90,22 +90,12 @@ def test_the_largest_numbers_are_finite():
     assert (w[0] != 0).all() and launch.take_skipped() == []
 
 
-def test_singular_values_are_not_read_by_the_host():
-    w, values = [torch.zeros(5, 4)], [torch.tensor([1.0, math.nan])]
-    core = ops.AlignedCore(1, values, 0.5)
-    ops.lowrank_perturb_(w, 2, 3, rank=2, core=core, coefficient=1.0, tensor_ids=[1], backend="triton")
-    assert (w[0] == 0).all()
-    with pytest.raises(FloatingPointError, match="a pass on cpu wrote nothing"):
-        raise_if_skipped()
-    raise_if_skipped()
-
-
 def test_marks_of_several_passes_are_one_and_of_their_device():
     w, bad = [torch.zeros(3)], torch.full((1, 1), math.nan)
     for _ in range(2):
         TABLE.dense_perturb_(w, KEYS[:1], bad, torch.zeros(1, 1), None, [1], [1], [0, 3], *NOISE[2:])
     raise_if_skipped("meta")
-    with pytest.raises(FloatingPointError):
+    with pytest.raises(FloatingPointError, match="a pass on cpu wrote nothing"):
         raise_if_skipped("cpu")
     raise_if_skipped("cpu")
 
