@@ -243,8 +243,9 @@ def _lowrank(config: str, rank: int, core: Callable[[int], object], dtype: torch
 
 def _lowrank_loops(arguments: dict, tiles: int) -> tuple[int, ...]:
     """Over tiles, and, where P is not made by the program, over the rank in each."""
-    rank, step = arguments["RANK"], arguments["K"] if arguments["RANK"] >= 16 else 1
-    return (tiles,) if arguments["RESIDENT"] or rank == step else (tiles, -(-rank // step))
+    rank, tile = arguments["FACTORS"].rank, arguments["TILE"]
+    step = tile.step if rank >= 16 else 1
+    return (tiles,) if tile.resident or rank == step else (tiles, -(-rank // step))
 
 
 def lowrank_cases() -> list[Case]:
@@ -260,7 +261,7 @@ def lowrank_cases() -> list[Case]:
                 config,
                 dtype,
                 launches,
-                lambda x: x["BM"] * x["BN"],
+                lambda x: x["TILE"].rows * x["TILE"].columns,
                 size,
                 size,
                 _lowrank_loops,
@@ -276,7 +277,7 @@ def lowrank_cases() -> list[Case]:
                 config,
                 dtype,
                 launches,
-                lambda x: x["BM"] * x["K"],
+                lambda x: x["TILE"].rows * x["TILE"].step,
                 read=0,
                 written=0,
                 loops=lambda _, tiles: (tiles, tiles),  # over columns of P, and over the sum in each
@@ -308,7 +309,7 @@ def _forward(rank: int, x_dtype: torch.dtype | None, dtype: torch.dtype) -> None
 
 def _steps(over: str, arguments: dict, _: int) -> tuple[int, ...]:
     """Of the sum over the rank, or over the width of its rows."""
-    steps = -(-arguments[over] // arguments["K"])
+    steps = -(-getattr(arguments["SHAPE"], over) // arguments["TILE"].step)
     return (steps,) if steps > 1 else ()
 
 
@@ -319,23 +320,22 @@ def _forward_case(config: str, rank: int, x_dtype: torch.dtype | None, dtype: st
         config,
         dtype,
         launches,
-        lambda x: x["BM"] * x["BR"],
+        lambda x: x["TILE"].rows * x["TILE"].columns,
         read=0,
         written=0,
-        loops=partial(_steps, "RANK"),
+        loops=partial(_steps, "rank"),
         rank=rank,
         numbers=SIDE * rank,
         function=f"{kernel}_kernel",
     )
     if kernel == "expand":
-        size, loops = BYTES[dtype], partial(_steps, "WIDTH")
-        tile, readers = (lambda x: x["BM"] * x["BN"]), ("load_outputs",)
-        return replace(case, tile=tile, read=size, written=size, loops=loops, readers=readers, numbers=SIDE * SIDE)
+        size, loops = BYTES[dtype], partial(_steps, "width")
+        return replace(case, read=size, written=size, loops=loops, readers=("load_outputs",), numbers=SIDE * SIDE)
     if kernel == "project":
         read = 4 if x_dtype else BYTES[dtype]
         wide = forward_config(DTYPES[dtype], rank).project.columns
         times = -(-rank // wide)  # that x is read
-        tile, loops = (lambda x: x["BM"] * x["K"]), (lambda _, tiles: (tiles,))
+        tile, loops = (lambda x: x["TILE"].rows * x["TILE"].step), (lambda _, tiles: (tiles,))
         readers, numbers = ("load_inputs",), SIDE * SIDE * times
         return replace(case, tile=tile, read=read, loops=loops, fixed=1, readers=readers, numbers=numbers)
     return case

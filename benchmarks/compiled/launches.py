@@ -23,6 +23,7 @@ from triton.runtime.driver import driver
 
 import pgap_kernels.triton
 from pgap_kernels import backends
+from pgap_kernels.triton.launch import wrap_constants
 
 MODULES = [
     importlib.import_module(f"pgap_kernels.triton.{x.name}") for x in pkgutil.iter_modules(pgap_kernels.triton.__path__)
@@ -101,4 +102,4 @@ def _targeting(target: GPUTarget) -> Iterator[None]:
 def compile_for(launch: Launch, target: GPUTarget):
     """Triton's compiled kernel."""
     with _targeting(target):
-        return launch.kernel.warmup(grid=(launch.programs,), **launch.arguments, **launch.options)
+        return launch.kernel.warmup(grid=(launch.programs,), **wrap_constants(launch.arguments), **launch.options)
