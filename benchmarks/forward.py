@@ -5,7 +5,7 @@
 For every layer (--shape OUT IN, more than once for several), number of tokens, rank and dtype, seconds of
 
     linear    y = F.linear(x, W)
-    ours      after it, lowrank_forward_(y, x, A, B, core=M), called as the hooks of mode folded call it: without checks
+    ours      after it, lowrank_forward_(y, x, A, B, [M]), called as the hooks of mode folded call it: without checks
     naive     after it, y += ((x @ B) @ M.T) @ A.T, with A, B, M of y's dtype
     in place  lowrank_perturb_([W], [A], [B], core=[M]): what moving the weight itself costs; a step of two forwards
               moves it three times, or twice and copies it back
@@ -31,7 +31,7 @@ from torch.nn.functional import linear
 
 from benchmarks import machine, timing
 from pgap_kernels import cpu, lowrank_perturb_
-from pgap_kernels.ops.forward import fold_
+from pgap_kernels.ops.forward import add_lowrank_
 
 SHAPES = [(576, 576), (192, 576), (1536, 576), (576, 1536), (5120, 5120)]
 SECONDS = 1.0  # of turns at one set of figures, unless --repeats says how many
@@ -59,7 +59,7 @@ def measure(
         y = linear(x, w)
 
     def ours() -> None:
-        fold_(y, x, a, b, [core], False)
+        add_lowrank_(y, x, left=a, right=b, cores=[core], transposed=False)
 
     def naive() -> None:
         nonlocal y

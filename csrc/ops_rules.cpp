@@ -92,14 +92,18 @@ void preconditioned(std::vector<Tensor> in, std::vector<Tensor> out, std::vector
         split, [&](size_t i, int64_t begin, int64_t end) { kernels().preconditioned(pass, split[i], begin, end); });
 }
 
-void affine(std::vector<Tensor> weights, std::vector<Tensor> anchors, std::vector<Tensor> deltas, Tensor coefficient,
-            std::optional<Tensor> rounding_key, std::vector<int64_t> tensor_ids, std::vector<int64_t> slices) {
-    if (weights.empty()) return;
-    const int64_t count = int64_t(weights.size());
+void affine(std::vector<Tensor> in, std::vector<Tensor> out, bool in_place, std::vector<Tensor> anchors,
+            std::vector<Tensor> deltas, Tensor coefficient, std::optional<Tensor> rounding_key,
+            std::vector<int64_t> tensor_ids, std::vector<int64_t> slices) {
+    if (out.empty()) return;
+    const int64_t count = int64_t(out.size());
     const std::vector<float> c = table_of(coefficient, 1, count, "coefficient");
-    const DType dtype = dtype_of(weights[0]);
+    const DType dtype = dtype_of(out[0]);
     STD_TORCH_CHECK(!anchors.empty(), "anchors: accepted: one tensor per weight");
-    std::vector<Piece> pieces = pieces_of(weights, weights, tensor_ids, slices, dtype);
+    STD_TORCH_CHECK(in_place || !in.empty() || !deltas.empty(), "weights: accepted: one per output, without deltas");
+    std::vector<Piece> pieces = pieces_of(in, out, tensor_ids, slices, dtype);
+    if (in_place)
+        for (Piece& p : pieces) p.in = p.out, p.ld_in = p.ld_out;
     attach(pieces, &Piece::first, anchors, dtype, false, "anchors");
     attach(pieces, &Piece::second, deltas, dtype, false, "deltas");
     const AffinePass pass = {dtype, c.data(), rounding_keys_of(rounding_key)};
@@ -144,8 +148,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pgap_kernels_cpu, m) {
     m.def("preconditioned(Tensor[] weights, Tensor(a!)[] out, Tensor(b!)[] first, Tensor(c!)[] second, Tensor keys, "
           "Tensor gradient, Tensor restore, Tensor scalars, str rule, Tensor decay, Tensor? rounding_key, "
           "int[] tensor_ids, int[] slices, str distribution) -> ()");
-    m.def("affine(Tensor(a!)[] weights, Tensor[] anchors, Tensor[] deltas, Tensor coefficient, Tensor? rounding_key, "
-          "int[] tensor_ids, int[] slices) -> ()");
+    m.def("affine(Tensor[] weights, Tensor(a!)[] out, bool in_place, Tensor[] anchors, Tensor[] deltas, "
+          "Tensor coefficient, Tensor? rounding_key, int[] tensor_ids, int[] slices) -> ()");
     m.def("reduce(Tensor[] tensors, Tensor[] anchors, Tensor keys, int[] tensor_ids, int[] slices, str distribution, "
           "Tensor(a!) totals) -> ()");
 }

@@ -61,8 +61,8 @@ inline std::vector<float> table_of(const Tensor& t, int64_t rows, int64_t column
 
 struct Rows { int64_t rows, cols, ld; };
 
-// None if the rows are not contiguous, or overlap.
-inline std::optional<Rows> find_rows(const Tensor& t) {
+// None if the rows are not contiguous, or overlap. Reading may repeat one row: a vector expanded over rows (stride 0).
+inline std::optional<Rows> find_rows(const Tensor& t, bool written = true) {
     const auto sizes = t.sizes(), strides = t.strides();
     const int64_t dim = t.dim(), numel = t.numel();
     if (dim < 2) {
@@ -75,12 +75,12 @@ inline std::optional<Rows> find_rows(const Tensor& t) {
         cols *= sizes[i];
     }
     const int64_t ld = numel > 0 && sizes[0] > 1 ? strides[0] : cols;
-    if (ld < cols) return std::nullopt;
+    if (ld < cols && (written || ld != 0)) return std::nullopt;
     return Rows{sizes[0], cols, ld};
 }
 
-inline Rows rows_of(const Tensor& t, const char* name = "weights") {
-    const std::optional<Rows> rows = find_rows(t);
+inline Rows rows_of(const Tensor& t, bool written, const char* name = "weights") {
+    const std::optional<Rows> rows = find_rows(t, written);
     STD_TORCH_CHECK(rows, name, ": accepted: contiguous rows that do not overlap");
     return *rows;
 }
@@ -98,7 +98,7 @@ inline std::vector<Piece> pieces_of(const std::vector<Tensor>& in, const std::ve
     std::vector<Piece> pieces;
     pieces.reserve(count);
     for (size_t t = 0; t < count; ++t) {
-        const Rows shape = rows_of(shapes[t]);
+        const Rows shape = rows_of(shapes[t], !out.empty());
         Piece p = {};
         p.rows = shape.rows, p.cols = shape.cols, p.ld_in = p.ld_out = shape.ld;
         p.base = slices.empty() ? 0 : slices[2 * t];
@@ -110,7 +110,7 @@ inline std::vector<Piece> pieces_of(const std::vector<Tensor>& in, const std::ve
         }
         if (!in.empty()) {
             STD_TORCH_CHECK(in[t].is_cpu() && dtype_of(in[t]) == dtype, "weights: accepted: CPU tensors of one dtype");
-            const Rows w = rows_of(in[t]);
+            const Rows w = rows_of(in[t], false);
             STD_TORCH_CHECK(w.rows == p.rows && w.cols == p.cols, "out: accepted: the shapes of weights");
             p.in = in[t].const_data_ptr();
             p.ld_in = w.ld;
@@ -137,7 +137,7 @@ inline void attach(std::vector<Piece>& pieces, Companion Piece::*which, const st
         const DType own = dtype_of(tensor, name);
         STD_TORCH_CHECK(tensor.is_cpu() && (own == DType::f32 || own == other), name,
                         ": accepted: CPU tensors of float32 or, for anchors, of the weights' dtype");
-        const Rows shape = rows_of(tensor, name);
+        const Rows shape = rows_of(tensor, written, name);
         STD_TORCH_CHECK(shape.rows == pieces[t].rows && shape.cols == pieces[t].cols, name,
                         ": accepted: the shapes of weights");
         void* data = written ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());

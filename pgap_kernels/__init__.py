@@ -2,10 +2,10 @@
 
 from . import noise
 from ._version import __version__
+from .backends import use_backend
 from .ops import (
     HELENE,
     Adam,
-    AlignedCore,
     HiZOO,
     Momentum,
     aligned_core,
@@ -27,7 +27,6 @@ from .ops import (
 __all__ = [
     "HELENE",
     "Adam",
-    "AlignedCore",
     "HiZOO",
     "Momentum",
     "__version__",
@@ -46,4 +45,5 @@ __all__ = [
     "seeded_dot",
     "squared_norms",
     "threshold_bits",
+    "use_backend",
 ]

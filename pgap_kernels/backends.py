@@ -1,15 +1,18 @@
-"""Which backend serves an op: the first of the list that does not refuse, or the one that was asked for."""
+"""Which backend serves an op: the first of the list that does not refuse, or the one that is forced."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
 from types import ModuleType
 
 import torch
 
-from . import cpu, reference, triton
+from . import checks, cpu, reference, triton
 
 BACKENDS: tuple[ModuleType, ...] = (cpu, triton, reference)
 OPS = (
@@ -24,30 +27,58 @@ OPS = (
     "assemble_gradient_",
     "aligned_core",
 )
+_used: ContextVar[str | None] = ContextVar("pgap_kernels.use_backend", default=None)
 
 
 def names() -> list[str]:
-    """Names that ``backend=`` and PGAP_BACKEND accept."""
+    """Names that ``use_backend`` and PGAP_BACKEND accept."""
     return [backend.name for backend in BACKENDS]
 
 
-def select(op: str, device: torch.device, dtype: torch.dtype, requested: str | None = None) -> ModuleType:
-    """The backend module for ``op`` on tensors of ``dtype`` on ``device``.
+def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
+    """Force a backend for the ops called in a ``with`` block; it overrides PGAP_BACKEND, and blocks nest.
+
+    The choice belongs to the current context (``contextvars``): other threads keep theirs, unless they run in a copy.
 
     Args:
-        requested: a backend's name; None takes PGAP_BACKEND, and if that is unset the first that serves.
+        name: "cpu", "triton" or "reference".
 
     Raises:
-        ValueError: unknown name, or the requested backend does not serve the op there (with its reason).
+        ValueError: unknown name. An op that the backend does not serve raises it when it is called, with the reason.
     """
-    requested = requested or os.environ.get("PGAP_BACKEND")
-    if requested:
-        backend = next((b for b in BACKENDS if b.name == requested), None)
-        if backend is None:
-            raise ValueError(f"backend: got {requested!r}; accepted: {', '.join(names())}")
+    return _using(checks.choice("use_backend", name, names()))
+
+
+@contextlib.contextmanager
+def _using(name: str) -> Iterator[None]:
+    token = _used.set(name)
+    try:
+        yield
+    finally:
+        _used.reset(token)
+
+
+def forced() -> tuple[str, str] | None:
+    """(what forces a backend, its name), if something does."""
+    for source, name in (("use_backend", _used.get()), ("PGAP_BACKEND", os.environ.get("PGAP_BACKEND"))):
+        if name:
+            return source, name
+    return None
+
+
+def select(op: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The backend module for ``op`` on tensors of ``dtype`` on ``device``.
+
+    Raises:
+        ValueError: PGAP_BACKEND is an unknown name, or the forced backend does not serve the op there (it says why).
+    """
+    choice = forced()
+    if choice is not None:
+        source, name = choice
+        backend = BACKENDS[names().index(checks.choice(source, name, names()))]
         reason = backend.refusal(op, device, dtype)
         if reason:
-            raise ValueError(f"backend: {requested!r} does not serve {op} on {device} {dtype}: {reason}")
+            raise ValueError(f"{source}: {name!r} does not serve {op} on {device} {dtype}: {reason}")
         return backend
     reasons: list[str] = []
     for backend in BACKENDS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from operator import attrgetter
+from numbers import Real
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from .noise import check_uint
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INDEX_LIMIT = (1 << 63) - 1
-_KIND = attrgetter("dtype", "device", "layout")
-_TENSORS = frozenset((Tensor, torch.nn.Parameter))  # others may not be what they seem
+_LARGEST = torch.finfo(torch.float32).max
+_TENSORS = frozenset((Tensor, torch.nn.Parameter))  # other subclasses may override dtype or strides
 
 
 def choice(name: str, value: str, accepted: Sequence[str]) -> str:
@@ -32,29 +32,29 @@ def tensors(name: str, value: Sequence[Tensor], dtypes: Sequence[torch.dtype] = 
         raise TypeError(f"{name}: got {type(value).__name__}; accepted: a list of tensors")
     if not value:
         raise ValueError(f"{name}: got an empty list; accepted: at least one tensor")
-    alike = all(isinstance(t, Tensor) for t in value) and all(map(_KIND(value[0]).__eq__, map(_KIND, value)))
-    if alike and value[0].dtype in dtypes and value[0].layout == torch.strided:
-        return list(value)  # nothing to refuse, which is found without asking each
-    accepted = ", ".join(str(d) for d in dtypes)
+    if not isinstance(value[0], Tensor):
+        raise TypeError(f"{name}[0]: got {type(value[0]).__name__}; accepted: a tensor")
+    dtype, device = value[0].dtype, value[0].device
     for i, t in enumerate(value):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}[{i}]: got {type(t).__name__}; accepted: a tensor")
         if t.layout != torch.strided:
             raise TypeError(f"{name}[{i}]: got layout {t.layout}; accepted: torch.strided")
         if t.dtype not in dtypes:
-            raise TypeError(f"{name}[{i}]: got dtype {t.dtype}; accepted: {accepted}")
-        if t.dtype != value[0].dtype or t.device != value[0].device:
+            raise TypeError(f"{name}[{i}]: got dtype {t.dtype}; accepted: {', '.join(map(str, dtypes))}")
+        if t.dtype != dtype or t.device != device:
             raise ValueError(
-                f"{name}[{i}]: got {t.dtype} on {t.device}; accepted: {value[0].dtype} on {value[0].device}, "
-                f"as {name}[0] (call once per dtype and device)"
+                f"{name}[{i}]: got {t.dtype} on {t.device}; accepted: {dtype} on {device}, as {name}[0] (call once "
+                "per dtype and device)"
             )
     return list(value)
 
 
-def matrix_layout(name: str, tensor: Tensor) -> tuple[int, int, int]:
+def matrix_layout(name: str, tensor: Tensor, written: bool = True) -> tuple[int, int, int]:
     """(rows, columns, row stride in memory) of a row-contiguous tensor; vectors and scalars are one row.
 
-    Rows (``tensor[i]``) must each be contiguous and must not overlap; anything else raises.
+    Rows (``tensor[i]``) must each be contiguous and must not overlap; anything else raises. A tensor that is only read
+    may also be one row expanded over all (stride 0).
     """
     if tensor.dim() < 2:
         rows, columns = 1, tensor.numel()
@@ -63,7 +63,8 @@ def matrix_layout(name: str, tensor: Tensor) -> tuple[int, int, int]:
     else:
         rows, columns = tensor.shape[0], math.prod(tensor.shape[1:])
         ld = tensor.stride(0) if rows > 1 and columns else columns
-        regular = tensor.is_contiguous() or (ld >= columns and tensor[0].is_contiguous())
+        apart = ld >= columns or (ld == 0 and not written)
+        regular = tensor.is_contiguous() or (apart and tensor[0].is_contiguous())
     if not regular:
         raise ValueError(
             f"{name}: got shape {tuple(tensor.shape)} with strides {tensor.stride()}; accepted: contiguous rows that "
@@ -79,16 +80,16 @@ def matrices(
     if _plain(value, True) and value[0].dtype in dtypes:
         return list(value)
     values = tensors(name, value, dtypes)
-    layouts = [matrix_layout(f"{name}[{i}]", tensor) for i, tensor in enumerate(values)]
+    layouts = [matrix_layout(f"{name}[{i}]", tensor, written) for i, tensor in enumerate(values)]
     if written:
         _refuse_overlaps(name, values, layouts)
     return values
 
 
 def _plain(value: Any, alike: bool) -> bool:
-    """Whether the extension sees at once that a list is in rows and disjoint, and if ``alike`` of one dtype.
+    """Fast path: True if the extension finds that a list is in rows and disjoint, and if ``alike`` of one dtype.
 
-    On False one looks closer, tensor by tensor, and says what is wrong, if something is.
+    False is inconclusive: the caller checks tensor by tensor and says what is wrong, if anything is.
     """
     if extension.unavailable or not isinstance(value, (list, tuple)) or not _TENSORS.issuperset(map(type, value)):
         return False
@@ -142,7 +143,7 @@ def tensor_ids(name: str, value: Sequence[int], count: int) -> list[int]:
         raise TypeError(f"{name}: got {value!r}; accepted: a list of 32-bit integers, one per tensor")
     if len(value) != count:
         raise ValueError(f"{name}: got {len(value)} ids for {count} tensors; accepted: one per tensor")
-    if {*map(type, value)} == {int} and 0 <= min(value) <= max(value) < 1 << 32:
+    if all(type(v) is int and 0 <= v < 1 << 32 for v in value):
         return list(value)
     return [check_uint(f"{name}[{i}]", v, 32) for i, v in enumerate(value)]
 
@@ -167,16 +168,39 @@ def key_tensor(name: str, keys: Sequence[int | Tensor]) -> Tensor:
 
 def pack_keys(bits: Sequence[int | Tensor]) -> Tensor:
     """Checked key bits as one int64 tensor, on the device of the first that is a tensor."""
-    given = [b for b in bits if isinstance(b, Tensor)]
-    if not given:
-        return torch.tensor(bits, dtype=torch.int64)
-    device = given[0].device
-    return torch.stack([b.to(device) if isinstance(b, Tensor) else _filled(b, torch.int64, device) for b in bits])
+    return _packed(bits, torch.int64)
+
+
+def _packed(values: Sequence[float | Tensor], dtype: torch.dtype) -> Tensor:
+    """Host values and tensors of one element as one tensor, on the device of the first that is a tensor."""
+    device = next((v.device for v in values if isinstance(v, Tensor)), None)
+    if device is None:
+        return torch.tensor(values, dtype=dtype)
+    return torch.stack(
+        [v.reshape(()).to(device) if isinstance(v, Tensor) else _filled(v, dtype, device) for v in values]
+    )
 
 
 def _filled(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A host value beside device ones: a fill, unlike a copy, neither waits nor stops a graph capture."""
     return torch.full((), value, dtype=dtype, device=device)
+
+
+def number(name: str, value: Any) -> float:
+    """A real number that is finite in float32, as a Python float; of a 0-dim tensor too, which is waited for."""
+    if isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point():
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
+        raise TypeError(
+            f"{name}: got {value!r} ({type(value).__name__}); accepted: a finite float, one or one per tensor"
+        )
+    try:
+        result = float(value)
+    except OverflowError:  # an integer
+        result = math.inf
+    if not abs(result) <= _LARGEST:
+        raise ValueError(f"{name}: got {value}; accepted: a float that is finite in float32")
+    return result
 
 
 def scalar_row(name: str, value: Any, count: int) -> Tensor:
@@ -197,12 +221,8 @@ def scalar_row(name: str, value: Any, count: int) -> Tensor:
     values = list(value) if isinstance(value, (list, tuple)) else [value]
     if len(values) not in (1, count):
         raise ValueError(f"{name}: got {len(values)} values; accepted: one, or {count} (one per tensor)")
-    for v in values:
-        if isinstance(v, bool) or not isinstance(v, (int, float)):
-            raise TypeError(f"{name}: got {v!r} ({type(v).__name__}); accepted: a finite float, one or one per tensor")
-        if not abs(v) <= torch.finfo(torch.float32).max:
-            raise ValueError(f"{name}: got {v}; accepted: a float that is finite in float32")
-    return torch.tensor(values, dtype=torch.float32)
+    checked = [scalar_row(name, v, 1) if isinstance(v, Tensor) else number(name, v) for v in values]
+    return _packed(checked, torch.float32)
 
 
 def scalar_table(name: str, rows: Sequence[Tensor]) -> Tensor:
@@ -228,7 +248,7 @@ def slices(name: str, value: Sequence[tuple[int, int]] | None, values: Sequence[
         raise ValueError(f"{name}: got {len(value)} for {len(values)} tensors; accepted: one (base, row_stride) each")
     flat = []
     for i, (span, tensor) in enumerate(zip(value, values, strict=True)):
-        rows, columns, _ = matrix_layout(name, tensor)
+        rows, columns, _ = matrix_layout(name, tensor, written=False)
         if not isinstance(span, (list, tuple)):
             raise TypeError(f"{name}[{i}]: got {span!r}; accepted: (base, row_stride)")
         if len(span) != 2:
@@ -268,6 +288,9 @@ def companions(
             raise ValueError(
                 f"{name}[{i}]: got shape {tuple(t.shape)}; accepted: {tuple(w.shape)}, that of weights[{i}]"
             )
-    if written:
-        disjoint(f"{name} + weights", given + weights)
+    both = given + weights
+    if written and not _plain(both, False):
+        layouts = [matrix_layout(f"{name}[{i}]", t) for i, t in enumerate(given)]
+        layouts += [matrix_layout(f"weights[{i}]", t) for i, t in enumerate(weights)]
+        _refuse_overlaps(f"{name} + weights", both, layouts)
     return given

@@ -32,38 +32,47 @@ def use_isa(name: str) -> None:
     torch.ops.pgap_kernels_cpu.use_isa(name)
 
 
-def dense_perturb_(
-    weights, out, keys, coefficients, decay, rounding_keys, stages, tensor_ids, slices, distribution, tier
-):
+def _keywords(arguments):
+    """A record as keywords of the C++ op of its family, which serves both tiers exactly."""
+    keywords = arguments._asdict()
+    keywords.pop("tier", None)
+    return keywords
+
+
+def dense_perturb_(weights, out, arguments):
     in_place = weights is out
     read = [] if in_place else weights
-    torch.ops.pgap_kernels_cpu.dense(
-        read, out, in_place, keys, coefficients, decay, rounding_keys, stages, tensor_ids, slices, distribution
+    torch.ops.pgap_kernels_cpu.dense.default(read, out, in_place, **_keywords(arguments))
+
+
+def assemble_gradient_(gradients, arguments):
+    torch.ops.pgap_kernels_cpu.dense.default(
+        [],
+        gradients,
+        False,
+        **_keywords(arguments),
+        decay=torch.zeros(1, 1, dtype=torch.float32),
+        rounding_keys=None,
+        stages=[len(arguments.keys)],
     )
 
 
-def assemble_gradient_(gradients, keys, coefficients, tensor_ids, slices, distribution, tier):
-    decay = torch.zeros(1, 1, dtype=torch.float32)
-    torch.ops.pgap_kernels_cpu.dense(
-        [], gradients, False, keys, coefficients, decay, None, [len(keys)], tensor_ids, slices, distribution
-    )
+def masked_perturb_(weights, out, arguments):
+    torch.ops.pgap_kernels_cpu.masked.default(weights, out, **_keywords(arguments))
 
 
-def masked_perturb_(*args):
-    torch.ops.pgap_kernels_cpu.masked(*args[:-1])  # the same arguments in the same order, but for the tier
+def preconditioned_(weights, out, state0, state1, arguments):
+    torch.ops.pgap_kernels_cpu.preconditioned.default(weights, out, state0, state1, **_keywords(arguments))
 
 
-def preconditioned_(*args):
-    torch.ops.pgap_kernels_cpu.preconditioned(*args[:-1])  # likewise
+def anchor_affine_(weights, out, arguments):
+    in_place = weights is out
+    torch.ops.pgap_kernels_cpu.affine.default([] if in_place else weights, out, in_place, **_keywords(arguments))
 
 
-def anchor_affine_(*args):
-    torch.ops.pgap_kernels_cpu.affine(*args)  # the same arguments in the same order
-
-
-def reduce(tensors, anchors, keys, tensor_ids, slices, distribution, tier):
+def reduce(tensors, arguments):
     totals = torch.empty(len(tensors), dtype=torch.float64)
-    torch.ops.pgap_kernels_cpu.reduce(tensors, anchors, keys, tensor_ids, slices, distribution, totals)
+    torch.ops.pgap_kernels_cpu.reduce.default(tensors, **_keywords(arguments), totals=totals)
     return totals
 
 
@@ -71,27 +80,8 @@ def aligned_core(singular_values, keys, tensor_ids, sign_ids, delta):
     return reference.aligned_core(singular_values, keys, tensor_ids, sign_ids, delta, assemble_gradient_)
 
 
-def lowrank_perturb_(
-    weights,
-    out,
-    left,
-    right,
-    core,
-    keys,
-    coefficient,
-    decay,
-    rounding_key,
-    tensor_ids,
-    slices,
-    rank,
-    core_kind,
-    delta,
-    sign_ids,
-):
-    if core_kind == "aligned":  # small matrices: made first, then stored ones like any other
-        core, core_kind = aligned_core(core, keys[2:], tensor_ids, sign_ids, delta.item()), "full"
-    args = (left, right, core, keys[:3], coefficient, decay, rounding_key, tensor_ids, slices, rank, core_kind)
-    torch.ops.pgap_kernels_cpu.low_rank(weights, out, *args)
+def lowrank_perturb_(weights, out, arguments):
+    torch.ops.pgap_kernels_cpu.low_rank.default(weights, out, **_keywords(arguments))
 
 
 def lowrank_forward_(outputs, inputs, left, right, cores, transposed):

@@ -7,7 +7,6 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
-import os
 import platform
 import sys
 import textwrap
@@ -71,9 +70,10 @@ def _served_by(op: str, device: torch.device, dtype: torch.dtype) -> str:
 def _why(served: str, refusals: dict[str, str | None]) -> list[str]:
     """What kept an op from each of the other backends."""
     refused = [f"{name}: {reason}" for name, reason in refusals.items() if reason]
-    forced = os.environ.get("PGAP_BACKEND")
-    if forced:
-        return [f"PGAP_BACKEND={forced} is {'set' if forced in refusals else 'unknown'}", *refused]
+    forced = backends.forced()
+    if forced is not None:
+        source, name = forced
+        return [f"{source}={name} is {'set' if name in refusals else 'unknown'}", *refused]
     spare = [name for name, reason in refusals.items() if not reason and name not in (served, "reference")]
     return refused + [f"{name}: serves too, if forced" for name in spare]
 
@@ -103,8 +103,9 @@ def _choices() -> list[dict[str, Any]]:
 def _known_draws(backend: str, device: torch.device) -> tuple[bool, bool]:
     """Whether a backend draws the contract's normals, and its signs."""
     key, tid = noise.derive(1, 2, noise.Role.DENSE), noise.tensor_id("weight")
-    bits = draw(4097, key, tid, device=device, backend=backend).cpu().view(torch.int32).long() & 0xFFFFFFFF
-    signs = draw(32, key, tid, distribution="rademacher", device=device, backend=backend).tolist()
+    with backends.use_backend(backend):
+        bits = draw(4097, key, tid, device=device).cpu().view(torch.int32).long() & 0xFFFFFFFF
+        signs = draw(32, key, tid, distribution="rademacher", device=device).tolist()
     return (
         all(bits[i] == answer for i, answer in _NORMALS.items()),
         sum((sign > 0) << i for i, sign in enumerate(signs)) == _SIGNS,

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from helpers import DTYPES, weights
+from helpers import DTYPES, ops, weights
 from torch import Tensor
 
-from pgap_kernels import noise, ops
+from pgap_kernels import noise
 
 SHAPES = [(), (0,), (0, 4), (1,), (31,), (4095,), (4097,), (11, 397), (3, 5, 2, 2)]
 IDS = [noise.tensor_id(f"w{i}") for i in range(len(SHAPES))]
@@ -263,6 +263,7 @@ def anchor_arguments(
     rounding: str = "nearest",
     layout: str = "plain",
     coefficient=0.7,
+    out: bool = False,
     shapes=SHAPES,
 ) -> dict:
     """Arguments of ``anchor_affine_``; ``anchors`` and ``deltas`` are dtypes, no ``deltas`` are given for None."""
@@ -276,6 +277,9 @@ def anchor_arguments(
     }
     if deltas is not None:
         arguments["deltas"] = placed(weights(shapes, deltas, seed=2, scale=0.1), layout, 13)
+    if out:
+        poisoned = [torch.full(shape, float("nan"), dtype=dtype) for shape in shapes]
+        arguments["out"] = placed(poisoned, layout, 12)
     return arguments
 
 
@@ -287,7 +291,10 @@ def _anchored() -> dict[str, Case]:
             options = {"dtype": dtype, "anchors": anchors, "deltas": deltas, "rounding": rounding, "layout": layout}
             options["coefficient"] = per_tensor([0.7, -1.3, 0.0], len(SHAPES)) if layout == "strided" else 0.7
             build = functools.partial(anchor_arguments, **options)
-            cases[f"{dtype} {layout} {rounding} {anchors} {deltas}"] = Case("anchor_affine_", build, ("weights",))
+            name = f"{dtype} {layout} {rounding} {anchors} {deltas}"
+            cases[name] = Case("anchor_affine_", build, ("weights",))
+            if layout == "strided":
+                cases[f"{name} out"] = Case("anchor_affine_", functools.partial(build, out=True), ("weights", "out"))
     return cases
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import Case, flat, storage
+from helpers import ops
 from torch import Tensor
 
-from pgap_kernels import backends, ops
+from pgap_kernels import backends
 
 DEVICE = torch.device("cuda", 0)
 

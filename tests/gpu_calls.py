@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import torch
 from gpu import moved
-from helpers import poison, weights
+from helpers import ops, poison, weights
 from torch import Tensor
 
-from pgap_kernels import noise, ops
+from pgap_kernels import noise
 
 SHAPES = [(37, 129), (4099,), (70, 70)]
 IDS = [noise.tensor_id(f"w{i}") for i in range(len(SHAPES))]
@@ -84,13 +84,12 @@ def anchor(device: torch.device) -> Call:
 
 
 def lowrank(device: torch.device, rank: int, dtype=torch.float32, stored: bool = True) -> Call:
-    """Factors and core all stored, or all drawn."""
     shapes = [(200, 130), (130, 257)]
-    w, keys, (a,) = _weights(device, dtype, shapes), [] if stored else _keys(device, 3), _scalars(device, 1e-2)
-    sizes = ([(m, rank) for m, _ in shapes], [(n, rank) for _, n in shapes], [(rank, rank)] * 2)
-    left, right, core = [_weights(device, shapes=size, seed=i) for i, size in enumerate(sizes, 1)] if stored else keys
-    options = {"core": core, "coefficient": a, "rank": rank, "tensor_ids": IDS[:2], "backend": "triton"}
-    return Call(lambda: ops.lowrank_perturb_(w, left, right, **options), w, [a], keys)
+    w, keys, (a, d) = _weights(device, dtype, shapes), _keys(device, 3), _scalars(device, 1e-2, 0.1)
+    left, right = ([(m, rank) for m, _ in shapes], [(n, rank) for _, n in shapes])
+    factors = (_weights(device, shapes=left, seed=1), _weights(device, shapes=right, seed=2)) if stored else keys[1:]
+    options = {"core": keys[0], "coefficient": a, "decay": d, "rank": rank, "tensor_ids": IDS[:2], "backend": "triton"}
+    return Call(lambda: ops.lowrank_perturb_(w, *factors, **options), w, [a, d], keys[:1] if stored else keys)
 
 
 WRITING: dict[str, Callable[[torch.device], Call]] = {

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+
+import pgap_kernels
+from pgap_kernels import use_backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -39,3 +46,26 @@ def clones(tensors: list[Tensor]) -> list[Tensor]:
 def poison(tensors: list[Tensor]) -> list[Tensor]:
     """Tensors of the same shapes and dtype, full of NaN."""
     return [torch.full_like(t, float("nan")) for t in tensors]
+
+
+def serving(backend: str | None) -> contextlib.AbstractContextManager[None]:
+    """``use_backend``, or nothing where the choice is left to the package."""
+    return contextlib.nullcontext() if backend is None else use_backend(backend)
+
+
+class Ops:
+    """``pgap_kernels.ops`` whose functions take ``backend=``, for tests that compare backends."""
+
+    def __getattr__(self, name: str) -> Any:
+        function: Callable = getattr(pgap_kernels.ops, name)
+        if isinstance(function, type):  # a rule
+            return function
+
+        def call(*arguments, backend: str | None = None, **options):
+            with serving(backend):
+                return function(*arguments, **options)
+
+        return call
+
+
+ops = Ops()

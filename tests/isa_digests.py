@@ -7,9 +7,9 @@ import json
 
 import cases
 import torch
-from helpers import DTYPES, poison, weights
+from helpers import DTYPES, ops, poison, weights
 
-from pgap_kernels import ops, reference
+from pgap_kernels import reference
 
 SHAPES = [(0,), (), (31,), (1023,), (1025,), (4097,), (37, 129), (3, 5, 7, 2), (9001,)]
 IDS = list(range(7, 7 + len(SHAPES)))
@@ -116,10 +116,11 @@ def forward_digests() -> dict[str, str]:
         for rank in (1, 5, 16, 33, 140):
             y, x, left, right, core = weights([(14, 37), (14, 300), (37, rank), (300, rank), (rank, rank)], dtype)
             left = left.float() / (10 * rank)
-            for kind, options in {"": {}, "paired": {"paired": True}, "transposed": {"transposed": True}}.items():
-                into, out_of = (right.float(), left) if kind == "transposed" else (left, right)
+            for kind in ("", "paired", "transposed"):
+                factors = (right.float(), left) if kind == "transposed" else (left, right)
+                cores = [core.float(), -core.float()] if kind == "paired" else [core.float()]
                 moved = y.clone()
-                ops.lowrank_forward_(moved, x, into, out_of, z=core.float(), **options)
+                ops.lowrank_forward_(moved, x, *factors, cores, transposed=kind == "transposed")
                 result[f"forward {dtype} {rank} {kind}"] = digest([moved])
     return result
 

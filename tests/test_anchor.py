@@ -7,10 +7,10 @@ import pytest
 import torch
 from cases import IDS, ROUNDINGS, anchor_arguments, anchored, flat, per_tensor, run, storage
 from exact import round32, scalar32
-from helpers import DTYPES, assert_same_bits, clones, weights
-from refusals import SCALARS, companions, refused
+from helpers import DTYPES, assert_same_bits, clones, ops, serving, weights
+from refusals import refused
 
-from pgap_kernels import ops, reference
+from pgap_kernels import reference
 
 BACKENDS = ("reference", "cpu")
 HALF_DTYPES = (torch.bfloat16, torch.float16)
@@ -175,6 +175,26 @@ def test_poisoned_weights_are_only_written_where_distances_are_stored(backend):
     assert_all_same(arguments["weights"], want)
 
 
+@pytest.mark.parametrize("deltas", [None, torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_out_leaves_the_weights(backend, dtype, deltas):
+    """With stored distances it does not even read them."""
+    arguments = anchor_arguments(dtype, deltas=deltas, rounding="stochastic", layout="strided", out=True)
+    out, w = arguments.pop("out"), arguments["weights"]
+    want = clones(w)
+    ops.anchor_affine_(**{**arguments, "weights": want}, backend=backend)
+    if deltas is not None:
+        for t in w:
+            t.fill_(math.nan)
+    before, versions, before_out = clones(w), [t._version for t in w], [t._version for t in out]
+    ops.anchor_affine_(**arguments, out=out, backend=backend)
+    assert_all_same(out, want)
+    assert_all_same(w, before)
+    assert [t._version for t in w] == versions
+    assert all(t._version > b for t, b in zip(out, before_out, strict=True))
+
+
 # ---- registration --------------------------------------------------------------------------------------------------
 
 
@@ -188,30 +208,39 @@ def test_version_counters(backend):
     assert [t._version for t in read] == before_read
 
 
-def op_arguments(dtype, deltas: bool, backend):
+def op_arguments(dtype, deltas: bool) -> tuple[list, dict]:
+    """Weights, and the keywords of the op."""
     w, anchors, distances = (weights([(5, 7), (9,)], dtype, seed=i) for i in range(3))
-    rounding = torch.tensor([5]) if dtype != torch.float32 else None
-    last = (torch.tensor([[0.5, 0.1]]), rounding, [1, 2], [0, 7, 0, 9], backend)
-    return w, anchors, distances if deltas else [], *last
+    return w, {
+        "anchors": anchors,
+        "deltas": distances if deltas else [],
+        "coefficient": torch.tensor([[0.5, 0.1]]),
+        "rounding_key": torch.tensor([5]) if dtype != torch.float32 else None,
+        "tensor_ids": [1, 2],
+        "slices": [0, 7, 0, 9],
+    }
 
 
 @pytest.mark.parametrize("deltas", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend, dtype, deltas):
-    torch.library.opcheck(TABLE.anchor_affine_.default, op_arguments(dtype, deltas, backend))
+    w, keywords = op_arguments(dtype, deltas)
+    with serving(backend):
+        torch.library.opcheck(TABLE.anchor_affine_.default, (w,), keywords)
+        torch.library.opcheck(TABLE.anchor_affine_.out, (w,), {**keywords, "out": clones(w)})
 
 
 def test_compiled_op():
-    arguments = op_arguments(torch.bfloat16, False, None)
+    w, keywords = op_arguments(torch.bfloat16, False)
 
     @torch.compile(backend="aot_eager", fullgraph=True)
     def step(w):
-        TABLE.anchor_affine_(w, *arguments[1:])
+        TABLE.anchor_affine_(w, **keywords)
         return w[0].float() * 2
 
-    got, want = clones(arguments[0]), clones(arguments[0])
-    TABLE.anchor_affine_(want, *arguments[1:])
+    got, want = clones(w), clones(w)
+    TABLE.anchor_affine_(want, **keywords)
     assert torch.equal(step(got), want[0].float() * 2)
     assert_all_same(got, want)
 
@@ -224,14 +253,6 @@ def good(**changes) -> dict:
     return {**{key: arguments[key] for key in ("weights", "anchors", "deltas", "coefficient")}, **changes}
 
 
-@pytest.mark.parametrize("case", companions(weights([(6, 8), (5, 7)])))
-@pytest.mark.parametrize("name", ["anchors", "deltas"])
-def test_anchors_and_deltas(name, case):
-    arguments = good()
-    value, error, match = companions(arguments["weights"])[case]
-    refused("anchor_affine_", {**arguments, name: value}, error, f"^{name}{match}")
-
-
 @pytest.mark.parametrize("name", ["anchors", "deltas"])
 def test_other_sixteen_bits(name):
     arguments = {**good(), "weights": weights([(6, 8), (5, 7)], torch.bfloat16)}
@@ -239,14 +260,17 @@ def test_other_sixteen_bits(name):
     refused("anchor_affine_", arguments, TypeError, rf"^{name}\[0\]: got dtype torch.float16; accepted: .*bfloat16")
 
 
-@pytest.mark.parametrize(("value", "error"), SCALARS, ids=lambda v: repr(v)[:24])
-def test_coefficients(value, error):
-    refused("anchor_affine_", good(coefficient=value), error, "^coefficient: got")
-
-
 def test_stochastic_rounding_needs_ids():
     arguments = good(rounding="stochastic", rounding_key=1)
     refused("anchor_affine_", arguments, ValueError, "^tensor_ids: got None; accepted: one per tensor with stochastic")
+
+
+@pytest.mark.parametrize("name", ["anchors", "deltas"])
+def test_out_over_what_is_read(name):
+    out = [torch.zeros(6, 8), good()[name][1]]
+    arguments = good(out=out)
+    arguments[name][1] = out[1]
+    refused("anchor_affine_", arguments, ValueError, rf"^out \+ {name}\[\d\] overlaps")
 
 
 def test_no_anchors():
@@ -255,7 +279,9 @@ def test_no_anchors():
 
 def good_for_extension() -> dict:
     return {
-        "weights": [torch.zeros(40).bfloat16() for _ in range(3)],
+        "weights": [],
+        "out": [torch.zeros(40).bfloat16() for _ in range(3)],
+        "in_place": True,
         "anchors": [torch.ones(40) for _ in range(3)],
         "deltas": [torch.ones(40).bfloat16() for _ in range(3)],
         "coefficient": torch.ones(1, 3),
@@ -268,6 +294,9 @@ def good_for_extension() -> dict:
 @pytest.mark.parametrize(
     ("change", "accepted"),
     [
+        ({"in_place": False, "deltas": []}, "weights: accepted: one per output"),
+        ({"in_place": False, "weights": [torch.zeros(40).bfloat16()]}, "lists of one length"),
+        ({"in_place": False, "weights": [torch.zeros(39).bfloat16()] * 3}, "the shapes of weights"),
         ({"anchors": []}, "anchors: accepted: one tensor per weight"),
         ({"anchors": [torch.ones(40)] * 2}, "anchors: accepted: one tensor per weight"),
         ({"anchors": [torch.ones(39)] * 3}, "anchors: accepted: the shapes"),
@@ -286,10 +315,27 @@ def test_extension_refuses_what_it_cannot_index(change, accepted):
     arguments = {**good_for_extension(), **change}
     with pytest.raises(RuntimeError, match=accepted):
         torch.ops.pgap_kernels_cpu.affine(**arguments)
-    assert all((w == 0).all() for w in arguments["weights"])
+    assert all((w == 0).all() for w in arguments["out"])
 
 
 def test_extension_takes_what_the_refusals_start_from():
     arguments = good_for_extension()
     torch.ops.pgap_kernels_cpu.affine(**arguments)
-    assert all((w == 2).all() for w in arguments["weights"])
+    assert all((w == 2).all() for w in arguments["out"])
+
+
+@pytest.mark.parametrize("deltas", [True, False])
+@pytest.mark.parametrize("rounding_key", [None, torch.tensor([5])])
+def test_extension_out_of_place_is_in_place(deltas, rounding_key):
+    arguments = {**good_for_extension(), "rounding_key": rounding_key}
+    arguments["coefficient"] = torch.full((1, 3), 0.3)
+    if not deltas:
+        arguments["deltas"] = []
+    arguments["out"] = [torch.randn(40).bfloat16() for _ in range(3)]
+    before = [w.clone() for w in arguments["out"]]
+    apart = [torch.full_like(w, math.nan) for w in before]
+    given = {**arguments, "weights": [] if deltas else before, "out": apart, "in_place": False}
+    torch.ops.pgap_kernels_cpu.affine(**given)
+    torch.ops.pgap_kernels_cpu.affine(**arguments)
+    for found, want in zip(apart, arguments["out"], strict=True):
+        assert_same_bits(found, want)

@@ -8,9 +8,9 @@ from fractions import Fraction
 import pytest
 import torch
 from exact import exact_dense, round32
-from helpers import DTYPES, assert_same_bits, clones, poison, weights
+from helpers import DTYPES, assert_same_bits, clones, ops, poison, serving, weights
 
-from pgap_kernels import noise, ops, reference
+from pgap_kernels import noise, reference
 
 BACKENDS = ("reference", "cpu")
 HALF_DTYPES = (torch.bfloat16, torch.float16)
@@ -345,28 +345,33 @@ def test_one_pass_of_stages_is_the_separate_passes(backend, dtype, stochastic, o
     w = weights([(), (0,), (33,), (37, 129), (4097,)], dtype)
     many = torch.tensor(COEFFICIENTS)[:, None].expand(-1, len(w)) * torch.arange(1, len(w) + 1)
     keys = torch.tensor([key - (key >> 63 << 64) for key in KEYS])
-    spans = [x for t in w for x in (0, max(1, t.shape[-1] if t.dim() else 1))]
-    last = (IDS[: len(w)], spans, "normal", "exact")
 
-    def run(tensors, draws, decay, rounding_keys, stages, name):
-        table = (keys[draws], many[draws].contiguous(), torch.tensor(decay)[:, None])
-        TABLE.dense_perturb_(tensors, *table, torch.tensor(rounding_keys) if stochastic else None, stages, *last, name)
+    def arguments(draws, decay, rounding_keys, stages):
+        return {
+            "keys": keys[draws],
+            "coefficients": many[draws].contiguous(),
+            "decay": torch.tensor(decay)[:, None],
+            "rounding_keys": torch.tensor(rounding_keys) if stochastic else None,
+            "stages": stages,
+            "tensor_ids": IDS[: len(w)],
+        }
 
     want, draw = clones(w), 0
     for count, decay, key in zip(stages, decays, rounding, strict=True):
-        if count:
-            run(want, slice(draw, draw + count), [decay], [key], [count], "reference")
-        else:  # decay alone: the same as a draw of coefficient 0
-            table = (keys[:1], torch.zeros(1, 1), torch.tensor([[decay]]), torch.tensor([key]) if stochastic else None)
-            TABLE.dense_perturb_(want, *table, [1], *last, "reference")
+        pass_alone = arguments(slice(draw, draw + max(count, 1)), [decay], [key], [max(count, 1)])
+        if not count:  # decay alone: the same as a draw of coefficient 0
+            pass_alone["coefficients"] = torch.zeros(1, 1)
+        with serving("reference"):
+            TABLE.dense_perturb_(want, **pass_alone)
         draw += count
-    if overload == "in place":
-        got = clones(w)
-        run(got, slice(None), decays, rounding, stages, backend)
-    else:
-        got = poison(w)
-        table = (keys, many.contiguous(), torch.tensor(decays)[:, None], torch.tensor(rounding) if stochastic else None)
-        TABLE.dense_perturb_.out(w, *table, stages, *last, backend, out=got)
+    together = arguments(slice(None), decays, rounding, stages)
+    with serving(backend):
+        if overload == "in place":
+            got = clones(w)
+            TABLE.dense_perturb_(got, **together)
+        else:
+            got = poison(w)
+            TABLE.dense_perturb_.out(w, **together, out=got)
     assert_all_same(got, want)
 
 
@@ -552,41 +557,48 @@ def test_inference_mode(backend):
         assert torch.equal(inside, want)
 
 
-def dense_arguments(dtype, backend):
-    w = weights([(5, 7), (9,)], dtype)
-    keys, coefficients = torch.tensor([3, -4]), torch.tensor([[0.5], [-0.25]])
-    rounding = torch.tensor([5, 6]) if dtype != torch.float32 else None
-    decay = torch.tensor([[0.0, 0.1], [0.0, 0.0]])
-    return w, keys, coefficients, decay, rounding, [1, 1], [1, 2], [0, 7, 0, 9], "normal", "exact", backend
+def op_arguments(dtype) -> tuple[list, dict]:
+    """Weights, and the keywords of the op."""
+    keywords = {
+        "keys": torch.tensor([3, -4]),
+        "coefficients": torch.tensor([[0.5], [-0.25]]),
+        "decay": torch.tensor([[0.0, 0.1], [0.0, 0.0]]),
+        "stages": [1, 1],
+        "tensor_ids": [1, 2],
+    }
+    if dtype != torch.float32:
+        keywords |= {"rounding_keys": torch.tensor([5, 6]), "slices": [0, 7, 0, 9]}
+    return weights([(5, 7), (9,)], dtype), keywords
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck_dense(backend, dtype):
-    arguments = dense_arguments(dtype, backend)
-    torch.library.opcheck(TABLE.dense_perturb_.default, arguments)
-    torch.library.opcheck(TABLE.dense_perturb_.out, arguments, {"out": clones(arguments[0])})
+    w, keywords = op_arguments(dtype)
+    with serving(backend):
+        torch.library.opcheck(TABLE.dense_perturb_.default, (w,), keywords)
+        torch.library.opcheck(TABLE.dense_perturb_.out, (w,), {**keywords, "out": clones(w)})
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck_assemble(backend):
-    w, keys, coefficients, _, _, _, ids, spans, distribution, tier, backend = dense_arguments(torch.float32, backend)
-    arguments = (w, keys, coefficients, ids, spans, distribution, tier, backend)
-    torch.library.opcheck(TABLE.assemble_gradient_.default, arguments)
+    w, keywords = op_arguments(torch.float32)
+    own = {name: keywords[name] for name in ("keys", "coefficients", "tensor_ids")}
+    with serving(backend):
+        torch.library.opcheck(TABLE.assemble_gradient_.default, (w,), own)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_compiled_op(dtype):
-    arguments = dense_arguments(dtype, None)
+    w, keywords = op_arguments(dtype)
 
     @torch.compile(backend="aot_eager", fullgraph=True)
     def step(w):
-        TABLE.dense_perturb_(w, *arguments[1:])
+        TABLE.dense_perturb_(w, **keywords)
         return w[0].float() * 2
 
-    want = clones(arguments[0])
-    TABLE.dense_perturb_(want, *arguments[1:])
-    got = clones(arguments[0])
+    want, got = clones(w), clones(w)
+    TABLE.dense_perturb_(want, **keywords)
     assert torch.equal(step(got), want[0].float() * 2)
     assert_all_same(got, want)
 

@@ -28,10 +28,10 @@ from cases import (
     run,
 )
 from gpu import moved, run_there
-from helpers import DTYPES, assert_same_bits, poison, weights
+from helpers import DTYPES, assert_same_bits, ops, poison, serving, weights
 from test_reduction import products
 
-from pgap_kernels import backends, noise, ops
+from pgap_kernels import backends, noise
 
 pytestmark = gpu.marks
 
@@ -94,7 +94,8 @@ CASES = {
 @pytest.mark.parametrize("op", backends.OPS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_triton_serves(op, dtype):
-    assert backends.select(op, gpu.DEVICE, dtype, "triton").name == "triton"
+    with serving("triton"):
+        assert backends.select(op, gpu.DEVICE, dtype).name == "triton"
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -166,11 +167,18 @@ def test_stages(dtype, stochastic):
     keys = torch.tensor([key - (key >> 63 << 64) for key in (*KEYS, *KEYS[:2])])
     many = torch.tensor([*COEFFICIENTS, 1.0, -1e-6])[:, None] * torch.arange(1.0, 6.0)
     decay, rounding = torch.tensor([[0.0], [0.1], [0.05], [0.0]]), torch.tensor([71, -72, 73, 74])
-    spans = [x for t in w for x in (0, max(1, t.shape[-1] if t.dim() else 1))]
-    rest = (keys, many, decay, rounding if stochastic else None, [2, 1, 0, 2], IDS[:5], spans, "normal", "exact")
+    keywords = {
+        "keys": keys,
+        "coefficients": many,
+        "decay": decay,
+        "rounding_keys": rounding if stochastic else None,
+        "stages": [2, 1, 0, 2],
+        "tensor_ids": IDS[:5],
+    }
     there = moved(w)
-    TABLE.dense_perturb_(there, *rest, "triton")
-    TABLE.dense_perturb_(w, *rest, "reference")
+    for tensors, backend in ((there, "triton"), (w, "reference")):
+        with serving(backend):
+            TABLE.dense_perturb_(tensors, **keywords)
     assert_all_same([t.cpu() for t in there], w)
 
 

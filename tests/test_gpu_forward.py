@@ -10,14 +10,12 @@ import pytest
 import torch
 from bounds import Bounded, known
 from gpu import moved
-from helpers import DTYPES, assert_same_bits, weights
-
-from pgap_kernels import lowrank_forward_
+from helpers import DTYPES, assert_same_bits, ops, weights
 
 pytestmark = gpu.marks
 
 FLOAT32, BFLOAT16, FLOAT16 = DTYPES
-NUMBERS = (torch.int64, torch.int32)
+INDICES = (torch.int64, torch.int32)
 # Both sides of every bucket of the configuration.
 RANKS = (1, 3, 8, 16, 17, 32, 33, 64, 65, 128, 200, 512)
 M, N = 331, 264
@@ -25,19 +23,19 @@ TOKENS = 67  # twice as many where both signs are stacked
 
 
 def operands(dtype, x_dtype, rank: int, tokens: int, transposed: bool):
-    """y, x, A, B, C, Z on the CPU."""
-    left, right, c, z = weights([(M, rank), (N, rank), (rank, rank), (rank, rank)], seed=1)
+    """y, x, A, B and two cores on the CPU."""
+    left, right, c, d = weights([(M, rank), (N, rank), (rank, rank), (rank, rank)], seed=1)
     columns, inner = (N, M) if transposed else (M, N)
     (y,) = weights([(tokens, columns)], dtype, seed=2)
-    if x_dtype in NUMBERS:
-        return y, torch.arange(tokens, dtype=x_dtype) * 37 % inner, left, right, c, z
-    return y, weights([(tokens, inner)], x_dtype, seed=3)[0], left, right, c, z
+    if x_dtype in INDICES:
+        return y, torch.arange(tokens, dtype=x_dtype) * 37 % inner, left, right, c, d
+    return y, weights([(tokens, inner)], x_dtype, seed=3)[0], left, right, c, d
 
 
-def after(y, x, left, right, core=None, z=None, **options):
+def after(y, x, left, right, *cores, **options):
     """y after the op on the device, on the CPU; tensors are given on the CPU."""
-    y, x, left, right, core, z = moved([y, x, left, right, core, z])
-    lowrank_forward_(y, x, left, right, core=core, z=z, backend="triton", **options)
+    y, x, left, right, cores = moved([y, x, left, right, cores])
+    ops.lowrank_forward_(y, x, left, right, cores, backend="triton", **options)
     return y.cpu()
 
 
@@ -84,17 +82,17 @@ def assert_accurate(got, y, x, left, right, core, transposed: bool) -> None:
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_accuracy(dtype, rank, transposed):
-    y, x, left, right, c, z = operands(dtype, dtype, rank, TOKENS, transposed)
+    y, x, left, right, c, _ = operands(dtype, dtype, rank, TOKENS, transposed)
     got = after(y, x, left, right, c, transposed=transposed)
     assert_accurate(got, y, x, left, right, c, transposed)
-    y, x, left, right, c, z = operands(dtype, dtype, rank, 2 * TOKENS, transposed)
-    got = after(y, x, left, right, c, z, coefficient=0.25, paired=True, transposed=transposed)
-    for part, sign in ((slice(TOKENS), 1), (slice(TOKENS, None), -1)):
-        assert_accurate(got[part], y[part], x[part], left, right, c + sign * 0.25 * z, transposed)
+    y, x, left, right, *cores = operands(dtype, dtype, rank, 2 * TOKENS, transposed)
+    got = after(y, x, left, right, *cores, transposed=transposed)
+    for part, core in zip((slice(TOKENS), slice(TOKENS, None)), cores, strict=True):
+        assert_accurate(got[part], y[part], x[part], left, right, core, transposed)
 
 
 @pytest.mark.parametrize("rank", [1, 16, 17, 64, 65, 200])
-@pytest.mark.parametrize("x_dtype", [*DTYPES, *NUMBERS], ids=str)
+@pytest.mark.parametrize("x_dtype", [*DTYPES, *INDICES], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_x_of_any_dtype(dtype, x_dtype, rank):
     """With factors in y's dtype."""
@@ -112,13 +110,13 @@ CASES = [(FLOAT32, 3), (FLOAT32, 64), (BFLOAT16, 16), (FLOAT16, 64), (BFLOAT16, 
 @pytest.mark.parametrize(("dtype", "rank"), CASES, ids=str)
 def test_a_token_does_not_depend_on_others(dtype, rank):
     """Nor on the launch it is in, nor on what other tokens have that is not finite."""
-    y, x, left, right, c, z = operands(dtype, dtype, rank, 2 * TOKENS, False)
-    want = after(y, x, left, right, c, z, paired=True)
-    for part, core in ((slice(TOKENS), c + z), (slice(5, 40), c + z), (slice(TOKENS, None), c - z)):
+    y, x, left, right, c, d = operands(dtype, dtype, rank, 2 * TOKENS, False)
+    want = after(y, x, left, right, c, d)
+    for part, core in ((slice(TOKENS), c), (slice(5, 40), c), (slice(TOKENS, None), d)):
         assert_same_bits(after(y[part], x[part], left, right, core), want[part])
     bad = x.clone()
     bad[40] = math.nan
-    got = after(y, bad, left, right, c, z, paired=True)
+    got = after(y, bad, left, right, c, d)
     assert got[40].isnan().all()
     got[40] = want[40]
     assert_same_bits(got, want)
@@ -134,7 +132,7 @@ def test_nothing_around_is_read_or_written(dtype, rank):
     memory, apart = moved([memory, apart])
     inside = memory[1 : 1 + y.numel()].view(y.shape)
     left_there, right_there, c_there = moved([left, right, c])
-    lowrank_forward_(inside, apart[:, 8 : 8 + N], left_there, right_there, core=c_there, backend="triton")
+    ops.lowrank_forward_(inside, apart[:, 8 : 8 + N], left_there, right_there, [c_there], backend="triton")
     assert_accurate(inside.cpu(), y, x, left, right, c, False)
     assert memory.isnan().sum() == 600
 
@@ -142,24 +140,23 @@ def test_nothing_around_is_read_or_written(dtype, rank):
 def test_every_run_is_the_same():
     for dtype, rank in CASES:
         given = operands(dtype, dtype, rank, 2 * TOKENS, False)
-        want = after(*given, paired=True)
+        want = after(*given)
         for _ in range(5):
-            assert_same_bits(after(*given, paired=True), want)
+            assert_same_bits(after(*given), want)
 
 
 # ---- launches --------------------------------------------------------------------------------------------------------
 
 
 def calls(dtype, rank: int):
-    """A call with every tensor on the device for x as it is and for row numbers, y, and what may change."""
+    """A call with every tensor on the device for x as it is and for row indices, y, and what may change."""
     for x_dtype in (dtype, torch.int64):
-        y, x, left, right, c, z, a = moved([*operands(dtype, x_dtype, rank, 2 * TOKENS, True), torch.tensor([0.25])])
-        options = {"core": c, "z": z, "coefficient": a, "paired": True, "transposed": True, "backend": "triton"}
+        y, x, left, right, *cores = moved(list(operands(dtype, x_dtype, rank, 2 * TOKENS, True)))
 
-        def call(y=y, x=x, left=left, right=right, options=options):
-            lowrank_forward_(y, x, left, right, **options)
+        def call(y=y, x=x, left=left, right=right, cores=cores):
+            ops.lowrank_forward_(y, x, left, right, cores, transposed=True, backend="triton")
 
-        yield call, y, (c, z, a)
+        yield call, y, cores
 
 
 @pytest.mark.parametrize(("dtype", "rank"), CASES, ids=str)
@@ -203,9 +200,9 @@ def test_launches_go_to_the_tensors_device():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two devices")
     given = operands(BFLOAT16, BFLOAT16, 100, 2 * TOKENS, False)
-    want = after(*given, paired=True)
-    y, x, left, right, c, z = moved(list(given), torch.device("cuda", 1))
+    want = after(*given)
+    y, x, left, right, *cores = moved(list(given), torch.device("cuda", 1))
     with torch.cuda.device(gpu.DEVICE):
-        lowrank_forward_(y, x, left, right, core=c, z=z, paired=True, backend="triton")
+        ops.lowrank_forward_(y, x, left, right, cores, backend="triton")
         assert torch.cuda.current_device() == gpu.DEVICE.index
     assert_same_bits(y.cpu(), want)

@@ -11,11 +11,11 @@ import pytest
 import torch
 from gpu import moved
 from gpu_calls import IDS, WRITING, Call
-from helpers import assert_same_bits, clones, weights
+from helpers import assert_same_bits, clones, ops, weights
 from optim_contract import INPUTS, LABELS, SMALL_PGAP, Net
 from torch.func import functional_call
 
-from pgap_kernels import backends, ops
+from pgap_kernels import backends
 from pgap_kernels.optim import PGAP, MeZO
 
 pytestmark = gpu.marks
@@ -231,16 +231,29 @@ def test_autograd_sees_the_write():
 def test_compiled_ops_are_the_eager_ones(dtype, compiler):
     w = moved(weights([(5, 7), (9,)], dtype))
     left = moved(weights([(5, 2)], seed=1))
-    keys = torch.tensor([3, -4])
-    rounding = torch.tensor([5]) if dtype != torch.float32 else None
-    scalars = (torch.tensor([[0.5], [-0.25]]), torch.tensor([[0.1]]))
-    dense = (keys, *scalars, rounding, [2], [1, 2], [0, 7, 0, 9], "normal", "exact", None)
-    row = torch.tensor([0.5])
-    lowrank = (left, [], [], torch.tensor([0, 5, 6]), row, row, None, [1], [0, 7], 2, "regenerated", row, [], None)
+    dense = {
+        "keys": torch.tensor([3, -4]),
+        "coefficients": torch.tensor([[0.5], [-0.25]]),
+        "decay": torch.tensor([[0.1]]),
+        "rounding_keys": torch.tensor([5]) if dtype != torch.float32 else None,
+        "stages": [2],
+        "tensor_ids": [1, 2],
+    }
+    lowrank = {
+        "left": left,
+        "right": [],
+        "core": [],
+        "keys": torch.tensor([0, 5, 6]),
+        "coefficient": torch.tensor([0.5]),
+        "decay": torch.tensor([0.5]),
+        "tensor_ids": [1],
+        "rank": 2,
+        "core_kind": "regenerated",
+    }
 
     def step(w):
-        TABLE.dense_perturb_(w, *dense)
-        TABLE.lowrank_perturb_(w[:1], *lowrank)
+        TABLE.dense_perturb_(w, **dense)
+        TABLE.lowrank_perturb_(w[:1], **lowrank)
         return w[0].float() * 2
 
     want, got = clones(w), clones(w)

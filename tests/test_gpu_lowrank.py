@@ -7,9 +7,9 @@ import pytest
 import torch
 from bounds import Bounded, known, scalar
 from gpu import moved
-from helpers import DTYPES, assert_same_bits, poison, weights
+from helpers import DTYPES, assert_same_bits, ops, poison, weights
 
-from pgap_kernels import noise, ops, reference
+from pgap_kernels import noise, reference
 
 pytestmark = gpu.marks
 

@@ -1,5 +1,6 @@
 """What the Triton backend says where it cannot serve, in a process without its interpreter."""
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import subprocess
@@ -9,7 +10,7 @@ import types
 import pytest
 import torch
 
-from pgap_kernels import backends, ops, triton
+from pgap_kernels import backends, ops, triton, use_backend
 
 CUDA = torch.device("cuda")
 HOW = "CPU tensors only under Triton's interpreter, TRITON_INTERPRET=1"
@@ -23,18 +24,16 @@ def without_interpreter(monkeypatch):
     triton._missing.cache_clear()
 
 
-@pytest.mark.parametrize("forced", ["by argument", "by environment"])
+@pytest.mark.parametrize("forced", ["use_backend", "PGAP_BACKEND"])
 def test_cpu_tensors_without_the_interpreter(monkeypatch, forced):
     w = torch.zeros(3, 3)
-    if forced == "by environment":
+    if forced == "PGAP_BACKEND":
         monkeypatch.setenv("PGAP_BACKEND", "triton")
-    options = {"backend": "triton"} if forced == "by argument" else {}
-    with pytest.raises(ValueError, match=f"^backend: 'triton' does not serve dense_perturb_ on cpu .*: .*{HOW}"):
-        ops.dense_perturb_([w], [(1, 0.5)], tensor_ids=[1], **options)
-    with pytest.raises(ValueError, match=f"^backend: 'triton' does not serve lowrank_perturb_ on cpu .*: .*{HOW}"):
-        ops.lowrank_perturb_([w], 1, 2, rank=1, coefficient=0.5, tensor_ids=[1], **options)
-    with pytest.raises(ValueError, match=f"^backend: 'triton' does not serve reduce on cpu .*: .*{HOW}"):
-        ops.squared_norms([w], **options)
+    with use_backend("triton") if forced == "use_backend" else contextlib.nullcontext():
+        with pytest.raises(ValueError, match=f"^{forced}: 'triton' does not serve dense_perturb_ on cpu .*: .*{HOW}"):
+            ops.dense_perturb_([w], [(1, 0.5)], tensor_ids=[1])
+        with pytest.raises(ValueError, match=f"^{forced}: 'triton' does not serve reduce on cpu .*: .*{HOW}"):
+            ops.squared_norms([w])
     assert (w == 0).all()
 
 

@@ -133,9 +133,8 @@ def _bits() -> torch.Tensor:
 def _staged(dtype: torch.dtype) -> None:
     """Two passes in one, as a replay has them, each with decay and, for 16 bits, stochastic rounding."""
     keys, scalars = torch.tensor([1, 2]), torch.ones(2, 1)
-    torch.ops.pgap_kernels.dense_perturb_(
-        [_matrix(dtype)], keys, scalars, scalars, keys, [1, 1], [7], [0, SIDE], "normal", "exact", None
-    )
+    draws = {"keys": keys, "coefficients": scalars, "tensor_ids": [7], "rounding_keys": keys}
+    torch.ops.pgap_kernels.dense_perturb_([_matrix(dtype)], **draws, decay=scalars, stages=[1, 1])
 
 
 def _assemble(draws: list, dtype: torch.dtype) -> None:
@@ -304,7 +303,7 @@ def _forward(rank: int, x_dtype: torch.dtype | None, dtype: torch.dtype) -> None
     numbers = x_dtype == torch.int64
     x = torch.zeros(SIDE, dtype=x_dtype) if numbers else _matrix(x_dtype or dtype)
     left, right = _matrix(dtype, rank), _matrix(dtype, rank)
-    lowrank_forward_(_matrix(dtype), x, left, right, core=torch.empty(rank, rank), transposed=numbers)
+    lowrank_forward_(_matrix(dtype), x, left, right, [torch.empty(rank, rank)], transposed=numbers)
 
 
 def _steps(over: str, arguments: dict, _: int) -> tuple[int, ...]:

@@ -39,7 +39,7 @@ class Case:
     """A pass over ``whole``, and what is timed beside it."""
 
     whole: Tensor
-    ours: Callable[..., object]  # takes backend=
+    ours: Call
     idiom: Call  # what people do today
     others: dict[str, Call] = field(default_factory=dict)  # other PyTorch code
     own: dict[str, Call] = field(default_factory=dict)  # our own ops used otherwise

@@ -14,7 +14,7 @@ import torch
 from benchmarks import timing
 from benchmarks.kernels.ops import OPS, Case, weights
 from benchmarks.timing import Call
-from pgap_kernels import cpu
+from pgap_kernels import cpu, use_backend
 
 ISAS = ("avx512_bf16", "avx512", "avx2", "neon", "generic")  # from the best
 PROVIDERS = ("ours", "reference", "idiom", "torch.compile", "addmm_", "lerp", "two_passes", "to_nearest", "one_by_one")
@@ -124,7 +124,7 @@ class Sweep:
             yield Contender("copy", None, lambda: spare.copy_(whole))
         isas = self.isas or (None,)
         found = [_ours("ours", isa, case.ours) for isa in isas]
-        found.append(Contender("reference", None, partial(case.ours, backend="reference")))
+        found.append(Contender("reference", None, partial(_by_reference, case.ours)))
         found.append(Contender("idiom", None, case.idiom))
         found += [Contender(name, None, call) for name, call in case.others.items()]
         found += [_ours(name, isas[0], call) for name, call in case.own.items()]
@@ -162,6 +162,11 @@ def make_case(point: Point, w: torch.Tensor) -> Case:
     """The op's at that point, of these weights."""
     rank = () if point.rank is None else (point.rank,)
     return OPS[point.op].case(w, *rank)
+
+
+def _by_reference(call: Call) -> None:
+    with use_backend("reference"):
+        call()
 
 
 def _ours(provider: str, isa: str | None, call: Call) -> Contender:

@@ -11,7 +11,7 @@ themselves, ``torch.ops.pgap_kernels.*``, can be traced.
 from .anchor import anchor_affine_
 from .dense import assemble_gradient_, dense_perturb_, draw, masked_perturb_, threshold_bits
 from .forward import lowrank_forward_
-from .lowrank import MAX_RANK, AlignedCore, aligned_core, lowrank_perturb_
+from .lowrank import MAX_RANK, aligned_core, lowrank_perturb_
 from .preconditioned import HELENE, Adam, HiZOO, Momentum, preconditioned_perturb_, preconditioned_update_
 from .reduction import seeded_dot, squared_norms
 from .skipped import raise_if_skipped
@@ -20,7 +20,6 @@ __all__ = [
     "HELENE",
     "MAX_RANK",
     "Adam",
-    "AlignedCore",
     "HiZOO",
     "Momentum",
     "aligned_core",

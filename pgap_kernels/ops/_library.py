@@ -4,33 +4,59 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import backends
+from ..arguments import schema
+
 library = torch.library.Library("pgap_kernels", "DEF")
-table = torch.ops.pgap_kernels
+torch_ops = torch.ops.pgap_kernels
 
 
 def _fake_nothing(*args, **kwargs):
     return None
 
 
-def define(schema: str, impl: Callable, fake: Callable = _fake_nothing) -> None:
+def define(signature: str, impl: Callable, fake: Callable = _fake_nothing) -> None:
     """Register an op: ``impl`` for every device (it asks ``backends`` who serves), ``fake`` for tracing."""
-    name = schema.partition("(")[0]
-    library.define(schema)
+    name = signature.partition("(")[0]
+    library.define(signature)
     library.impl(name, impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"pgap_kernels::{name}", fake, lib=library)
 
 
-def define_with_out(name: str, arguments: str, impl: Callable) -> None:
-    """Register an op that writes its ``weights`` and its ``.out`` twin that writes other tensors."""
-    define(f"{name}(Tensor(a!)[] weights, {arguments}) -> ()", impl)
-    define(f"{name}.out(Tensor[] weights, {arguments}, *, Tensor(a!)[] out) -> ()", impl)
+def define_with_out(name: str, record: Any, impl: Callable) -> None:
+    """Register an op that writes its ``weights``, and its ``.out`` twin that writes other tensors."""
+    arguments = schema(record)
+    define(f"{name}(Tensor(a!)[] weights, *, {arguments}) -> ()", impl)
+    define(f"{name}.out(Tensor[] weights, *, {arguments}, Tensor(a!)[] out) -> ()", impl)
 
 
-def written(*lists: Sequence[Tensor]) -> None:
+def define_pass(name: str, record: Any) -> None:
+    """Register an op whose backends write ``out``, which may be ``weights``, under the op's own name."""
+
+    def run(weights, *, out=None, **arguments):
+        out = weights if out is None else out
+        serving = backends.select(name, weights[0].device, weights[0].dtype)
+        getattr(serving, name)(weights, out, record(**arguments))
+        bump_versions(out)
+
+    define_with_out(name, record, run)
+
+
+def call(op: Any, weights: list[Tensor], arguments: Any, out: list[Tensor] | None) -> None:
+    """Call an op on its record of arguments, in place or into ``out``."""
+    with torch.no_grad():
+        if out is None:
+            op.default(weights, **arguments._asdict())
+        else:
+            op.out(weights, **arguments._asdict(), out=out)
+
+
+def bump_versions(*lists: Sequence[Tensor]) -> None:
     """Tell autograd that the tensors changed; library ops do not do it themselves."""
     tensors = list(chain(*lists))
     try:

@@ -8,46 +8,21 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
+from ..arguments import AssembleArguments, DenseArguments, MaskedArguments, schema
 from ..noise import check_uint
-from ._arguments import Draw, Key, Scalar, Slices, noise_options, pack_draws, rounding_keys, scalar
-from ._library import define, define_with_out, table, written
-
-# One dense pass may hold several stages: draws are grouped by `stages`, and each stage has its row of `decay` and its
-# rounding key and rounds as a pass of its own would.
-_DENSE = (
-    "Tensor keys, Tensor coefficients, Tensor decay, Tensor? rounding_keys, int[] stages, int[] tensor_ids, "
-    "int[] slices, str distribution, str tier, str? backend"
-)
-_MASKED = (
-    "Tensor keys, Tensor coefficients, Tensor decay, Tensor? rounding_keys, str mask, Tensor mask_key, "
-    "Tensor mask_level, Tensor[] mask_bits, int[] tensor_ids, int[] slices, str distribution, str tier, str? backend"
-)
-_ASSEMBLE = "Tensor keys, Tensor coefficients, int[] tensor_ids, int[] slices, str distribution, str tier, str? backend"
+from ._library import bump_versions, call, define, define_pass, torch_ops
+from ._packing import Draw, Key, Scalar, Slices, noise_options, outputs, pack_draws, rounding_keys, scalar
 
 
-def _dense_impl(weights, *args, out=None):
-    out = weights if out is None else out
-    backend = backends.select("dense_perturb_", weights[0].device, weights[0].dtype, args[-1])
-    backend.dense_perturb_(weights, out, *args[:-1])
-    written(out)
+def _assemble(gradients, **arguments):
+    serving = backends.select("assemble_gradient_", gradients[0].device, torch.float32)
+    serving.assemble_gradient_(gradients, AssembleArguments(**arguments))
+    bump_versions(gradients)
 
 
-def _masked_impl(weights, *args, out=None):
-    out = weights if out is None else out
-    backend = backends.select("masked_perturb_", weights[0].device, weights[0].dtype, args[-1])
-    backend.masked_perturb_(weights, out, *args[:-1])
-    written(out)
-
-
-def _assemble_impl(gradients, *args):
-    backend = backends.select("assemble_gradient_", gradients[0].device, torch.float32, args[-1])
-    backend.assemble_gradient_(gradients, *args[:-1])
-    written(gradients)
-
-
-define_with_out("dense_perturb_", _DENSE, _dense_impl)
-define_with_out("masked_perturb_", _MASKED, _masked_impl)
-define(f"assemble_gradient_(Tensor(a!)[] gradients, {_ASSEMBLE}) -> ()", _assemble_impl)
+define_pass("dense_perturb_", DenseArguments)
+define_pass("masked_perturb_", MaskedArguments)
+define(f"assemble_gradient_(Tensor(a!)[] gradients, *, {schema(AssembleArguments)}) -> ()", _assemble)
 
 
 @torch.compiler.disable
@@ -63,7 +38,6 @@ def dense_perturb_(
     rounding: str = "nearest",
     rounding_key: Key | None = None,
     slices: Slices | None = None,
-    backend: str | None = None,
 ) -> None:
     """Add seeded dense noise to weights, in place, in one pass: perturb, restore, update and replay are all this.
 
@@ -85,7 +59,6 @@ def dense_perturb_(
         rounding: "nearest", or "stochastic" for 16-bit weights, which then needs ``rounding_key`` (role 7).
         slices: (base, row_stride) per tensor that is a shard: its element (row, col) has the index
             base + row * row_stride + col in the unsharded tensor.
-        backend: name of the backend to force; None chooses.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is accepted; nothing has been written.
@@ -93,16 +66,18 @@ def dense_perturb_(
     weights = checks.matrices("weights", weights)
     noise_options(distribution, tier)
     keys, coefficients = pack_draws(draws, len(weights))
-    decays = scalar("decay", decay, len(weights))
-    ids = checks.tensor_ids("tensor_ids", tensor_ids, len(weights))
-    spans = checks.slices("slices", slices, weights)
-    keys_rounding = rounding_keys(rounding, rounding_key)
-    args = (keys, coefficients, decays, keys_rounding, [len(draws)], ids, spans, distribution, tier, backend)
-    with torch.no_grad():
-        if out is None:
-            table.dense_perturb_(weights, *args)
-        else:
-            table.dense_perturb_.out(weights, *args, out=checks.companions("out", out, weights, (weights[0].dtype,)))
+    arguments = DenseArguments(
+        keys=keys,
+        coefficients=coefficients,
+        decay=scalar("decay", decay, len(weights)),
+        stages=[len(draws)],
+        tensor_ids=checks.tensor_ids("tensor_ids", tensor_ids, len(weights)),
+        rounding_keys=rounding_keys(rounding, rounding_key),
+        slices=checks.slices("slices", slices, weights),
+        distribution=distribution,
+        tier=tier,
+    )
+    call(torch_ops.dense_perturb_, weights, arguments, outputs(out, weights))
 
 
 @torch.compiler.disable
@@ -121,7 +96,6 @@ def masked_perturb_(
     rounding: str = "nearest",
     rounding_key: Key | None = None,
     slices: Slices | None = None,
-    backend: str | None = None,
 ) -> None:
     """``dense_perturb_`` on the weights that a mask keeps; decay still reaches all of them.
 
@@ -135,7 +109,7 @@ def masked_perturb_(
         share: (key of role 5, p): keep each element with probability p, by its word under the key.
         bits: one contiguous int32 tensor per weight, bit e & 31 of number e >> 5 for its element e (row-major, of the
             tensor given, not of an unsharded one), as ``threshold_bits`` makes them.
-        weights, draws, tensor_ids, decay, out, distribution, tier, rounding, rounding_key, slices, backend: as in
+        weights, draws, tensor_ids, decay, out, distribution, tier, rounding, rounding_key, slices: as in
             ``dense_perturb_``.
 
     Raises:
@@ -144,18 +118,22 @@ def masked_perturb_(
     weights = checks.matrices("weights", weights)
     noise_options(distribution, tier)
     keys, coefficients = pack_draws(draws, len(weights))
-    decays = scalar("decay", decay, len(weights))
-    ids = checks.tensor_ids("tensor_ids", tensor_ids, len(weights))
-    spans = checks.slices("slices", slices, weights)
-    keys_rounding = rounding_keys(rounding, rounding_key)
-    mask = _mask(weights, threshold, share, bits)
-    args = (keys, coefficients, decays, keys_rounding, *mask, ids, spans, distribution, tier, backend)
-    with torch.no_grad():
-        if out is None:
-            table.masked_perturb_(weights, *args)
-        else:
-            outputs = checks.companions("out", out, weights, (weights[0].dtype,))
-            table.masked_perturb_.out(weights, *args, out=outputs)
+    mask, mask_key, mask_level, mask_bits = _mask(weights, threshold, share, bits)
+    arguments = MaskedArguments(
+        keys=keys,
+        coefficients=coefficients,
+        decay=scalar("decay", decay, len(weights)),
+        mask=mask,
+        mask_key=mask_key,
+        mask_level=mask_level,
+        mask_bits=mask_bits,
+        tensor_ids=checks.tensor_ids("tensor_ids", tensor_ids, len(weights)),
+        rounding_key=rounding_keys(rounding, rounding_key),
+        slices=checks.slices("slices", slices, weights),
+        distribution=distribution,
+        tier=tier,
+    )
+    call(torch_ops.masked_perturb_, weights, arguments, outputs(out, weights))
 
 
 def _mask(weights, threshold, share, bits) -> tuple[str, Tensor, Tensor, list[Tensor]]:
@@ -169,8 +147,8 @@ def _mask(weights, threshold, share, bits) -> tuple[str, Tensor, Tensor, list[Te
     if share is not None:
         if not isinstance(share, (list, tuple)) or len(share) != 2:
             raise TypeError(f"share: got {share!r}; accepted: (key, probability)")
-        probability = share[1]
-        if isinstance(probability, bool) or not isinstance(probability, (int, float)) or not 0 <= probability <= 1:
+        probability = checks.number("share probability", share[1])
+        if not 0 <= probability <= 1:
             raise ValueError(f"share probability: got {probability!r}; accepted: a float from 0 to 1")
         limit = torch.full((1, 1), int(probability * 2**32), dtype=torch.int64)
         return "share", checks.key_tensor("share key", [share[0]]), limit, []
@@ -222,7 +200,6 @@ def assemble_gradient_(
     distribution: str = "normal",
     tier: str = "exact",
     slices: Slices | None = None,
-    backend: str | None = None,
 ) -> None:
     """Overwrite G with the weighted sum of seeded noises:  G <- sum_j c_j z(key_j)  in float32, fma in list order.
 
@@ -230,7 +207,7 @@ def assemble_gradient_(
 
     Args:
         gradients: float32 tensors, laid out as the weights of ``dense_perturb_``; their content is not read.
-        draws, tensor_ids, distribution, tier, slices, backend: as in ``dense_perturb_``.
+        draws, tensor_ids, distribution, tier, slices: as in ``dense_perturb_``.
 
     Raises:
         TypeError, ValueError: naming the argument; nothing has been written.
@@ -238,10 +215,16 @@ def assemble_gradient_(
     gradients = checks.matrices("gradients", gradients, (torch.float32,))
     noise_options(distribution, tier)
     keys, coefficients = pack_draws(draws, len(gradients))
-    ids = checks.tensor_ids("tensor_ids", tensor_ids, len(gradients))
-    spans = checks.slices("slices", slices, gradients)
+    arguments = AssembleArguments(
+        keys=keys,
+        coefficients=coefficients,
+        tensor_ids=checks.tensor_ids("tensor_ids", tensor_ids, len(gradients)),
+        slices=checks.slices("slices", slices, gradients),
+        distribution=distribution,
+        tier=tier,
+    )
     with torch.no_grad():
-        table.assemble_gradient_(gradients, keys, coefficients, ids, spans, distribution, tier, backend)
+        torch_ops.assemble_gradient_(gradients, **arguments._asdict())
 
 
 @torch.compiler.disable
@@ -253,7 +236,6 @@ def draw(
     distribution: str = "normal",
     offset: int = 0,
     device: torch.device | str = "cpu",
-    backend: str | None = None,
 ) -> Tensor:
     """The noise itself, materialised: what every other op regenerates on the fly.
 
@@ -263,7 +245,7 @@ def draw(
         tensor_id: 32-bit id of the tensor the noise belongs to.
         distribution: "normal" (exact tier) or "rademacher".
         offset: logical index of the first element, offset + numel < 2**63.
-        device, backend: where and by whom it is drawn.
+        device: where it is drawn.
 
     Returns:
         float32 tensor of ``shape`` with z(offset), z(offset + 1), ... in row-major order.
@@ -275,7 +257,5 @@ def draw(
     check_uint("offset", offset, 63)
     span = [(offset, min(offset + max(out.numel(), 1), (1 << 63) - 1))]  # one unsharded row, up to the last element
     flat = out.view(-1)
-    assemble_gradient_(
-        [flat], [(key, 1.0)], tensor_ids=[tensor_id], distribution=distribution, slices=span, backend=backend
-    )
+    assemble_gradient_([flat], [(key, 1.0)], tensor_ids=[tensor_id], distribution=distribution, slices=span)
     return out

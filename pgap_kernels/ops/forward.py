@@ -2,62 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .. import backends, checks
-from ..noise import check_uint
-from ._arguments import Key, Scalar
-from ._library import define, table, written
-from .lowrank import MAX_RANK, AlignedCore, sign_of
+from ._library import bump_versions, define, torch_ops
+from .lowrank import MAX_RANK
 
-_FORWARD = (
-    "Tensor inputs, Tensor left, Tensor right, Tensor? core, Tensor? z, Tensor keys, Tensor coefficient, "
-    "Tensor delta, int tensor_id, int[] sign_ids, bool aligned, bool paired, bool transposed, str? backend"
-)
 FLOATS = checks.WEIGHT_DTYPES
 INDICES = (torch.int64, torch.int32)
+_KERNEL_CORES = 2
 
 
-def _forward_impl(
-    outputs, inputs, left, right, core, z, keys, coefficient, delta, tensor_id, sign_ids, aligned, paired, transposed,
-    forced,
-):  # fmt: skip
-    if outputs.numel() == 0:
-        return
-    backend = backends.select("lowrank_forward_", outputs.device, outputs.dtype, forced)
-    rank, device = left.shape[1], outputs.device
-    if aligned:
-        (z,) = backend.aligned_core([z], keys, [tensor_id], sign_ids, delta.item())
-    elif z is None and len(keys):
-        z, one = torch.empty(rank, rank, device=device, dtype=torch.float32), torch.ones(1, 1, dtype=torch.float32)
-        backend.assemble_gradient_([z], keys, one, [tensor_id], [0, rank], "normal", "exact")
-    if z is None:
-        cores = [core]
-    else:
-        moved = coefficient.to(device) * z
-        cores = [moved, -moved] if paired else [moved]
-        if core is not None:
-            cores = [core + c for c in cores]
-    fold_(outputs, inputs, left, right, cores, transposed, forced)
-    written([outputs])
+def _forward(outputs, inputs, *, left, right, cores, transposed=False):
+    if outputs.numel():
+        add_lowrank_(outputs, inputs, left=left, right=right, cores=cores, transposed=transposed)
+        bump_versions([outputs])
 
 
-def fold_(outputs, inputs, left, right, cores, transposed, forced=None):
-    """The op on stored cores alone, one for each part of the rows, without checks: it runs behind every layer."""
+def add_lowrank_(
+    outputs: Tensor, inputs: Tensor, *, left: Tensor, right: Tensor, cores: Sequence[Tensor], transposed: bool
+) -> None:
+    """Unchecked fast path for hooks: called after every layer's forward. ``outputs`` is contiguous and not empty."""
     columns = outputs.shape[-1]
     tokens = outputs.numel() // columns
+    y = outputs.view(tokens, columns)
     if inputs.dtype in INDICES:
         x = inputs.reshape(tokens)
         if inputs.device.type == "cpu":
-            _check_numbers(x, len(left if transposed else right))
+            _check_indices(x, len(left if transposed else right))
     else:
         x = inputs.reshape(tokens, inputs.shape[-1])
-    backend = backends.select("lowrank_forward_", outputs.device, outputs.dtype, forced)
-    backend.lowrank_forward_(outputs.view(tokens, columns), x, left, right, cores, transposed)
+    backend = backends.select("lowrank_forward_", outputs.device, outputs.dtype)
+    if len(cores) <= _KERNEL_CORES:
+        backend.lowrank_forward_(y, x, left, right, cores, transposed)
+        return
+    # A pass takes the rows of two cores; kernels that read every row's own core would make it one.
+    rows = tokens // len(cores)
+    for first in range(0, len(cores), _KERNEL_CORES):
+        own = cores[first : first + _KERNEL_CORES]
+        part = slice(first * rows, (first + len(own)) * rows)
+        backend.lowrank_forward_(y[part], x[part], left, right, own, transposed)
 
 
-define(f"lowrank_forward_(Tensor(a!) outputs, {_FORWARD}) -> ()", _forward_impl)
+define(
+    "lowrank_forward_(Tensor(a!) outputs, Tensor inputs, *, Tensor left, Tensor right, Tensor[] cores, "
+    "bool transposed=False) -> ()",
+    _forward,
+)
 
 
 @torch.compiler.disable
@@ -66,38 +60,28 @@ def lowrank_forward_(
     inputs: Tensor,
     left: Tensor,
     right: Tensor,
+    cores: Sequence[Tensor],
     *,
-    core: Tensor | None = None,
-    z: Key | Tensor | AlignedCore | None = None,
-    coefficient: Scalar = 1.0,
-    tensor_id: int | None = None,
-    paired: bool = False,
     transposed: bool = False,
-    backend: str | None = None,
 ) -> None:
     """Add to a layer's output what a low-rank direction of its weight would, and leave the weight alone.
 
-        y <- y + x D^T   (y + x D if ``transposed``),   D = A (C + a Z) B^T                (K10 of the kernel algebra)
+        y <- y + x D^T   (y + x D if ``transposed``),   D = A C B^T                        (K10 of the kernel algebra)
 
-    nn.Linear has y = x W^T; transformers' Conv1D and, with indices for x, nn.Embedding have y = x W. Products
-    accumulate in float32 and y is rounded once; on a GPU the intermediate (tokens, rank) matrix and both factors are
-    rounded to the dtype of a 16-bit y.
+    nn.Linear has y = x W^T; transformers' Conv1D and, with indices for x, nn.Embedding have y = x W. Several cores
+    split the rows (the leading dimension) into as many equal slices, each of which sees the direction of its own core:
+    two cores are both signs of a batch stacked twice. Products accumulate in float32 and y is rounded once; on a GPU
+    the intermediate (tokens, rank) matrix and both factors are rounded to the dtype of a 16-bit y.
 
     Args:
         outputs: y, float32, bfloat16 or float16, (..., m), or (..., n) if transposed; contiguous; written in place,
             so it shares no memory with the other tensors.
-        inputs: x, floating point (..., n), or (..., m) if transposed; or, if transposed, int64 or int32 row numbers
-            of the shape of y without its last dimension. Numbers outside 0 .. m - 1 are refused on a CPU and not
+        inputs: x, floating point (..., n), or (..., m) if transposed; or, if transposed, int64 or int32 row indices
+            of the shape of y without its last dimension. Indices outside 0 .. m - 1 are refused on a CPU and not
             looked for on a GPU.
         left, right: A (m, rank) and B (n, rank), float32 or y's dtype, contiguous, rank <= 512.
-        core: C (rank, rank) float32; None is zero.
-        z: Z: a float32 tensor (rank, rank), a key that regenerates it under ``tensor_id``, an ``AlignedCore`` with
-            the singular values of this weight, or None.
-        coefficient: a, one float or a tensor of one.
-        tensor_id: of the weight; needed when Z is drawn.
-        paired: the first half of x's rows (its leading dimension) sees C + a Z, the second half C - a Z.
+        cores: C of each slice of the rows, contiguous float32 (rank, rank).
         transposed: see above.
-        backend: name of the backend to force; None chooses.
 
     Raises:
         TypeError, ValueError: naming the argument; nothing has been written.
@@ -126,73 +110,25 @@ def lowrank_forward_(
     shape = outputs.shape[:-1] if inputs.dtype in INDICES else (*outputs.shape[:-1], into.shape[0])
     if inputs.shape != shape:
         raise ValueError(f"inputs: got shape {tuple(inputs.shape)}; accepted: {tuple(shape)}")
-    if paired and (z is None or outputs.shape[0] % 2):
-        raise ValueError(
-            f"paired: got True with {'no z' if z is None else f'{outputs.shape[0]} leading rows'}; accepted: with a z "
-            "and an even number of them, both signs stacked"
-        )
-    if core is None and z is None:
-        raise ValueError("core, z: got neither; accepted: at least one of them")
-    a = _one("coefficient", coefficient)
-    bits: list[int | Tensor] = []
-    sign_ids, delta = list[int](), _ONE
-    stored: Tensor | None = None
-    if core is not None:
-        _check_square("core", core, rank)
-    if isinstance(z, AlignedCore):
-        values = checks.tensors("z.singular_values", z.singular_values, (torch.float32,))
-        if len(values) != 1 or values[0].shape != (rank,) or not values[0].is_contiguous():
+    cores = checks.tensors("cores", cores, (torch.float32,))
+    for i, core in enumerate(cores):
+        if core.shape != (rank, rank) or not core.is_contiguous():
             raise ValueError(
-                f"z.singular_values: got {len(values)} of shape {tuple(values[0].shape)}; accepted: one contiguous "
-                f"({rank},)"
+                f"cores[{i}]: got shape {tuple(core.shape)} with strides {core.stride()}; accepted: contiguous "
+                f"({rank}, {rank})"
             )
-        delta, stored = checks.scalar_row("z.delta", z.delta, 1), values[0]
-        if delta.device.type == "cpu" and delta.item() < 0:
-            raise ValueError(f"z.delta: got {delta.item()}; accepted: 0 or more")
-        bits = [checks.key_bits("z.key", z.key)]
-    elif isinstance(z, Tensor) and z.dtype != torch.int64:
-        _check_square("z", z, rank)
-        stored = z
-    elif z is not None:
-        bits = [checks.key_bits("z", z)]
-    if bits and tensor_id is None:
-        raise ValueError("tensor_id: got None; accepted: the id of the weight when z is drawn from a key")
-    number = 0 if tensor_id is None else check_uint("tensor_id", tensor_id, 32)
-    if isinstance(z, AlignedCore):
-        sign_bits, sign_ids = sign_of("z.", z.sign_key, z.sign_ids, [number], 1)
-        bits += sign_bits
-    device, begin = outputs.device, outputs.data_ptr()
-    end = begin + outputs.nbytes
-    for name, t in (("inputs", inputs), ("left", left), ("right", right), ("core", core), ("z", stored)):
-        if t is None:
-            continue
-        if t.device != device:
-            raise ValueError(f"{name}: got a tensor on {t.device}; accepted: {device}, as outputs")
+    if outputs.shape[0] % len(cores):
+        raise ValueError(f"cores: got {len(cores)} for {outputs.shape[0]} rows; accepted: a number that divides them")
+    named = [("inputs", inputs), ("left", left), ("right", right)]
+    named += [(f"cores[{i}]", core) for i, core in enumerate(cores)]
+    begin, end = outputs.data_ptr(), outputs.data_ptr() + outputs.nbytes
+    for name, t in named:
+        if t.device != outputs.device:
+            raise ValueError(f"{name}: got a tensor on {t.device}; accepted: {outputs.device}, as outputs")
         if begin and t.data_ptr() < end and begin < _end(t):
             raise ValueError(f"{name}: shares memory with outputs; accepted: tensors apart from what is written")
-    keys = checks.pack_keys(bits) if bits else _NO_KEYS
     with torch.no_grad():
-        table.lowrank_forward_(
-            outputs,
-            inputs,
-            left,
-            right,
-            core,
-            stored,
-            keys,
-            a,
-            delta,
-            number,
-            sign_ids,
-            isinstance(z, AlignedCore),
-            paired,
-            transposed,
-            backend,
-        )
-
-
-_ONE = torch.ones(1, dtype=torch.float32, device="cpu")
-_NO_KEYS = torch.empty(0, dtype=torch.int64, device="cpu")
+        torch_ops.lowrank_forward_(outputs, inputs, left=left, right=right, cores=cores, transposed=transposed)
 
 
 def _check(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -202,27 +138,15 @@ def _check(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
         raise TypeError(f"{name}: got {t.layout} {t.dtype}; accepted: strided {', '.join(map(str, dtypes))}")
 
 
-def _check_square(name: str, t: Tensor, rank: int) -> None:
-    _check(name, t, (torch.float32,))
-    if t.shape != (rank, rank) or not t.is_contiguous():
-        raise ValueError(
-            f"{name}: got shape {tuple(t.shape)} with strides {t.stride()}; accepted: contiguous ({rank}, {rank})"
-        )
-
-
-def _one(name: str, value: Scalar) -> Tensor:
-    return _ONE if value == 1.0 and type(value) is float else checks.scalar_row(name, value, 1)
-
-
 def _end(t: Tensor) -> int:
-    """Address behind the last element."""
+    """Address after the last element."""
     if t.is_contiguous() or not t.numel():
         return t.data_ptr() + t.nbytes
     last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
     return t.data_ptr() + (last + 1) * t.element_size()
 
 
-def _check_numbers(x: Tensor, rows: int) -> None:
+def _check_indices(x: Tensor, rows: int) -> None:
     low, high = (int(v) for v in x.aminmax())
     if low < 0 or high >= rows:
-        raise ValueError(f"inputs: got row numbers {low} to {high}; accepted: 0 to {rows - 1}")
+        raise ValueError(f"inputs: got row indices {low} to {high}; accepted: 0 to {rows - 1}")

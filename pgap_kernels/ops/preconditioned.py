@@ -3,41 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import ClassVar
+from dataclasses import dataclass, fields, replace
+from numbers import Integral
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .. import backends, checks
-from ._arguments import Draw, Key, Scalar, Slices, noise_options, pack_draws, rounding_keys, scalar
-from ._library import define, define_with_out, table, written
-
-_NOISE = "Tensor decay, Tensor? rounding_key, int[] tensor_ids, int[] slices, str distribution, str tier, str? backend"
-
-
-def _update_impl(weights, first, second, keys, gradient, restore, scalars, rule, *args):
-    backend = backends.select("preconditioned_update_", weights[0].device, weights[0].dtype, args[-1])
-    backend.preconditioned_(weights, weights, first, second, keys, gradient, restore, scalars, rule, *args[:-1])
-    written(weights, first, second)
+from ..arguments import CurvatureArguments, PreconditionedArguments, schema
+from ._library import bump_versions, call, define, define_with_out, torch_ops
+from ._packing import Draw, Key, Scalar, Slices, noise_options, outputs, pack_draws, rounding_keys, scalar
 
 
-def _perturb_impl(weights, curvature, keys, coefficients, *args, out=None):
+def _update(weights, state0, state1, **arguments):
+    serving = backends.select("preconditioned_update_", weights[0].device, weights[0].dtype)
+    serving.preconditioned_(weights, weights, state0, state1, PreconditionedArguments(**arguments))
+    bump_versions(weights, state0, state1)
+
+
+def _perturb(weights, *, curvature, coefficients, out=None, **arguments):
     out = weights if out is None else out
-    backend = backends.select("preconditioned_perturb_", weights[0].device, weights[0].dtype, args[-1])
+    serving = backends.select("preconditioned_perturb_", weights[0].device, weights[0].dtype)
     none = torch.zeros(0, 1, dtype=torch.float32)
-    backend.preconditioned_(weights, out, curvature, [], keys, coefficients, coefficients, none, "perturb", *args[:-1])
-    written(out)
+    as_update = {"gradient": coefficients, "restore": coefficients, "scalars": none, "rule": "perturb"}
+    serving.preconditioned_(weights, out, curvature, [], PreconditionedArguments(**as_update, **arguments))
+    bump_versions(out)
 
 
 define(
-    "preconditioned_update_(Tensor(a!)[] weights, Tensor(b!)[] first, Tensor(c!)[] second, Tensor keys, "
-    f"Tensor gradient, Tensor restore, Tensor scalars, str rule, {_NOISE}) -> ()",
-    _update_impl,
+    "preconditioned_update_(Tensor(a!)[] weights, Tensor(b!)[] state0, Tensor(c!)[] state1, *, "
+    f"{schema(PreconditionedArguments)}) -> ()",
+    _update,
 )
-define_with_out(
-    "preconditioned_perturb_", f"Tensor[] curvature, Tensor keys, Tensor coefficients, {_NOISE}", _perturb_impl
-)
+define_with_out("preconditioned_perturb_", CurvatureArguments, _perturb)
 
 
 def _times(value: Scalar, factor: float | Tensor) -> Scalar:
@@ -52,6 +51,7 @@ class Momentum:
     beta: float | Tensor = 0.9
     rule: ClassVar[str] = "momentum"
     states: ClassVar[int] = 1
+    per_tensor: ClassVar[tuple[str, ...]] = ("lr",)
 
     def scalars(self) -> list[tuple[str, Scalar]]:
         """The kernel's scalars in its order, named."""
@@ -71,6 +71,7 @@ class Adam:
     eps: float = 1e-8
     rule: ClassVar[str] = "adam"
     states: ClassVar[int] = 2
+    per_tensor: ClassVar[tuple[str, ...]] = ("lr",)
 
     def scalars(self) -> list[tuple[str, Scalar]]:
         """The kernel's scalars in its order, named; the corrections are folded into the learning rate and v."""
@@ -98,6 +99,7 @@ class HiZOO:
     alpha: float | Tensor = 1e-8
     rule: ClassVar[str] = "hizoo"
     states: ClassVar[int] = 1
+    per_tensor: ClassVar[tuple[str, ...]] = ("lr",)
 
     def scalars(self) -> list[tuple[str, Scalar]]:
         """The kernel's scalars in its order, named."""
@@ -120,6 +122,7 @@ class HELENE:
     eps: float | Tensor = 1e-8
     refresh: tuple[float, float] | None = None
     states: ClassVar[int] = 2
+    per_tensor: ClassVar[tuple[str, ...]] = ("lr", "floor")
 
     @property
     def rule(self) -> str:
@@ -144,27 +147,43 @@ class HELENE:
 Rule = Momentum | Adam | HiZOO | HELENE
 
 
-def _check_rule(rule: Rule, count: int) -> None:
-    """Refuse a field by its own name, before arithmetic is done with it."""
-    for field in fields(rule):
-        name, value = f"rule.{field.name}", getattr(rule, field.name)
-        if field.name == "step":
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            if not whole and not isinstance(value, Tensor):
-                raise ValueError(f"{name}: got {value!r}; accepted: an integer, 1 for the first step, or a tensor")
-        elif field.name in ("betas", "refresh"):
-            if value is None and field.name == "refresh":
-                continue
-            if not isinstance(value, (list, tuple)) or len(value) != 2:
-                raise TypeError(f"{name}: got {value!r}; accepted: two floats")
-            for v in value:
-                checks.scalar_row(name, v, 1)
-                if field.name == "betas" and not 0 <= v < 1:
-                    raise ValueError(f"{name}: got {value!r}; accepted: floats from 0 to below 1")
-        elif isinstance(value, (list, tuple)) and field.type != "Scalar":
-            raise TypeError(f"{name}: got {value!r}; accepted: a float or a tensor")
-        else:
-            checks.scalar_row(name, value, count)
+def _checked(rule: Rule, count: int) -> Rule:
+    """The rule with Python's numbers, so that ``scalars`` computes in float64; a field is refused by its name."""
+    return replace(rule, **{f.name: _checked_field(rule, f.name, count) for f in fields(rule)})
+
+
+def _checked_field(rule: Rule, field: str, count: int) -> Any:
+    name, value = f"rule.{field}", getattr(rule, field)
+    if field == "step":
+        if isinstance(value, Tensor):
+            return value
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name}: got {value!r}; accepted: an integer, 1 for the first step, or a tensor")
+        return int(value)
+    if field == "refresh" and value is None:
+        return None
+    if field in ("betas", "refresh"):
+        if not isinstance(value, (list, tuple)) or len(value) != 2:
+            raise TypeError(f"{name}: got {value!r}; accepted: two floats")
+        pair = [_checked_number(name, v) for v in value]
+        if field == "betas" and not all(0 <= v < 1 for v in pair):
+            raise ValueError(f"{name}: got {value!r}; accepted: floats from 0 to below 1")
+        return pair
+    several = isinstance(value, (list, tuple))
+    if several and field not in rule.per_tensor:
+        raise TypeError(f"{name}: got {value!r}; accepted: a float or a tensor")
+    checks.scalar_row(name, value, count)
+    if isinstance(value, Tensor):
+        return value
+    return [_checked_number(name, v) for v in value] if several else checks.number(name, value)
+
+
+def _checked_number(name: str, value: Any) -> Any:
+    """One number; a tensor stays where it is."""
+    if isinstance(value, Tensor):
+        checks.scalar_row(name, value, 1)
+        return value
+    return checks.number(name, value)
 
 
 @torch.compiler.disable
@@ -182,7 +201,6 @@ def preconditioned_update_(
     rounding: str = "nearest",
     rounding_key: Key | None = None,
     slices: Slices | None = None,
-    backend: str | None = None,
 ) -> None:
     """Restore, update the state and step, in one pass that reads and writes weights and state once.
 
@@ -198,7 +216,7 @@ def preconditioned_update_(
         draws: (key, c_j) pairs.
         rule: ``Momentum``, ``Adam``, ``HiZOO`` or ``HELENE``.
         restore: r_j, one scalar per draw; by default 0.
-        tensor_ids, decay, distribution, tier, rounding, rounding_key, slices, backend: as in ``dense_perturb_``.
+        tensor_ids, decay, distribution, tier, rounding, rounding_key, slices: as in ``dense_perturb_``.
 
     Raises:
         TypeError, ValueError: naming the argument; nothing has been written.
@@ -223,17 +241,24 @@ def preconditioned_update_(
     back = checks.scalar_table(
         "restore", [checks.scalar_row(f"restore[{i}]", r, len(weights)) for i, r in enumerate(rows)]
     )
-    _check_rule(rule, len(weights))
+    rule = _checked(rule, len(weights))
     named = [checks.scalar_row(f"rule.{name}", value, len(weights)) for name, value in rule.scalars()]
-    scalars = checks.scalar_table("rule", named)
-    decays = scalar("decay", decay, len(weights))
-    ids = checks.tensor_ids("tensor_ids", tensor_ids, len(weights))
-    spans = checks.slices("slices", slices, weights)
-    keys_rounding = rounding_keys(rounding, rounding_key)
-    first, second = states[0], states[1] if len(states) == 2 else []
-    args = (keys, gradient, back, scalars, rule.rule, decays, keys_rounding, ids, spans, distribution, tier, backend)
+    arguments = PreconditionedArguments(
+        keys=keys,
+        gradient=gradient,
+        restore=back,
+        scalars=checks.scalar_table("rule", named),
+        rule=rule.rule,
+        decay=scalar("decay", decay, len(weights)),
+        tensor_ids=checks.tensor_ids("tensor_ids", tensor_ids, len(weights)),
+        rounding_key=rounding_keys(rounding, rounding_key),
+        slices=checks.slices("slices", slices, weights),
+        distribution=distribution,
+        tier=tier,
+    )
+    state0, state1 = states[0], states[1] if len(states) == 2 else []
     with torch.no_grad():
-        table.preconditioned_update_(weights, first, second, *args)
+        torch_ops.preconditioned_update_(weights, state0, state1, **arguments._asdict())
 
 
 @torch.compiler.disable
@@ -250,7 +275,6 @@ def preconditioned_perturb_(
     rounding: str = "nearest",
     rounding_key: Key | None = None,
     slices: Slices | None = None,
-    backend: str | None = None,
 ) -> None:
     """``dense_perturb_`` along noise divided by the root of a diagonal curvature, which is only read.
 
@@ -260,7 +284,7 @@ def preconditioned_perturb_(
 
     Args:
         curvature: H > 0, float32 tensors of the weights' shapes.
-        weights, draws, tensor_ids, decay, out, distribution, tier, rounding, rounding_key, slices, backend: as in
+        weights, draws, tensor_ids, decay, out, distribution, tier, rounding, rounding_key, slices: as in
             ``dense_perturb_``.
 
     Raises:
@@ -270,16 +294,18 @@ def preconditioned_perturb_(
     diagonal = checks.companions("curvature", curvature, weights, (torch.float32,))
     noise_options(distribution, tier)
     keys, coefficients = pack_draws(draws, len(weights))
-    decays = scalar("decay", decay, len(weights))
-    ids = checks.tensor_ids("tensor_ids", tensor_ids, len(weights))
-    spans = checks.slices("slices", slices, weights)
-    keys_rounding = rounding_keys(rounding, rounding_key)
-    args = (diagonal, keys, coefficients, decays, keys_rounding, ids, spans, distribution, tier, backend)
-    with torch.no_grad():
-        if out is None:
-            table.preconditioned_perturb_(weights, *args)
-        else:
-            outputs = checks.companions("out", out, weights, (weights[0].dtype,))
-            both = outputs + diagonal
-            checks.disjoint("out + curvature", both)
-            table.preconditioned_perturb_.out(weights, *args, out=outputs)
+    arguments = CurvatureArguments(
+        curvature=diagonal,
+        keys=keys,
+        coefficients=coefficients,
+        decay=scalar("decay", decay, len(weights)),
+        tensor_ids=checks.tensor_ids("tensor_ids", tensor_ids, len(weights)),
+        rounding_key=rounding_keys(rounding, rounding_key),
+        slices=checks.slices("slices", slices, weights),
+        distribution=distribution,
+        tier=tier,
+    )
+    targets = outputs(out, weights)
+    if targets is not None:
+        checks.disjoint("out + curvature", targets + diagonal)
+    call(torch_ops.preconditioned_perturb_, weights, arguments, targets)

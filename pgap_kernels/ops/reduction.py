@@ -8,25 +8,21 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
-from ._arguments import Key, Slices, noise_options
-from ._library import define, table
+from ..arguments import ReductionArguments, schema
+from ._library import define, torch_ops
+from ._packing import Key, Slices, noise_options
 
 
-def _reduce_impl(tensors, *args):
-    backend = backends.select("reduce", tensors[0].device, tensors[0].dtype, args[-1])
-    return backend.reduce(tensors, *args[:-1])
+def _reduce(tensors, **arguments):
+    serving = backends.select("reduce", tensors[0].device, tensors[0].dtype)
+    return serving.reduce(tensors, ReductionArguments(**arguments))
 
 
-def _fake_reduce(tensors, *args):
+def _fake_reduce(tensors, **arguments):
     return tensors[0].new_empty(len(tensors), dtype=torch.float64)
 
 
-define(
-    "reduce(Tensor[] tensors, Tensor[] anchors, Tensor keys, int[] tensor_ids, int[] slices, str distribution, "
-    "str tier, str? backend) -> Tensor",
-    _reduce_impl,
-    _fake_reduce,
-)
+define(f"reduce(Tensor[] tensors, *, {schema(ReductionArguments)}) -> Tensor", _reduce, _fake_reduce)
 
 
 @torch.compiler.disable
@@ -38,7 +34,6 @@ def seeded_dot(
     distribution: str = "normal",
     tier: str = "exact",
     slices: Slices | None = None,
-    backend: str | None = None,
 ) -> Tensor:
     """<z(key), T> of each tensor, the noise regenerated on the way (K6 of the kernel algebra; LOREN, diagnostics).
 
@@ -46,8 +41,9 @@ def seeded_dot(
     order of summation.
 
     Args:
-        tensors: float32, bfloat16 or float16, laid out as the weights of ``dense_perturb_``; only read.
-        key, tensor_ids, distribution, tier, slices, backend: as there.
+        tensors: float32, bfloat16 or float16, laid out as the weights of ``dense_perturb_``; only read, so they may
+            overlap, or be a row vector expanded over rows: ``a.expand(m, n)`` gives <1 a^T, z>.
+        key, tensor_ids, distribution, tier, slices: as there.
 
     Returns:
         float64 tensor (number of tensors,) on their device.
@@ -57,17 +53,20 @@ def seeded_dot(
     """
     values = checks.matrices("tensors", tensors, written=False)
     noise_options(distribution, tier)
-    keys = checks.key_tensor("key", [key])
-    ids = checks.tensor_ids("tensor_ids", tensor_ids, len(values))
-    spans = checks.slices("slices", slices, values)
+    arguments = ReductionArguments(
+        anchors=[],
+        keys=checks.key_tensor("key", [key]),
+        tensor_ids=checks.tensor_ids("tensor_ids", tensor_ids, len(values)),
+        slices=checks.slices("slices", slices, values),
+        distribution=distribution,
+        tier=tier,
+    )
     with torch.no_grad():
-        return table.reduce(values, [], keys, ids, spans, distribution, tier, backend)
+        return torch_ops.reduce(values, **arguments._asdict())
 
 
 @torch.compiler.disable
-def squared_norms(
-    tensors: Sequence[Tensor], anchors: Sequence[Tensor] | None = None, *, backend: str | None = None
-) -> Tensor:
+def squared_norms(tensors: Sequence[Tensor], anchors: Sequence[Tensor] | None = None) -> Tensor:
     """Squared Frobenius norm of each tensor, or of its distance from an anchor (K5r, K6 of the kernel algebra; DiZO).
 
     The difference is taken in float32, squares and sums in float64.
@@ -75,7 +74,6 @@ def squared_norms(
     Args:
         tensors: as in ``seeded_dot``.
         anchors: one per tensor, of its shape, in the tensors' dtype or float32.
-        backend: name of the backend to force; None chooses.
 
     Returns:
         float64 tensor (number of tensors,) on their device.
@@ -86,6 +84,6 @@ def squared_norms(
     values = checks.matrices("tensors", tensors, written=False)
     dtypes = tuple({torch.float32: None, values[0].dtype: None})
     origin = [] if anchors is None else checks.companions("anchors", anchors, values, dtypes, written=False)
-    none = torch.zeros(0, dtype=torch.int64)
+    arguments = ReductionArguments(origin, keys=torch.zeros(0, dtype=torch.int64), tensor_ids=[0] * len(values))
     with torch.no_grad():
-        return table.reduce(values, origin, none, [0] * len(values), [], "normal", "exact", backend)
+        return torch_ops.reduce(values, **arguments._asdict())

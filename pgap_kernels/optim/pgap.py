@@ -150,15 +150,16 @@ class PGAP(ZOOptimizer):
         for bucket in buckets(self.matrices(), also=self.rank_of):
             ids = [w.id for w in bucket]
             bases = [self.bases[w.name] for w in bucket]
-            core = ops.AlignedCore(
-                self.key(Role.CORE, step=step),
+            cores = ops.aligned_core(
                 [b.singular_values for b in bases],
-                self.delta_at(step),
-                sign_key,
-                [0] * len(ids) if self.xi == "global" else None,
-            ).where_best(bucket[0].tensor, ids)
+                self.key(Role.CORE, step=step),
+                tensor_ids=ids,
+                delta=self.delta_at(step),
+                sign_key=sign_key,
+                sign_ids=[0] * len(ids) if self.xi == "global" else None,
+            )
             left, right = [b.left for b in bases], [b.right for b in bases]
-            parts.append(Subspace(bucket, left, right, core, [self._scale(w) for w in bucket]))
+            parts.append(Subspace(bucket, left, right, cores, [self._scale(w) for w in bucket]))
         dense = [w for w in self.weights() if self.is_dense(w)]
         return [[*parts, *self.dense(self.key(Role.DENSE, step=step), dense)]]
 

@@ -104,7 +104,7 @@ class Subspace(Part):
         weights: list[Weight],
         left: list[Tensor],
         right: list[Tensor],
-        core: ops.AlignedCore | list[Tensor],
+        cores: list[Tensor],
         scale: list[float],
     ) -> None:
         super().__init__(weights, scale)
@@ -114,17 +114,7 @@ class Subspace(Part):
                     f"rank: got {factor.shape[1]} for {w.name!r} of shape {tuple(w.tensor.shape)}; accepted: a matrix, "
                     "and no more than its shorter side"
                 )
-        self.left, self.right = left, right
-        self._core = core
-        self._cores = None if isinstance(core, ops.AlignedCore) else core
-
-    @property
-    def cores(self) -> list[Tensor]:
-        """Z of each weight, float32."""
-        if self._cores is None:
-            assert isinstance(self._core, ops.AlignedCore)
-            self._cores = self._core.materialised(self.ids)
-        return self._cores
+        self.left, self.right, self.cores = left, right, cores
 
     def summable(self, other: Part) -> bool:
         return isinstance(other, Subspace) and other.ids == self.ids and all(map(_same, self.left, other.left))
@@ -147,7 +137,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a is b
 
 
-def sum_of_cores(terms: Sequence[Term]) -> tuple[ops.AlignedCore | list[Tensor], list[float] | float]:
+def sum_of_cores(terms: Sequence[Term]) -> tuple[list[Tensor], list[float] | float]:
     """(core, coefficient) of the sum of terms of one subspace: a single core stays as it is, several are added up."""
     parts: dict[int, tuple[Subspace, list[float]]] = {}
     for part, coefficient in terms:
@@ -155,7 +145,7 @@ def sum_of_cores(terms: Sequence[Term]) -> tuple[ops.AlignedCore | list[Tensor],
         parts[id(part)] = (part, _sum(parts[id(part)][1] if id(part) in parts else None, coefficient))
     if len(parts) == 1:
         ((part, coefficient),) = parts.values()
-        return part._core, coefficient
+        return part.cores, coefficient
     scaled = [torch._foreach_mul(part.cores, coefficient) for part, coefficient in parts.values()]
     for cores in scaled[1:]:
         torch._foreach_add_(scaled[0], cores)

@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..ops._library import table
-from ..ops.forward import fold_
+from ..ops._library import torch_ops
+from ..ops.forward import add_lowrank_
 from .base import Update, Write, all_or_nothing
 from .direction import Direction, PerWeight, Subspace, Term, Weight, buckets, sum_of_cores
 from .hooks import EMBEDDING, LINEAR, Place, Use
@@ -125,10 +125,18 @@ class Folded(Scratch):
         """W + a z  ->  s W + a z + U C V^T, in the buffer: a dense direction across an open window."""
         if self.shrinks:
             out.sub_(slot.tensor * (1.0 - window.keep_there))
-        table.lowrank_perturb_(
-            [out], [window.left], [window.right], [window.core], slot.no_keys, slot.one[0], slot.none[0], None,
-            [slot.id], [], window.left.shape[1], "full", slot.one[0], [], None,
-        )  # fmt: skip
+        torch_ops.lowrank_perturb_(
+            [out],
+            left=[window.left],
+            right=[window.right],
+            core=[window.core],
+            keys=slot.no_keys,
+            coefficient=slot.one[0],
+            decay=slot.none[0],
+            tensor_ids=[slot.id],
+            rank=window.left.shape[1],
+            core_kind="full",
+        )
 
     def leave(self, number: int, args: tuple, kwargs: dict, output: Any) -> Any:
         if not self.active and not self.open:
@@ -150,18 +158,17 @@ class Folded(Scratch):
         left, right, core = slot.subspace
         if self.shrinks:
             output = self._shrunk(use, window, output)
-        output, one, transposed = output.contiguous(), slot.one[0], use.kind != LINEAR
+        output, transposed = output.contiguous(), use.kind != LINEAR
         if torch.is_grad_enabled() and output.requires_grad:  # a first-order use between steps: in PyTorch's own ops
             into, m, out_of = (left, core, right) if transposed else (right, core.T, left)
             t = into[x] if use.kind == EMBEDDING else x.float() @ into
             return output + (t @ m @ out_of.T).to(output.dtype)
         if torch.compiler.is_compiling():
-            table.lowrank_forward_(
-                output, x, left, right, core, None, slot.no_keys[:0], one, one, 0, [], False, False, transposed, None
-            )
+            torch_ops.lowrank_forward_(output, x, left=left, right=right, cores=[core], transposed=transposed)
         else:
             pair = self.paired and self.active and slot.stands
-            fold_(output, x, left, right, window.pair(core) if pair else [core], transposed)
+            cores = window.pair(core) if pair else [core]
+            add_lowrank_(output, x, left=left, right=right, cores=cores, transposed=transposed)
         return output
 
     def _shrunk(self, use: Use, window: Window, output: Tensor) -> Tensor:
@@ -204,8 +211,7 @@ class Folded(Scratch):
         """C and s of each matrix of a part after an update; nothing is written."""
         part = terms[0].part
         assert isinstance(part, Subspace)
-        step, coefficient = sum_of_cores(terms)
-        cores = step if isinstance(step, list) else part.cores
+        cores, coefficient = sum_of_cores(terms)
         number_of = {id(w.tensor): number for number, w in enumerate(self.weights)}
         numbers = [number_of[id(t)] for t in part.tensors]
         windows = [self.windows[number] for number in numbers]

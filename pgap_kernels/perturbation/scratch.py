@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..ops._library import table
+from ..ops._library import torch_ops
 from .arena import Arena, room
 from .base import Perturbation, Update, all_or_nothing
 from .direction import Dense, Direction, PerWeight, Subspace, Weight
@@ -48,18 +48,32 @@ class Slot:
     def fill(self, out: Tensor, sign: int) -> None:
         """out <- W + sign * what is added to it."""
         if self.kind == DENSE:
-            table.dense_perturb_.out(
-                [self.tensor], self.key, self.plus if sign > 0 else self.minus, self.none, None, [1], [self.id],
-                [], "normal", "exact", None, out=[out],
-            )  # fmt: skip
+            torch_ops.dense_perturb_.out(
+                [self.tensor],
+                keys=self.key,
+                coefficients=self.plus if sign > 0 else self.minus,
+                decay=self.none,
+                stages=[1],
+                tensor_ids=[self.id],
+                out=[out],
+            )
             return
         assert self.subspace is not None
         left, right, core = self.subspace
         coefficient = self.one if sign > 0 else -self.one
-        table.lowrank_perturb_.out(
-            [self.tensor], [left], [right], [core], self.no_keys, coefficient[0], self.none[0], None, [self.id],
-            [], left.shape[1], "full", self.one[0], [], None, out=[out],
-        )  # fmt: skip
+        torch_ops.lowrank_perturb_.out(
+            [self.tensor],
+            left=[left],
+            right=[right],
+            core=[core],
+            keys=self.no_keys,
+            coefficient=coefficient[0],
+            decay=self.none[0],
+            tensor_ids=[self.id],
+            rank=left.shape[1],
+            core_kind="full",
+            out=[out],
+        )
 
 
 class Scratch(Perturbation):

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
+from ..arguments import AssembleArguments, LowRankArguments
 from .dense import assemble_gradient_
 from .layout import column, rounded
 from .noise import noise
@@ -41,10 +42,9 @@ def cores_and_signs(singular_values, keys, tensor_ids, sign_ids, assemble):
     device, one = singular_values[0].device, torch.ones(1, 1, dtype=torch.float32)
     cores = [torch.empty(len(s), len(s), device=device, dtype=torch.float32) for s in singular_values]
     signs = [torch.ones(1, device=device, dtype=torch.float32) for _ in singular_values]
-    layouts = [x for s in singular_values for x in (0, len(s))]
-    assemble(cores, keys[:1], one, tensor_ids, layouts, "normal", "exact")
+    assemble(cores, AssembleArguments(keys[:1], one, tensor_ids))
     if len(keys) > 1:
-        assemble(signs, keys[1:], one, sign_ids, [0, 1] * len(signs), "rademacher", "exact")
+        assemble(signs, AssembleArguments(keys[1:], one, sign_ids, distribution="rademacher"))
     return cores, signs
 
 
@@ -54,27 +54,12 @@ def aligned_core(singular_values, keys, tensor_ids, sign_ids, delta, assemble=as
     return aligned(cores, singular_values, signs, delta)
 
 
-def lowrank_perturb_(
-    weights,
-    out,
-    left,
-    right,
-    core,
-    keys,
-    coefficient,
-    decay,
-    rounding_key,
-    tensor_ids,
-    slices,
-    rank,
-    core_kind,
-    delta,
-    sign_ids,
-):
+def lowrank_perturb_(weights, out, arguments: LowRankArguments):
     """Matrix products of float32; for 16-bit W, A C and B are rounded once to W's dtype."""
-    left_key, right_key, core_key = keys.tolist()[:3]
-    if core_kind == "aligned":
-        core, core_kind = aligned_core(core, keys[2:], tensor_ids, sign_ids, delta.item()), "full"
+    left, right, core, core_kind = arguments.left, arguments.right, arguments.core, arguments.core_kind
+    coefficient, decay, rank = arguments.coefficient, arguments.decay, arguments.rank
+    tensor_ids, slices, rounding_key = arguments.tensor_ids, arguments.slices, arguments.rounding_key
+    left_key, right_key, core_key = arguments.keys.tolist()
     for t, (source, target) in enumerate(zip(weights, out, strict=True)):
         if target.numel() == 0:
             continue
@@ -99,7 +84,7 @@ def lowrank_perturb_(
         if d != 0:
             value = value - d * weight
         value = weight + value
-        key = None if rounding_key is None else rounding_key.item()
+        key = None if rounding_key is None else int(rounding_key)
         if key is None:
             target.copy_(value)
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..arguments import PreconditionedArguments
 from .dense import combination, decayed
 from .layout import column, ints, rounded, runs
 from .noise import fma
@@ -38,37 +39,22 @@ def _delta(rule, scalars, states, z, g, b):
     return fma(-lr, m / scale, b), [m, h]
 
 
-def preconditioned_(
-    weights,
-    out,
-    first,
-    second,
-    keys,
-    gradient,
-    restore,
-    scalars,
-    rule,
-    decay,
-    rounding_key,
-    tensor_ids,
-    slices,
-    distribution,
-    tier,
-):
+def preconditioned_(weights, out, state0, state1, arguments: PreconditionedArguments):
     """g, b, then the rule, then decay and one rounding."""
-    device = weights[0].device
-    keys, rounding_key = keys.tolist(), ints(rounding_key)
-    gradient, restore, scalars, decay = (x.to(device) for x in (gradient, restore, scalars, decay))
+    device, tensor_ids, slices = weights[0].device, arguments.tensor_ids, arguments.slices
+    keys, rounding_key = arguments.keys.tolist(), ints(arguments.rounding_key)
+    given = (arguments.gradient, arguments.restore, arguments.scalars, arguments.decay)
+    gradient, restore, scalars, decay = (x.to(device) for x in given)
     for t in range(len(weights)):
-        tensors = [weights[t], out[t], first[t], *(second[t : t + 1])]
+        tensors = [weights[t], out[t], state0[t], *(state1[t : t + 1])]
         own = [row[column(scalars, t)] for row in scalars]
         pairs = [list(zip(keys, x[:, column(x, t)], strict=True)) for x in (gradient, restore)]
         for begin, count, (value, written, *states) in runs(tensors, *slices[2 * t : 2 * t + 2]):
-            where = (begin, count, tensor_ids[t], distribution, device)
+            where = (begin, count, tensor_ids[t], arguments.distribution, device)
             g, b = combination(pairs[0], *where), combination(pairs[1], *where)
             z = combination([(keys[-1], 1.0)], *where)
             weight = value.float()
-            delta, new = _delta(rule, own, states, z, g, b)
+            delta, new = _delta(arguments.rule, own, states, z, g, b)
             total = decayed(weight, delta, decay[0, column(decay, t)])
             key = None if rounding_key is None else rounding_key[0]
             written.copy_(rounded(total, written, key, begin, tensor_ids[t]))

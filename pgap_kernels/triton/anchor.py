@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from .cache import broadcast_scalars, counter_table, to_device_cached
+from ..arguments import AnchorArguments
+from .cache import broadcast_scalars, counter_table, keys_on
 from .config import DENSE
 from .launch import guard, launch
 from .rounding import TYPES, stochastic, update_of
@@ -40,22 +41,22 @@ def anchor_kernel(
     store_tile(tile, address(tile, OUT, UPDATE.dtype), value, UPDATE.dtype)
 
 
-def anchor_affine_(weights, anchors, deltas, coefficient, rounding_key, tensor_ids, slices):
+def anchor_affine_(weights, out, arguments: AnchorArguments):
     """``ops.anchor_affine_`` in one launch."""
-    device = weights[0].device
-    (c,), per_tensor = broadcast_scalars(device, coefficient)
-    table = dense_table(weights, deltas or weights, tensor_ids, slices, per_tensor, anchors)
+    device, anchors, deltas = weights[0].device, arguments.anchors, arguments.deltas
+    (coefficient,), per_tensor = broadcast_scalars(device, arguments.coefficient)
+    table = dense_table(out, deltas or weights, arguments.tensor_ids, arguments.slices, per_tensor, anchors)
     launch(
         anchor_kernel,
         table.programs,
         device,
         DENSE[weights[0].dtype],
         table=table.pointers,
-        skip_ptr=guard(device, coefficient),
+        skip_ptr=guard(device, arguments.coefficient),
         counters_ptr=counter_table(device),
-        coefficient_ptr=c,
-        rounding_key_ptr=None if rounding_key is None else to_device_cached(device, rounding_key),
+        coefficient_ptr=coefficient,
+        rounding_key_ptr=keys_on(device, arguments.rounding_key),
         ANCHOR_TYPE=TYPES[anchors[0].dtype],
         DELTA_TYPE=TYPES[deltas[0].dtype] if deltas else None,
-        UPDATE=update_of(weights[0], None, rounding_key),
+        UPDATE=update_of(weights[0], None, arguments.rounding_key),
     )

@@ -53,6 +53,11 @@ def to_device_cached(device: torch.device, tensor: Tensor) -> Tensor:
     return _constants.get(key, lambda: tensor.to(device))
 
 
+def keys_on(device: torch.device, keys: Tensor | None) -> Tensor | None:
+    """Keys of the rounding on the device, if it is stochastic."""
+    return None if keys is None else to_device_cached(device, keys)
+
+
 def broadcast_scalars(device: torch.device, *tables: Tensor) -> tuple[list[Tensor], bool]:
     """Tables of scalars on the device with the same number of columns, and whether that is one per tensor."""
     width = max(t.shape[1] for t in tables)

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cache import broadcast_scalars, counter_table, to_device_cached
+from ..arguments import AssembleArguments, DenseArguments, MaskedArguments
+from .cache import broadcast_scalars, counter_table, keys_on, to_device_cached
 from .config import DENSE, FOUR_EACH
 from .launch import guard, launch, noise_on
 from .rounding import add_delta, round_to, stochastic, update_of
@@ -128,72 +129,54 @@ def dense_kernel(
     store_tile(tile, address(tile, OUT, UPDATE.dtype), value, UPDATE.dtype)
 
 
-def _run(out, source, keys, coefficients, decay, rounding_keys, stages, tensor_ids, slices, distribution, tier, **mask):
-    device, dtype = out[0].device, out[0].dtype
-    tables, per_tensor = broadcast_scalars(device, coefficients, decay, mask.get("level", decay))
-    table = dense_table(out, source, tensor_ids, slices, per_tensor, mask.get("bits", ()), same_shape=False)
+def _run(out, source, arguments, decay, rounding_keys, stages, mask: MaskedArguments | None = None):
+    device, coefficients = out[0].device, arguments.coefficients
+    level, bits = (mask.mask_level, mask.mask_bits) if mask else (decay, [])
+    tables, per_tensor = broadcast_scalars(device, coefficients, decay, level)
+    table = dense_table(out, source, arguments.tensor_ids, arguments.slices, per_tensor, bits, same_shape=False)
     staged = len(stages) > 1 or stages[0] == 0
     ends = torch.tensor([*itertools.accumulate(stages)], dtype=torch.int32, device="cpu")
     launch(
         dense_kernel,
         table.programs,
         device,
-        FOUR_EACH if staged else DENSE[dtype],
+        FOUR_EACH if staged else DENSE[out[0].dtype],
         table=table.pointers,
-        skip_ptr=guard(device, coefficients, decay, *([mask["level"]] if mask else [])),
+        skip_ptr=guard(device, coefficients, decay, *([level] if mask else [])),
         counters_ptr=counter_table(device),
         scalars=DenseScalars(
-            keys=to_device_cached(device, keys),
+            keys=to_device_cached(device, arguments.keys),
             coefficients=tables[0],
             decay=tables[1],
-            rounding_keys=None if rounding_keys is None else to_device_cached(device, rounding_keys),
+            rounding_keys=keys_on(device, rounding_keys),
             stage_ends=to_device_cached(device, ends) if staged else None,
-            mask_key=to_device_cached(device, mask["key"]) if mask else None,
+            mask_key=to_device_cached(device, mask.mask_key) if mask else None,
             mask_level=tables[2] if mask else None,
         ),
         stages=len(stages),
         draws=stages[0],
         stride=tables[0].shape[1],
-        NOISE=noise_on(device, distribution, tier),
+        NOISE=noise_on(device, arguments.distribution, arguments.tier),
         PASS=DensePass(
             reads=bool(source),
             staged=staged,
             draws=stages[0] if not staged and stages[0] <= 2 else 0,
-            mask=mask.get("kind", "none"),
+            mask=mask.mask if mask else "none",
         ),
         UPDATE=update_of(out[0], decay, rounding_keys),
     )
 
 
-def dense_perturb_(
-    weights, out, keys, coefficients, decay, rounding_keys, stages, tensor_ids, slices, distribution, tier
-):
+def dense_perturb_(weights, out, arguments: DenseArguments):
     """``ops.dense_perturb_`` in one launch."""
-    _run(out, weights, keys, coefficients, decay, rounding_keys, stages, tensor_ids, slices, distribution, tier)
+    _run(out, weights, arguments, arguments.decay, arguments.rounding_keys, arguments.stages)
 
 
-def assemble_gradient_(gradients, keys, coefficients, tensor_ids, slices, distribution, tier):
+def assemble_gradient_(gradients, arguments: AssembleArguments):
     """``ops.assemble_gradient_`` in one launch."""
-    decay = torch.zeros(1, 1, device="cpu")
-    _run(gradients, [], keys, coefficients, decay, None, [len(keys)], tensor_ids, slices, distribution, tier)
+    _run(gradients, [], arguments, torch.zeros(1, 1, device="cpu"), None, [len(arguments.keys)])
 
 
-def masked_perturb_(
-    weights,
-    out,
-    keys,
-    coefficients,
-    decay,
-    rounding_keys,
-    mask,
-    mask_key,
-    mask_level,
-    mask_bits,
-    tensor_ids,
-    slices,
-    distribution,
-    tier,
-):
+def masked_perturb_(weights, out, arguments: MaskedArguments):
     """``ops.masked_perturb_`` in one launch."""
-    args = (keys, coefficients, decay, rounding_keys, [len(keys)], tensor_ids, slices, distribution, tier)
-    _run(out, weights, *args, kind=mask, key=mask_key, level=mask_level, bits=mask_bits)
+    _run(out, weights, arguments, arguments.decay, arguments.rounding_key, [len(arguments.keys)], arguments)

@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import checks, reference
-from .cache import broadcast_scalars, to_device_cached
+from ..arguments import LowRankArguments
+from .cache import broadcast_scalars, keys_on, to_device_cached
 from .config import PRODUCT, lowrank_config
 from .dense import assemble_gradient_
 from .factors import LEFT, RIGHT, factor_pointer, factors_of, left_tile, made_side, product_tile, stored_side
@@ -273,27 +274,10 @@ def lowrank_kernel(
         pass_tile(block, column, scalars.rounding_key, FACTORS, TILE, UPDATE, TILE.columns // 2, True)
 
 
-def lowrank_perturb_(
-    weights,
-    out,
-    left,
-    right,
-    core,
-    keys,
-    coefficient,
-    decay,
-    rounding_key,
-    tensor_ids,
-    slices,
-    rank,
-    core_kind,
-    delta,
-    sign_ids,
-):
+def lowrank_perturb_(weights, out, arguments: LowRankArguments):
     """``ops.lowrank_perturb_``: one launch, and one before it for each of P and B that a program cannot make itself."""
+    left, right, core, keys, coefficient, decay, tensor_ids, rank, kind, rounding_key, slices = arguments
     device, dtype = weights[0].device, weights[0].dtype
-    if core_kind == "aligned":
-        core, core_kind = aligned_core(core, keys[2:], tensor_ids, sign_ids, delta.item()), "full"
     update = update_of(weights[0], decay, rounding_key)
     config = lowrank_config(dtype, rank, update.stochastic, architecture(device))
     (a, d), per_tensor = broadcast_scalars(device, coefficient[None], decay[None])
@@ -304,15 +288,15 @@ def lowrank_perturb_(
     if not right:
         rows, firsts = [w.shape[1] for w in weights], [column for _, column in starts]
         b_side = made_side(weights[0], rank, keys, tensor_ids, rows, firsts, key=1)
-    if not config.makes and (core_kind != "none" or not left):
+    if not config.makes and (kind != "none" or not left):
         rows, firsts = [w.shape[0] for w in weights], [row for row, _ in starts]
-        a_side = made_side(weights[0], rank, keys, tensor_ids, rows, firsts, left, core, core_kind)
-        left, core, core_kind = [], [], "none"
+        a_side = made_side(weights[0], rank, keys, tensor_ids, rows, firsts, left, core, kind)
+        left, core, kind = [], [], "none"
 
     def build():
         entries, tiles = [], []
         for t, (w, o) in enumerate(zip(weights, out, strict=True)):
-            m, n, ld_in = checks.matrix_layout("weights", w)
+            m, n, ld_in = checks.matrix_layout("weights", w, written=False)
             ld_out = checks.matrix_layout("out", o)[2]
             size, strips = w.element_size(), triton.cdiv(n, config.columns * config.strip)
             addresses = (w.data_ptr(), o.data_ptr(), ld_in * size, ld_out * size)
@@ -348,9 +332,9 @@ def lowrank_perturb_(
         config.config,
         table=table.pointers,
         skip_ptr=guard(device, coefficient, decay),
-        scalars=LowRankScalars(keys, a, d, None if rounding_key is None else to_device_cached(device, rounding_key)),
+        scalars=LowRankScalars(keys, a, d, keys_on(device, rounding_key)),
         workspaces=Workspaces(a_side.workspace, b_side.workspace),
-        FACTORS=factors_of(weights[0], rank, core_kind, a_side, b_side, core),
+        FACTORS=factors_of(weights[0], rank, kind, a_side, b_side, core),
         TILE=config,
         UPDATE=update,
         CORE_STEP=PRODUCT.step,

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cache import broadcast_scalars, counter_table, to_device_cached
+from ..arguments import PreconditionedArguments
+from .cache import broadcast_scalars, counter_table, keys_on, to_device_cached
 from .config import FOUR_EACH
 from .launch import guard, launch, noise_on
 from .noise import group_words
@@ -111,43 +112,25 @@ def preconditioned_kernel(
         store_lane(tile, target, lane, value, UPDATE.dtype)
 
 
-def preconditioned_(
-    weights,
-    out,
-    first,
-    second,
-    keys,
-    gradient,
-    restore,
-    scalars,
-    rule,
-    decay,
-    rounding_key,
-    tensor_ids,
-    slices,
-    distribution,
-    tier,
-):
+def preconditioned_(weights, out, state0, state1, arguments: PreconditionedArguments):
     """``ops.preconditioned_update_`` and ``ops.preconditioned_perturb_`` in one launch."""
-    device = weights[0].device
-    tables, per_tensor = broadcast_scalars(device, gradient, restore, scalars, decay)
-    table = dense_table(out, weights, tensor_ids, slices, per_tensor, first, second)
+    device, decay = weights[0].device, arguments.decay
+    given = (arguments.gradient, arguments.restore, arguments.scalars, decay)
+    (gradient, restore, rule, decays), per_tensor = broadcast_scalars(device, *given)
+    table = dense_table(out, weights, arguments.tensor_ids, arguments.slices, per_tensor, state0, state1)
+    keys = to_device_cached(device, arguments.keys)
     launch(
         preconditioned_kernel,
         table.programs,
         device,
         FOUR_EACH,
         table=table.pointers,
-        skip_ptr=guard(device, gradient, restore, scalars, decay),
+        skip_ptr=guard(device, *given),
         counters_ptr=counter_table(device),
-        scalars=PreconditionedScalars(
-            to_device_cached(device, keys),
-            *tables,
-            None if rounding_key is None else to_device_cached(device, rounding_key),
-        ),
+        scalars=PreconditionedScalars(keys, gradient, restore, rule, decays, keys_on(device, arguments.rounding_key)),
         draws=len(keys),
-        stride=tables[0].shape[1],
-        NOISE=noise_on(device, distribution, tier),
-        RULE=rule,
-        UPDATE=update_of(weights[0], decay, rounding_key),
+        stride=gradient.shape[1],
+        NOISE=noise_on(device, arguments.distribution, arguments.tier),
+        RULE=arguments.rule,
+        UPDATE=update_of(weights[0], decay, arguments.rounding_key),
     )

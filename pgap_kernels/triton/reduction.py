@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..arguments import ReductionArguments
 from .cache import counter_table, to_device_cached
 from .config import DENSE, Config
 from .launch import launch, noise_on
@@ -62,10 +63,10 @@ def collect_kernel(entries_ptr, parts_ptr, totals_ptr, STEP: tl.constexpr):
     tl.store(totals_ptr + t, tl.sum(total, 0))
 
 
-def reduce(tensors, anchors, keys, tensor_ids, slices, distribution, tier):
+def reduce(tensors, arguments: ReductionArguments):
     """``ops.seeded_dot`` and ``ops.squared_norms`` in two launches."""
-    device, dtype = tensors[0].device, tensors[0].dtype
-    table = dense_table(tensors, tensors, tensor_ids, slices, False, anchors)
+    device, dtype, anchors, keys = tensors[0].device, tensors[0].dtype, arguments.anchors, arguments.keys
+    table = dense_table(tensors, tensors, arguments.tensor_ids, arguments.slices, False, anchors)
     parts = torch.empty(max(table.programs, 1), dtype=torch.float64, device=device)
     totals = torch.empty(len(tensors), dtype=torch.float64, device=device)
     launch(
@@ -80,8 +81,8 @@ def reduce(tensors, anchors, keys, tensor_ids, slices, distribution, tier):
         FORM="dot" if len(keys) else "distance" if anchors else "square",
         TYPE=TYPES[dtype],
         ANCHOR_TYPE=TYPES[anchors[0].dtype] if anchors else None,
-        NOISE=noise_on(device, distribution, tier),
+        NOISE=noise_on(device, arguments.distribution, arguments.tier),
     )
-    arguments = {"entries_ptr": table.pointers.entries, "parts_ptr": parts, "totals_ptr": totals}
-    launch(collect_kernel, len(tensors), device, Config(), **arguments, STEP=1024)
+    totals_of = {"entries_ptr": table.pointers.entries, "parts_ptr": parts, "totals_ptr": totals}
+    launch(collect_kernel, len(tensors), device, Config(), **totals_of, STEP=1024)
     return totals

@@ -127,7 +127,7 @@ def _build_dense_table(lists, tensor_ids, slices, per_tensor, same_shape) -> Tab
                 continue
             entry[column] = tensors[t].data_ptr()
             if same_shape or tensors is not lists[2]:
-                rows, columns, ld = checks.matrix_layout("weights", tensors[t])
+                rows, columns, ld = checks.matrix_layout("weights", tensors[t], written=False)
                 places.append((tensors[t].data_ptr(), ld, tensors[t].element_size()))
                 entry[LEADING + column] = ld
         base, row_stride = slices[2 * t : 2 * t + 2] or (0, max(columns, 1))

@@ -215,23 +215,28 @@ void test_affine(Run& run) {
                                              std::to_string(stochastic);
                     const std::vector<float> c = table(1, 900.0f);
                     const AffinePass pass = {dtype, c.data(), stochastic ? kRounding : nullptr};
-                    for (const Cut cut : kCuts) {
-                        Matrix out(dtype, s.rows, s.cols, s.gap, i % 4, 7);
-                        Matrix first(other, s.rows, s.cols, s.gap + 1, 1, 8);
-                        Matrix second(other, s.rows, s.cols, s.gap * 2, 5, 9);
-                        Piece p = piece_of(s);
-                        read(p, out), write(p, out);
-                        p.first = first.companion();
-                        if (delta) p.second = second.companion();
-                        each_call(p, dtype, cut, [&](const Piece& part, int64_t begin, int64_t end) {
-                            run.k.affine(pass, part, begin, end);
-                        });
-                        Digest digest;
-                        out.add_to(digest);
-                        run.same(name, digest.value);
-                        run.expect(out.guards_intact() && first.untouched() && second.untouched(),
-                                   name + ": memory beside");
-                    }
+                    for (const bool in_place : {true, false})
+                        for (const Cut cut : kCuts) {
+                            Matrix in(dtype, s.rows, s.cols, s.gap, i % 4, 7);
+                            Matrix apart(dtype, s.rows, s.cols, s.gap * 2, 1, 0, Fill::nan);
+                            Matrix first(other, s.rows, s.cols, s.gap + 1, 1, 8);
+                            Matrix second(other, s.rows, s.cols, s.gap * 2, 5, 9);
+                            Matrix& out = in_place ? in : apart;
+                            Piece p = piece_of(s);
+                            write(p, out);
+                            if (in_place || !delta) read(p, in);
+                            p.first = first.companion();
+                            if (delta) p.second = second.companion();
+                            each_call(p, dtype, cut, [&](const Piece& part, int64_t begin, int64_t end) {
+                                run.k.affine(pass, part, begin, end);
+                            });
+                            Digest digest;
+                            out.add_to(digest);
+                            run.same(name, digest.value);
+                            run.expect(out.guards_intact() && (in_place || in.untouched()) && first.untouched() &&
+                                           second.untouched(),
+                                       name + ": memory beside");
+                        }
                 }
     });
 }
@@ -297,6 +302,41 @@ void test_reduce(Run& run) {
     });
 }
 
+// A row vector expanded over rows, in memory once, sums like a matrix of equal rows.
+void test_expanded_rows(Run& run) {
+    each_shape("expanded", [&](DType dtype, const Shape& s, int64_t i, const std::string& start) {
+        for (const bool seeded : {false, true})
+            for (const bool anchored : {false, true}) {
+                const std::string name = start + " " + std::to_string(seeded) + std::to_string(anchored);
+                const ReducePass pass = {dtype, kDistributions[i % 2], seeded ? kKeys : nullptr};
+                const Matrix row(dtype, 1, s.cols, 0, 1, 10), anchor(DType::f32, 1, s.cols, 0, 3, 11);
+                for (const bool expanded : {true, false}) {
+                    const auto repeated = [&](const Matrix& from) {
+                        Matrix to(from.dtype, s.rows, s.cols, expanded ? -s.cols : 1, 2, 0);
+                        for (int64_t r = 0; r < s.rows; ++r)
+                            std::memcpy(to.at(r), from.at(0), size_t(s.cols * size_of(from.dtype)));
+                        to.settle();
+                        return to;
+                    };
+                    Matrix in = repeated(row), first = repeated(anchor);
+                    Piece p = piece_of(s);
+                    read(p, in);
+                    if (anchored) p.first = first.companion();
+                    std::vector<double> sums(size_t(end_group(p) - first_group(p)), __builtin_nan(""));
+                    run.k.reduce(pass, p, first_group(p), end_group(p), sums.data());
+                    Digest digest;
+                    for (const double sum : sums) {
+                        uint64_t bits;
+                        std::memcpy(&bits, &sum, 8);
+                        digest.add(bits);
+                    }
+                    run.same(name, digest.value);
+                    run.expect(in.untouched() && first.untouched(), name + ": memory beside");
+                }
+            }
+    });
+}
+
 }  // namespace
 
 void test_pieces(Run& run) {
@@ -306,6 +346,7 @@ void test_pieces(Run& run) {
     test_affine(run);
     test_rounding(run);
     test_reduce(run);
+    test_expanded_rows(run);
 }
 
 }  // namespace pgap

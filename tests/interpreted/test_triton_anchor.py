@@ -8,9 +8,7 @@ import pytest
 import torch
 from agreement import SHAPES, agree, assert_all_same
 from cases import LAYOUTS, Case, anchor_arguments
-from helpers import DTYPES
-
-from pgap_kernels import ops
+from helpers import DTYPES, ops
 
 # (weights, anchors): anchors are float32 or the weights' own dtype.
 PAIRS = [(dtype, anchors) for dtype in DTYPES for anchors in dict.fromkeys([torch.float32, dtype])]
@@ -18,7 +16,8 @@ PAIRS = [(dtype, anchors) for dtype in DTYPES for anchors in dict.fromkeys([torc
 
 def affine(**options) -> Case:
     """A call of ``anchor_affine_``, its arguments those of ``cases.anchor_arguments``."""
-    return Case("anchor_affine_", functools.partial(anchor_arguments, **{"shapes": SHAPES, **options}), ("weights",))
+    written = ("weights", "out") if options.get("out") else ("weights",)
+    return Case("anchor_affine_", functools.partial(anchor_arguments, **{"shapes": SHAPES, **options}), written)
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
@@ -33,6 +32,7 @@ def test_dtypes(dtype, anchors, rounding):
 def test_layouts(layout, dtype, deltas):
     options = {"deltas": deltas, "rounding": "stochastic", "coefficient": [0.7, -1.3, 0.0]}
     agree(affine(dtype=dtype, layout=layout, **options))
+    agree(affine(dtype=dtype, layout=layout, out=True, **options))
 
 
 @pytest.mark.parametrize("coefficient", [0.0, -0.0, 1.0, 1e-42, 3e38])

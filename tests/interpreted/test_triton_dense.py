@@ -7,9 +7,9 @@ import pytest
 import torch
 from agreement import SHAPES, agree, assert_all_same, dense
 from cases import COEFFICIENTS, DISTRIBUTIONS, IDS, KEYS, LAYOUTS, ROUNDINGS, per_tensor
-from helpers import DTYPES, assert_same_bits, clones, poison, weights
+from helpers import DTYPES, assert_same_bits, clones, ops, poison, serving, weights
 
-from pgap_kernels import noise, ops
+from pgap_kernels import noise
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 STOCHASTIC = ROUNDINGS["stochastic"]
@@ -135,14 +135,19 @@ def staged(tensors, stages, decays, rounding_keys, backend, out=None):
     count = sum(stages)
     keys = torch.tensor([k - (k >> 63 << 64) for k in (KEYS + KEYS)[:count]], dtype=torch.int64)
     scales = torch.arange(1, len(tensors) + 1)
-    table = torch.tensor((COEFFICIENTS + COEFFICIENTS)[:count])[:, None] * scales
-    spans = [x for t in tensors for x in (0, max(1, t.shape[-1] if t.dim() else 1))]
-    arguments = (keys, table, torch.tensor(decays)[:, None], rounding_keys and torch.tensor(rounding_keys), stages)
-    arguments += (IDS[: len(tensors)], spans, "normal", "exact", backend)
-    if out is None:
-        TABLE.dense_perturb_(tensors, *arguments)
-    else:
-        TABLE.dense_perturb_.out(tensors, *arguments, out=out)
+    keywords = {
+        "keys": keys,
+        "coefficients": torch.tensor((COEFFICIENTS + COEFFICIENTS)[:count])[:, None] * scales,
+        "decay": torch.tensor(decays)[:, None],
+        "rounding_keys": rounding_keys and torch.tensor(rounding_keys),
+        "stages": stages,
+        "tensor_ids": IDS[: len(tensors)],
+    }
+    with serving(backend):
+        if out is None:
+            TABLE.dense_perturb_(tensors, **keywords)
+        else:
+            TABLE.dense_perturb_.out(tensors, **keywords, out=out)
     return tensors if out is None else out
 
 

@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 from cases import DISTRIBUTIONS
-from helpers import assert_same_bits, poison
+from helpers import assert_same_bits, ops, poison
 
-from pgap_kernels import noise, ops, reference
+from pgap_kernels import noise, reference
 from pgap_kernels.triton.noise import box_muller, element_normal, element_word, philox7
 
 DATA = Path(__file__).parents[1] / "data"

@@ -3,10 +3,8 @@
 import pytest
 import torch
 from agreement import assert_all_same
-from helpers import assert_same_bits, weights
+from helpers import assert_same_bits, ops, weights
 from lowrank_calls import CORE, IDS, LEFT, RIGHT, SHAPES, WIDE, perturbed, stored
-
-from pgap_kernels import noise, ops
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -73,14 +71,9 @@ def test_keys_in_tensors():
     assert_all_same(got, want)
 
 
-@pytest.mark.parametrize("signs", ["fixed", "per matrix", "global"])
+@pytest.mark.parametrize("signs", [{}, {"sign_key": RIGHT}, {"sign_key": RIGHT, "sign_ids": [0, 0]}])
 def test_aligned_core_has_the_bits_of_the_reference(signs):
-    """P-GAP's core, which a pass takes as a stored one."""
-    sign_key = noise.derive(4, 1, noise.Role.SIGN)
-    options = {"fixed": {}, "per matrix": {"sign_key": sign_key}, "global": {"sign_key": sign_key, "sign_ids": [0, 0]}}
     values = [torch.linspace(3, 0.01, rank) for rank in (1, 7)]
-    got, want = (
-        ops.aligned_core(values, CORE, tensor_ids=IDS[:2], delta=0.7, backend=b, **options[signs])
-        for b in ("triton", "reference")
-    )
+    options = {"tensor_ids": IDS[:2], "delta": 0.7, **signs}
+    got, want = (ops.aligned_core(values, CORE, backend=b, **options) for b in ("triton", "reference"))
     assert_all_same(got, want)

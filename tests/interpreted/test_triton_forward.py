@@ -4,13 +4,12 @@ import math
 
 import pytest
 import torch
-from helpers import DTYPES, assert_same_bits, weights
+from helpers import DTYPES, assert_same_bits, ops, weights
 
-from pgap_kernels import lowrank_forward_
 from pgap_kernels.triton import forward
 
 FLOAT32, BFLOAT16, FLOAT16 = DTYPES
-NUMBERS = (torch.int64, torch.int32)
+INDICES = (torch.int64, torch.int32)
 # Both sides of every bucket; three launches from 33 (float32) and from 65 (16 bits) on.
 RANKS = (1, 3, 8, 16, 17, 33, 64, 65, 130)
 M, N = 135, 70  # ragged tiles of y and chunks of x, either way round
@@ -26,21 +25,21 @@ def permutation(rank: int, seed: int) -> torch.Tensor:
 
 
 def exact(dtype, x_dtype, rank: int, tokens: int, transposed: bool):
-    """y, x, A, B, C, Z of which every product and sum is exact, t in 16 bits too: it is some tens."""
+    """y, x, A, B, C of which every product and sum is exact, t in 16 bits too: it is some tens."""
     left, right = whole((M, rank), 1, 1), whole((N, rank), 1, 2)
     columns, inner = (N, M) if transposed else (M, N)
     (y,) = weights([(tokens, columns)], dtype, seed=3)
-    if x_dtype in NUMBERS:
+    if x_dtype in INDICES:
         x = torch.randint(0, inner, (tokens,), generator=torch.Generator().manual_seed(4)).to(x_dtype)
     else:
         x = whole((tokens, inner), 1, 4).to(x_dtype)
-    return y, x, left, right, permutation(rank, 5), permutation(rank, 6)
+    return y, x, left, right, permutation(rank, 5)
 
 
-def after(y, *operands, backend="triton", **options):
+def after(y, x, left, right, *cores, backend="triton", **options):
     """A copy of y after the op."""
     y = y.clone()
-    lowrank_forward_(y, *operands, backend=backend, **options)
+    ops.lowrank_forward_(y, x, left, right, cores, backend=backend, **options)
     return y
 
 
@@ -58,15 +57,16 @@ def agreeing(y, *operands, **options):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_whole_numbers(dtype, rank):
     """Nothing but the last rounding is inexact, so the reference's bits: x of any dtype, odd tokens, odd halves."""
-    for x_dtype, tokens, transposed, paired in (
-        (dtype, 35, False, False),
-        (dtype, 2, True, True),
-        (BFLOAT16, 70, False, True),
-        (FLOAT16, 33, True, False),
-        (FLOAT32, 70, True, True),
+    for x_dtype, tokens, transposed, signs in (
+        (dtype, 35, False, [1]),
+        (dtype, 2, True, [1, -1]),
+        (BFLOAT16, 70, False, [1, -1]),
+        (FLOAT16, 33, True, [1]),
+        (FLOAT32, 70, True, [1, -1]),
+        (dtype, 69, False, [1, -1, 2]),
     ):
-        y, x, left, right, c, z = exact(dtype, x_dtype, rank, tokens, transposed)
-        got = agreeing(y, x, left, right, core=c, z=z, paired=paired, transposed=transposed)
+        y, x, left, right, c = exact(dtype, x_dtype, rank, tokens, transposed)
+        got = agreeing(y, x, left, right, *(sign * c for sign in signs), transposed=transposed)
         assert not torch.equal(got, y)
 
 
@@ -74,37 +74,38 @@ def test_whole_numbers(dtype, rank):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_x_is_not_rounded(dtype, rank):
     """Numbers beyond the bits of a 16-bit y, whose sum is within them."""
-    y, x, left, right, c, _ = exact(dtype, FLOAT32, rank, 35, False)
+    y, x, left, right, c = exact(dtype, FLOAT32, rank, 35, False)
     x, right = torch.cat([x + 4096, torch.full_like(x, -4096)], 1), torch.cat([right, right])
-    got = agreeing(y, x, left, right, core=c)
-    assert not torch.equal(got, after(y, x.to(BFLOAT16), left, right, core=c))
+    got = agreeing(y, x, left, right, c)
+    assert not torch.equal(got, after(y, x.to(BFLOAT16), left, right, c))
 
 
 @pytest.mark.parametrize("rank", (1, 16, 33, 130))
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_row_numbers(dtype, rank):
-    for x_dtype in NUMBERS:
-        for tokens, paired in ((1, False), (67, False), (70, True)):
-            y, x, left, right, c, z = exact(dtype, x_dtype, rank, tokens, True)
-            agreeing(y, x, left, right, core=c, z=z, paired=paired, transposed=True)
-            agreeing(y, x, left.to(dtype), right.to(dtype), core=2 * c, transposed=True)
+def test_row_indices(dtype, rank):
+    for x_dtype in INDICES:
+        for tokens, signs in ((1, [1]), (67, [1]), (70, [1, -1])):
+            y, x, left, right, c = exact(dtype, x_dtype, rank, tokens, True)
+            agreeing(y, x, left, right, *(sign * c for sign in signs), transposed=True)
+            agreeing(y, x, left.to(dtype), right.to(dtype), 2 * c, transposed=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_largest_rank(dtype):
     for x_dtype in (dtype, torch.int64):
-        agreeing(*exact(dtype, x_dtype, 512, 34, True)[:4], z=permutation(512, 7), paired=True, transposed=True)
+        y, x, left, right, c = exact(dtype, x_dtype, 512, 34, True)
+        agreeing(y, x, left, right, c, -c, transposed=True)
 
 
 @pytest.mark.parametrize("rank", (3, 40, 70))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_leading_dimensions(dtype, rank):
     """Halves are of the leading dimension, which need not be that of the tokens."""
-    y, x, left, right, c, z = exact(dtype, dtype, rank, 66, False)
-    got = agreeing(y.view(2, 11, 3, M), x.view(2, 11, 3, N), left, right, core=c, z=z, paired=True)
-    assert_same_bits(got.view(66, M), after(y, x, left, right, core=c, z=z, paired=True))
-    assert_same_bits(got[0].reshape(33, M), after(y[:33], x[:33], left, right, core=c + z))
-    assert_same_bits(got[1].reshape(33, M), after(y[33:], x[33:], left, right, core=c - z))
+    y, x, left, right, c = exact(dtype, dtype, rank, 66, False)
+    got = agreeing(y.view(2, 11, 3, M), x.view(2, 11, 3, N), left, right, c, -c)
+    assert_same_bits(got.view(66, M), after(y, x, left, right, c, -c))
+    assert_same_bits(got[0].reshape(33, M), after(y[:33], x[:33], left, right, c))
+    assert_same_bits(got[1].reshape(33, M), after(y[33:], x[33:], left, right, -c))
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 9), (9, 1, 1), (0, 5, 7), (5, 0, 7), (1, 200, 1)], ids=str)
@@ -114,7 +115,7 @@ def test_small_and_empty(shape):
         for rank in (1, 20, 70):
             left, right = whole((columns, rank), 1, 1), whole((inner, rank), 1, 2)
             y, x = weights([(tokens, columns)], dtype)[0], whole((tokens, inner), 2, 3).to(dtype)
-            agreeing(y, x, left, right, core=permutation(rank, 5))
+            agreeing(y, x, left, right, permutation(rank, 5))
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------
@@ -134,9 +135,9 @@ def poisoned(tensor, offset: int):
 def test_nothing_else_is_read_or_written(dtype, rank, offset):
     """Aligned and not; rows of x apart in memory."""
     for x_dtype in (dtype, FLOAT32, torch.int64):
-        transposed = x_dtype in NUMBERS
-        y, x, left, right, c, _ = exact(dtype, x_dtype, rank, 37, transposed)
-        want = after(y, x, left, right, core=c, transposed=transposed, backend="reference")
+        transposed = x_dtype in INDICES
+        y, x, left, right, c = exact(dtype, x_dtype, rank, 37, transposed)
+        want = after(y, x, left, right, c, transposed=transposed, backend="reference")
         y, memory, part = poisoned(y, offset)
         if not transposed:
             apart = torch.full((37, N + 19), math.nan, dtype=x_dtype)
@@ -144,7 +145,7 @@ def test_nothing_else_is_read_or_written(dtype, rank, offset):
             x = apart[:, 16 : 16 + N]
         left, right, c = (poisoned(f, offset)[0] for f in (left, right, c))
         before = [f.clone() for f in (x, left, right, c)]
-        lowrank_forward_(y, x, left, right, core=c, transposed=transposed, backend="triton")
+        ops.lowrank_forward_(y, x, left, right, [c], transposed=transposed, backend="triton")
         assert_same_bits(y, want)
         assert memory[: part.start].isnan().all() and memory[part.stop :].isnan().all()
         for f, b in zip((x, left, right, c), before, strict=True):
@@ -154,11 +155,11 @@ def test_nothing_else_is_read_or_written(dtype, rank, offset):
 @pytest.mark.parametrize("rank", (3, 33, 70))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_token_that_is_not_finite_is_its_own(dtype, rank):
-    y, x, left, right, c, _ = exact(dtype, dtype, rank, 70, False)
-    want = after(y, x, left, right, core=c)
+    y, x, left, right, c = exact(dtype, dtype, rank, 70, False)
+    want = after(y, x, left, right, c)
     bad = x.clone()
     bad[5, 7], bad[40, 69] = math.nan, math.inf
-    got = after(y, bad, left, right, core=c)
+    got = after(y, bad, left, right, c)
     others = torch.ones(70, dtype=torch.bool)
     others[[5, 40]] = False
     assert_same_bits(got[others], want[others])
@@ -166,12 +167,12 @@ def test_a_token_that_is_not_finite_is_its_own(dtype, rank):
 
 
 def test_x_in_other_layouts():
-    y, x, left, right, c, _ = exact(BFLOAT16, BFLOAT16, 3, 37, False)
-    want = after(y, x, left, right, core=c)
-    assert_same_bits(after(y, x.T.contiguous().T, left, right, core=c), want)
+    y, x, left, right, c = exact(BFLOAT16, BFLOAT16, 3, 37, False)
+    want = after(y, x, left, right, c)
+    assert_same_bits(after(y, x.T.contiguous().T, left, right, c), want)
     one = x[:1].expand(37, N)
-    assert_same_bits(after(y, one, left, right, core=c), after(y, one.contiguous(), left, right, core=c))
-    assert_same_bits(after(y, x.repeat_interleave(2, 1)[:, ::2], left, right, core=c), want)
+    assert_same_bits(after(y, one, left, right, c), after(y, one.contiguous(), left, right, c))
+    assert_same_bits(after(y, x.repeat_interleave(2, 1)[:, ::2], left, right, c), want)
 
 
 # ---- accuracy ------------------------------------------------------------------------------------------------------
@@ -189,7 +190,7 @@ def test_error_is_at_most_twice_that_of_pytorch(dtype, x_dtype, rank, transposed
     columns, inner = (N, M) if transposed else (M, N)
     left, right, c = weights([(M, rank), (N, rank), (rank, rank)], seed=1)
     (y,), (x,) = weights([(36, columns)], dtype), weights([(36, inner)], x_dtype, seed=2)
-    got = after(y, x, left, right, core=c, transposed=transposed)
+    got = after(y, x, left, right, c, transposed=transposed)
     into, out, n = (left, right, c) if transposed else (right, left, c.T)
     wanted = y.double() + x.double() @ into.double() @ n.double() @ out.double().T
     plain = torch.addmm(y, (x.float() @ into.to(dtype).float() @ n).to(dtype), out.to(dtype).T)
@@ -216,6 +217,6 @@ def test_error_is_at_most_twice_that_of_pytorch(dtype, x_dtype, rank, transposed
 def test_launches(monkeypatch, dtype, x_dtype, rank, names):
     found = []
     monkeypatch.setattr(forward, "launch", lambda kernel, *_, **__: found.append(kernel.fn.__name__))
-    y, x, left, right, c, _ = exact(dtype, x_dtype, rank, 3, True)
-    after(y, x, left, right, core=c, transposed=True)
+    y, x, left, right, c = exact(dtype, x_dtype, rank, 3, True)
+    after(y, x, left, right, c, transposed=True)
     assert found == [f"{name}_kernel" for name in names.split()]

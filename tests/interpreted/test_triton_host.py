@@ -6,9 +6,9 @@ import pytest
 import torch
 from agreement import assert_all_same
 from cases import IDS, KEYS, update_arguments
-from helpers import assert_same_bits, clones, poison, weights
+from helpers import assert_same_bits, clones, ops, poison, weights
 
-from pgap_kernels import ops
+from pgap_kernels import use_backend
 from pgap_kernels.triton import cache, table
 from pgap_kernels.triton.table import ALIGNED
 
@@ -234,10 +234,17 @@ def test_autograd_sees_the_write():
 
 def test_opcheck():
     w = weights([(5, 7), (9,)], torch.bfloat16)
-    keys, coefficients, decay = torch.tensor([3, -4]), torch.tensor([[0.5], [-0.25]]), torch.tensor([[0.0, 0.1]])
-    rest = (torch.tensor([5]), [2], [1, 2], [0, 7, 0, 9], "normal", "exact", "triton")
-    torch.library.opcheck(TABLE.dense_perturb_.default, (w, keys, coefficients, decay, *rest))
-    torch.library.opcheck(TABLE.dense_perturb_.out, (w, keys, coefficients, decay, *rest), {"out": clones(w)})
+    keywords = {
+        "keys": torch.tensor([3, -4]),
+        "coefficients": torch.tensor([[0.5], [-0.25]]),
+        "decay": torch.tensor([[0.0, 0.1]]),
+        "rounding_keys": torch.tensor([5]),
+        "stages": [2],
+        "tensor_ids": [1, 2],
+    }
+    with use_backend("triton"):
+        torch.library.opcheck(TABLE.dense_perturb_.default, (w,), keywords)
+        torch.library.opcheck(TABLE.dense_perturb_.out, (w,), {**keywords, "out": clones(w)})
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------------
@@ -263,9 +270,10 @@ def test_tensors_that_are_refused(tensors, error, match):
 def test_a_dtype_below_the_checks():
     """The op itself may be called with anything; then the backend says what it serves."""
     w = [torch.zeros(3, dtype=torch.float64)]
-    arguments = (torch.tensor([1]), torch.ones(1, 1), torch.zeros(1, 1), None, [1], [1], [0, 3], "normal", "exact")
-    with pytest.raises(ValueError, match=r"'triton' does not serve dense_perturb_ on cpu torch\.float64: .*float16"):
-        TABLE.dense_perturb_(w, *arguments, "triton")
+    scalars = {"keys": torch.tensor([1]), "coefficients": torch.ones(1, 1), "decay": torch.zeros(1, 1)}
+    match = r"'triton' does not serve dense_perturb_ on cpu torch\.float64: .*float16"
+    with use_backend("triton"), pytest.raises(ValueError, match=match):
+        TABLE.dense_perturb_(w, **scalars, stages=[1], tensor_ids=[1])
     assert (w[0] == 0).all()
 
 

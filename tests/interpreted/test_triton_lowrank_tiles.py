@@ -5,10 +5,8 @@ import math
 import pytest
 import torch
 from agreement import assert_all_same
-from helpers import DTYPES, assert_same_bits, poison, weights
+from helpers import DTYPES, assert_same_bits, ops, poison, weights
 from lowrank_calls import CORE, IDS, LEFT, RIGHT, SHAPES, STOCHASTIC, agreeing, perturbed, stored
-
-from pgap_kernels import ops
 
 
 @pytest.mark.parametrize(

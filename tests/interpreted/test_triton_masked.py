@@ -8,9 +8,7 @@ import pytest
 import torch
 from agreement import SHAPES, agree, assert_all_same
 from cases import DISTRIBUTIONS, IDS, KEYS, LAYOUTS, MASK_KEY, MASKS, ROUNDINGS, Case, masked_arguments
-from helpers import DTYPES, assert_same_bits, clones, weights
-
-from pgap_kernels import ops
+from helpers import DTYPES, assert_same_bits, clones, ops, weights
 
 STOCHASTIC = ROUNDINGS["stochastic"]
 DRAWS = [(KEYS[0], 1e-1), (KEYS[1], -0.37)]

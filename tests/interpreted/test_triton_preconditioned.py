@@ -8,9 +8,7 @@ import pytest
 import torch
 from agreement import SHAPES, agree, assert_all_same
 from cases import DISTRIBUTIONS, IDS, KEYS, LAYOUTS, ROUNDINGS, RULES, Case, perturb_arguments, update_arguments
-from helpers import DTYPES, clones
-
-from pgap_kernels import ops
+from helpers import DTYPES, clones, ops
 
 STOCHASTIC = ROUNDINGS["stochastic"]
 

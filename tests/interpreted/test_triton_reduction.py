@@ -8,9 +8,8 @@ import pytest
 import torch
 from agreement import SHAPES
 from cases import DISTRIBUTIONS, IDS, KEYS, LAYOUTS, Case, dot_arguments, norm_arguments, run
-from helpers import DTYPES, weights
+from helpers import DTYPES, ops, weights
 
-from pgap_kernels import ops
 from pgap_kernels.triton.reduction import collect_kernel
 from pgap_kernels.triton.table import FIELDS, FIRST_TILE, TILES
 
@@ -80,6 +79,14 @@ def test_place_in_memory_does_not_matter():
     assert torch.equal(ops.seeded_dot([view], KEYS[0], **options), ops.seeded_dot([w], KEYS[0], **options))
     norms = [ops.squared_norms([x], [a], backend="triton") for x, a in itertools.product((w, view), (anchor, apart))]
     assert all(torch.equal(n, norms[0]) for n in norms)
+
+
+def test_a_row_expanded_over_rows_is_the_matrix_of_equal_rows():
+    (row,) = weights([(700,)], torch.bfloat16)
+    for options in ({}, {"slices": [(5, 9000)]}):
+        tensors = (row.expand(7, 700), row.repeat(7, 1))
+        dots = [ops.seeded_dot([t], KEYS[0], tensor_ids=IDS[:1], backend="triton", **options) for t in tensors]
+        assert torch.equal(*dots)
 
 
 def test_infinities_and_nan_pass_through():

@@ -8,9 +8,8 @@ import pytest
 import torch
 from agreement import agree, assert_all_same, dense
 from cases import COEFFICIENTS, DISTRIBUTIONS, IDS, KEYS, ROUNDINGS
-from helpers import DTYPES, assert_same_bits, clones, weights
+from helpers import DTYPES, assert_same_bits, clones, ops, weights
 
-from pgap_kernels import ops
 from pgap_kernels.triton import anchor, launch, lowrank, preconditioned
 from pgap_kernels.triton import dense as dense_family
 from pgap_kernels.triton.table import FIRST_TILE, TablePointers

@@ -1,4 +1,4 @@
-"""Arguments that several ops take, checked and packed into the small tensors in which they travel."""
+"""Arguments of several public functions, checked and packed into the small tensors in which they travel."""
 
 from __future__ import annotations
 
@@ -49,3 +49,8 @@ def pack_draws(draws: Sequence[Draw], count: int) -> tuple[Tensor, Tensor]:
 def scalar(name: str, value: Scalar, count: int) -> Tensor:
     """One scalar as a table of one row, (1, 1 or ``count``)."""
     return checks.scalar_table(name, [checks.scalar_row(name, value, count)])
+
+
+def outputs(out: Sequence[Tensor] | None, weights: list[Tensor]) -> list[Tensor] | None:
+    """What is written instead of the weights, if anything."""
+    return None if out is None else checks.companions("out", out, weights, (weights[0].dtype,))
