@@ -70,8 +70,11 @@ def select(op: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
     """The backend module for ``op`` on tensors of ``dtype`` on ``device``.
 
     Raises:
+        TypeError: no backend knows the dtype. The public functions have refused it before; a hook calls the op itself.
         ValueError: PGAP_BACKEND is an unknown name, or the forced backend does not serve the op there (it says why).
     """
+    if dtype not in checks.WEIGHT_DTYPES:
+        raise TypeError(f"{op}: got {dtype}; accepted: {', '.join(map(str, checks.WEIGHT_DTYPES))}")
     choice = forced()
     if choice is not None:
         source, name = choice

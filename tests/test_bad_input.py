@@ -251,6 +251,16 @@ def test_unknown_backends(monkeypatch):
         refused(op, good(op), ValueError, "^PGAP_BACKEND: got 'cuda'; accepted: 'cpu', 'triton', 'reference'")
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_dtype_below_the_checks(backend):
+    """Hooks call the op itself, with whatever the model has become."""
+    w = [torch.zeros(3, dtype=torch.float64)]
+    scalars = {"keys": torch.tensor([1]), "coefficients": torch.ones(1, 1), "decay": torch.zeros(1, 1)}
+    with use_backend(backend), pytest.raises(TypeError, match=r"^dense_perturb_: got torch\.float64; .*float16"):
+        torch.ops.pgap_kernels.dense_perturb_(w, **scalars, stages=[1], tensor_ids=[1])
+    assert (w[0] == 0).all()
+
+
 # ---- without the extension -----------------------------------------------------------------------------------------
 
 WITHOUT_EXTENSION = """

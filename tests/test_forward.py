@@ -339,6 +339,7 @@ REFUSED = {
     "outputs a vector": ({"outputs": torch.ones(6)}, ValueError, r"outputs: got shape \(6,\)"),
     "outputs strided": ({"outputs": torch.ones(4, 3, 12)[..., ::2]}, ValueError, "outputs: got shape .* strides"),
     "outputs narrow": ({"outputs": torch.ones(4, 3, 5)}, ValueError, "outputs: got 5 columns; accepted: 6"),
+    "transposed no bool": ({"transposed": None}, TypeError, "transposed: got None"),
     "outputs of rows": ({"transposed": True}, ValueError, "outputs: got 6 columns; accepted: 8"),
     "inputs none": ({"inputs": None}, TypeError, "inputs: got NoneType"),
     "inputs float64": ({"inputs": torch.ones(4, 3, 8).double()}, TypeError, "inputs: got .*float64"),

@@ -1,11 +1,11 @@
 """Every op: schema, fake, checks, docstring, public function. The one door to the backends.
 
-An op takes lists of tensors, checks everything before anything is written, and passes scalars and keys in small
-tensors. Formulas are those of docs/kernels.md; rounding happens once, when a weight is written. A file here has its
-namesakes in ``reference`` and ``triton``.
+A public function takes lists of tensors, checks everything before anything is written, and passes scalars and keys in
+small tensors, in the record of its family (``arguments``). Formulas are those of docs/kernels.md; a weight is rounded
+once, when it is written. A file here has its namesakes in ``reference`` and ``triton``.
 
 Under ``torch.compile`` the public functions run as they are, between graphs: their checks read addresses. The ops
-themselves, ``torch.ops.pgap_kernels.*``, can be traced.
+themselves, ``torch.ops.pgap_kernels.*``, can be traced; they take the fields of the record as keywords.
 """
 
 from .anchor import anchor_affine_

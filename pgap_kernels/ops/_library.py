@@ -47,8 +47,8 @@ def define_pass(name: str, record: Any) -> None:
     define_with_out(name, record, run)
 
 
-def call(op: Any, weights: list[Tensor], arguments: Any, out: list[Tensor] | None) -> None:
-    """Call an op on its record of arguments, in place or into ``out``."""
+def call_pass(op: Any, weights: list[Tensor], arguments: Any, out: list[Tensor] | None) -> None:
+    """Call a pass with its record of arguments, in place or into ``out``."""
     with torch.no_grad():
         if out is None:
             op.default(weights, **arguments._asdict())

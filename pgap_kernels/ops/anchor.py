@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import checks
 from ..arguments import AnchorArguments
-from ._library import call, define_pass, torch_ops
+from ._library import call_pass, define_pass, torch_ops
 from ._packing import Key, Scalar, Slices, outputs, rounding_keys, scalar
 
 define_pass("anchor_affine_", AnchorArguments)
@@ -62,4 +62,4 @@ def anchor_affine_(
     if targets is not None:
         checks.disjoint("out + anchors", targets + arguments.anchors)
         checks.disjoint("out + deltas", targets + arguments.deltas)
-    call(torch_ops.anchor_affine_, weights, arguments, targets)
+    call_pass(torch_ops.anchor_affine_, weights, arguments, targets)

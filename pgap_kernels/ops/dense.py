@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import backends, checks
 from ..arguments import AssembleArguments, DenseArguments, MaskedArguments, schema
 from ..noise import check_uint
-from ._library import bump_versions, call, define, define_pass, torch_ops
+from ._library import bump_versions, call_pass, define, define_pass, torch_ops
 from ._packing import Draw, Key, Scalar, Slices, noise_options, outputs, pack_draws, rounding_keys, scalar
 
 
@@ -77,7 +77,7 @@ def dense_perturb_(
         distribution=distribution,
         tier=tier,
     )
-    call(torch_ops.dense_perturb_, weights, arguments, outputs(out, weights))
+    call_pass(torch_ops.dense_perturb_, weights, arguments, outputs(out, weights))
 
 
 @torch.compiler.disable
@@ -133,7 +133,7 @@ def masked_perturb_(
         distribution=distribution,
         tier=tier,
     )
-    call(torch_ops.masked_perturb_, weights, arguments, outputs(out, weights))
+    call_pass(torch_ops.masked_perturb_, weights, arguments, outputs(out, weights))
 
 
 def _mask(weights, threshold, share, bits) -> tuple[str, Tensor, Tensor, list[Tensor]]:

@@ -86,6 +86,8 @@ def lowrank_forward_(
     Raises:
         TypeError, ValueError: naming the argument; nothing has been written.
     """
+    if not isinstance(transposed, bool):
+        raise TypeError(f"transposed: got {transposed!r}; accepted: True or False")
     _check("outputs", outputs, FLOATS)
     if outputs.dim() < 2 or (outputs.numel() and not outputs.is_contiguous()):
         raise ValueError(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import backends, checks
 from ..arguments import LowRankArguments
-from ._library import call, define, define_pass, torch_ops
+from ._library import call_pass, define, define_pass, torch_ops
 from ._packing import Key, Scalar, Slices, outputs, rounding_keys
 
 MAX_RANK = 512
@@ -138,7 +138,7 @@ def lowrank_perturb_(
         rounding_key=keys_rounding,
         slices=spans,
     )
-    call(torch_ops.lowrank_perturb_, weights, arguments, outputs(out, weights))
+    call_pass(torch_ops.lowrank_perturb_, weights, arguments, outputs(out, weights))
 
 
 def _core(core: Factor | None, weights: list[Tensor], rank: int) -> tuple[list, int | Tensor, str]:

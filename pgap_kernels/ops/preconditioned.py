@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import backends, checks
 from ..arguments import CurvatureArguments, PreconditionedArguments, schema
-from ._library import bump_versions, call, define, define_with_out, torch_ops
+from ._library import bump_versions, call_pass, define, define_with_out, torch_ops
 from ._packing import Draw, Key, Scalar, Slices, noise_options, outputs, pack_draws, rounding_keys, scalar
 
 
@@ -308,4 +308,4 @@ def preconditioned_perturb_(
     targets = outputs(out, weights)
     if targets is not None:
         checks.disjoint("out + curvature", targets + diagonal)
-    call(torch_ops.preconditioned_perturb_, weights, arguments, targets)
+    call_pass(torch_ops.preconditioned_perturb_, weights, arguments, targets)

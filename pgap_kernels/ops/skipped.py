@@ -24,6 +24,6 @@ def raise_if_skipped(device: torch.device | str | None = None) -> None:
     if skipped:
         names = ", ".join(map(str, skipped))
         raise FloatingPointError(
-            f"a pass on {names} wrote nothing: a coefficient, decay, delta or singular value on the device was NaN or "
-            "infinite; look at the losses they come from"
+            f"a pass on {names} wrote nothing: a coefficient, decay or other scalar on the device was NaN or infinite; "
+            "look at the losses they come from"
         )
