@@ -22,7 +22,6 @@ LEFT, RIGHT, CORE, SIGN = (
     noise.derive(4, 1, role) for role in (noise.Role.LEFT, noise.Role.RIGHT, noise.Role.CORE, noise.Role.SIGN)
 )
 ROUNDING = {"rounding": "stochastic", "rounding_key": noise.derive(4, 1, noise.Role.ROUNDING)}
-DELTA = 0.7
 
 
 def assert_all_same(got, want):
@@ -182,7 +181,7 @@ def test_rank_one_to_the_bit(dtype, rounding):
 @pytest.mark.parametrize("signs", [{}, {"sign_key": SIGN}, {"sign_key": SIGN, "sign_ids": [0, 0, 0]}])
 def test_aligned_core_is_the_reference_to_the_bit(signs):
     values = [torch.linspace(3, 0.01, rank) for rank in (1, 33, 512)]
-    options = {"tensor_ids": IDS, "delta": DELTA, **signs}
+    options = {"tensor_ids": IDS, "delta": 0.7, **signs}
     got = ops.aligned_core(moved(values), CORE, backend="triton", **options)
     assert_all_same([z.cpu() for z in got], ops.aligned_core(values, CORE, backend="reference", **options))
 

@@ -133,8 +133,8 @@ def _bits() -> torch.Tensor:
 def _staged(dtype: torch.dtype) -> None:
     """Two passes in one, as a replay has them, each with decay and, for 16 bits, stochastic rounding."""
     keys, scalars = torch.tensor([1, 2]), torch.ones(2, 1)
-    arguments = {"keys": keys, "coefficients": scalars, "decay": scalars, "rounding_keys": keys}
-    torch.ops.pgap_kernels.dense_perturb_([_matrix(dtype)], **arguments, stages=[1, 1], tensor_ids=[7])
+    draws = {"keys": keys, "coefficients": scalars, "tensor_ids": [7], "rounding_keys": keys}
+    torch.ops.pgap_kernels.dense_perturb_([_matrix(dtype)], **draws, decay=scalars, stages=[1, 1])
 
 
 def _assemble(draws: list, dtype: torch.dtype) -> None:
@@ -242,8 +242,9 @@ def _lowrank(config: str, rank: int, core: Callable[[int], object], dtype: torch
 
 def _lowrank_loops(arguments: dict, tiles: int) -> tuple[int, ...]:
     """Over tiles, and, where P is not made by the program, over the rank in each."""
-    rank, step = arguments["RANK"], arguments["K"] if arguments["RANK"] >= 16 else 1
-    return (tiles,) if arguments["RESIDENT"] or rank == step else (tiles, -(-rank // step))
+    rank, tile = arguments["FACTORS"].rank, arguments["TILE"]
+    step = tile.step if rank >= 16 else 1
+    return (tiles,) if tile.resident or rank == step else (tiles, -(-rank // step))
 
 
 def lowrank_cases() -> list[Case]:
@@ -259,7 +260,7 @@ def lowrank_cases() -> list[Case]:
                 config,
                 dtype,
                 launches,
-                lambda x: x["BM"] * x["BN"],
+                lambda x: x["TILE"].rows * x["TILE"].columns,
                 size,
                 size,
                 _lowrank_loops,
@@ -275,7 +276,7 @@ def lowrank_cases() -> list[Case]:
                 config,
                 dtype,
                 launches,
-                lambda x: x["BM"] * x["K"],
+                lambda x: x["TILE"].rows * x["TILE"].step,
                 read=0,
                 written=0,
                 loops=lambda _, tiles: (tiles, tiles),  # over columns of P, and over the sum in each
@@ -307,7 +308,7 @@ def _forward(rank: int, x_dtype: torch.dtype | None, dtype: torch.dtype) -> None
 
 def _steps(over: str, arguments: dict, _: int) -> tuple[int, ...]:
     """Of the sum over the rank, or over the width of its rows."""
-    steps = -(-arguments[over] // arguments["K"])
+    steps = -(-getattr(arguments["SHAPE"], over) // arguments["TILE"].step)
     return (steps,) if steps > 1 else ()
 
 
@@ -318,23 +319,22 @@ def _forward_case(config: str, rank: int, x_dtype: torch.dtype | None, dtype: st
         config,
         dtype,
         launches,
-        lambda x: x["BM"] * x["BR"],
+        lambda x: x["TILE"].rows * x["TILE"].columns,
         read=0,
         written=0,
-        loops=partial(_steps, "RANK"),
+        loops=partial(_steps, "rank"),
         rank=rank,
         numbers=SIDE * rank,
         function=f"{kernel}_kernel",
     )
     if kernel == "expand":
-        size, loops = BYTES[dtype], partial(_steps, "WIDTH")
-        tile, readers = (lambda x: x["BM"] * x["BN"]), ("load_outputs",)
-        return replace(case, tile=tile, read=size, written=size, loops=loops, readers=readers, numbers=SIDE * SIDE)
+        size, loops = BYTES[dtype], partial(_steps, "width")
+        return replace(case, read=size, written=size, loops=loops, readers=("load_outputs",), numbers=SIDE * SIDE)
     if kernel == "project":
         read = 4 if x_dtype else BYTES[dtype]
         wide = forward_config(DTYPES[dtype], rank).project.columns
         times = -(-rank // wide)  # that x is read
-        tile, loops = (lambda x: x["BM"] * x["K"]), (lambda _, tiles: (tiles,))
+        tile, loops = (lambda x: x["TILE"].rows * x["TILE"].step), (lambda _, tiles: (tiles,))
         readers, numbers = ("load_inputs",), SIDE * SIDE * times
         return replace(case, tile=tile, read=read, loops=loops, fixed=1, readers=readers, numbers=numbers)
     return case

@@ -23,6 +23,7 @@ from triton.runtime.driver import driver
 
 import pgap_kernels.triton
 from pgap_kernels import backends
+from pgap_kernels.triton.launch import wrap_constants
 
 MODULES = [
     importlib.import_module(f"pgap_kernels.triton.{x.name}") for x in pkgutil.iter_modules(pgap_kernels.triton.__path__)
@@ -48,6 +49,9 @@ class _OnMeta:
 
 
 def _on_meta(value):
+    """Lists of tensors, and those in a record of arguments, on the meta device."""
+    if isinstance(value, tuple):
+        return type(value)(*map(_on_meta, value))
     if isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
         return [t.to("meta") for t in value]
     return value
@@ -63,7 +67,6 @@ def recorded(call: Callable[[], object], architecture: str) -> list[Launch]:
     stand_ins = {"launch": launch, "architecture": lambda device: architecture}
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(backends, "select", lambda *_: _OnMeta()))
-        stack.enter_context(mock.patch.object(torch, "get_device_module", mock.MagicMock()))  # streams
         for module in MODULES:
             for name, stand_in in stand_ins.items():
                 if hasattr(module, name):
@@ -101,4 +104,4 @@ def _targeting(target: GPUTarget) -> Iterator[None]:
 def compile_for(launch: Launch, target: GPUTarget):
     """Triton's compiled kernel."""
     with _targeting(target):
-        return launch.kernel.warmup(grid=(launch.programs,), **launch.arguments, **launch.options)
+        return launch.kernel.warmup(grid=(launch.programs,), **wrap_constants(launch.arguments), **launch.options)

@@ -63,7 +63,8 @@ def refusal(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def __getattr__(op: str) -> Any:
-    """The host function of an op, from its family's file."""
+    """The host function of an op, from its family's file: found once, and from then on an attribute as any other."""
     if op not in _FAMILIES:
         raise AttributeError(f"module {__name__!r} has no attribute {op!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_FAMILIES[op]}"), op)
+    function = globals()[op] = getattr(importlib.import_module(f"{__name__}.{_FAMILIES[op]}"), op)
+    return function

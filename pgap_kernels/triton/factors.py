@@ -1,12 +1,13 @@
-"""The small side of a low-rank direction: P = A C, with A and C stored or regenerated, C aligned on the way.
+"""The small side of a low-rank direction: P = A C, with A and C stored or regenerated.
 
     A[i, k] = normal number (row i) r + k under its key;   C[k, j] = normal number k r + j
-    aligned (P-GAP):  alpha = (<S, C> - xi sqrt(delta) |S|) / |S|^2,   C[k, k] <- C[k, k] - alpha S_k     in float64
 
 One program of a low-rank pass makes P of its rows once and keeps it; above a rank that the configuration states
 `product_kernel` makes P of all matrices first (docs/kernels.md has the model behind the crossover).
 """
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -15,187 +16,208 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import PRODUCT
-from .launch import TYPES, assembled, cached_table, identity, is_nvidia, launch, next_power_of_two, scratch
-from .noise import element_normal, group_words
-from .rounding import narrow
-from .tiles import EXTRA, FIELDS, FIRST_TILE, OUT, ROWS, TENSOR_ID
+from .launch import is_nvidia, launch
+from .noise import element_normal
+from .rounding import TYPES, round_to
+from .table import (
+    CORE,
+    EXTRA0,
+    EXTRA1,
+    FIELDS,
+    FIRST_ROW,
+    FIRST_TILE,
+    OUT,
+    ROWS,
+    TENSOR_ID,
+    build_table,
+    cached_table,
+    table_key,
+)
 
-# Columns of a low-rank table beyond those of tiles.py; EXTRA is A, SECOND is B.
-FIRST_ROW = tl.constexpr(20)  # of the shard in the unsharded matrix
-CORE = tl.constexpr(18)  # C, its diagonal, or S
-SIGN_ID = tl.constexpr(19)
+# A and B: the address of a stored factor; of one made just before the pass, its first element in the workspace.
+LEFT, RIGHT = EXTRA0, EXTRA1
+
+
+class Factors(NamedTuple):
+    """Constants of A, B and C: a factor without a type is drawn."""
+
+    rank: int
+    padded: int  # rank as a power of two
+    kind: str  # of the core: none, diagonal, full or regenerated
+    left: tl.dtype | None
+    right: tl.dtype | None
+    core: tl.dtype | None
+    precision: str  # of tl.dot on float32: ieee or tf32x3
+    aligned: bool  # every A and B begins at a multiple of 16 bytes
 
 
 @triton.jit
-def left_tile(entry, key, i, k, RANK: tl.constexpr, LEFT_TYPE: tl.constexpr):
-    """A[i, k] in float32 for rows i (BM, 1) of the shard and columns k (1, K); 0 outside. LEFT_TYPE None: drawn."""
-    rows = tl.load(entry + ROWS)
-    if LEFT_TYPE is None:
-        e = (tl.load(entry + FIRST_ROW) + i) * RANK + k
-        a = element_normal(e, tl.load(entry + TENSOR_ID).to(tl.uint32), key)
-        a = tl.where((i < rows) & (k < RANK), a, 0.0)
+def factor_pointer(entry, FIELD: tl.constexpr, workspace_ptr, TYPE: tl.constexpr):
+    """The first element of a factor; without a workspace it is a stored one."""
+    place = tl.load(entry + FIELD)
+    if workspace_ptr is None:
+        pointer = place.to(tl.pointer_type(TYPE))
     else:
-        pointer = tl.load(entry + EXTRA).to(tl.pointer_type(LEFT_TYPE))
-        a = tl.load(pointer + i * RANK + k, mask=(i < rows) & (k < RANK), other=0.0).to(tl.float32)
+        pointer = workspace_ptr + place
+    return pointer
+
+
+@triton.jit
+def left_tile(entry, a_ptr, key, i, k, FACTORS: tl.constexpr):
+    """A[i, k] in float32 for rows i (BM, 1) of the shard and columns k (1, K); 0 outside."""
+    inside = (i < tl.load(entry + ROWS)) & (k < FACTORS.rank)
+    if FACTORS.left is None:
+        e = (tl.load(entry + FIRST_ROW) + i) * FACTORS.rank + k
+        a = element_normal(e, tl.load(entry + TENSOR_ID).to(tl.uint32), key)
+        a = tl.where(inside, a, 0.0)
+    else:
+        a = tl.load(a_ptr + i * FACTORS.rank + k, mask=inside, other=0.0).to(tl.float32)
     return a
 
 
 @triton.jit
-def alignment(entry, keys_ptr, delta_ptr, RANK: tl.constexpr, PADDED: tl.constexpr, SIGN: tl.constexpr):
-    """alpha, in float64."""
-    k = tl.arange(0, PADDED)
-    s = tl.load(tl.load(entry + CORE).to(tl.pointer_type(tl.float32)) + k, mask=k < RANK, other=0.0).to(tl.float64)
-    z = element_normal(k.to(tl.int64) * (RANK + 1), tl.load(entry + TENSOR_ID).to(tl.uint32), tl.load(keys_ptr + 2))
-    square = tl.sum(s * s, 0)
-    projection = tl.sum(s * z.to(tl.float64), 0)
-    target = tl.sqrt(tl.load(delta_ptr).to(tl.float64)) * tl.sqrt(square)
-    if SIGN:
-        zero = tl.zeros((), tl.int64)
-        sign_id = tl.load(entry + SIGN_ID).to(tl.uint32)
-        word, _, _, _ = group_words(zero, zero.to(tl.int32), sign_id, tl.load(keys_ptr + 3))
-        target = tl.where((word & 1) != 0, target, -target)
-    return tl.where(square > 0, (projection - target) / square, 0.0)
-
-
-@triton.jit
-def core_tile(entry, keys_ptr, alpha, k, j, RANK: tl.constexpr, KIND: tl.constexpr, CORE_TYPE: tl.constexpr):
+def core_tile(entry, keys_ptr, k, j, FACTORS: tl.constexpr):
     """C[k, j] in float32 for rows k (K, 1) and columns j (1, J); 0 outside."""
-    inside = (k < RANK) & (j < RANK)
-    if KIND == "full":
-        pointer = tl.load(entry + CORE).to(tl.pointer_type(CORE_TYPE))
-        c = tl.load(pointer + k * RANK + j, mask=inside, other=0.0).to(tl.float32)
+    inside = (k < FACTORS.rank) & (j < FACTORS.rank)
+    if FACTORS.kind == "full":
+        pointer = tl.load(entry + CORE).to(tl.pointer_type(FACTORS.core))
+        c = tl.load(pointer + k * FACTORS.rank + j, mask=inside, other=0.0).to(tl.float32)
     else:
-        tensor_id, key = tl.load(entry + TENSOR_ID).to(tl.uint32), tl.load(keys_ptr + 2)
-        c = element_normal((k * RANK + j).to(tl.int64), tensor_id, key)
-        if KIND == "aligned":
-            pointer = tl.load(entry + CORE).to(tl.pointer_type(tl.float32))
-            s = tl.load(pointer + k, mask=k < RANK, other=0.0).to(tl.float64)
-            z = element_normal(k.to(tl.int64) * (RANK + 1), tensor_id, key).to(tl.float64)
-            c = tl.where(k == j, (z - alpha * s).to(tl.float32), c)
+        e = (k * FACTORS.rank + j).to(tl.int64)
+        c = element_normal(e, tl.load(entry + TENSOR_ID).to(tl.uint32), tl.load(keys_ptr + 2))
         c = tl.where(inside, c, 0.0)
     return c
 
 
 @triton.jit
-def product_tile(
-    entry,
-    keys_ptr,
-    alpha,
-    i,
-    j,
-    RANK: tl.constexpr,
-    KIND: tl.constexpr,
-    LEFT_TYPE: tl.constexpr,
-    CORE_TYPE: tl.constexpr,
-    KEY: tl.constexpr,
-    PRODUCTS: tl.constexpr,
-    K: tl.constexpr,
-):
-    """P[i, j] in float32, the sum over k in steps of K."""
+def product_tile(entry, a_ptr, keys_ptr, i, j, FACTORS: tl.constexpr, KEY: tl.constexpr, STEP: tl.constexpr):
+    """P[i, j] in float32, the sum over k in steps; A is drawn from key number KEY of A, B and C."""
     key = tl.load(keys_ptr + KEY)
-    if KIND == "none":
-        p = left_tile(entry, key, i, j, RANK, LEFT_TYPE)
-    elif KIND == "diagonal":
-        pointer = tl.load(entry + CORE).to(tl.pointer_type(CORE_TYPE))
-        c = tl.load(pointer + j, mask=j < RANK, other=0.0).to(tl.float32)
-        p = left_tile(entry, key, i, j, RANK, LEFT_TYPE) * c
+    if FACTORS.kind == "none":
+        p = left_tile(entry, a_ptr, key, i, j, FACTORS)
+    elif FACTORS.kind == "diagonal":
+        pointer = tl.load(entry + CORE).to(tl.pointer_type(FACTORS.core))
+        c = tl.load(pointer + j, mask=j < FACTORS.rank, other=0.0).to(tl.float32)
+        p = left_tile(entry, a_ptr, key, i, j, FACTORS) * c
     else:
         p = tl.zeros((i.shape[0], j.shape[1]), tl.float32)
-        for first in range(0, RANK, K):
-            a = left_tile(entry, key, i, first + tl.arange(0, K)[None, :], RANK, LEFT_TYPE)
-            c = core_tile(entry, keys_ptr, alpha, first + tl.arange(0, K)[:, None], j, RANK, KIND, CORE_TYPE)
-            p = tl.dot(a, c, acc=p, input_precision=PRODUCTS)
+        for first in range(0, FACTORS.rank, STEP):
+            a = left_tile(entry, a_ptr, key, i, first + tl.arange(0, STEP)[None, :], FACTORS)
+            c = core_tile(entry, keys_ptr, first + tl.arange(0, STEP)[:, None], j, FACTORS)
+            p = tl.dot(a, c, acc=p, input_precision=FACTORS.precision)
     return p
 
 
 @triton.jit
 def product_kernel(
-    map_ptr,
-    table_ptr,
-    keys_ptr,  # of A, B, C, xi
-    delta_ptr,
-    RANK: tl.constexpr,
-    PADDED: tl.constexpr,
-    KIND: tl.constexpr,
-    SIGN: tl.constexpr,
-    TYPE: tl.constexpr,
-    LEFT_TYPE: tl.constexpr,
-    CORE_TYPE: tl.constexpr,
+    table,
+    keys_ptr,  # of A, B, C
+    workspace_ptr,
+    FACTORS: tl.constexpr,
     KEY: tl.constexpr,  # which key draws A: 0, or 1 to make B by this kernel
-    PRODUCTS: tl.constexpr,
-    BM: tl.constexpr,
-    K: tl.constexpr,
+    TYPE: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """P of BM rows of one matrix, rounded to TYPE, at OUT (rows x RANK)."""
+    """P of some rows of one matrix, rounded to TYPE, at OUT of the workspace (rows x rank)."""
     tile = tl.program_id(0).to(tl.int64)
-    entry = table_ptr + tl.load(map_ptr + tile).to(tl.int64) * FIELDS
-    i = (tile - tl.load(entry + FIRST_TILE)) * BM + tl.arange(0, BM)[:, None]
-    alpha = tl.zeros((), tl.float64)
-    if KIND == "aligned":
-        alpha = alignment(entry, keys_ptr, delta_ptr, RANK, PADDED, SIGN)
-    pointer = tl.load(entry + OUT).to(tl.pointer_type(TYPE))
-    for first in range(0, RANK, K):
-        j = first + tl.arange(0, K)[None, :]
-        p = product_tile(entry, keys_ptr, alpha, i, j, RANK, KIND, LEFT_TYPE, CORE_TYPE, KEY, PRODUCTS, K)
-        tl.store(pointer + i * RANK + j, narrow(p, TYPE), mask=(i < tl.load(entry + ROWS)) & (j < RANK))
+    entry = table.entries + tl.load(table.owners + tile).to(tl.int64) * FIELDS
+    i = (tile - tl.load(entry + FIRST_TILE)) * TILE.rows + tl.arange(0, TILE.rows)[:, None]
+    a_ptr = None
+    if FACTORS.left is not None:
+        a_ptr = factor_pointer(entry, LEFT, None, FACTORS.left)
+    pointer = workspace_ptr + tl.load(entry + OUT)
+    for first in range(0, FACTORS.rank, TILE.step):
+        j = first + tl.arange(0, TILE.step)[None, :]
+        p = product_tile(entry, a_ptr, keys_ptr, i, j, FACTORS, KEY, TILE.step)
+        inside = (i < tl.load(entry + ROWS)) & (j < FACTORS.rank)
+        tl.store(pointer + i * FACTORS.rank + j, round_to(p, TYPE), mask=inside)
 
 
-def products_on(device: torch.device, dtype: torch.dtype, rank: int) -> str:
+def precision_on(device: torch.device, dtype: torch.dtype, rank: int) -> str:
     """How float32 products are made: IEEE, but where P is rounded to 16 bits anyway the tensor cores are as good."""
     return "tf32x3" if is_nvidia(device) and dtype != torch.float32 and rank >= 16 else "ieee"
 
 
-class Factors(NamedTuple):
-    """What is common to the factors of one pass."""
+class Side(NamedTuple):
+    """A, or B, of all matrices of a pass."""
 
-    rank: int
-    dtype: torch.dtype
-    tensor_ids: list[int]
-    keys: Tensor
-    delta: Tensor
+    places: list[int]  # addresses; first elements in the workspace; 0 where they are drawn in the pass
+    dtype: torch.dtype | None = None  # None: drawn in the pass
+    workspace: Tensor | None = None
 
-    def products(self, side, rows, firsts, left=(), core=(), kind="none", sign_ids=()) -> list[Tensor]:
-        """P (or B, as the drawn "right" side without a core) of every matrix in one launch, in a scratch."""
-        rank, device = self.rank, self.keys.device
-        buffer = scratch(side, device, self.dtype, sum(rows) * rank)
-        parts = [part.view(-1, rank) for part in buffer[: sum(rows) * rank].split([m * rank for m in rows])]
+    @property
+    def aligned(self) -> bool:
+        """Whether every one begins at a multiple of 16 bytes."""
+        size = 1 if self.workspace is None else self.workspace.element_size()
+        return all(place * size % 16 == 0 for place in self.places)
 
-        def make():
-            entries = [
-                {
-                    OUT: part.data_ptr(),
-                    EXTRA: left[t].data_ptr() if left else 0,
-                    CORE: core[t].data_ptr() if core else 0,
-                    TENSOR_ID: self.tensor_ids[t],
-                    SIGN_ID: sign_ids[t] if sign_ids else 0,
-                    ROWS: rows[t],
-                    FIRST_ROW: firsts[t],
-                }
-                for t, part in enumerate(parts)
-            ]
-            return assembled(entries, [triton.cdiv(m, PRODUCT.rows) for m in rows], device, keep=buffer)
 
-        key = ("product", side, kind, rank, *map(tuple, (rows, firsts, self.tensor_ids, sign_ids)))
-        tensors = cached_table((*key, identity(parts, left, core)), make)
-        launch(
-            product_kernel,
-            tensors.tiles,
-            device,
-            PRODUCT.config,
-            map_ptr=tensors.map,
-            table_ptr=tensors.entries,
-            keys_ptr=self.keys,
-            delta_ptr=self.delta,
-            RANK=rank,
-            PADDED=next_power_of_two(rank),
-            KIND=kind,
-            SIGN=bool(sign_ids),
-            TYPE=TYPES[self.dtype],
-            LEFT_TYPE=TYPES[left[0].dtype] if left else None,
-            CORE_TYPE=TYPES[core[0].dtype] if core else None,
-            KEY=1 if side == "right" else 0,
-            PRODUCTS=products_on(device, self.dtype, rank),
-            BM=PRODUCT.rows,
-            K=PRODUCT.step,
-        )
-        return parts
+def stored_side(tensors: Sequence[Tensor], count: int) -> Side:
+    """Stored factors, or ``count`` that are drawn in the pass."""
+    return Side([t.data_ptr() for t in tensors], tensors[0].dtype) if tensors else Side([0] * count)
+
+
+def made_side(
+    weight: Tensor,
+    rank: int,
+    keys: Tensor,
+    tensor_ids: Sequence[int],
+    rows: Sequence[int],
+    first_rows: Sequence[int],
+    left: Sequence[Tensor] = (),
+    core: Sequence[Tensor] = (),
+    kind: str = "none",
+    key: int = 0,
+) -> Side:
+    """P in the dtype of such weights, of all matrices in one launch; with key 1 it is B, drawn as A is with key 0.
+
+    The workspace is PyTorch's to place: tables do not hold its address, so a graph capture may bring its own.
+    """
+    device, dtype = weight.device, weight.dtype
+    *places, size = accumulate((m * rank for m in rows), initial=0)
+    workspace = torch.empty(size, dtype=dtype, device=device)
+
+    def build():
+        entries = [
+            {
+                OUT: places[t],
+                LEFT: left[t].data_ptr() if left else 0,
+                CORE: core[t].data_ptr() if core else 0,
+                TENSOR_ID: tensor_ids[t],
+                ROWS: rows[t],
+                FIRST_ROW: first_rows[t],
+            }
+            for t in range(len(rows))
+        ]
+        return build_table(entries, [triton.cdiv(m, PRODUCT.rows) for m in rows], device)
+
+    own = ("product", device, rank, tuple(rows), tuple(first_rows), tuple(tensor_ids))
+    table = cached_table((*own, table_key(left, core)), build)
+    launch(
+        product_kernel,
+        table.programs,
+        device,
+        PRODUCT.config,
+        table=table.pointers,
+        keys_ptr=keys,
+        workspace_ptr=workspace,
+        FACTORS=factors_of(weight, rank, kind, stored_side(left, 0), Side([]), core),
+        KEY=key,
+        TYPE=TYPES[dtype],
+        TILE=PRODUCT,
+    )
+    return Side(places, dtype, workspace)
+
+
+def factors_of(weight: Tensor, rank: int, kind: str, left: Side, right: Side, core: Sequence[Tensor]) -> Factors:
+    """The constants of a kernel for such weights."""
+    return Factors(
+        rank,
+        triton.next_power_of_2(rank),
+        kind,
+        left.dtype and TYPES[left.dtype],
+        right.dtype and TYPES[right.dtype],
+        TYPES[core[0].dtype] if core else None,
+        precision_on(weight.device, weight.dtype, rank),
+        left.aligned and right.aligned,
+    )

@@ -1,44 +1,54 @@
-"""A low-rank direction in the forward: y moves by what D = A M B^T would add, and W is only read by its own layer.
+"""A low-rank direction in the forward: y moves by what D = A C B^T would add, and W is only read by its own layer.
 
-    t = round(x F N),   y <- round(y + t G^T)        F, G, N = B, A, M^T;  transposed A, B, M;  x F = F[x] for numbers x
+    t = round(x F N),   y <- round(y + t G^T)        F, G, N = B, A, C^T;  transposed A, B, C;  x F = F[x] for indices x
 
 F, G and t are rounded to a 16-bit y's dtype; sums are float32. An x not of that dtype is two numbers of it: to nearest,
 and what is left. `project_kernel` makes t where N fits the registers beside x F; else it leaves x F in memory, and
-`mix_kernel` makes t of it, as it does of F[x]. `expand_kernel` reads and writes y once. A token's sums do not depend on
-the other tokens.
+`mix_kernel` makes t of it, as it does of F[x]. `expand_kernel` reads and writes y once. Tokens are split into as many
+equal slices as there are cores; each slice has a core of its own. A token's sums do not depend on the other tokens.
 """
+
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from .config import forward_config
-from .factors import products_on
-from .launch import TYPES, launch
-from .lowrank import product
-from .rounding import narrow
+from .factors import precision_on
+from .launch import launch
+from .lowrank import dot
+from .rounding import TYPES, round_to
+
+
+class Shape(NamedTuple):
+    """Constants that the kernels share."""
+
+    rank: int
+    width: int  # of a row of t; beyond the rank are zeros, or NaN if x is infinite
+    dtype: tl.dtype  # of y
+    precision: str  # of tl.dot on float32: ieee or tf32x3
+    transposed: bool
 
 
 @triton.jit
-def token_block(block, half, BM: tl.constexpr):
-    """Tokens of a block, (BM,) int64; which of them are meant, the others repeat the last; whether of the second half.
+def token_block(block, tokens, BM: tl.constexpr):
+    """Tokens of a block, (BM,) int64; which of them are meant, the others repeat the last; their slice.
 
-    Blocks begin anew in the second half, which has a core of its own.
+    A slice has ``tokens``; blocks begin anew in every slice.
     """
-    blocks = tl.cdiv(half, BM)
-    second = block // blocks
-    i = (block - second * blocks) * BM + tl.arange(0, BM)
-    return second.to(tl.int64) * half + tl.minimum(i, half - 1), i < half, second != 0
+    blocks = tl.cdiv(tokens, BM)
+    part = block // blocks
+    i = (block - part * blocks) * BM + tl.arange(0, BM)
+    return part.to(tl.int64) * tokens + tl.minimum(i, tokens - 1), i < tokens, part
 
 
 @triton.jit
-def core_tile(core_ptr, other_ptr, second, k, j, RANK: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """N[k, j] of a half for k (K, 1) and j (1, J); 0 outside."""
-    pointer = core_ptr
-    if second:
-        pointer = other_ptr
-    place = k * RANK + j if TRANSPOSED else j * RANK + k
-    return tl.load(pointer + place, mask=(k < RANK) & (j < RANK), other=0.0)
+def core_tile(core_ptr, k, j, SHAPE: tl.constexpr):
+    """N[k, j] for k (K, 1) and j (1, J); 0 outside."""
+    place = k * SHAPE.rank + j if SHAPE.transposed else j * SHAPE.rank + k
+    return tl.load(core_ptr + place, mask=(k < SHAPE.rank) & (j < SHAPE.rank), other=0.0)
 
 
 @triton.jit
@@ -47,89 +57,78 @@ def load_inputs(pointer, k, columns):
     return tl.load(pointer, mask=(k < columns)[None, :], other=0.0)
 
 
-@triton.jit(do_not_specialize=["half"])
+@triton.jit(do_not_specialize=["tokens"])
 def project_kernel(
     x_ptr,
-    factor_ptr,  # F (columns, RANK)
-    core_ptr,  # M of the first half of the tokens
-    other_ptr,  # of the second
+    factor_ptr,  # F (columns, rank)
+    core_ptr,  # of the first slice
+    core_stride: tl.int64,
     t_ptr,
-    half,
+    tokens,  # of a slice
     columns,
     stride,  # of x
-    RANK: tl.constexpr,
-    WIDTH: tl.constexpr,  # of a row of t; beyond the rank are zeros, or NaN if x is infinite
-    TYPE: tl.constexpr,  # of y
-    PRODUCTS: tl.constexpr,  # input precision of tl.dot on float32: ieee or tf32x3
+    SHAPE: tl.constexpr,
+    TILE: tl.constexpr,
     SPLIT: tl.constexpr,  # x has more bits than y, so two values of y's type stand for one of x
-    TRANSPOSED: tl.constexpr,
     MIXES: tl.constexpr,  # t = round(x F N); else x F in float32
-    BM: tl.constexpr,
-    BR: tl.constexpr,
-    K: tl.constexpr,
 ):
-    """t = round(x F N) or x F: a block of tokens, BR columns of t."""
+    """t = round(x F N) or x F: a block of tokens, some columns of t."""
     program = tl.program_id(0)
-    RANKS: tl.constexpr = (WIDTH + BR - 1) // BR
-    i, inside, second = token_block(program // RANKS, half, BM)
-    j = program % RANKS * BR + tl.arange(0, BR)
-    k = tl.arange(0, K)
+    ACROSS: tl.constexpr = (SHAPE.width + TILE.columns - 1) // TILE.columns
+    i, inside, part = token_block(program // ACROSS, tokens, TILE.rows)
+    j = program % ACROSS * TILE.columns + tl.arange(0, TILE.columns)
+    k = tl.arange(0, TILE.step)
     x_pointer = x_ptr + (i[:, None] * stride + k[None, :])
-    f_pointer = factor_ptr + (k[:, None] * RANK + j[None, :])
-    t = tl.zeros((BM, BR), tl.float32)
-    for first in range(0, columns, K):
+    f_pointer = factor_ptr + (k[:, None] * SHAPE.rank + j[None, :])
+    t = tl.zeros((TILE.rows, TILE.columns), tl.float32)
+    for first in range(0, columns, TILE.step):
         x = load_inputs(x_pointer + first, first + k, columns)
-        offset = tl.cast(first, tl.int64) * RANK
-        f = tl.load(f_pointer + offset, mask=(first + k < columns)[:, None] & (j < RANK)[None, :], other=0.0)
-        f = narrow(f.to(tl.float32), TYPE)
-        high = narrow(x.to(tl.float32), TYPE)
-        t = product(high, f, t, PRODUCTS)
+        offset = tl.cast(first, tl.int64) * SHAPE.rank
+        f = tl.load(f_pointer + offset, mask=(first + k < columns)[:, None] & (j < SHAPE.rank)[None, :], other=0.0)
+        f = round_to(f.to(tl.float32), SHAPE.dtype)
+        high = round_to(x.to(tl.float32), SHAPE.dtype)
+        t = dot(high, f, t, SHAPE.precision)
         if SPLIT:
-            t = product(narrow(x.to(tl.float32) - high.to(tl.float32), TYPE), f, t, PRODUCTS)
+            t = dot(round_to(x.to(tl.float32) - high.to(tl.float32), SHAPE.dtype), f, t, SHAPE.precision)
     if MIXES:
-        n = core_tile(core_ptr, other_ptr, second, tl.arange(0, BR)[:, None], j[None, :], RANK, TRANSPOSED)
-        t = narrow(tl.dot(t, n, input_precision=PRODUCTS), TYPE)
-    tl.store(t_ptr + (i[:, None] * WIDTH + j[None, :]), t, mask=inside[:, None] & (j < WIDTH)[None, :])
+        n = core_tile(core_ptr + part * core_stride, tl.arange(0, TILE.columns)[:, None], j[None, :], SHAPE)
+        t = round_to(tl.dot(t, n, input_precision=SHAPE.precision), SHAPE.dtype)
+    t_pointer = t_ptr + (i[:, None] * SHAPE.width + j[None, :])
+    tl.store(t_pointer, t, mask=inside[:, None] & (j < SHAPE.width)[None, :])
 
 
-@triton.jit(do_not_specialize=["half"])
+@triton.jit(do_not_specialize=["tokens"])
 def mix_kernel(
-    numbers_ptr,  # of rows of F
+    indices_ptr,  # of rows of F; None: row i is token i's x F
     rows_ptr,  # x F (tokens, STRIDE) float32, or F
     core_ptr,
-    other_ptr,
+    core_stride: tl.int64,
     t_ptr,
-    half,
-    RANK: tl.constexpr,
-    WIDTH: tl.constexpr,
+    tokens,
     STRIDE: tl.constexpr,
-    TYPE: tl.constexpr,
-    PRODUCTS: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    GATHER: tl.constexpr,
-    BM: tl.constexpr,
-    BR: tl.constexpr,
-    K: tl.constexpr,
+    SHAPE: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """t = round(T N), T = x F or F[x]: a block of tokens, BR columns of t."""
+    """t = round(T N), T = x F or F[x]: a block of tokens, some columns of t."""
     program = tl.program_id(0)
-    RANKS: tl.constexpr = (WIDTH + BR - 1) // BR
-    i, inside, second = token_block(program // RANKS, half, BM)
-    j = program % RANKS * BR + tl.arange(0, BR)
+    ACROSS: tl.constexpr = (SHAPE.width + TILE.columns - 1) // TILE.columns
+    i, inside, part = token_block(program // ACROSS, tokens, TILE.rows)
+    j = program % ACROSS * TILE.columns + tl.arange(0, TILE.columns)
+    core_ptr += part * core_stride
     row = i
-    if GATHER:
-        row = tl.load(numbers_ptr + i).to(tl.int64)
-    t = tl.zeros((BM, BR), tl.float32)
-    for first in range(0, RANK, K):
-        k = first + tl.arange(0, K)
-        p = tl.load(rows_ptr + (row[:, None] * STRIDE + k[None, :]), mask=(k < RANK)[None, :], other=0.0)
+    if indices_ptr is not None:
+        row = tl.load(indices_ptr + i).to(tl.int64)
+    t = tl.zeros((TILE.rows, TILE.columns), tl.float32)
+    for first in range(0, SHAPE.rank, TILE.step):
+        k = first + tl.arange(0, TILE.step)
+        p = tl.load(rows_ptr + (row[:, None] * STRIDE + k[None, :]), mask=(k < SHAPE.rank)[None, :], other=0.0)
         p = p.to(tl.float32)
-        if GATHER:
-            p = narrow(p, TYPE).to(tl.float32)
-        n = core_tile(core_ptr, other_ptr, second, k[:, None], j[None, :], RANK, TRANSPOSED)
-        t = tl.dot(p, n, acc=t, input_precision=PRODUCTS)
-    t_pointer = t_ptr + (i[:, None] * WIDTH + j[None, :])
-    tl.store(t_pointer, narrow(t, TYPE), mask=inside[:, None] & (j < WIDTH)[None, :])
+        if indices_ptr is not None:
+            p = round_to(p, SHAPE.dtype).to(tl.float32)
+        n = core_tile(core_ptr, k[:, None], j[None, :], SHAPE)
+        t = tl.dot(p, n, acc=t, input_precision=SHAPE.precision)
+    t_pointer = t_ptr + (i[:, None] * SHAPE.width + j[None, :])
+    tl.store(t_pointer, round_to(t, SHAPE.dtype), mask=inside[:, None] & (j < SHAPE.width)[None, :])
 
 
 @triton.jit
@@ -141,38 +140,44 @@ def load_outputs(pointer, inside):
 @triton.jit(do_not_specialize=["tokens"])
 def expand_kernel(
     t_ptr,
-    factor_ptr,  # G (columns, RANK)
+    factor_ptr,  # G (columns, rank)
     y_ptr,
     tokens,
     columns,
-    RANK: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TYPE: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    K: tl.constexpr,
+    SHAPE: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """y <- round(y + t G^T): a tile of y."""
     program = tl.program_id(0)
-    across = tl.cdiv(columns, BN)
-    i = (program // across).to(tl.int64) * BM + tl.arange(0, BM)
-    j = (program % across).to(tl.int64) * BN + tl.arange(0, BN)
-    k = tl.arange(0, K)
-    t_pointer = t_ptr + (tl.minimum(i, tokens - 1)[:, None] * WIDTH + k[None, :])
-    g_pointer = factor_ptr + (tl.minimum(j, columns - 1)[None, :] * RANK + k[:, None])
-    acc = tl.zeros((BM, BN), tl.float32)
-    for first in range(0, WIDTH, K):
+    across = tl.cdiv(columns, TILE.columns)
+    i = (program // across).to(tl.int64) * TILE.rows + tl.arange(0, TILE.rows)
+    j = (program % across).to(tl.int64) * TILE.columns + tl.arange(0, TILE.columns)
+    k = tl.arange(0, TILE.step)
+    t_pointer = t_ptr + (tl.minimum(i, tokens - 1)[:, None] * SHAPE.width + k[None, :])
+    g_pointer = factor_ptr + (tl.minimum(j, columns - 1)[None, :] * SHAPE.rank + k[:, None])
+    acc = tl.zeros((TILE.rows, TILE.columns), tl.float32)
+    for first in range(0, SHAPE.width, TILE.step):
         t = tl.load(t_pointer + first)
-        g = tl.load(g_pointer + first, mask=(first + k < RANK)[:, None], other=0.0)
-        acc = product(t, narrow(g.to(tl.float32), TYPE), acc, "ieee")
+        g = tl.load(g_pointer + first, mask=(first + k < SHAPE.rank)[:, None], other=0.0)
+        acc = dot(t, round_to(g.to(tl.float32), SHAPE.dtype), acc, "ieee")
     y_pointer = y_ptr + (i[:, None] * columns + j[None, :])
     inside = (i < tokens)[:, None] & (j < columns)[None, :]
     y = load_outputs(y_pointer, inside).to(tl.float32)
-    tl.store(y_pointer, narrow(y + acc, TYPE), mask=inside)
+    tl.store(y_pointer, round_to(y + acc, SHAPE.dtype), mask=inside)
+
+
+def spaced(cores):
+    """The first core and the distance, in elements, of each from the one before; copied if they differ."""
+    addresses = [core.data_ptr() for core in cores]
+    distances = {after - before for before, after in pairwise(addresses)} or {0}
+    if len(distances) > 1:
+        stacked = torch.stack(cores)
+        return stacked, stacked.stride(0)
+    return cores[0], distances.pop() // cores[0].element_size()
 
 
 def lowrank_forward_(outputs, inputs, left, right, cores, transposed):
-    """``ops.lowrank_forward_``: project and expand, mix and expand for row numbers, or all three.
+    """``ops.lowrank_forward_``: project and expand, mix and expand for row indices, or all three.
 
     No table and nothing from the host: a captured graph replays with what the tensors hold then.
     """
@@ -182,75 +187,58 @@ def lowrank_forward_(outputs, inputs, left, right, cores, transposed):
     split = not gather and inputs.dtype != dtype != torch.float32
     config = forward_config(dtype, rank, split)
     width, mixes = config.width(rank), config.mixes and not gather
-    half, rows = tokens // len(cores), into
+    shape = Shape(rank, width, TYPES[dtype], precision_on(device, dtype, width), transposed)
     t = torch.empty(tokens, width, dtype=dtype, device=device)
-    common = {
-        "core_ptr": cores[0],
-        "other_ptr": cores[-1],
-        "half": half,
-        "RANK": rank,
-        "WIDTH": width,
-        "TYPE": TYPES[dtype],
-        "PRODUCTS": products_on(device, dtype, width),
-        "TRANSPOSED": transposed,
-    }
+    core, core_stride = spaced(cores)
+    per_slice = tokens // len(cores)
+    common = {"core_ptr": core, "core_stride": core_stride, "tokens": per_slice, "SHAPE": shape}
 
-    def blocks(tile):
-        return len(cores) * triton.cdiv(half, tile.rows) * triton.cdiv(width, tile.columns)
+    def programs(tile):
+        return len(cores) * triton.cdiv(per_slice, tile.rows) * triton.cdiv(width, tile.columns)
 
+    rows = into
     if not gather:
         x = inputs if inputs.stride(-1) == 1 else inputs.contiguous()
         rows = t if mixes else torch.empty(tokens, width, dtype=torch.float32, device=device)
-        tile = config.project
         launch(
             project_kernel,
-            blocks(tile),
+            programs(config.project),
             device,
-            tile.config,
+            config.project.config,
             x_ptr=x,
             factor_ptr=into,
             t_ptr=rows,
             columns=x.shape[1],
             stride=x.stride(0),
+            TILE=config.project,
             SPLIT=split,
             MIXES=mixes,
-            BM=tile.rows,
-            BR=tile.columns,
-            K=tile.step,
             **common,
         )
     if not mixes:
-        tile = config.mix
         launch(
             mix_kernel,
-            blocks(tile),
+            programs(config.mix),
             device,
-            tile.config,
-            numbers_ptr=inputs.contiguous() if gather else rows,
+            config.mix.config,
+            indices_ptr=inputs.contiguous() if gather else None,
             rows_ptr=rows,
             t_ptr=t,
             STRIDE=rows.shape[1],
-            GATHER=gather,
-            BM=tile.rows,
-            BR=tile.columns,
-            K=tile.step,
+            TILE=config.mix,
             **common,
         )
-    tile, columns = config.expand, outputs.shape[1]
+    columns = outputs.shape[1]
     launch(
         expand_kernel,
-        triton.cdiv(tokens, tile.rows) * triton.cdiv(columns, tile.columns),
+        triton.cdiv(tokens, config.expand.rows) * triton.cdiv(columns, config.expand.columns),
         device,
-        tile.config,
+        config.expand.config,
         t_ptr=t,
         factor_ptr=out_of,
         y_ptr=outputs,
         tokens=tokens,
         columns=columns,
-        RANK=rank,
-        WIDTH=width,
-        TYPE=TYPES[dtype],
-        BM=tile.rows,
-        BN=tile.columns,
-        K=tile.step,
+        SHAPE=shape,
+        TILE=config.expand,
     )

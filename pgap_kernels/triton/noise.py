@@ -8,9 +8,18 @@ The exact tier is +, -, x, explicit fma, correctly rounded sqrt and integer oper
 assembly, so the bits are those of the reference on every target. Compile with ``enable_fp_fusion=False``.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import libdevice
+
+
+class Noise(NamedTuple):
+    """Constants of a draw."""
+
+    distribution: str  # normal or rademacher
+    fast: bool  # normals from NVIDIA's approximate units
 
 
 @triton.jit
@@ -79,9 +88,9 @@ def group_words(group, r, tensor_id, key):
 
 
 @triton.jit
-def group_noise(group, r, tensor_id, key, DISTRIBUTION: tl.constexpr, FAST: tl.constexpr):
+def group_noise(group, r, tensor_id, key, NOISE: tl.constexpr):
     """z of the elements l * 1024 + r of a group, l = 0..3, as four tensors; r is a tile (rows, 8) of 8 i + j."""
-    if DISTRIBUTION == "rademacher":
+    if NOISE.distribution == "rademacher":
         # Word e >> 5 of the stream of words: the 8 signs of a tile's row lie in one byte of one word.
         row = tl.arange(0, r.shape[0])[:, None]
         shift = ((row & 3) * 8 + tl.arange(0, 8)[None, :]).to(tl.uint32)
@@ -92,7 +101,7 @@ def group_noise(group, r, tensor_id, key, DISTRIBUTION: tl.constexpr, FAST: tl.c
         z3 = _signs(group, base + 96 + (row >> 2), shift, tensor_id, key)
     else:
         x0, x1, x2, x3 = group_words(group, r, tensor_id, key)
-        if FAST:
+        if NOISE.fast:
             z0, z1 = fast_box_muller(x0, x1)
             z2, z3 = fast_box_muller(x2, x3)
         else:

@@ -8,68 +8,53 @@ import torch
 import triton
 import triton.language as tl
 
+from ..arguments import ReductionArguments
+from .cache import counter_table, to_device_cached
 from .config import DENSE, Config
-from .launch import TYPES, dense_table, iota, is_nvidia, launch, on
+from .launch import launch, noise_on
 from .noise import group_noise
-from .tiles import (
-    BLOCK,
-    COLUMNS,
-    EXTRA,
-    FIELDS,
-    FIRST_TILE,
-    IN,
-    TENSOR_ID,
-    TILES,
-    address,
-    counters,
-    is_whole,
-    load_lane,
-    locate,
-    offsets,
-    pick,
-)
+from .rounding import TYPES
+from .table import EXTRA0, FIELDS, FIRST_TILE, IN, TILES, dense_table
+from .tiles import BLOCK, address, counters, load_lane, locate, pick_lane
+
+ANCHOR = EXTRA0
 
 
 @triton.jit
 def reduce_kernel(
-    map_ptr,
-    table_ptr,
-    keys_ptr,
-    iota_ptr,
+    table,
+    key_ptr,
+    counters_ptr,
     parts_ptr,
+    FORM: tl.constexpr,  # dot, square or distance
     TYPE: tl.constexpr,
     ANCHOR_TYPE: tl.constexpr,
-    DISTRIBUTION: tl.constexpr,
-    FAST: tl.constexpr,
-    FORM: tl.constexpr,  # dot, square or distance
+    NOISE: tl.constexpr,
 ):
     """The part of one tile."""
-    entry, row, group, base = locate(map_ptr, table_ptr)
-    offset = (group << 12) - base
-    columns = tl.load(entry + COLUMNS)
-    whole = is_whole(entry, group, base)
-    r = offsets()
+    tile = locate(table)
+    place = address(tile, IN, TYPE)
     if FORM == "dot":
-        tensor_id = tl.load(entry + TENSOR_ID).to(tl.uint32)
-        z0, z1, z2, z3 = group_noise(group, counters(iota_ptr), tensor_id, tl.load(keys_ptr), DISTRIBUTION, FAST)
-    place, anchor = address(entry, IN, 1, row, offset, TYPE), address(entry, EXTRA, 2, row, offset, ANCHOR_TYPE)
+        z0, z1, z2, z3 = group_noise(tile.group, counters(counters_ptr), tile.tensor_id, tl.load(key_ptr), NOISE)
+    elif FORM == "distance":
+        anchor = address(tile, ANCHOR, ANCHOR_TYPE)
     total = tl.zeros((BLOCK // 8, 8), tl.float64)
     for lane in range(4):
-        x = load_lane(place, lane, r, offset, columns, whole, TYPE)
+        x = load_lane(tile, place, lane, TYPE)
         if FORM == "distance":
-            x = x - load_lane(anchor, lane, r, offset, columns, whole, ANCHOR_TYPE)
+            x = x - load_lane(tile, anchor, lane, ANCHOR_TYPE)
         other = x
         if FORM == "dot":
-            other = pick(lane, z0, z1, z2, z3)
+            other = pick_lane(lane, z0, z1, z2, z3)
         total += x.to(tl.float64) * other.to(tl.float64)
     tl.store(parts_ptr + tl.program_id(0), tl.sum(tl.reshape(total, (BLOCK,)), 0))
 
 
 @triton.jit
-def collect_kernel(table_ptr, parts_ptr, totals_ptr, STEP: tl.constexpr):
+def collect_kernel(entries_ptr, parts_ptr, totals_ptr, STEP: tl.constexpr):
     """The sum of one tensor's parts."""
     t = tl.program_id(0).to(tl.int64)
-    entry = table_ptr + t * FIELDS
+    entry = entries_ptr + t * FIELDS
     first, count = tl.load(entry + FIRST_TILE), tl.load(entry + TILES)
     total = tl.zeros((STEP,), tl.float64)
     for begin in range(0, count, STEP):
@@ -78,29 +63,26 @@ def collect_kernel(table_ptr, parts_ptr, totals_ptr, STEP: tl.constexpr):
     tl.store(totals_ptr + t, tl.sum(total, 0))
 
 
-def reduce(tensors, arguments):
+def reduce(tensors, arguments: ReductionArguments):
     """``ops.seeded_dot`` and ``ops.squared_norms`` in two launches."""
-    anchors, keys, tensor_ids, slices, distribution, tier = arguments
-    device, dtype = tensors[0].device, tensors[0].dtype
-    table = dense_table(tensors, tensors, tensor_ids, slices, False, anchors)
-    parts = torch.empty(max(table.tiles, 1), dtype=torch.float64, device=device)
+    device, dtype, anchors, keys = tensors[0].device, tensors[0].dtype, arguments.anchors, arguments.keys
+    table = dense_table(tensors, tensors, arguments.tensor_ids, arguments.slices, False, anchors)
+    parts = torch.empty(max(table.programs, 1), dtype=torch.float64, device=device)
     totals = torch.empty(len(tensors), dtype=torch.float64, device=device)
     launch(
         reduce_kernel,
-        table.tiles,
+        table.programs,
         device,
         DENSE[dtype],
-        map_ptr=table.map,
-        table_ptr=table.entries,
-        keys_ptr=on(device, keys) if len(keys) else iota(device),
-        iota_ptr=iota(device),
+        table=table.pointers,
+        key_ptr=to_device_cached(device, keys) if len(keys) else None,
+        counters_ptr=counter_table(device),
         parts_ptr=parts,
-        TYPE=TYPES[dtype],
-        ANCHOR_TYPE=TYPES[anchors[0].dtype] if anchors else TYPES[dtype],
-        DISTRIBUTION=distribution,
-        FAST=tier == "fast" and is_nvidia(device),
         FORM="dot" if len(keys) else "distance" if anchors else "square",
+        TYPE=TYPES[dtype],
+        ANCHOR_TYPE=TYPES[anchors[0].dtype] if anchors else None,
+        NOISE=noise_on(device, arguments.distribution, arguments.tier),
     )
-    arguments = {"table_ptr": table.entries, "parts_ptr": parts, "totals_ptr": totals}
-    launch(collect_kernel, len(tensors), device, Config(), **arguments, STEP=1024)
+    totals_of = {"entries_ptr": table.pointers.entries, "parts_ptr": parts, "totals_ptr": totals}
+    launch(collect_kernel, len(tensors), device, Config(), **totals_of, STEP=1024)
     return totals

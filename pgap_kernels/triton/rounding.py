@@ -1,16 +1,44 @@
-"""Rounding of float32 to the dtype of the weights, as the noise contract has it (docs/noise_v1.md)."""
+"""How a new weight is made of the old one and rounded to its dtype, as the noise contract has it (docs/noise_v1.md)."""
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import interpreted
 
 # Triton's interpreter truncates where compiled code rounds to bfloat16; there the same rounding is done on the bits.
 INTERPRETED = tl.constexpr(interpreted())
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+class Update(NamedTuple):
+    """Constants of a kernel that writes weights."""
+
+    dtype: tl.dtype
+    decay: bool  # some weight may have one
+    stochastic: bool  # rounding; else to nearest
+
+
+def update_of(weight: Tensor, decay: Tensor | None, rounding_keys: Tensor | None) -> Update:
+    """A decay on the device may be anything; rounding to float32 is to nearest."""
+    decays = decay is not None and (decay.device == weight.device or bool(decay.any()))
+    return Update(TYPES[weight.dtype], decays, rounding_keys is not None and weight.dtype != torch.float32)
 
 
 @triton.jit
-def narrow(value, TYPE: tl.constexpr):
+def add_delta(w, delta, decay, UPDATE: tl.constexpr):
+    """W + delta - decay W, in float32."""
+    if UPDATE.decay:
+        if decay != 0:
+            delta = tl.fma(w, -decay, delta)
+    return w + delta
+
+
+@triton.jit
+def round_to(value, TYPE: tl.constexpr):
     """To the nearest value of the type, ties to even."""
     if INTERPRETED and TYPE == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
@@ -47,5 +75,5 @@ def stochastic(value, word, TYPE: tl.constexpr):
             small = ((whole + up_small) * 5.9604644775390625e-08).to(tl.uint32, bitcast=True) | (bits & 0x80000000)
             chosen = tl.where(magnitude >= 0x38800000, normal, small.to(tl.float32, bitcast=True))
             beyond = magnitude > 0x477FE000
-        result = tl.where(beyond, narrow(value, TYPE).to(tl.float32), chosen)
+        result = tl.where(beyond, round_to(value, TYPE).to(tl.float32), chosen)
     return result

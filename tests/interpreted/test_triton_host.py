@@ -9,8 +9,8 @@ from cases import IDS, KEYS, update_arguments
 from helpers import assert_same_bits, clones, ops, poison, weights
 
 from pgap_kernels import use_backend
-from pgap_kernels.triton import launch
-from pgap_kernels.triton.tiles import ALIGNED
+from pgap_kernels.triton import cache, table
+from pgap_kernels.triton.table import ALIGNED
 
 TABLE = torch.ops.pgap_kernels
 DRAWS = [(KEYS[0], 0.1)]
@@ -33,18 +33,18 @@ def add_lowrank(tensors, backend="triton", **options):
 @pytest.fixture(autouse=True)
 def own_tables(monkeypatch):
     """A cache of the test's own, and what it has made."""
-    cache = launch.Cache(64)
-    monkeypatch.setattr(launch, "_tables", cache)
-    return cache
+    own = cache.Cache(64)
+    monkeypatch.setattr(table, "_tables", own)
+    return own
 
 
 def test_one_table_for_one_list(own_tables):
     w = weights(SHAPES)
     perturb(w)
-    (table,) = own_tables.entries.values()
+    (made,) = own_tables.entries.values()
     perturb(w, decay=0.5)
     ops.dense_perturb_(w, [(KEYS[1], 0.5), (KEYS[2], 0.25)], tensor_ids=IDS[:3], backend="triton")
-    assert [*own_tables.entries.values()] == [table] and own_tables.entries.popitem()[1] is table
+    assert [*own_tables.entries.values()] == [made] and own_tables.entries.popitem()[1] is made
 
 
 def test_lowrank_tables_are_kept(own_tables):
@@ -132,10 +132,10 @@ def test_what_was_dropped_is_made_again(own_tables, size):
 
 
 def test_the_least_recently_used_goes_first():
-    cache, made = launch.Cache(2), []
+    lru, made = cache.Cache(2), []
 
     def get(key):
-        return cache.get(key, lambda: made.append(key) or key)
+        return lru.get(key, lambda: made.append(key) or key)
 
     assert [get(key) for key in "abacab"] == [*"abacab"]
     assert made == ["a", "b", "c", "b"]
@@ -144,8 +144,8 @@ def test_the_least_recently_used_goes_first():
 # ---- alignment -----------------------------------------------------------------------------------------------------
 
 
-def aligned(table) -> list[int]:
-    return table.entries[:, ALIGNED.value].tolist()
+def aligned(made: table.Table) -> list[int]:
+    return made.pointers.entries[:, ALIGNED.value].tolist()
 
 
 def rows_of(columns: int, gap: int, dtype=torch.float32, shift: int = 0) -> torch.Tensor:
@@ -175,11 +175,11 @@ def rows_of(columns: int, gap: int, dtype=torch.float32, shift: int = 0) -> torc
 def test_accesses_without_a_mask_are_aligned(tensor, base, row_stride, whole):
     """A tile is read 16 bytes at a time only where every row, in each tensor, begins at a multiple of 16 bytes."""
     place, plain = [base, row_stride], torch.zeros(tensor.shape, dtype=tensor.dtype)
-    assert aligned(launch.dense_table([tensor], [tensor], [1], place, False)) == [whole]
-    assert aligned(launch.dense_table([tensor], [], [1], place, False)) == [whole]
+    assert aligned(table.dense_table([tensor], [tensor], [1], place, False)) == [whole]
+    assert aligned(table.dense_table([tensor], [], [1], place, False)) == [whole]
     for lists in ([[plain], [tensor]], [[plain], [plain], [tensor]], [[plain], [plain], [plain], [tensor]]):
         out, source, *others = lists
-        assert aligned(launch.dense_table(out, source, [1], place, False, *others)) == [whole]
+        assert aligned(table.dense_table(out, source, [1], place, False, *others)) == [whole]
 
 
 @pytest.mark.parametrize(

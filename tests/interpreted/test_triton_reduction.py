@@ -11,7 +11,7 @@ from cases import DISTRIBUTIONS, IDS, KEYS, LAYOUTS, Case, dot_arguments, norm_a
 from helpers import DTYPES, ops, weights
 
 from pgap_kernels.triton.reduction import collect_kernel
-from pgap_kernels.triton.tiles import FIELDS, FIRST_TILE, TILES
+from pgap_kernels.triton.table import FIELDS, FIRST_TILE, TILES
 
 NOTHING_AND_ONE = [(), (0,), (0, 4), (1,), (3, 5)]
 
@@ -105,6 +105,6 @@ def test_parts_of_many_tiles():
         row[FIRST_TILE.value], row[TILES.value] = first, count
         first += count
     totals = torch.full((len(counts),), math.nan, dtype=torch.float64)
-    collect_kernel[(len(counts),)](table_ptr=table, parts_ptr=parts, totals_ptr=totals, STEP=16)
+    collect_kernel[(len(counts),)](entries_ptr=table, parts_ptr=parts, totals_ptr=totals, STEP=16)
     for total, own in zip(totals.tolist(), parts.split(counts), strict=True):
         assert abs(total - math.fsum(own.tolist())) <= 1e-12 * own.abs().sum().item()

@@ -7,8 +7,7 @@ import triton.language as tl
 from helpers import assert_same_bits
 
 from pgap_kernels import reference
-from pgap_kernels.triton.launch import TYPES
-from pgap_kernels.triton.rounding import narrow, stochastic
+from pgap_kernels.triton.rounding import TYPES, round_to, stochastic
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 N = 1 << 19
@@ -21,9 +20,9 @@ def convert_kernel(out_ptr, x_ptr, TYPE: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def narrow_kernel(out_ptr, x_ptr, TYPE: tl.constexpr, N: tl.constexpr):
+def round_kernel(out_ptr, x_ptr, TYPE: tl.constexpr, N: tl.constexpr):
     i = tl.arange(0, N)
-    tl.store(out_ptr + i, narrow(tl.load(x_ptr + i), TYPE))
+    tl.store(out_ptr + i, round_to(tl.load(x_ptr + i), TYPE))
 
 
 @triton.jit
@@ -68,7 +67,7 @@ def test_the_interpreter_converts_as_torch(dtype):
 def test_nearest(dtype):
     x = around(torch.bfloat16 if dtype == torch.float32 else dtype)
     out = torch.full((N,), 7.0, dtype=dtype)
-    narrow_kernel[(1,)](out, x, TYPE=TYPES[dtype], N=N)
+    round_kernel[(1,)](out, x, TYPE=TYPES[dtype], N=N)
     assert_same_bits(out, x.to(dtype))
 
 

@@ -12,7 +12,7 @@ from helpers import DTYPES, assert_same_bits, clones, ops, weights
 
 from pgap_kernels.triton import anchor, launch, lowrank, preconditioned
 from pgap_kernels.triton import dense as dense_family
-from pgap_kernels.triton.tiles import FIRST_TILE
+from pgap_kernels.triton.table import FIRST_TILE, TablePointers
 
 DRAWS = list(zip(KEYS[:2], COEFFICIENTS[:2], strict=True))
 STOCHASTIC = ROUNDINGS["stochastic"]
@@ -33,13 +33,13 @@ def in_another_order(launched, seed: int):
     """``launch`` with every tile given to another program: each has an entry of its own, counted from elsewhere."""
 
     def launch_shuffled(kernel, programs, device, config, **arguments):
-        if "map_ptr" in arguments:
-            owners, entries = arguments["map_ptr"].tolist(), arguments["table_ptr"]
+        if "table" in arguments:
+            entries, owners = arguments["table"]
             order = random.Random(seed).sample(range(programs), programs)
-            rows = entries[[owners[tile] for tile in order]].clone()
+            rows = entries[owners[order]].clone()
             # Program p looks for its tile at p - FIRST_TILE.
             rows[:, FIRST_TILE.value] += torch.arange(programs) - torch.tensor(order)
-            arguments |= {"map_ptr": torch.arange(programs, dtype=torch.int32), "table_ptr": rows}
+            arguments["table"] = TablePointers(rows, torch.arange(programs, dtype=torch.int32))
             order_of.append(order)
         launched(kernel, programs, device, config, **arguments)
 

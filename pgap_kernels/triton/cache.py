@@ -1,0 +1,73 @@
+"""Device tensors that are made once and used by many launches: tables, and constants that came from the host."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Cache:
+    """LRU cache of device tensors, keyed by their source values.
+
+    Entries that a graph capture has used stay for good: the graph reads that very memory when it is replayed.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.entries: OrderedDict[Hashable, Any] = OrderedDict()
+        self.captured: dict[Hashable, Any] = {}
+
+    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        found = self.captured.get(key)
+        if found is not None:
+            return found
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if key not in self.entries:
+            if capturing:
+                raise RuntimeError(
+                    "pgap_kernels: this list of tensors, or a scalar or key on the host, is new to a graph capture; "
+                    "make the same call once before capturing, with scalars and keys that change in device tensors"
+                )
+            self.entries[key] = make()
+            while len(self.entries) > self.size:
+                self.entries.popitem(last=False)
+        self.entries.move_to_end(key)
+        if capturing:
+            self.captured[key] = self.entries[key]
+        return self.entries[key]
+
+
+_constants = Cache(1024)
+
+
+def to_device_cached(device: torch.device, tensor: Tensor) -> Tensor:
+    """The tensor on the device. Values from the host are copied once, then found by their bits: -0.0 is not 0.0."""
+    if tensor.device == device:
+        return tensor.contiguous()
+    bits = tensor.contiguous().view(-1).view(torch.int32).tolist()
+    key = (device, tensor.dtype, tensor.shape, tuple(bits))
+    return _constants.get(key, lambda: tensor.to(device))
+
+
+def keys_on(device: torch.device, keys: Tensor | None) -> Tensor | None:
+    """Keys of the rounding on the device, if it is stochastic."""
+    return None if keys is None else to_device_cached(device, keys)
+
+
+def broadcast_scalars(device: torch.device, *tables: Tensor) -> tuple[list[Tensor], bool]:
+    """Tables of scalars on the device with the same number of columns, and whether that is one per tensor."""
+    width = max(t.shape[1] for t in tables)
+    return [to_device_cached(device, t.expand(-1, width)) for t in tables], width > 1
+
+
+def counter_table(device: torch.device) -> Tensor:
+    """0 .. 1023, int32 (see ``tiles.counters``).
+
+    Copied from the host, which waits for the copy: a kernel on another stream must not find it half made.
+    """
+    make = lambda: torch.arange(1024, dtype=torch.int32, device="cpu").to(device)  # noqa: E731
+    return _constants.get((device, "counters"), make)
