@@ -58,12 +58,12 @@ def preconditioned_(*args):
 
 
 def anchor_affine_(weights, *args):
-    torch.ops.pgap_kernels_cpu.affine([], weights, True, *args)
+    torch.ops.pgap_kernels_cpu.anchor([], weights, True, *args)
 
 
 def reduce(tensors, anchors, keys, tensor_ids, slices, distribution, tier):
     totals = torch.empty(len(tensors), dtype=torch.float64)
-    torch.ops.pgap_kernels_cpu.reduce(tensors, anchors, keys, tensor_ids, slices, distribution, totals)
+    torch.ops.pgap_kernels_cpu.reduction(tensors, anchors, keys, tensor_ids, slices, distribution, totals)
     return totals
 
 
@@ -91,10 +91,10 @@ def lowrank_perturb_(
     if core_kind == "aligned":  # small matrices: made first, then stored ones like any other
         core, core_kind = aligned_core(core, keys[2:], tensor_ids, sign_ids, delta.item()), "full"
     args = (left, right, core, keys[:3], coefficient, decay, rounding_key, tensor_ids, slices, rank, core_kind)
-    torch.ops.pgap_kernels_cpu.low_rank(weights, out, *args)
+    torch.ops.pgap_kernels_cpu.lowrank(weights, out, *args)
 
 
 def lowrank_forward_(outputs, inputs, left, right, cores, transposed):
     if inputs.stride(-1) != 1:
         inputs = inputs.contiguous()
-    torch.ops.pgap_kernels_cpu.low_rank_forward(outputs, inputs, left, right, cores, transposed)
+    torch.ops.pgap_kernels_cpu.forward(outputs, inputs, left, right, cores, transposed)
