@@ -64,7 +64,6 @@ public:
         for (int64_t row = 0; row < rows; ++row)
             for (int64_t col = 0; col < cols; ++col) set(row, col, fill, hashed(seed) + uint64_t(row * cols + col));
         remember();
-        for_each_gap([](unsigned char* gap, int64_t size) { ASAN_POISON_MEMORY_REGION(gap, size_t(size)); });
     }
     Matrix(Matrix&&) = default;
     ~Matrix() { if (memory) ASAN_UNPOISON_MEMORY_REGION(memory.get(), size_t(bytes)); }
@@ -78,7 +77,11 @@ public:
     }
 
     // What is in memory now is what untouched() compares with.
-    void remember() { before.assign(memory.get(), memory.get() + bytes); }
+    void remember() {
+        ASAN_UNPOISON_MEMORY_REGION(memory.get(), size_t(bytes));
+        before.assign(memory.get(), memory.get() + bytes);
+        for_each_gap([](unsigned char* gap, int64_t size) { ASAN_POISON_MEMORY_REGION(gap, size_t(size)); });
+    }
     bool guards_intact() {
         ASAN_UNPOISON_MEMORY_REGION(memory.get(), size_t(bytes));
         bool intact = true;
