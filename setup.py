@@ -15,10 +15,11 @@ from setuptools.command.build_ext import build_ext
 
 FORCE = os.environ.get("PGAP_FORCE_BUILD", "0") not in ("", "0")
 
-# Every instruction set in its own translation unit, which names its flags; dispatch.cpp picks one at run time.
+# Each instruction set has its own translation unit, which names its compiler flags; dispatch.cpp picks one at run time.
 X86, ARM = ["isa_avx2", "isa_avx512", "isa_avx512_bf16"], ["isa_neon"]
 ISAS = {"x86_64": X86, "amd64": X86, "aarch64": ARM, "arm64": ARM}.get(platform.machine().lower(), [])
-SOURCES = ["ops", "ops_lowrank", "ops_rules", "ops_forward", "dispatch", "isa_generic", *ISAS]
+FAMILIES = ["dense", "masked", "preconditioned", "anchor", "reduction", "lowrank", "forward"]
+SOURCES = ["ops", *(f"ops_{family}" for family in FAMILIES), "dispatch", "isa_generic", *ISAS]
 
 
 def flags_of(source):
@@ -60,7 +61,7 @@ def extensions():
             libraries=["torch", "torch_cpu", "c10"],
             define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000"), ("Py_LIMITED_API", "0x030a0000")],
             extra_compile_args=[
-                "-std=c++17",
+                "-std=c++20",
                 "-O3",
                 "-g0",
                 "-fvisibility=hidden",

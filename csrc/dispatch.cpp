@@ -1,4 +1,4 @@
-// Picks one build of the kernels: the best the CPU runs, or a lower one named by PGAP_ISA.
+// Chooses the kernels: of the best instruction set that the CPU has, or of the one that PGAP_ISA names.
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -10,7 +10,7 @@ namespace pgap {
 
 namespace {
 
-const Kernels* const kBuilds[] = {  // best first
+const Kernels* const kCompiled[] = {  // best first
 #if defined(__x86_64__) && defined(__GNUC__)
     &kernels_avx512_bf16, &kernels_avx512, &kernels_avx2,
 #elif defined(__aarch64__)
@@ -18,53 +18,52 @@ const Kernels* const kBuilds[] = {  // best first
 #endif
     &kernels_generic};
 
-bool runs(const Kernels* one) {
+bool cpu_supports(const Kernels* candidate) {
 #if defined(__x86_64__) && defined(__GNUC__)
-    __builtin_cpu_init();  // checks what the operating system saves, too
+    __builtin_cpu_init();  // also asks whether the operating system saves the registers
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    if (one == &kernels_avx2) return avx2;
+    if (candidate == &kernels_avx2) return avx2;
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (one == &kernels_avx512) return avx512;
-    if (one == &kernels_avx512_bf16)
+    if (candidate == &kernels_avx512) return avx512;
+    if (candidate == &kernels_avx512_bf16)
         return avx512 && __builtin_cpu_supports("avx512bf16") && isa_avx512_bf16::adds_in_order();
 #endif
-    return one != nullptr;  // generic runs anywhere, neon on every aarch64
+    return candidate != nullptr;  // any CPU runs generic, and any aarch64 neon
 }
 
-const Kernels* named(const char* wanted) {
+const Kernels* find_kernels(const char* name) {
     std::string accepted;
-    for (const Kernels* one : kBuilds) {
-        if (!std::strcmp(one->name, wanted)) {
-            if (runs(one)) return one;
-            throw std::runtime_error(std::string("PGAP_ISA: got '") + wanted +
-                                     "', which this CPU does not run; best: " + best_isa());
+    for (const Kernels* candidate : kCompiled) {
+        if (!std::strcmp(candidate->name, name)) {
+            if (cpu_supports(candidate)) return candidate;
+            throw std::runtime_error(std::string("PGAP_ISA: got '") + name + "', which this CPU does not run; best: " +
+                                     supported_kernels(0)->name);
         }
-        accepted += (accepted.empty() ? "" : ", ") + std::string(one->name);
+        accepted += (accepted.empty() ? "" : ", ") + std::string(candidate->name);
     }
-    throw std::runtime_error(std::string("PGAP_ISA: got '") + wanted + "'; accepted: " + accepted);
+    throw std::runtime_error(std::string("PGAP_ISA: got '") + name + "'; accepted: " + accepted);
 }
 
-std::atomic<const Kernels*>& chosen() {
+// Atomic, because the threads of an op read it.
+std::atomic<const Kernels*>& kernels_in_use() {
     static std::atomic<const Kernels*> in_use = [] {
-        const char* wanted = std::getenv("PGAP_ISA");
-        return wanted && *wanted ? named(wanted) : build(0);
+        const char* name = std::getenv("PGAP_ISA");
+        return name && *name ? find_kernels(name) : supported_kernels(0);
     }();
     return in_use;
 }
 
 }  // namespace
 
-const Kernels* build(int64_t number) {
-    for (const Kernels* one : kBuilds)
-        if (runs(one) && number-- == 0) return one;
+const Kernels* supported_kernels(int64_t index) {
+    for (const Kernels* candidate : kCompiled)
+        if (cpu_supports(candidate) && index-- == 0) return candidate;
     return nullptr;
 }
 
-const char* best_isa() { return build(0)->name; }
+const Kernels& kernels() { return *kernels_in_use().load(std::memory_order_relaxed); }
 
-const Kernels& kernels() { return *chosen().load(std::memory_order_relaxed); }
-
-void use(const char* isa) { chosen().store(named(isa), std::memory_order_relaxed); }
+void select_isa(const char* name) { kernels_in_use().store(find_kernels(name), std::memory_order_relaxed); }
 
 }  // namespace pgap

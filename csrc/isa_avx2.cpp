@@ -1,4 +1,4 @@
-// The kernels built for avx2. setup.py and tests/cpp/Makefile read its flags here:
+// The kernels for AVX2. setup.py and tests/cpp/Makefile read this file's compiler flags here:
 // flags: -mavx2 -mfma -mf16c
 #include <cstdint>
 #include <immintrin.h>
@@ -12,18 +12,13 @@ namespace isa_avx2 {
 
 using V = Avx2;
 using H = V;
-constexpr int kTileRows = 4, kPanelVectors = 3, kPanel = kPanelVectors * V::N;
-constexpr bool kPairs = false;
-constexpr int kTallRows = 6, kForwardPanel = 2 * V::N;  // tokens beside two vectors
+constexpr int kLowrankTileRows = 4, kLowrankPanelVectors = 3, kForwardTileRows = 6;
+constexpr bool kLowrankPairs = false;
 
 #include "kernels.inl"
-#include "lowrank.inl"
-#include "rules.inl"
-#include "forward.inl"
-#include "table.inl"
 
 }  // namespace isa_avx2
 
-const Kernels kernels_avx2 = isa_avx2::table("avx2");
+const Kernels kernels_avx2 = isa_avx2::make_kernels("avx2");
 
 }  // namespace pgap

@@ -1,6 +1,5 @@
-// The kernels built for any CPU.
+// The kernels for any CPU: loops over arrays, and fmaf of the C library.
 #include <cstdint>
-
 #include "kernels.h"
 
 namespace pgap {
@@ -11,18 +10,13 @@ namespace isa_generic {
 
 using V = Generic<8>;
 using H = V;
-constexpr int kTileRows = 4, kPanelVectors = 2, kPanel = kPanelVectors * V::N;
-constexpr bool kPairs = false;
-constexpr int kTallRows = 4, kForwardPanel = 2 * V::N;  // tokens beside two vectors
+constexpr int kLowrankTileRows = 4, kLowrankPanelVectors = 2, kForwardTileRows = 4;
+constexpr bool kLowrankPairs = false;
 
 #include "kernels.inl"
-#include "lowrank.inl"
-#include "rules.inl"
-#include "forward.inl"
-#include "table.inl"
 
 }  // namespace isa_generic
 
-const Kernels kernels_generic = isa_generic::table("generic");
+const Kernels kernels_generic = isa_generic::make_kernels("generic");
 
 }  // namespace pgap

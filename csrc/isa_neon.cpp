@@ -1,4 +1,4 @@
-// The kernels built for neon, which every aarch64 has.
+// The kernels for NEON, which every aarch64 CPU has.
 #include <arm_neon.h>
 #include <cstdint>
 #include "kernels.h"
@@ -12,18 +12,13 @@ namespace isa_neon {
 
 using V = Neon;
 using H = V;
-constexpr int kTileRows = 6, kPanelVectors = 4, kPanel = kPanelVectors * V::N;
-constexpr bool kPairs = false;
-constexpr int kTallRows = 12, kForwardPanel = 2 * V::N;  // tokens beside two vectors
+constexpr int kLowrankTileRows = 6, kLowrankPanelVectors = 4, kForwardTileRows = 12;
+constexpr bool kLowrankPairs = false;
 
 #include "kernels.inl"
-#include "lowrank.inl"
-#include "rules.inl"
-#include "forward.inl"
-#include "table.inl"
 
 }  // namespace isa_neon
 
-const Kernels kernels_neon = isa_neon::table("neon");
+const Kernels kernels_neon = isa_neon::make_kernels("neon");
 
 }  // namespace pgap

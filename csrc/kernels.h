@@ -1,5 +1,5 @@
-// What the kernels are given and the table through which one instruction set's build of them is called.
-// Plain C++ without torch: ops*.cpp check and fill these, *.inl compute.
+// The interface between the ops (ops*.cpp), which know tensors, and the kernels (*.inl), which know pointers. Plain
+// C++ without torch.
 #pragma once
 #include <cstdint>
 
@@ -9,35 +9,40 @@ enum class DType : int32_t { f32, bf16, f16 };
 enum class Distribution : int32_t { normal, rademacher };
 enum class Mask : int32_t { threshold, share, bits };
 enum class Rule : int32_t { perturb, momentum, adam, hizoo, helene, helene_refresh };
-constexpr int64_t kMaxScalars = 8;  // of a rule
+constexpr int64_t kMaxRuleScalars = 8;
 
-// Another tensor of a piece's shape that a pass reads or writes beside it: a state, an anchor.
+// Another tensor of a piece's shape that a pass reads or updates: optimizer state, an anchor.
 struct Companion {
-    void* data;  // null: none; written only where it is a state that a rule updates
+    void* data;  // null: absent. Written only if it is the state of a rule that updates it.
     int64_t ld;
     DType dtype;
 };
 
 // A block of rows of one weight. Element (row, col) lies at out[row * ld_out + col] and has the logical index
-// base + row * row_stride + col in the unsharded tensor.
+// base + row * row_stride + col in the unsharded tensor. Where nothing is written, ld may be 0: one row, repeated.
 struct Piece {
-    const void* in;  // null: the pass writes the direction itself (gradient assembly, draw)
+    const void* in;  // null: out receives the direction itself (draw, assemble_gradient_)
     void* out;
     int64_t rows, cols, ld_in, ld_out, base, row_stride;
     uint32_t tensor_id;
-    int64_t scalar;  // column of the tables of scalars
-    Companion first, second;
-    const uint32_t* bits;  // a mask: bit e & 31 of number e >> 5 is that of element e, counted in the tensor given
-    int64_t element;       // number there of the piece's first element
-    bool stream;           // out is too large for the caches and is not read: write past them
+    int64_t column;             // the tensor's column in tables of scalars
+    Companion state0, state1;   // preconditioned
+    Companion anchor, delta;    // anchor; reduction takes an anchor, too
+    const uint32_t* mask_bits;  // masked: bit i & 31 of word i >> 5 is that of element i of the local tensor
+    int64_t mask_offset;        // i of the piece's first element
+    bool stream;                // bypass the caches: out is larger than they are and is only written
 };
 
-// sum_j a_j z(key_j). Tables of scalars, here and below, are [rows][columns]; a piece names its column.
+// Index of the first group of 4096 logical elements that a piece reaches into, and one past the last.
+inline int64_t first_group(const Piece& p) { return p.base >> 12; }
+inline int64_t end_group(const Piece& p) { return ((p.base + (p.rows - 1) * p.row_stride + p.cols - 1) >> 12) + 1; }
+
+// sum_j a_j z(key_j). Tables of scalars are row-major, with a row per draw, stage or scalar and a column per tensor.
 struct Draws {
     Distribution distribution;
     int64_t count, columns;
-    const uint64_t* keys;
-    const float* coefficients;
+    const uint64_t* keys;       // [count]
+    const float* coefficients;  // [count][columns]
 };
 
 struct DensePass {
@@ -46,104 +51,103 @@ struct DensePass {
     int64_t stages;
     const int64_t* draws_per_stage;  // [stages]
     const float* decay;              // [stages][columns]
-    const uint64_t* rounding_keys;   // [stages], null: round to nearest
+    const uint64_t* rounding_keys;   // [stages]; null, here and below: round to nearest
 };
 
 struct MaskedPass {
     DType dtype;
     Draws draws;
-    const float* decay;            // [1][columns]
-    const uint64_t* rounding_key;  // null: nearest, here and below
+    const float* decay;  // [columns]
+    const uint64_t* rounding_key;
     Mask mask;
-    const float* threshold;        // [1][columns]
+    const float* threshold;  // [columns]
     uint64_t mask_key;
-    int64_t word_limit;            // words below it are kept
+    int64_t word_limit;  // random words below it keep their element; up to 2^32
 };
 
 struct PreconditionedPass {
     DType dtype;
-    Draws draws;           // of g
-    const float* restore;  // [draws][columns], the coefficients of b
+    Draws draws;           // coefficients of g
+    const float* restore;  // [draws][columns], coefficients of b
     Rule rule;
-    int64_t scalar_rows;
-    const float* scalars;  // [scalar_rows][columns], of which kMaxScalars is the most
-    const float* decay;
+    int64_t scalar_count;
+    const float* scalars;  // [scalar_count][columns], the rule's
+    const float* decay;    // [columns]
     const uint64_t* rounding_key;
 };
 
-struct AffinePass {
+struct AnchorPass {
     DType dtype;
-    const float* coefficient;  // [1][columns]
+    const float* coefficient;  // [columns]
     const uint64_t* rounding_key;
 };
 
-struct ReducePass {
+struct ReductionPass {
     DType dtype;
     Distribution distribution;
-    const uint64_t* key;  // null: squares
+    const uint64_t* key;  // null: sum of squares
 };
 
-// W <- W - d W + a P Bt with P (rows x rank) row-major and Bt packed in panels; in == null writes a P Bt.
-// With `pairs`, an item of P and of Bt's panels is not a float but two bf16, k = 2 i high and 2 i + 1 low.
-struct LowRankPass {
+struct LowrankPass {
     DType dtype;
     Piece piece;
-    const float* left;
-    const float* right;
+    const float* left;   // P, [rows][rank]
+    const float* right;  // B^T in panels of lowrank_panel columns: [panel][rank][lowrank_panel], zero-padded
     int64_t rank;
     float coefficient, decay;
-    const uint64_t* rounding_key;  // null: nearest
-    bool pairs;
+    const uint64_t* rounding_key;
+    bool pairs;  // items of P and B^T are not floats but two bf16: k = 2 i in the high half, 2 i + 1 in the low one
 };
 
-// y <- y + x F_in M F_out^T. Tokens are rows of x and y; M, of rank x width floats, is given with every call.
+// The tokens of a layer's input and output, and the factors F_in and F_out.
 struct ForwardPass {
-    DType in_type, into_type, out_type;
-    const void* in;          // x, rows of `inputs` that lie ld_in apart; or
-    const int64_t* numbers;  // for every token the row of F_in that x F_in is
-    int64_t ld_in, inputs;
-    const void* into;  // F_in: float32 in rows of `width`, a multiple of 8 with zeros behind rank; for numbers as given
-    const float* out_of;  // F_out^T in panels, zero-padded
-    void* out;            // y, rows of `outputs`
-    int64_t outputs, rank, width;
+    DType inputs_type, factor_in_type, outputs_type;
+    const void* inputs;      // x, [tokens][in_features] with rows ld_inputs apart; unused with indices
+    const int64_t* indices;  // an embedding's: token t has x F_in = F_in[indices[t]]; null: none
+    int64_t ld_inputs, in_features, out_features, rank;
+    int64_t padded_rank;      // a multiple of 8
+    // F_in: zero-padded float32 rows of padded_rank; with indices, rows of rank in factor_in_type (the op's argument).
+    const void* factor_in;
+    const float* factor_out;  // F_out^T in panels: [panel][rank][forward_panel], zero-padded
+    void* outputs;            // y, [tokens][out_features]
 };
-constexpr int64_t kForwardRank = 512;                  // at most
-constexpr int64_t kForwardStride = kForwardRank + 16;  // floats between tokens: odd in cache lines, against collisions
-constexpr int64_t kForwardTokens = 48;                 // of a block, whose x F_in stays in L2
-constexpr int64_t kForwardScratch = (2 * kForwardTokens + 12) * kForwardStride;
+constexpr int64_t kForwardMaxRank = 512;
+constexpr int64_t kForwardBlock = 48;  // tokens whose x F_in and x F_in M stay in L2
+// Floats from one token's row of scratch to the next: an odd number of cache lines, which spreads rows over all sets
+// of a cache.
+constexpr int64_t kForwardStride = kForwardMaxRank + 16;
+constexpr int64_t kForwardScratch = (2 * kForwardBlock + 12) * kForwardStride;
 
+// The kernels as compiled for one instruction set. A call processes only the groups from group_begin to group_end - 1,
+// or the rows or tokens from begin to end - 1, so that threads can share the work.
 struct Kernels {
     const char* name;
-    int64_t right_panel;    // columns of B that are packed together
-    int64_t forward_panel;  // rows of F_out
-    bool pairs;             // low_rank takes them
-    // Of a piece, the groups group_begin .. group_end; reduce writes one partial sum for each.
+    int64_t lowrank_panel;  // columns of B^T
+    int64_t forward_panel;  // columns of F_out^T
+    bool pairs;             // lowrank takes pairs of bf16
     void (*dense)(const DensePass&, const Piece&, int64_t group_begin, int64_t group_end);
     void (*masked)(const MaskedPass&, const Piece&, int64_t group_begin, int64_t group_end);
     void (*preconditioned)(const PreconditionedPass&, const Piece&, int64_t group_begin, int64_t group_end);
-    void (*affine)(const AffinePass&, const Piece&, int64_t group_begin, int64_t group_end);
-    void (*reduce)(const ReducePass&, const Piece&, int64_t group_begin, int64_t group_end, double* partials);
-    void (*low_rank)(const LowRankPass&, int64_t row_begin, int64_t row_end);
+    void (*anchor)(const AnchorPass&, const Piece&, int64_t group_begin, int64_t group_end);
+    // Writes one partial sum per group.
+    void (*reduction)(const ReductionPass&, const Piece&, int64_t group_begin, int64_t group_end, double* partials);
+    void (*lowrank)(const LowrankPass&, int64_t begin, int64_t end);
+    // core: M, [rank][padded_rank], zero-padded. scratch: kForwardScratch floats.
     void (*forward)(const ForwardPass&, const float* core, int64_t begin, int64_t end, float* scratch);
     void (*to_float)(DType from, const void* in, float* out, int64_t count);
-    void (*round_to)(DType to, float* values, int64_t count);  // to the nearest value of a 16-bit type, kept as float
+    void (*round_to)(DType to, float* values, int64_t count);  // to the nearest value of that type, in place
     void (*box_muller)(const uint32_t* a, const uint32_t* b, float* even, float* odd, int64_t count);
 };
-
-// First and one-past-last group of 4096 logical elements that a piece touches.
-inline int64_t first_group(const Piece& p) { return p.base >> 12; }
-inline int64_t end_group(const Piece& p) { return ((p.base + (p.rows - 1) * p.row_stride + p.cols - 1) >> 12) + 1; }
 
 extern const Kernels kernels_generic;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx512_bf16;
-namespace isa_avx512_bf16 { bool adds_in_order(); }  // on this CPU, as the kernels need it
 extern const Kernels kernels_neon;
+namespace isa_avx512_bf16 { bool adds_in_order(); }
 
-const Kernels& kernels();                       // the build in use: cpuid, lowered by PGAP_ISA
-void use(const char* isa);                      // another one from now on; for benchmarks, between calls
-const Kernels* build(int64_t number);           // those that this CPU runs, best first; null behind the last
-const char* best_isa();
+const Kernels& kernels();                         // in use: the best for this CPU, or the one that PGAP_ISA names
+void select_isa(const char* name);                // use these from now on; not during an op, which packs for one ISA
+const Kernels* supported_kernels(int64_t index);  // that this CPU runs, best first; null past the last
 
 }  // namespace pgap

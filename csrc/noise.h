@@ -1,14 +1,14 @@
-// The noise contract, version 1, over a vector type V (vec.h). docs/noise_v1.md is the text; this is its C++ side.
-// Included inside the namespace of one instruction set.
+// The noise contract, version 1, over a vector type V (vec.h); docs/noise_v1.md is its text.
 //
 //   words(block)  = Philox4x32-7 of counter (block lo, block hi, tensor id, 0) under a 64-bit key
 //   normal        = Box-Muller: sqrt(-2 ln u) * (cos, sin)(angle), from the pairs (x0, x1) and (x2, x3)
 //   element e     -> group e >> 12, output lane (e >> 10) & 3, block (group << 10) | (e & 1023)
 
-constexpr int kGroup = 4096;    // elements that share 1024 consecutive counters
-constexpr int kBlocks = 1024;
+constexpr int kGroup = 4096;   // elements of a group,
+constexpr int kBlocks = 1024;  // which are the 4 output lanes of this many consecutive counters
 
-// The first two rounds see three counter words that are the same for a whole group: they are scalars here.
+// Within a group only the lowest counter word varies, so that most of the first two rounds is the same for all of it:
+// the constructor computes that part once, in scalars.
 struct Philox7 {
     static constexpr uint32_t M0 = 0xD2511F53u, M1 = 0xCD9E8D57u, W0 = 0x9E3779B9u, W1 = 0xBB67AE85u;
     uint32_t k1_round1, x1k0_round2, p0k1_round2, x3k1_round3, k0[8], k1[8];
@@ -50,7 +50,7 @@ struct Philox7 {
     }
 };
 
-// Two words -> two normals, bit for bit as docs/noise_v1.md writes it.
+// Two words -> two normals. The coefficients and the order of operations are those of docs/noise_v1.md, to the bit.
 template <class V> inline __attribute__((always_inline))
 void box_muller(typename V::U a, typename V::U b, typename V::F& z_even, typename V::F& z_odd) {
     using F = typename V::F;

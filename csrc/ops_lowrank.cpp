@@ -1,4 +1,7 @@
-// low_rank: the factors of all weights are made ready in parallel, then all weights passed over.
+// The op of lowrank.inl: W <- round(W - decay W + a A C B^T), with A, B and C stored or drawn from keys.
+//
+// Three parallel steps for every batch of weights: pack C; pack P = A C and B^T, both rounded to the weights' dtype;
+// pass over the weights.
 #include "pieces.h"
 
 #include <cmath>
@@ -10,7 +13,7 @@ using namespace pgap;
 
 enum class Core { none, diagonal, full, regenerated };
 
-Core core_of(const std::string& name) {
+Core parse_core(const std::string& name) {
     if (name == "none") return Core::none;
     if (name == "diagonal") return Core::diagonal;
     if (name == "full") return Core::full;
@@ -18,72 +21,96 @@ Core core_of(const std::string& name) {
     return Core::regenerated;
 }
 
-// A or B, rows of `rank` numbers: stored ones of a dtype, or normals of a key and tensor id from a number on.
+// ---- factors ----------------------------------------------------------------------------------------------------
+
+// A, B or C as a flat array: stored, or the normals of a key from logical index `base` on.
 struct Factor {
     DType dtype;
-    const void* data;  // null: regenerated
-    int64_t begin;
+    const void* data;  // null: drawn
+    int64_t base;
     uint32_t tensor_id;
     uint64_t key;
 };
 
-void regenerate(int64_t begin, int64_t count, uint32_t tensor_id, uint64_t key, float* out) {
+Factor make_factor(const std::vector<Tensor>& stored, size_t t, int64_t base, uint32_t tensor_id, uint64_t key) {
+    if (stored.empty())
+        return {.dtype = DType::f32, .data = nullptr, .base = base, .tensor_id = tensor_id, .key = key};
+    STD_TORCH_CHECK(stored[t].is_cpu() && stored[t].is_contiguous(), "factors: accepted: contiguous CPU tensors");
+    return {.dtype = parse_dtype(stored[t], "factors"), .data = stored[t].const_data_ptr()};
+}
+
+void draw_normal(int64_t base, int64_t count, uint32_t tensor_id, uint64_t key, float* out) {
+    if (count == 0) return;
     const float one = 1.0f, zero = 0.0f;
     const int64_t draws = 1;
-    const DensePass pass = {DType::f32, {Distribution::normal, 1, 1, &key, &one}, 1, &draws, &zero, nullptr};
-    Piece p = {};
-    p.out = out, p.rows = 1, p.cols = p.ld_in = p.ld_out = p.row_stride = count, p.base = begin;
-    p.tensor_id = tensor_id;
-    if (count) kernels().dense(pass, p, first_group(p), end_group(p));
+    const DensePass pass = {.dtype = DType::f32,
+                            .draws = {.distribution = Distribution::normal,
+                                      .count = 1,
+                                      .columns = 1,
+                                      .keys = &key,
+                                      .coefficients = &one},
+                            .stages = 1,
+                            .draws_per_stage = &draws,
+                            .decay = &zero};
+    const Piece p = {.out = out,
+                     .rows = 1,
+                     .cols = count,
+                     .ld_in = count,
+                     .ld_out = count,
+                     .base = base,
+                     .row_stride = count,
+                     .tensor_id = tensor_id};
+    kernels().dense(pass, p, first_group(p), end_group(p));
 }
 
-Factor factor_of(const std::vector<Tensor>& stored, size_t t, int64_t begin, uint32_t tensor_id, uint64_t key) {
-    if (stored.empty()) return {DType::f32, nullptr, begin, tensor_id, key};
-    STD_TORCH_CHECK(stored[t].is_cpu() && stored[t].is_contiguous(), "factors: accepted: contiguous CPU tensors");
-    return {dtype_of(stored[t], "factors"), stored[t].const_data_ptr(), 0, 0, 0};
+// Elements begin .. begin + count - 1 as float32: where they are stored, or converted or drawn into the buffer.
+const float* read_factor(const Factor& f, int64_t begin, int64_t count, std::vector<float>& buffer) {
+    if (f.data && f.dtype == DType::f32) return (const float*)f.data + begin;
+    buffer.resize(size_t(count));
+    if (f.data) kernels().to_float(f.dtype, (const char*)f.data + begin * itemsize(f.dtype), buffer.data(), count);
+    else draw_normal(f.base + begin, count, f.tensor_id, f.key, buffer.data());
+    return buffer.data();
 }
 
-// `count` numbers from number `at` on, as float32: where they lie, or in `room`.
-const float* numbers_of(const Factor& f, int64_t at, int64_t count, std::vector<float>& room) {
-    if (f.data && f.dtype == DType::f32) return (const float*)f.data + at;
-    room.resize(size_t(count));
-    if (f.data) kernels().to_float(f.dtype, (const char*)f.data + at * itemsize(f.dtype), room.data(), count);
-    else regenerate(f.begin + at, count, f.tensor_id, f.key, room.data());
-    return room.data();
-}
-
-// A matrix of `depth` rows and `columns` columns, whose numbers lie these strides apart, as panels [depth][panel].
-void pack(const float* from, int64_t depth, int64_t row_stride, int64_t columns, int64_t column_stride, float* panels) {
-    const int64_t panel = kernels().right_panel;
+// Writes a matrix of `depth` rows, with these strides between rows and columns, as panels of [depth][lowrank_panel].
+void pack_panels(const float* from, int64_t depth, int64_t row_stride, int64_t columns, int64_t column_stride,
+                 float* panels) {
+    const int64_t panel = kernels().lowrank_panel;
     for (int64_t j = 0; j < columns; ++j) {
         float* to = panels + j / panel * panel * depth + j % panel;
         for (int64_t k = 0; k < depth; ++k) to[k * panel] = from[k * row_stride + j * column_stride];
     }
 }
 
-// CPUs that multiply pairs of bf16 take subnormal numbers for zero. True where no number, product or sum can be subnormal
-// or overflow, so that pairs give the same bits as one product after the other.
-struct Range {
-    double least = 1.0, most = 0.0;
+// ---- pairs of bf16 ----------------------------------------------------------------------------------------------
+
+// The least and greatest magnitude of some numbers other than 0.
+struct MagnitudeRange {
+    double least = 1.0, greatest = 0.0;
     void add(const float* values, int64_t count) {
         for (int64_t i = 0; i < count; ++i) {
-            const double size = std::fabs(values[i]);
-            if (!(size <= most)) most = size;  // NaN stays
-            if (size != 0.0 && size < least) least = size;
+            const double magnitude = std::fabs(values[i]);
+            if (!(magnitude <= greatest)) greatest = magnitude;  // a NaN stays
+            if (magnitude != 0.0 && magnitude < least) least = magnitude;
         }
     }
-    void add(const Range& other) {
+    void add(const MagnitudeRange& other) {
         least = std::min(least, other.least);
-        if (!(other.most <= most)) most = other.most;
+        if (!(other.greatest <= greatest)) greatest = other.greatest;
     }
 };
-bool fit_pairs(const Range& a, const Range& b, int64_t rank) {
-    return std::min(a.least, b.least) >= 0x1p-126 && a.least * b.least >= 0x1p-110 &&  // sums: multiples of 2^-126
-           a.most * b.most * double(rank) <= 0x1p126;
+
+// The instruction for pairs flushes subnormal numbers to zero. True if no factor, product or partial sum can be
+// subnormal or overflow, so that it gives the bits of a chain of fma. bf16 has 8 bits, so that products, and with them
+// all partial sums, are multiples of 2^-14 times the power of two below the least product, and therefore of 2^-126.
+bool exact_in_pairs(const MagnitudeRange& a, const MagnitudeRange& b, int64_t rank) {
+    return std::min(a.least, b.least) >= 0x1p-126 && a.least * b.least >= 0x1p-110 &&
+           a.greatest * b.greatest * double(rank) <= 0x1p126;
 }
 
-// Rows of numbers that bf16 holds as rows of pairs; the last of an odd row has a zero. `pairs` may be `values`.
-void pair_up(const float* values, int64_t rows, int64_t rank, float* pairs) {
+// Rows of `rank` floats that bf16 can hold -> rows of pairs: even k in the high half, odd k, or 0, in the low one. In
+// place if `pairs` is `values`.
+void pair_rows(const float* values, int64_t rows, int64_t rank, float* pairs) {
     for (int64_t row = 0; row < rows; ++row, values += rank)
         for (int64_t k = 0; k < rank; k += 2) {
             uint32_t high, low = 0;
@@ -94,83 +121,98 @@ void pair_up(const float* values, int64_t rows, int64_t rank, float* pairs) {
         }
 }
 
-// What a pass over one weight needs beside it.
-struct Work {
+// ---- packing ----------------------------------------------------------------------------------------------------
+
+// One weight of the list and its packed factors.
+struct PackedWeight {
     Piece piece;
     Factor a, b;
-    std::vector<float> core;  // in panels; diagonal: as it is
+    std::vector<float> core;  // packed as the right side of P = A C; a diagonal core unpacked
     std::vector<float> left, right;
-    std::vector<Range> ranges;  // of every item of either side
-    LowRankPass pass;
+    std::vector<MagnitudeRange> ranges;  // of every item
+    LowrankPass pass;
 };
 
-constexpr int64_t kLeftRows = 192;  // of an item; a multiple of every tile height
-constexpr int64_t kRightPanels = 4;
-
-class Preparation {
+// Packs P and B^T in items, so that threads share the work on one large matrix: first those of P, then those of B^T.
+class Packer {
 public:
-    Preparation(DType dtype, int64_t rank, Core core, bool pairs) : dtype_(dtype), rank_(rank), core_(core), pairs_(pairs) {}
+    Packer(DType dtype, int64_t rank, Core core, bool pairs) : dtype_(dtype), rank_(rank), core_(core), pairs_(pairs) {}
 
-    int64_t depth() const { return pairs_ ? (rank_ + 1) / 2 : rank_; }
-    int64_t left_items(const Work& w) const { return (w.piece.rows + kLeftRows - 1) / kLeftRows; }
-    int64_t items(const Work& w) const {
-        const int64_t columns = kRightPanels * kernels().right_panel;
-        return w.piece.rows * w.piece.cols == 0 ? 0 : left_items(w) + (w.piece.cols + columns - 1) / columns;
+    int64_t item_count(const PackedWeight& w) const {
+        if (w.piece.rows * w.piece.cols == 0) return 0;
+        return left_items(w) + (w.piece.cols + right_columns() - 1) / right_columns();
     }
-    void reserve(Work& w) const {
-        const int64_t panel = kernels().right_panel, panels = (w.piece.cols + panel - 1) / panel;
+    void allocate(PackedWeight& w) const {
+        const int64_t panel = kernels().lowrank_panel, panels = (w.piece.cols + panel - 1) / panel;
         w.left.resize(size_t(w.piece.rows * depth()));
         w.right.assign(size_t(panels * panel * depth()), 0.0f);
-        w.ranges.assign(size_t(items(w)), Range());
+        w.ranges.assign(size_t(item_count(w)), MagnitudeRange());
     }
-    void make(Work& w, int64_t item) const {
+    void pack_item(PackedWeight& w, int64_t item) const {
         const int64_t left = left_items(w);
-        if (item < left) make_left(w, item * kLeftRows, std::min((item + 1) * kLeftRows, w.piece.rows), w.ranges[size_t(item)]);
-        else make_right(w, item - left, w.ranges[size_t(item)]);
+        MagnitudeRange& range = w.ranges[size_t(item)];
+        if (item < left) pack_left(w, item * kLeftRows, std::min((item + 1) * kLeftRows, w.piece.rows), range);
+        else pack_right(w, (item - left) * right_columns(), range);
     }
-    bool fits(const Work& w) const {
-        Range sides[2];
-        for (size_t i = 0; i < w.ranges.size(); ++i) sides[int64_t(i) >= left_items(w)].add(w.ranges[i]);
-        return fit_pairs(sides[0], sides[1], rank_);
+    bool exact(const PackedWeight& w) const {
+        MagnitudeRange left, right;
+        for (size_t i = 0; i < w.ranges.size(); ++i) (int64_t(i) < left_items(w) ? left : right).add(w.ranges[i]);
+        return exact_in_pairs(left, right, rank_);
     }
 
 private:
-    // Rounded to the weights' dtype where that has 16 bits, and then, where wanted, in pairs.
-    void finish(std::vector<float>& rows, Range& range) const {
+    static constexpr int64_t kLeftRows = 192;  // of an item, a multiple of every tile's height
+    static constexpr int64_t kRightPanels = 4;
+
+    static int64_t right_columns() { return kRightPanels * kernels().lowrank_panel; }
+    int64_t left_items(const PackedWeight& w) const { return (w.piece.rows + kLeftRows - 1) / kLeftRows; }
+    int64_t depth() const { return pairs_ ? (rank_ + 1) / 2 : rank_; }
+
+    // Rounds rows of P or B to a 16-bit dtype, and joins pairs where these are wanted.
+    void round_and_pair(std::vector<float>& rows, MagnitudeRange& range) const {
         const int64_t count = int64_t(rows.size());
         if (dtype_ != DType::f32) kernels().round_to(dtype_, rows.data(), count);
         if (!pairs_) return;
         range.add(rows.data(), count);
-        pair_up(rows.data(), count / rank_, rank_, rows.data());
+        pair_rows(rows.data(), count / rank_, rank_, rows.data());
         rows.resize(size_t(count / rank_ * depth()));
     }
-    // P = A C: by the same kernel, with C as the packed side.
-    void make_left(Work& w, int64_t begin, int64_t end, Range& range) const {
-        std::vector<float> room, p(size_t((end - begin) * rank_));
-        const float* a = numbers_of(w.a, begin * rank_, (end - begin) * rank_, room);
+
+    // P = A C is itself a product of low rank, so the kernel makes it, with C as the packed side.
+    void pack_left(PackedWeight& w, int64_t begin, int64_t end, MagnitudeRange& range) const {
+        std::vector<float> buffer, p(size_t((end - begin) * rank_));
+        const float* a = read_factor(w.a, begin * rank_, (end - begin) * rank_, buffer);
         if (core_ == Core::none) {
             std::copy_n(a, p.size(), p.data());
         } else if (core_ == Core::diagonal) {
             for (size_t i = 0; i < p.size(); ++i) p[i] = a[i] * w.core[i % size_t(rank_)];
         } else {
-            Piece small = {};
-            small.out = p.data(), small.rows = end - begin, small.cols = small.ld_out = small.row_stride = rank_;
-            kernels().low_rank({DType::f32, small, a, w.core.data(), rank_, 1.0f, 0.0f, nullptr, false}, 0, end - begin);
+            const LowrankPass product = {.dtype = DType::f32,
+                                         .piece = {.out = p.data(),
+                                                   .rows = end - begin,
+                                                   .cols = rank_,
+                                                   .ld_out = rank_,
+                                                   .row_stride = rank_},
+                                         .left = a,
+                                         .right = w.core.data(),
+                                         .rank = rank_,
+                                         .coefficient = 1.0f};
+            kernels().lowrank(product, 0, end - begin);
         }
-        finish(p, range);
+        round_and_pair(p, range);
         std::copy(p.begin(), p.end(), w.left.begin() + begin * depth());
     }
-    void make_right(Work& w, int64_t item, Range& range) const {
-        const int64_t columns = kRightPanels * kernels().right_panel, begin = item * columns;
-        const int64_t count = std::min(columns, w.piece.cols - begin) * rank_;
-        std::vector<float> room;
-        const float* b = numbers_of(w.b, begin * rank_, count, room);
+
+    void pack_right(PackedWeight& w, int64_t begin, MagnitudeRange& range) const {
+        const int64_t columns = std::min(right_columns(), w.piece.cols - begin), count = columns * rank_;
+        std::vector<float> buffer;
+        const float* b = read_factor(w.b, begin * rank_, count, buffer);
         if (dtype_ != DType::f32) {
-            if (b != room.data()) room.assign(b, b + count);
-            finish(room, range);
-            b = room.data();
+            if (b != buffer.data()) buffer.assign(b, b + count);
+            round_and_pair(buffer, range);
+            b = buffer.data();
         }
-        pack(b, depth(), 1, count / rank_, depth(), w.right.data() + begin * depth());
+        pack_panels(b, depth(), 1, columns, depth(), w.right.data() + begin * depth());
     }
 
     DType dtype_;
@@ -179,45 +221,47 @@ private:
     bool pairs_;
 };
 
-// The core for P = A C, in panels.
-std::vector<float> core_for(Core kind, const std::vector<Tensor>& stored, size_t t, int64_t rank, uint32_t tensor_id,
-                            uint64_t key) {
+std::vector<float> pack_core(Core kind, const std::vector<Tensor>& stored, size_t t, int64_t rank, uint32_t tensor_id,
+                             uint64_t key) {
     if (kind == Core::none) return {};
-    std::vector<float> room;
+    std::vector<float> buffer;
     const int64_t count = kind == Core::diagonal ? rank : rank * rank;
-    const float* c = numbers_of(factor_of(stored, t, 0, tensor_id, key), 0, count, room);
+    const float* c = read_factor(make_factor(stored, t, 0, tensor_id, key), 0, count, buffer);
     if (kind == Core::diagonal) return std::vector<float>(c, c + count);
-    const int64_t panel = kernels().right_panel;
+    const int64_t panel = kernels().lowrank_panel;
     std::vector<float> packed(size_t((rank + panel - 1) / panel * panel * rank), 0.0f);
-    pack(c, rank, rank, rank, 1, packed.data());
+    pack_panels(c, rank, rank, rank, 1, packed.data());
     return packed;
 }
 
-void low_rank(std::vector<Tensor> in, std::vector<Tensor> out, std::vector<Tensor> left, std::vector<Tensor> right,
-              std::vector<Tensor> core, Tensor keys, Tensor coefficient, Tensor decay,
-              std::optional<Tensor> rounding_key, std::vector<int64_t> tensor_ids, std::vector<int64_t> slices,
-              int64_t rank, std::string core_kind) {
+// ---- the op -----------------------------------------------------------------------------------------------------
+
+// keys: of A, B and C, for those that are not stored.
+void lowrank(std::vector<Tensor> weights, std::vector<Tensor> out, std::vector<Tensor> left, std::vector<Tensor> right,
+             std::vector<Tensor> core, Tensor keys, Tensor coefficient, Tensor decay,
+             std::optional<Tensor> rounding_key, std::vector<int64_t> tensor_ids, std::vector<int64_t> slices,
+             int64_t rank, std::string core_kind) {
     if (out.empty()) return;
     check_cpu(keys, ScalarType::Long, "keys");
     check_cpu(coefficient, ScalarType::Float, "coefficient");
     check_cpu(decay, ScalarType::Float, "decay");
-    const uint64_t* const rounding = rounding_keys_of(rounding_key);
+    const uint64_t* const rounding = parse_rounding_keys(rounding_key);
     const size_t count = out.size();
-    const auto scalars = [&](const Tensor& t) { return t.numel() == 1 || t.numel() == int64_t(count); };
-    STD_TORCH_CHECK(keys.numel() == 3 && scalars(coefficient) && scalars(decay) && rank > 0,
+    const auto one_or_all = [&](const Tensor& t) { return t.numel() == 1 || t.numel() == int64_t(count); };
+    STD_TORCH_CHECK(keys.numel() == 3 && one_or_all(coefficient) && one_or_all(decay) && rank > 0,
                     "keys, coefficient, decay, rank: accepted: 3 keys, scalars one or one per tensor, rank >= 1");
     STD_TORCH_CHECK((left.empty() || left.size() == count) && (right.empty() || right.size() == count) &&
                         (core.empty() || core.size() == count),
                     "left, right, core: accepted: empty (regenerated) or one per weight");
-    const Core kind = core_of(core_kind);
+    const Core kind = parse_core(core_kind);
     STD_TORCH_CHECK((kind == Core::full || kind == Core::diagonal) == !core.empty(),
                     "core: accepted: tensors for a diagonal or full core only");
-    const DType dtype = dtype_of(out[0]);
-    const std::vector<Piece> pieces = pieces_of(in, out, tensor_ids, slices, dtype);
+    const DType dtype = parse_dtype(out[0]);
+    const std::vector<Piece> pieces = make_pieces(weights, out, tensor_ids, slices, dtype);
     const uint64_t* key = (const uint64_t*)keys.const_data_ptr();
     const float* a = (const float*)coefficient.const_data_ptr();
     const float* d = (const float*)decay.const_data_ptr();
-    std::vector<Work> works(count);
+    std::vector<PackedWeight> packed(count);
     for (size_t t = 0; t < count; ++t) {
         const Piece& p = pieces[t];
         STD_TORCH_CHECK((left.empty() || left[t].numel() == p.rows * rank) &&
@@ -226,17 +270,22 @@ void low_rank(std::vector<Tensor> in, std::vector<Tensor> out, std::vector<Tenso
                         "left, right, core: accepted: (m, rank), (n, rank), (rank,) or (rank, rank)");
         STD_TORCH_CHECK(core.empty() || (core[t].is_cpu() && core[t].is_contiguous()),
                         "factors: accepted: contiguous CPU tensors");
-        works[t].piece = p;
-        works[t].a = factor_of(left, t, p.base / p.row_stride * rank, p.tensor_id, key[0]);
-        works[t].b = factor_of(right, t, p.base % p.row_stride * rank, p.tensor_id, key[1]);
-        works[t].pass = {dtype, p, nullptr, nullptr, rank, a[coefficient.numel() == 1 ? 0 : t],
-                         d[decay.numel() == 1 ? 0 : t], rounding, false};
+        packed[t].piece = p;
+        // A shard's first row and column in the unsharded weight are those of its slices of A and B.
+        packed[t].a = make_factor(left, t, p.base / p.row_stride * rank, p.tensor_id, key[0]);
+        packed[t].b = make_factor(right, t, p.base % p.row_stride * rank, p.tensor_id, key[1]);
+        packed[t].pass = {.dtype = dtype,
+                          .piece = p,
+                          .rank = rank,
+                          .coefficient = a[coefficient.numel() == 1 ? 0 : t],
+                          .decay = d[decay.numel() == 1 ? 0 : t],
+                          .rounding_key = rounding};
     }
     const Kernels& k = kernels();
     const bool pairs = k.pairs && dtype == DType::bf16;
-    const Preparation usual(dtype, rank, kind, pairs), single(dtype, rank, kind, false);
+    const Packer packer(dtype, rank, kind, pairs), single_packer(dtype, rank, kind, false);
 
-    // Batches of tensors share the parallel regions; the packed factors of a batch stay within some tens of MB.
+    // A batch shares the parallel regions; its size bounds the memory of packed factors to some tens of MB.
     constexpr int64_t kBatchFloats = 8 << 20;
     for (size_t begin = 0; begin < count;) {
         size_t end = begin;
@@ -244,47 +293,46 @@ void low_rank(std::vector<Tensor> in, std::vector<Tensor> out, std::vector<Tenso
             floats += (pieces[end].rows + pieces[end].cols) * rank;
         torch::stable::parallel_for(int64_t(begin), int64_t(end), 1, [&](int64_t t, int64_t stop) {
             for (; t < stop; ++t) {
-                Work& w = works[size_t(t)];
-                w.core = core_for(kind, core, size_t(t), rank, w.piece.tensor_id, key[2]);
-                usual.reserve(w);
+                PackedWeight& w = packed[size_t(t)];
+                w.core = pack_core(kind, core, size_t(t), rank, w.piece.tensor_id, key[2]);
+                packer.allocate(w);
             }
         });
-        for_each_run(
-            end - begin, 1, [&](size_t i) { return usual.items(works[begin + i]); },
+        parallel_for_items(
+            end - begin, 1, [&](size_t i) { return packer.item_count(packed[begin + i]); },
             [&](size_t i, int64_t first, int64_t last) {
-                for (; first < last; ++first) usual.make(works[begin + i], first);
+                for (; first < last; ++first) packer.pack_item(packed[begin + i], first);
             });
         for (size_t t = begin; t < end; ++t) {
-            Work& w = works[t];
-            w.pass.pairs = pairs && usual.fits(w);
-            if (pairs && !w.pass.pairs) {  // seldom
-                single.reserve(w);
-                for (int64_t item = 0; item < single.items(w); ++item) single.make(w, item);
+            PackedWeight& w = packed[t];
+            w.pass.pairs = pairs && packer.exact(w);
+            if (pairs && !w.pass.pairs) {  // rare: values too small or too large for pairs; pack floats instead
+                single_packer.allocate(w);
+                for (int64_t item = 0; item < single_packer.item_count(w); ++item) single_packer.pack_item(w, item);
             }
-            w.pass.left = w.left.data(), w.pass.right = w.right.data();
+            w.pass.left = w.left.data();
+            w.pass.right = w.right.data();
         }
-        constexpr int64_t kRows = 24;  // a multiple of every tile height
-        for_each_run(
+        constexpr int64_t kRows = 24;  // of an item, a multiple of every tile's height
+        parallel_for_items(
             end - begin, 2,
             [&](size_t i) {
                 const Piece& p = pieces[begin + i];
                 return p.cols ? (p.rows + kRows - 1) / kRows : 0;
             },
             [&](size_t i, int64_t first, int64_t last) {
-                k.low_rank(works[begin + i].pass, first * kRows, std::min(last * kRows, pieces[begin + i].rows));
+                k.lowrank(packed[begin + i].pass, first * kRows, std::min(last * kRows, pieces[begin + i].rows));
             });
-        for (; begin < end; ++begin) works[begin] = {};
+        for (; begin < end; ++begin) packed[begin] = {};  // frees the batch's factors
     }
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pgap_kernels_cpu, m) {
-    m.def("low_rank(Tensor[] weights, Tensor(a!)[] out, Tensor[] left, Tensor[] right, Tensor[] core, Tensor keys, "
+    m.def("lowrank(Tensor[] weights, Tensor(a!)[] out, Tensor[] left, Tensor[] right, Tensor[] core, Tensor keys, "
           "Tensor coefficient, Tensor decay, Tensor? rounding_key, int[] tensor_ids, int[] slices, int rank, "
           "str core_kind) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(pgap_kernels_cpu, CompositeExplicitAutograd, m) {
-    m.impl("low_rank", TORCH_BOX(&low_rank));
-}
+STABLE_TORCH_LIBRARY_IMPL(pgap_kernels_cpu, CompositeExplicitAutograd, m) { m.impl("lowrank", TORCH_BOX(&lowrank)); }

@@ -1,40 +1,40 @@
-// Vector types: one per instruction set, the same operations on each.
-// Included inside a namespace of its own by every isa_*.cpp, so that no two translation units share a symbol
-// that was compiled with different flags. No standard library here for the same reason.
+// Vector types, one per instruction set, all with the same operations.
 //
-//   F  N floats          U  N 32-bit words          W  N 64-bit words, in an order only narrow() knows
-//   D  N doubles
+//   F  N floats     U  N 32-bit words     W  N 64-bit words, in an order that narrow() undoes     D  N doubles
 //
-// fma is explicit everywhere; the files are compiled with -ffp-contract=off.
+// Every isa_*.cpp includes this inside its own namespace, and neither this nor the *.inl uses the standard library: of
+// an inline function that several translation units share the linker keeps one copy, perhaps the one compiled for
+// AVX-512. fma is always explicit (-ffp-contract=off), so that all instruction sets compute the same bits.
 
 static inline float bits_to_float(uint32_t u) { float f; __builtin_memcpy(&f, &u, 4); return f; }
 static inline uint32_t float_to_bits(float f) { uint32_t u; __builtin_memcpy(&u, &f, 4); return u; }
 
-// 16-bit storage types; the vector types below load them as float and round to nearest even.
+// Storage types. Arithmetic is float32: loads convert to it, stores round to nearest even.
 struct BF16 { uint16_t bits; };
 struct FP16 { uint16_t bits; };
 
-static inline float widen(float x) { return x; }
-static inline float widen(BF16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
-static inline float widen(FP16 x) {
+static inline float to_float(float x) { return x; }
+static inline float to_float(BF16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
+static inline float to_float(FP16 x) {
     const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
     if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
-    // Exact for normal and subnormal values alike: the exponent is rebiased by a power of two.
+    // Multiplying by 2^112 moves the exponent from fp16's bias to fp32's and is exact for subnormal values, too.
     return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 13) * 0x1p112f));
 }
 
-static inline void narrow_to(float& out, float x) { out = x; }
-static inline void narrow_to(BF16& out, float x) {
+// To nearest, ties to even; NaN stays NaN.
+static inline void round_nearest(float& out, float x) { out = x; }
+static inline void round_nearest(BF16& out, float x) {
     const uint32_t b = float_to_bits(x);
     out.bits = (b & 0x7fffffffu) > 0x7f800000u ? uint16_t((b >> 16) | 0x40u)
                                                : uint16_t((b + 0x7fffu + ((b >> 16) & 1u)) >> 16);
 }
-static inline void narrow_to(FP16& out, float x) {
+static inline void round_nearest(FP16& out, float x) {
     const uint32_t b = float_to_bits(x), sign = (b >> 16) & 0x8000u, a = b & 0x7fffffffu;
     uint32_t h;
     if (a > 0x7f800000u) h = 0x7e00u;
     else if (a >= 0x477ff000u) h = 0x7c00u;  // 65520 and above round to infinity
-    else if (a < 0x38800000u)                // subnormal: let the adder round to multiples of 2^-24
+    else if (a < 0x38800000u)                // subnormal: adding 0.5 makes the FPU round to a multiple of 2^-24
         h = float_to_bits(bits_to_float(a) + 0.5f) - 0x3f000000u;
     else h = (a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13;
     out.bits = uint16_t(sign | h);
@@ -50,14 +50,14 @@ template <int LANES> struct Generic {
     static F set(float x) { F r; PGAP_EACH r.v[i] = x; return r; }
     static U setu(uint32_t x) { U r; PGAP_EACH r.v[i] = x; return r; }
     static F load(const float* p) { F r; PGAP_EACH r.v[i] = p[i]; return r; }
-    template <class T> static F load(const T* p) { F r; PGAP_EACH r.v[i] = widen(p[i]); return r; }
-    template <class T> static void store(T* p, F a) { PGAP_EACH narrow_to(p[i], a.v[i]); }
-    template <class T> static void stream(T* p, F a) { store(p, a); }  // past the caches, to a multiple of the vector
-    static void fence() {}                                             // after streams
+    template <class T> static F load(const T* p) { F r; PGAP_EACH r.v[i] = to_float(p[i]); return r; }
+    template <class T> static void store(T* p, F a) { PGAP_EACH round_nearest(p[i], a.v[i]); }
+    template <class T> static void stream(T* p, F a) { store(p, a); }  // past the caches; p is aligned to a vector
+    static void fence() {}                                             // after the last stream()
     static U loadu(const uint32_t* p) { U r; PGAP_EACH r.v[i] = p[i]; return r; }
     static void storeu(uint32_t* p, U a) { PGAP_EACH p[i] = a.v[i]; }
     static void store16(void* p, U a) { PGAP_EACH ((uint16_t*)p)[i] = uint16_t(a.v[i]); }
-    static bool within(U a, uint32_t least, uint32_t most) {
+    static bool within(U a, uint32_t least, uint32_t most) {  // every lane
         bool all = true;
         PGAP_EACH all &= a.v[i] >= least && a.v[i] <= most;
         return all;
@@ -70,7 +70,7 @@ template <int LANES> struct Generic {
     static F sqrt(F a) { F r; PGAP_EACH r.v[i] = __builtin_sqrtf(a.v[i]); return r; }
     static D load(const double* p) { D r; PGAP_EACH r.v[i] = p[i]; return r; }
     static void store(double* p, D a) { PGAP_EACH p[i] = a.v[i]; }
-    static D add_product(F a, F b, D c) {  // exact before the sum
+    static D add_product(F a, F b, D c) {  // the product of two floats is exact in double
         D r; PGAP_EACH r.v[i] = double(a.v[i]) * double(b.v[i]) + c.v[i]; return r;
     }
     static F from_int(U a) { F r; PGAP_EACH r.v[i] = float(int32_t(a.v[i])); return r; }
@@ -81,7 +81,7 @@ template <int LANES> struct Generic {
     static U oru(U a, U b) { U r; PGAP_EACH r.v[i] = a.v[i] | b.v[i]; return r; }
     static U xoru(U a, U b) { U r; PGAP_EACH r.v[i] = a.v[i] ^ b.v[i]; return r; }
     template <int S> static U shr(U a) { U r; PGAP_EACH r.v[i] = a.v[i] >> S; return r; }
-    static U lane_bits(uint32_t word, int first) {  // bit first+i of word, moved to bit 31 of lane i
+    static U lane_bits(uint32_t word, int first) {  // bit 31 of lane i is bit first + i of word, the others are 0
         U r; PGAP_EACH r.v[i] = (word >> (first + i)) << 31; return r;
     }
     static W counters(uint32_t c) { W r; PGAP_EACH r.v[i] = c + uint32_t(i); return r; }
@@ -90,8 +90,8 @@ template <int LANES> struct Generic {
     static W high(W a) { W r; PGAP_EACH r.v[i] = a.v[i] >> 32; return r; }
     static W xorw(W a, W b) { W r; PGAP_EACH r.v[i] = a.v[i] ^ b.v[i]; return r; }
     static W xor3(W a, W b, W c) { return xorw(xorw(a, b), c); }
-    static U narrow(W a) { U r; PGAP_EACH r.v[i] = uint32_t(a.v[i]); return r; }
-    static void prefetch(const void*) {}     // to L1
+    static U narrow(W a) { U r; PGAP_EACH r.v[i] = uint32_t(a.v[i]); return r; }  // the low halves
+    static void prefetch(const void*) {}     // into L1
     static void prefetch_l2(const void*) {}
 #undef PGAP_EACH
 };
@@ -101,7 +101,7 @@ struct Avx2 {
     static constexpr int N = 8;
     using F = __m256;
     using U = __m256i;
-    struct W { __m256i even, odd; };  // 64-bit lanes: words 0,2,4,6 and 1,3,5,7
+    struct W { __m256i even, odd; };  // a word in each 64-bit lane: words 0, 2, 4, 6 and 1, 3, 5, 7
     struct D { __m256d low, high; };
     static F set(float x) { return _mm256_set1_ps(x); }
     static U setu(uint32_t x) { return _mm256_set1_epi32(int(x)); }
@@ -111,17 +111,17 @@ struct Avx2 {
     }
     static F load(const FP16* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
     static void store(float* p, F a) { _mm256_storeu_ps(p, a); }
-    static __m128i narrowed(BF16*, F a) {
+    static __m128i rounded(BF16*, F a) {
         const U b = as_u(a), odd = andu(shr<16>(b), setu(1));
         U r = shr<16>(addu(addu(b, setu(0x7fff)), odd));
         const U nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
         r = _mm256_blendv_epi8(r, oru(shr<16>(b), setu(0x40)), nan);
         return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08));
     }
-    static __m128i narrowed(FP16*, F a) { return _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT); }
-    template <class T> static void store(T* p, F a) { _mm_storeu_si128((__m128i*)p, narrowed(p, a)); }
+    static __m128i rounded(FP16*, F a) { return _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT); }
+    template <class T> static void store(T* p, F a) { _mm_storeu_si128((__m128i*)p, rounded(p, a)); }
     static void stream(float* p, F a) { _mm256_stream_ps(p, a); }
-    template <class T> static void stream(T* p, F a) { _mm_stream_si128((__m128i*)p, narrowed(p, a)); }
+    template <class T> static void stream(T* p, F a) { _mm_stream_si128((__m128i*)p, rounded(p, a)); }
     static void fence() { _mm_sfence(); }
     static U loadu(const uint32_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
     static void storeu(uint32_t* p, U a) { _mm256_storeu_si256((__m256i*)p, a); }
@@ -130,8 +130,8 @@ struct Avx2 {
         _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0x08)));
     }
     static bool within(U a, uint32_t least, uint32_t most) {
-        const U above = _mm256_sub_epi32(a, setu(least)), room = setu(most - least);
-        return _mm256_movemask_epi8(_mm256_cmpeq_epi32(_mm256_max_epu32(above, room), room)) == -1;
+        const U above = _mm256_sub_epi32(a, setu(least)), range = setu(most - least);
+        return _mm256_movemask_epi8(_mm256_cmpeq_epi32(_mm256_max_epu32(above, range), range)) == -1;
     }
     static F add(F a, F b) { return _mm256_add_ps(a, b); }
     static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
@@ -191,22 +191,22 @@ struct Avx512 {
     }
     static F load(const FP16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
     static void store(float* p, F a) { _mm512_storeu_ps(p, a); }
-    static __m256i narrowed(BF16*, F a) {
+    static __m256i rounded(BF16*, F a) {
         const U b = as_u(a), odd = andu(shr<16>(b), setu(1));
         U r = shr<16>(addu(addu(b, setu(0x7fff)), odd));
         const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
         r = _mm512_mask_or_epi32(r, nan, shr<16>(b), setu(0x40));
         return _mm512_cvtepi32_epi16(r);
     }
-    static __m256i narrowed(FP16*, F a) { return _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT); }
-    template <class T> static void store(T* p, F a) { _mm256_storeu_si256((__m256i*)p, narrowed(p, a)); }
+    static __m256i rounded(FP16*, F a) { return _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT); }
+    template <class T> static void store(T* p, F a) { _mm256_storeu_si256((__m256i*)p, rounded(p, a)); }
     static void stream(float* p, F a) { _mm512_stream_ps(p, a); }
-    template <class T> static void stream(T* p, F a) { _mm256_stream_si256((__m256i*)p, narrowed(p, a)); }
+    template <class T> static void stream(T* p, F a) { _mm256_stream_si256((__m256i*)p, rounded(p, a)); }
     static void fence() { _mm_sfence(); }
     static U loadu(const uint32_t* p) { return _mm512_loadu_si512(p); }
     static void storeu(uint32_t* p, U a) { _mm512_storeu_si512(p, a); }
     static void store16(void* p, U a) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(a)); }  // low halves
-    static bool within(U a, uint32_t least, uint32_t most) {  // all of them
+    static bool within(U a, uint32_t least, uint32_t most) {
         return _mm512_cmpgt_epu32_mask(_mm512_sub_epi32(a, setu(least)), setu(most - least)) == 0;
     }
     static F add(F a, F b) { return _mm512_add_ps(a, b); }
@@ -258,17 +258,19 @@ struct Avx512 {
 
 #ifdef __AVX512BF16__
 struct Avx512Bf16 : Avx512 {
-    static F fma_pairs(F a, F b, F c) {  // of bf16, the high halves first
+    // a and b hold two bf16 a lane: fma(low a, low b, fma(high a, high b, c)), see adds_in_order().
+    static F fma_pairs(F a, F b, F c) {
         return _mm512_dpbf16_ps(c, (__m512bh)as_u(a), (__m512bh)as_u(b));
     }
-    static __m256i narrowed(BF16* p, F a) {  // the instruction takes subnormal numbers for zero
-        if (__builtin_expect(_mm512_fpclass_ps_mask(a, 0x20), 0)) return Avx512::narrowed(p, a);
+    static __m256i rounded(BF16* p, F a) {
+        // The instruction flushes subnormal numbers to zero, so a vector that holds one is rounded in integers.
+        if (__builtin_expect(_mm512_fpclass_ps_mask(a, 0x20), 0)) return Avx512::rounded(p, a);
         return (__m256i)_mm512_cvtneps_pbh(a);
     }
     using Avx512::store;
     using Avx512::stream;
-    static void store(BF16* p, F a) { _mm256_storeu_si256((__m256i*)p, narrowed(p, a)); }
-    static void stream(BF16* p, F a) { _mm256_stream_si256((__m256i*)p, narrowed(p, a)); }
+    static void store(BF16* p, F a) { _mm256_storeu_si256((__m256i*)p, rounded(p, a)); }
+    static void stream(BF16* p, F a) { _mm256_stream_si256((__m256i*)p, rounded(p, a)); }
 };
 #endif
 
@@ -343,8 +345,9 @@ struct Neon {
 };
 #endif
 
-// Two vectors in step: independent work, operation by operation, for a CPU whose schedulers do not see far ahead.
-template <class V> struct Twice {
+// Two vectors, each operation on both. Noise is one long chain of dependent operations per vector, longer than a CPU's
+// scheduler can look ahead; a second independent chain in between keeps its units busy.
+template <class V> struct Unrolled2 {
     static constexpr int N = 2 * V::N;
     struct F { typename V::F a, b; };
     struct U { typename V::U a, b; };

@@ -67,12 +67,12 @@ def preconditioned_(weights, out, state0, state1, arguments):
 
 def anchor_affine_(weights, out, arguments):
     in_place = weights is out
-    torch.ops.pgap_kernels_cpu.affine.default([] if in_place else weights, out, in_place, **_keywords(arguments))
+    torch.ops.pgap_kernels_cpu.anchor.default([] if in_place else weights, out, in_place, **_keywords(arguments))
 
 
 def reduce(tensors, arguments):
     totals = torch.empty(len(tensors), dtype=torch.float64)
-    torch.ops.pgap_kernels_cpu.reduce.default(tensors, **_keywords(arguments), totals=totals)
+    torch.ops.pgap_kernels_cpu.reduction.default(tensors, **_keywords(arguments), totals=totals)
     return totals
 
 
@@ -81,10 +81,10 @@ def aligned_core(singular_values, keys, tensor_ids, sign_ids, delta):
 
 
 def lowrank_perturb_(weights, out, arguments):
-    torch.ops.pgap_kernels_cpu.low_rank.default(weights, out, **_keywords(arguments))
+    torch.ops.pgap_kernels_cpu.lowrank.default(weights, out, **_keywords(arguments))
 
 
 def lowrank_forward_(outputs, inputs, left, right, cores, transposed):
     if inputs.stride(-1) != 1:
         inputs = inputs.contiguous()
-    torch.ops.pgap_kernels_cpu.low_rank_forward(outputs, inputs, left, right, cores, transposed)
+    torch.ops.pgap_kernels_cpu.forward(outputs, inputs, left, right, cores, transposed)

@@ -11,7 +11,7 @@ def _load() -> str | None:
     library = Path(__file__).with_name("_C.abi3.so")
     if not library.exists():
         return (
-            "the C++ extension was not built; with torch and a C++17 compiler installed run "
+            "the C++ extension was not built; with torch and a C++20 compiler installed run "
             "`PGAP_FORCE_BUILD=1 pip install --no-build-isolation .`"
         )
     try:

@@ -314,13 +314,13 @@ def good_for_extension() -> dict:
 def test_extension_refuses_what_it_cannot_index(change, accepted):
     arguments = {**good_for_extension(), **change}
     with pytest.raises(RuntimeError, match=accepted):
-        torch.ops.pgap_kernels_cpu.affine(**arguments)
+        torch.ops.pgap_kernels_cpu.anchor(**arguments)
     assert all((w == 0).all() for w in arguments["out"])
 
 
 def test_extension_takes_what_the_refusals_start_from():
     arguments = good_for_extension()
-    torch.ops.pgap_kernels_cpu.affine(**arguments)
+    torch.ops.pgap_kernels_cpu.anchor(**arguments)
     assert all((w == 2).all() for w in arguments["out"])
 
 
@@ -335,7 +335,7 @@ def test_extension_out_of_place_is_in_place(deltas, rounding_key):
     before = [w.clone() for w in arguments["out"]]
     apart = [torch.full_like(w, math.nan) for w in before]
     given = {**arguments, "weights": [] if deltas else before, "out": apart, "in_place": False}
-    torch.ops.pgap_kernels_cpu.affine(**given)
-    torch.ops.pgap_kernels_cpu.affine(**arguments)
+    torch.ops.pgap_kernels_cpu.anchor(**given)
+    torch.ops.pgap_kernels_cpu.anchor(**arguments)
     for found, want in zip(apart, arguments["out"], strict=True):
         assert_same_bits(found, want)

@@ -423,6 +423,6 @@ def test_the_kernel_itself_looks_at_row_indices(number, dtype):
     """Whoever calls it: nothing is read outside the factor and nothing is written."""
     y, left, right = torch.ones(2, 8), torch.ones(6, 2), torch.ones(8, 2)
     indices = torch.tensor([0, number], dtype=dtype)
-    with pytest.raises(RuntimeError, match=f"inputs: got row number {number}; accepted: 0 to 5"):
-        torch.ops.pgap_kernels_cpu.low_rank_forward(y, indices, left, right, [torch.ones(2, 2)], True)
+    with pytest.raises(RuntimeError, match=f"inputs: got row index {number}; accepted: 0 to 5"):
+        torch.ops.pgap_kernels_cpu.forward(y, indices, left, right, [torch.ones(2, 2)], True)
     assert torch.equal(y, torch.ones(2, 8))

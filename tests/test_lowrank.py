@@ -442,7 +442,7 @@ def test_rank_of_a_shard_is_bounded_by_its_unsharded_row():
 def test_extension_refuses_an_unknown_core():
     w, one = torch.zeros(4, 4), torch.ones(1)
     with pytest.raises(RuntimeError, match="core_kind"):
-        torch.ops.pgap_kernels_cpu.low_rank(
+        torch.ops.pgap_kernels_cpu.lowrank(
             [w], [w], [], [], [], torch.tensor([1, 2, 3]), one, one, None, [1], [0, 4], 2, "fulll"
         )
     assert (w == 0).all()

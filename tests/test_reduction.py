@@ -283,12 +283,12 @@ def good_for_extension() -> dict:
 )
 def test_extension_refuses_what_it_cannot_index(change, accepted):
     with pytest.raises(RuntimeError, match=accepted):
-        torch.ops.pgap_kernels_cpu.reduce(**{**good_for_extension(), **change})
+        torch.ops.pgap_kernels_cpu.reduction(**{**good_for_extension(), **change})
 
 
 def test_extension_takes_what_the_refusals_start_from():
     arguments = good_for_extension()
-    torch.ops.pgap_kernels_cpu.reduce(**arguments)
+    torch.ops.pgap_kernels_cpu.reduction(**arguments)
     signs = [ops.draw(40, 1, i, distribution="rademacher").sum().item() for i in (1, 2, 3)]
     assert arguments["totals"].tolist() == signs
 
@@ -301,7 +301,7 @@ def test_extension_reads_a_row_expanded_over_rows(keys, span):
     totals = []
     for rows in (lambda t: t.expand(50, 700), lambda t: t.repeat(50, 2)[:, :700]):
         total = torch.full((1,), math.nan, dtype=torch.float64)
-        torch.ops.pgap_kernels_cpu.reduce(
+        torch.ops.pgap_kernels_cpu.reduction(
             tensors=[rows(row)], anchors=[rows(anchor)], distribution="normal", totals=total, **arguments
         )
         totals.append(total.item())

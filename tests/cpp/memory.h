@@ -1,4 +1,4 @@
-// Memory of exactly the size that a kernel may touch, with values that every machine makes alike.
+// Matrices in memory of exactly the size that a kernel may touch, with the same values on every machine.
 #pragma once
 #include <sanitizer/asan_interface.h>
 
@@ -20,9 +20,9 @@ inline uint64_t hashed(uint64_t x) {  // splitmix64
     return x ^ (x >> 31);
 }
 
-inline float number(uint64_t seed) { return float(int32_t(hashed(seed) >> 39)) * 0x1p-24f - 0.5f; }  // -1/2 .. 1/2
+inline float uniform(uint64_t seed) { return float(int32_t(hashed(seed) >> 39)) * 0x1p-24f - 0.5f; }  // -1/2 .. 1/2
 
-// The bits of a value under which it is compared; NaNs are one.
+// The bits by which a value is compared: one pattern for all NaNs.
 inline uint32_t bits_of(DType dtype, const void* p) {
     if (dtype == DType::f32) {
         uint32_t b;
@@ -41,12 +41,20 @@ struct Digest {
     void add(DType dtype, const void* values, int64_t count) {
         for (int64_t i = 0; i < count; ++i) add(bits_of(dtype, (const char*)values + i * size_of(dtype)));
     }
+    void add(const std::vector<double>& values) {
+        for (const double value : values) {
+            uint64_t bits;
+            std::memcpy(&bits, &value, 8);
+            add(bits);
+        }
+    }
 };
 
 enum class Fill { mixed, positive, nan };
 
-// rows x cols elements, rows `cols + gap` apart, `skew` elements behind the allocation's begin and up to its very end.
-// AddressSanitizer poisons what lies between; check() sees what was written there, or to an operand.
+// rows x cols elements with `gap` more between rows; the first lies `skew` elements into the allocation, the last at
+// its very end. AddressSanitizer poisons what lies between, and the checks below see what was written there, or to an
+// operand. A gap of -cols repeats one row, as a vector expanded over rows.
 class Matrix {
 public:
     Matrix(DType dtype, int64_t rows, int64_t cols, int64_t gap, int64_t skew, uint64_t seed, Fill fill = Fill::mixed)
@@ -55,43 +63,47 @@ public:
         for (int64_t i = 0; i < bytes; ++i) memory[i] = (unsigned char)(0xa1 + i);
         for (int64_t row = 0; row < rows; ++row)
             for (int64_t col = 0; col < cols; ++col) set(row, col, fill, hashed(seed) + uint64_t(row * cols + col));
-        before.assign(memory.get(), memory.get() + bytes);
-        each_gap([](unsigned char* gap, int64_t size) { ASAN_POISON_MEMORY_REGION(gap, size_t(size)); });
+        remember();
     }
     Matrix(Matrix&&) = default;
     ~Matrix() { if (memory) ASAN_UNPOISON_MEMORY_REGION(memory.get(), size_t(bytes)); }
 
     void* at(int64_t row, int64_t col = 0) const { return memory.get() + lead + (row * ld + col) * size_of(dtype); }
     float* floats() const { return (float*)at(0); }
-    Companion companion() const { return {at(0), ld, dtype}; }
+    Companion companion() const { return {.data = at(0), .ld = ld, .dtype = dtype}; }
 
     void add_to(Digest& digest) const {
         for (int64_t row = 0; row < rows; ++row) digest.add(dtype, at(row), cols);
     }
+
+    // What is in memory now is what untouched() compares with.
+    void remember() {
+        ASAN_UNPOISON_MEMORY_REGION(memory.get(), size_t(bytes));
+        before.assign(memory.get(), memory.get() + bytes);
+        for_each_gap([](unsigned char* gap, int64_t size) { ASAN_POISON_MEMORY_REGION(gap, size_t(size)); });
+    }
     bool guards_intact() {
         ASAN_UNPOISON_MEMORY_REGION(memory.get(), size_t(bytes));
         bool intact = true;
-        each_gap([&](unsigned char* gap, int64_t size) {
+        for_each_gap([&](unsigned char* gap, int64_t size) {
             intact &= !std::memcmp(gap, before.data() + (gap - memory.get()), size_t(size));
         });
         return intact;
     }
     bool untouched() { return guards_intact() && !std::memcmp(memory.get(), before.data(), size_t(bytes)); }
 
-    void settle() { before.assign(memory.get(), memory.get() + bytes); }  // what is there now is to stay
-
     const DType dtype;
     const int64_t rows, cols, ld;
 
 private:
-    template <class F> void each_gap(F f) {
+    template <class F> void for_each_gap(F f) {
         if (lead) f(memory.get(), lead);
         for (int64_t row = 0; row + 1 < rows && ld > cols; ++row)
             f((unsigned char*)at(row, cols), (ld - cols) * size_of(dtype));
     }
     void set(int64_t row, int64_t col, Fill fill, uint64_t seed) {
         const uint64_t x = hashed(seed);
-        float value = fill == Fill::nan ? __builtin_nanf("") : number(seed);
+        float value = fill == Fill::nan ? __builtin_nanf("") : uniform(seed);
         if (fill == Fill::mixed && x % 61 == 0) {  // zeros, subnormals, and what overflows float16
             const float rare[] = {0.0f, -0.0f, 3e-41f, -2e-39f, 65504.0f, -70000.0f};
             value = rare[x / 61 % 6];
@@ -100,7 +112,7 @@ private:
         uint32_t b;
         std::memcpy(&b, &value, 4);
         uint16_t half = uint16_t(b >> 16);
-        if (dtype == DType::f16) {  // any finite bits below 2, so every subnormal too
+        if (dtype == DType::f16) {  // any bit pattern below 2, so that all subnormals occur
             half = uint16_t(x >> 20) & (fill == Fill::positive ? 0x3fffu : 0xbfffu);
             if (fill == Fill::nan) half = 0x7e00u;
             if (fill == Fill::mixed && x % 61 == 0) half = x % 2 ? 0x7bffu : 0xfbffu;

@@ -1,4 +1,5 @@
-// Philox against Random123's answers, the kernels' words against that Philox, the transform against float64.
+// A plain Philox against Random123's known answers, the kernels' draws against that Philox, and the transform against
+// float64.
 #include <cmath>
 #include <fstream>
 #include <sstream>
@@ -35,7 +36,6 @@ void test_known_answers(Run& run, const char* path) {
     run.expect(vectors == 6, std::string("six known answers in ") + path);
 }
 
-
 struct Place { int64_t base; uint32_t id; uint64_t key; };
 constexpr Place kPlaces[] = {{0, 0, 0},
                              {0, ~0u, ~uint64_t(0)},
@@ -47,10 +47,22 @@ constexpr Place kPlaces[] = {{0, 0, 0},
 void draw(Run& run, Distribution distribution, const Place& place, Matrix& to) {
     const float one = 1.0f, zero = 0.0f;
     const int64_t draws = 1;
-    const DensePass pass = {DType::f32, {distribution, 1, 1, &place.key, &one}, 1, &draws, &zero, nullptr};
-    Piece p = {};
-    p.out = to.at(0), p.rows = 1, p.cols = p.ld_out = p.row_stride = to.cols;
-    p.base = place.base, p.tensor_id = place.id;
+    const DensePass pass = {.dtype = DType::f32,
+                            .draws = {.distribution = distribution,
+                                      .count = 1,
+                                      .columns = 1,
+                                      .keys = &place.key,
+                                      .coefficients = &one},
+                            .stages = 1,
+                            .draws_per_stage = &draws,
+                            .decay = &zero};
+    const Piece p = {.out = to.at(0),
+                     .rows = 1,
+                     .cols = to.cols,
+                     .ld_out = to.cols,
+                     .base = place.base,
+                     .row_stride = to.cols,
+                     .tensor_id = place.id};
     run.k.dense(pass, p, first_group(p), end_group(p));
 }
 
@@ -102,7 +114,8 @@ void test_transform(Run& run) {
         for (int64_t i = 0; i < count; ++i) {
             const uint64_t x = hashed(uint64_t(count * 5000 + i));
             const uint32_t wa = i < 36 ? edges[i % 6] : uint32_t(x), wb = i < 36 ? edges[i / 6] : uint32_t(x >> 32);
-            std::memcpy(a.floats() + i, &wa, 4), std::memcpy(b.floats() + i, &wb, 4);
+            std::memcpy(a.floats() + i, &wa, 4);
+            std::memcpy(b.floats() + i, &wb, 4);
         }
         const uint32_t *wa = (const uint32_t*)a.at(0), *wb = (const uint32_t*)b.at(0);
         run.k.box_muller(wa, wb, even.floats(), odd.floats(), count);
@@ -117,7 +130,8 @@ void test_transform(Run& run) {
         }
         run.expect(right && even.guards_intact() && odd.guards_intact(), "transform of " + std::to_string(count));
         Digest digest;
-        even.add_to(digest), odd.add_to(digest);
+        even.add_to(digest);
+        odd.add_to(digest);
         run.same("transform " + std::to_string(count), digest.value);
     }
 }
@@ -128,31 +142,6 @@ void test_noise(Run& run, const char* known_answers) {
     test_known_answers(run, known_answers);
     test_draws(run);
     test_transform(run);
-}
-
-// Every 16-bit pattern to float and back, and counts that end within a vector.
-void test_conversions(Run& run) {
-    for (const DType dtype : {DType::f32, DType::bf16, DType::f16})
-        for (int64_t count : {0, 1, 7, 8, 9, 15, 17, 33, 63, 65536}) {
-            const std::string name = "conversion " + std::to_string(int(dtype)) + " " + std::to_string(count);
-            Matrix in(dtype, 1, count, 0, count % 3, 5);
-            if (dtype != DType::f32)
-                for (int64_t i = 0; i < count; ++i) ((uint16_t*)in.at(0))[i] = uint16_t(count == 65536 ? i : hashed(i));
-            Matrix out(DType::f32, 1, count, 0, 1, 0, Fill::nan), near(DType::f32, 1, count, 0, 1, 8);
-            run.k.to_float(dtype, in.at(0), out.floats(), count);
-            Digest digest, again;
-            out.add_to(digest);
-            run.same(name, digest.value);
-            if (dtype == DType::f32) continue;
-            run.k.round_to(dtype, out.floats(), count);
-            out.add_to(again);
-            run.expect(again.value == digest.value, name + ": a 16-bit value is its own nearest");
-            run.k.round_to(dtype, near.floats(), count);
-            Digest rounded;
-            near.add_to(rounded);
-            run.same(name + " rounded", rounded.value);
-            run.expect(out.guards_intact() && near.guards_intact(), name + ": memory beside");
-        }
 }
 
 }  // namespace pgap

@@ -1,4 +1,4 @@
-// One build of the kernels under test, and what the first build gave.
+// The kernels under test, and the results of the first instruction set, which those of the others must equal.
 #pragma once
 #include <cstdint>
 #include <cstdio>
@@ -27,17 +27,22 @@ struct Run {
         if (condition) return;
         if (++results.failures <= 20) std::fprintf(stderr, "FAILED %s: %s\n", k.name, what.c_str());
     }
-    // The same case gives the same bits in every build and however it is cut.
+    // A case gives the same bits on every instruction set and however it is cut.
     void same(const std::string& name, uint64_t digest) {
-        const auto [first, added] = results.digests.emplace(name, digest);
-        expect(added || first->second == digest, name + ": other bits");
+        const auto [known, added] = results.digests.emplace(name, digest);
+        expect(added || known->second == digest, name + ": other bits");
     }
 };
 
 void test_noise(Run&, const char* known_answers);
-void test_conversions(Run&);
-void test_pieces(Run&);
-void test_low_rank(Run&);
+void test_convert(Run&);
+void test_round(Run&);
+void test_dense(Run&);
+void test_masked(Run&);
+void test_preconditioned(Run&);
+void test_anchor(Run&);
+void test_reduction(Run&);
+void test_lowrank(Run&);
 void test_forward(Run&);
 
 }  // namespace pgap
