@@ -4,10 +4,10 @@ from . import noise
 from ._version import __version__
 from .backends import use_backend
 from .ops import (
-    HELENE,
-    Adam,
-    HiZOO,
-    Momentum,
+    AdamRule,
+    HELENERule,
+    HiZOORule,
+    MomentumRule,
     aligned_core,
     anchor_affine_,
     assemble_gradient_,
@@ -25,10 +25,10 @@ from .ops import (
 )
 
 __all__ = [
-    "HELENE",
-    "Adam",
-    "HiZOO",
-    "Momentum",
+    "AdamRule",
+    "HELENERule",
+    "HiZOORule",
+    "MomentumRule",
     "__version__",
     "aligned_core",
     "anchor_affine_",

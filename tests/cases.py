@@ -175,11 +175,11 @@ def rule_named(name: str, count: int):
     """A rule with a learning rate (and a floor) per tensor."""
     lr = per_tensor([1e-2, 0.3, 1e-3], count)
     return {
-        "momentum": ops.Momentum(lr, 0.9),
-        "adam": ops.Adam(lr, step=3, betas=(0.9, 0.95)),
-        "hizoo": ops.HiZOO(lr, curvature=2.5, alpha=0.1),
-        "helene": ops.HELENE(lr, anneal=0.3, floor=per_tensor([0.5, 1.0], count), gamma=1.5, eps=1e-6),
-        "helene_refresh": ops.HELENE(lr, anneal=0.3, floor=per_tensor([0.5, 1.0], count), refresh=(0.99, 8.0)),
+        "momentum": ops.MomentumRule(lr, 0.9),
+        "adam": ops.AdamRule(lr, step=3, betas=(0.9, 0.95)),
+        "hizoo": ops.HiZOORule(lr, curvature=2.5, alpha=0.1),
+        "helene": ops.HELENERule(lr, anneal=0.3, floor=per_tensor([0.5, 1.0], count), gamma=1.5, eps=1e-6),
+        "helene_refresh": ops.HELENERule(lr, anneal=0.3, floor=per_tensor([0.5, 1.0], count), refresh=(0.99, 8.0)),
     }[name]
 
 

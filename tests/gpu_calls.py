@@ -66,7 +66,7 @@ def adam(device: torch.device) -> Call:
     options = {"tensor_ids": IDS, "restore": [r], "backend": "triton"}
 
     def make() -> None:
-        ops.preconditioned_update_(w, [m, v], [(keys[0], rho)], ops.Adam(lr, step=3), **options)
+        ops.preconditioned_update_(w, [m, v], [(keys[0], rho)], ops.AdamRule(lr, step=3), **options)
 
     return Call(make, [*w, *m, *v], [rho, r, lr], keys)
 

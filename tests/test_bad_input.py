@@ -29,7 +29,7 @@ EXTRAS = {
     "dense_perturb_": lambda w: {},
     "assemble_gradient_": lambda w: {},
     "masked_perturb_": lambda w: {"threshold": 0.5},
-    "preconditioned_update_": lambda w: {"state": [like(w, 0.0)], "rule": ops.Momentum(0.1)},
+    "preconditioned_update_": lambda w: {"state": [like(w, 0.0)], "rule": ops.MomentumRule(0.1)},
     "preconditioned_perturb_": lambda w: {"curvature": like(w, 2.0)},
     "anchor_affine_": lambda w: {"anchors": like(w, 1.0), "coefficient": 0.5},
 }
@@ -90,7 +90,7 @@ ARGUMENTS = {
     "anchors": (("anchor_affine_", "squared_norms"), factor((6, 8)), ValueError, "anchors: got 1 tensors"),
     "deltas": (("anchor_affine_",), factor((6, 8), (7, 5)), ValueError, r"deltas\[1\]: got shape \(7, 5\)"),
     "curvature": (("preconditioned_perturb_",), factor((6, 8), (35,)), ValueError, r"curvature\[1\]: got shape"),
-    "rule": (("preconditioned_update_",), "adam", TypeError, "rule: got 'adam'; accepted: Momentum, Adam"),
+    "rule": (("preconditioned_update_",), "adam", TypeError, "rule: got 'adam'; accepted: MomentumRule, AdamRule"),
     "restore": (("preconditioned_update_",), [0.1, math.nan], ValueError, r"restore\[1\]: got nan"),
 }
 CASES = [(op, name) for name, (takers, *_) in ARGUMENTS.items() for op in takers]

@@ -56,16 +56,16 @@ def total(coefficients, zs: list[Bounded], t: int) -> Bounded:
 def one_step(rule, t: int, states: list[Bounded], g: Bounded, b: Bounded, z: Bounded):
     """The rules as their papers write them: delta and the new states of tensor t."""
     lr = scalar(own(rule.lr, t))
-    if isinstance(rule, ops.Momentum):
+    if isinstance(rule, ops.MomentumRule):
         m = scalar(rule.beta) * states[0] + g
         return b - lr * m, [m]
-    if isinstance(rule, ops.Adam):
+    if isinstance(rule, ops.AdamRule):
         beta1, beta2 = rule.betas
         m = scalar(beta1) * states[0] + scalar(1 - beta1) * g
         v = scalar(beta2) * states[1] + scalar(1 - beta2) * (g * g)
         unbiased = m * scalar(1 / (1 - beta1**rule.step)), v * scalar(1 / (1 - beta2**rule.step))
         return b - lr * (unbiased[0] / (unbiased[1].sqrt() + scalar(rule.eps))), [m, v]
-    if isinstance(rule, ops.HiZOO):
+    if isinstance(rule, ops.HiZOORule):
         h = states[0]
         new = scalar(1 - rule.alpha) * h + scalar(rule.alpha) * scalar(rule.curvature) * h * (z * z)
         return b / h.sqrt() - lr * (g / new.sqrt()), [new]
@@ -136,7 +136,7 @@ def test_the_bounds_tell_formulas_apart():
     (z,) = noises(arguments, 0)
     g, b = total([0.1], [z], 0), total([arguments["restore"][0]], [z], 0)
     for change, within in ((0.0, True), (2.0**-20, False)):
-        rule = ops.Adam(arguments["rule"].lr, 3, (0.9 + change, 0.95))
+        rule = ops.AdamRule(arguments["rule"].lr, 3, (0.9 + change, 0.95))
         delta, new = one_step(rule, 0, [known(s) for s in states], g, b, z)
         assert new[0].holds(arguments["state"][0][0]) == within
         assert landed(w, delta, 0.0, False).holds(arguments["weights"][0]) or not within
@@ -147,13 +147,13 @@ def test_adam_is_torch_adam(backend):
     """Five steps against torch.optim.Adam in float64."""
     (w,) = weights([(501,)])
     parameter = torch.nn.Parameter(w.double())
-    optimizer = torch.optim.Adam([parameter], lr=1e-2, betas=(0.9, 0.95), eps=1e-6)
+    optimizer = torch.optim.AdamRule([parameter], lr=1e-2, betas=(0.9, 0.95), eps=1e-6)
     m, v = torch.zeros(501), torch.zeros(501)
     for step in range(1, 6):
         rho = [0.5, -0.3, 0.7, 0.1, -0.9][step - 1]
         parameter.grad = rho * ops.draw(501, step, IDS[0]).double()
         optimizer.step()
-        rule = ops.Adam(1e-2, step, (0.9, 0.95), 1e-6)
+        rule = ops.AdamRule(1e-2, step, (0.9, 0.95), 1e-6)
         ops.preconditioned_update_([w], [[m], [v]], [(step, rho)], rule, tensor_ids=IDS[:1], backend=backend)
     # A step rounds W once, and at most 25 times on the way to lr times a quotient that Cauchy-Schwarz holds below 1.1.
     bound = 5 * 2.0**-24 * (parameter.detach().abs() + 25 * 1.1 * 1e-2)
@@ -164,7 +164,7 @@ def test_adam_is_torch_adam(backend):
 def test_momentum_without_memory_is_a_dense_update(backend):
     """beta = 0: m is the gradient; assemble_gradient_ gives its bits."""
     arguments = update_arguments("momentum", draws=3)
-    arguments["rule"] = ops.Momentum(0.1, 0.0)
+    arguments["rule"] = ops.MomentumRule(0.1, 0.0)
     gradient = [torch.empty(t.shape) for t in arguments["weights"]]
     ops.assemble_gradient_(gradient, arguments["draws"], tensor_ids=IDS, backend=backend)
     ops.preconditioned_update_(**arguments, backend=backend)
@@ -188,7 +188,7 @@ def test_hizoo_perturbs_and_comes_back(backend):
     options = {"tensor_ids": IDS[:1], "backend": backend}
     ops.preconditioned_perturb_([w], [(KEYS[0], -1e-2)], [h], **options)
     step = (w.double() - start).abs()
-    ops.preconditioned_update_([w], [[h]], [(KEYS[0], 0.0)], ops.HiZOO(1.0, 3.0), restore=[1e-2], **options)
+    ops.preconditioned_update_([w], [[h]], [(KEYS[0], 0.0)], ops.HiZOORule(1.0, 3.0), restore=[1e-2], **options)
     assert ((w.double() - start).abs() <= 2.0**-23 * (start.abs() + step)).all() and step.max() > 1e-2
 
 
@@ -444,7 +444,7 @@ def good_perturb(**changes) -> dict:
 
 
 NEEDED = {"adam": {"step": 1}, "hizoo": {"curvature": 1.0}, "helene": {"anneal": 0.1, "floor": 1.0}}
-CLASSES = {"momentum": ops.Momentum, "adam": ops.Adam, "hizoo": ops.HiZOO, "helene": ops.HELENE}
+CLASSES = {"momentum": ops.MomentumRule, "adam": ops.AdamRule, "hizoo": ops.HiZOORule, "helene": ops.HELENERule}
 FIELDS = [
     *(("momentum", name) for name in ("lr", "beta")),
     *(("adam", name) for name in ("lr", "eps")),
@@ -469,22 +469,22 @@ def test_fields_of_rules(rule, field):
 @pytest.mark.parametrize(
     ("rule", "error", "match"),
     [
-        (ops.Adam(0.1, 0), ValueError, r"rule\.step: got 0; accepted: an integer, 1 for the first"),
-        (ops.Adam(0.1, -1), ValueError, r"rule\.step: got -1"),
-        (ops.Adam(0.1, 1.5), ValueError, r"rule\.step: got 1.5"),
-        (ops.Adam(0.1, True), ValueError, r"rule\.step: got True"),
-        (ops.Adam(0.1, 1, (0.9,)), TypeError, r"rule\.betas: got \(0.9,\); accepted: two floats"),
-        (ops.Adam(0.1, 1, 0.9), TypeError, r"rule\.betas: got 0.9"),
-        (ops.Adam(0.1, 1, (0.9, 1.0)), ValueError, r"rule\.betas: got \(0.9, 1.0\); accepted: .* below 1"),
-        (ops.Adam(0.1, 1, (-0.1, 0.9)), ValueError, r"rule\.betas: got"),
-        (ops.Adam(0.1, 1, (0.9, math.nan)), ValueError, r"rule\.betas: got nan"),
-        (ops.Adam(0.1, 1, (0.9, "x")), TypeError, r"rule\.betas: got 'x'"),
-        (ops.HELENE(0.1, 0.1, 1.0, refresh=0.9), TypeError, r"rule\.refresh: got 0.9"),
-        (ops.HELENE(0.1, 0.1, 1.0, refresh=(0.9, 8.0, 1)), TypeError, r"rule\.refresh: got"),
-        (ops.HELENE(0.1, 0.1, 1.0, refresh=(0.9, math.inf)), ValueError, r"rule\.refresh: got inf"),
-        (None, TypeError, "rule: got None; accepted: Momentum, Adam, HiZOO or HELENE"),
+        (ops.AdamRule(0.1, 0), ValueError, r"rule\.step: got 0; accepted: an integer, 1 for the first"),
+        (ops.AdamRule(0.1, -1), ValueError, r"rule\.step: got -1"),
+        (ops.AdamRule(0.1, 1.5), ValueError, r"rule\.step: got 1.5"),
+        (ops.AdamRule(0.1, True), ValueError, r"rule\.step: got True"),
+        (ops.AdamRule(0.1, 1, (0.9,)), TypeError, r"rule\.betas: got \(0.9,\); accepted: two floats"),
+        (ops.AdamRule(0.1, 1, 0.9), TypeError, r"rule\.betas: got 0.9"),
+        (ops.AdamRule(0.1, 1, (0.9, 1.0)), ValueError, r"rule\.betas: got \(0.9, 1.0\); accepted: .* below 1"),
+        (ops.AdamRule(0.1, 1, (-0.1, 0.9)), ValueError, r"rule\.betas: got"),
+        (ops.AdamRule(0.1, 1, (0.9, math.nan)), ValueError, r"rule\.betas: got nan"),
+        (ops.AdamRule(0.1, 1, (0.9, "x")), TypeError, r"rule\.betas: got 'x'"),
+        (ops.HELENERule(0.1, 0.1, 1.0, refresh=0.9), TypeError, r"rule\.refresh: got 0.9"),
+        (ops.HELENERule(0.1, 0.1, 1.0, refresh=(0.9, 8.0, 1)), TypeError, r"rule\.refresh: got"),
+        (ops.HELENERule(0.1, 0.1, 1.0, refresh=(0.9, math.inf)), ValueError, r"rule\.refresh: got inf"),
+        (None, TypeError, "rule: got None; accepted: MomentumRule, AdamRule, HiZOORule or HELENERule"),
         ("adam", TypeError, "rule: got 'adam'"),
-        (ops.Adam, TypeError, "rule: got <class"),
+        (ops.AdamRule, TypeError, "rule: got <class"),
     ],
     ids=repr,
 )
@@ -521,7 +521,9 @@ def test_numbers_and_overlaps_of_states():
 
 def test_hizoo_takes_one_draw():
     draws = [(1, 0.1), (2, 0.1)]
-    refused("preconditioned_update_", good("hizoo", draws=draws), ValueError, "^draws: got 2; accepted: one with HiZOO")
+    refused(
+        "preconditioned_update_", good("hizoo", draws=draws), ValueError, "^draws: got 2; accepted: one with HiZOORule"
+    )
 
 
 @pytest.mark.parametrize("restore", [[], [0.1, 0.1], 0.1, "x"])

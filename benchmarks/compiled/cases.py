@@ -16,10 +16,10 @@ import triton
 from benchmarks.compiled import baselines, inductor
 from benchmarks.compiled.launches import Launch, recorded
 from pgap_kernels import (
-    HELENE,
-    Adam,
-    HiZOO,
-    Momentum,
+    AdamRule,
+    HELENERule,
+    HiZOORule,
+    MomentumRule,
     anchor_affine_,
     assemble_gradient_,
     dense_perturb_,
@@ -159,11 +159,11 @@ def dense_cases() -> list[Case]:
 
 # Rule, bytes of state read and written per weight.
 RULES = {
-    "momentum": (Momentum(1e-3), 4, 4),
-    "adam": (Adam(1e-3, 3), 8, 8),
-    "hizoo": (HiZOO(1e-3, 1.0), 4, 4),
-    "helene": (HELENE(1e-3, 0.5, 1.0), 8, 4),
-    "helene refresh": (HELENE(1e-3, 0.5, 1.0, refresh=(0.9, 4.0)), 8, 8),
+    "momentum": (MomentumRule(1e-3), 4, 4),
+    "adam": (AdamRule(1e-3, 3), 8, 8),
+    "hizoo": (HiZOORule(1e-3, 1.0), 4, 4),
+    "helene": (HELENERule(1e-3, 0.5, 1.0), 8, 4),
+    "helene refresh": (HELENERule(1e-3, 0.5, 1.0, refresh=(0.9, 4.0)), 8, 8),
 }
 
 
@@ -184,7 +184,7 @@ def preconditioned_cases() -> list[Case]:
         for config, (rule, read, written) in RULES.items():
             op = partial(_update, ONE, rule, {"decay": 1e-4})
             cases.append(_tiled("preconditioned", config, dtype, op, size + read, size + written, 1, 1))
-        op = partial(_update, ONE * 2, Adam(1e-3, 3), ROUNDED)
+        op = partial(_update, ONE * 2, AdamRule(1e-3, 3), ROUNDED)
         cases.append(_tiled("preconditioned", "stochastic", dtype, op, size + 8, size + 8, 1, 1))
         cases.append(_tiled("preconditioned", "perturb", dtype, _perturb, size + 4, size, 1, 1))
     return cases

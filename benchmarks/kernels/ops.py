@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.kernels import idioms
 from benchmarks.timing import Call
 from pgap_kernels import (
-    Adam,
+    AdamRule,
     anchor_affine_,
     assemble_gradient_,
     dense_perturb_,
@@ -117,7 +117,7 @@ def _masked(w: Tensor) -> Case:
 
 def _adam(w: Tensor) -> Case:
     m, v = (torch.zeros(w.shape, device=w.device) for _ in range(2))
-    ours = partial(preconditioned_update_, [w], [[m], [v]], ONE, Adam(A, step=3), tensor_ids=[1])
+    ours = partial(preconditioned_update_, [w], [[m], [v]], ONE, AdamRule(A, step=3), tensor_ids=[1])
     return Case(w, ours, **_with_compiled(idioms.adam, w, m, v, A, A), extra=2 * (m.nbytes + v.nbytes))
 
 

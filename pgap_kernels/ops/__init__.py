@@ -13,16 +13,24 @@ from .anchor import anchor_affine_
 from .dense import assemble_gradient_, dense_perturb_, draw, mask_arguments, masked_perturb_, threshold_bits
 from .forward import add_lowrank_, lowrank_forward_
 from .lowrank import MAX_RANK, aligned_core, lowrank_perturb_
-from .preconditioned import HELENE, Adam, HiZOO, Momentum, Rule, preconditioned_perturb_, preconditioned_update_
+from .preconditioned import (
+    AdamRule,
+    HELENERule,
+    HiZOORule,
+    MomentumRule,
+    Rule,
+    preconditioned_perturb_,
+    preconditioned_update_,
+)
 from .reduction import seeded_dot, squared_norms
 from .skipped import raise_if_skipped
 
 __all__ = [
-    "HELENE",
     "MAX_RANK",
-    "Adam",
-    "HiZOO",
-    "Momentum",
+    "AdamRule",
+    "HELENERule",
+    "HiZOORule",
+    "MomentumRule",
     "Rule",
     "add_lowrank_",
     "aligned_core",

@@ -44,7 +44,7 @@ def _times(value: Scalar, factor: float | Tensor) -> Scalar:
 
 
 @dataclass(frozen=True)
-class Momentum:
+class MomentumRule:
     """m <- beta m + g;  W <- W + b - lr m.  One state, m. A scalar is a float, one per tensor, or a tensor."""
 
     lr: Scalar
@@ -59,7 +59,7 @@ class Momentum:
 
 
 @dataclass(frozen=True)
-class Adam:
+class AdamRule:
     """m <- beta1 m + (1 - beta1) g;  v <- beta2 v + (1 - beta2) g^2;  W <- W + b - lr m^ / (sqrt(v^) + eps).
 
     m^ and v^ have Adam's bias corrections at ``step``, counted from 1 (Kingma and Ba, 1412.6980). States m, v.
@@ -88,7 +88,7 @@ class Adam:
 
 
 @dataclass(frozen=True)
-class HiZOO:
+class HiZOORule:
     """H <- (1 - alpha) H + alpha c H z^2;  W <- W + b / sqrt(H_old) - lr g / sqrt(H_new)          (2402.15173).
 
     c = |L+ + L- - 2 L0| / (2 eps^2), with the smoothing radius eps. State H > 0, at first 1. Takes exactly one draw.
@@ -107,7 +107,7 @@ class HiZOO:
 
 
 @dataclass(frozen=True)
-class HELENE:
+class HELENERule:
     """m <- beta1 m + anneal g;  W <- W + b - lr m / (gamma max(h, floor) + eps)                    (2411.10696).
 
     With ``refresh`` = (beta2, B), h <- beta2 h + (1 - beta2) B g^2 before it is used, B the batch size; without, h is
@@ -144,7 +144,7 @@ class HELENE:
         ]
 
 
-Rule = Momentum | Adam | HiZOO | HELENE
+Rule = MomentumRule | AdamRule | HiZOORule | HELENERule
 
 
 def _checked(rule: Rule, count: int) -> Rule:
@@ -214,7 +214,7 @@ def preconditioned_update_(
         weights: as in ``dense_perturb_``.
         state: the rule's states, each a list of float32 tensors of the weights' shapes; written, sharing nothing.
         draws: (key, c_j) pairs.
-        rule: ``Momentum``, ``Adam``, ``HiZOO`` or ``HELENE``.
+        rule: ``MomentumRule``, ``AdamRule``, ``HiZOORule`` or ``HELENERule``.
         restore: r_j, one scalar per draw; by default 0.
         tensor_ids, decay, distribution, tier, rounding, rounding_key, slices: as in ``dense_perturb_``.
 
@@ -222,8 +222,8 @@ def preconditioned_update_(
         TypeError, ValueError: naming the argument; nothing has been written.
     """
     weights = checks.matrices("weights", weights)
-    if not isinstance(rule, (Momentum, Adam, HiZOO, HELENE)):
-        raise TypeError(f"rule: got {rule!r}; accepted: Momentum, Adam, HiZOO or HELENE")
+    if not isinstance(rule, (MomentumRule, AdamRule, HiZOORule, HELENERule)):
+        raise TypeError(f"rule: got {rule!r}; accepted: MomentumRule, AdamRule, HiZOORule or HELENERule")
     if isinstance(state, Tensor) or not isinstance(state, (list, tuple)) or len(state) != rule.states:
         got = len(state) if isinstance(state, (list, tuple)) else type(state).__name__
         raise ValueError(f"state: got {got}; accepted: {rule.states} list(s) of tensors, as {rule.rule} keeps")
@@ -234,7 +234,7 @@ def preconditioned_update_(
     noise_options(distribution, tier)
     keys, gradient = pack_draws(draws, len(weights))
     if rule.rule == "hizoo" and len(draws) != 1:
-        raise ValueError(f"draws: got {len(draws)}; accepted: one with HiZOO")
+        raise ValueError(f"draws: got {len(draws)}; accepted: one with HiZOORule")
     rows = [0.0] * len(draws) if restore is None else restore
     if not isinstance(rows, (list, tuple)) or len(rows) != len(draws):
         raise ValueError(f"restore: got {restore!r}; accepted: {len(draws)} scalar(s), one per draw")

@@ -88,12 +88,12 @@ class HELENE(ZOOptimizer):
         self.apply_update([(z, rho)], rule=StateRule(self.rule_of, self.state_of))
         return (plus + minus) / 2
 
-    def rule_of(self, weights: Sequence[Weight]) -> ops.HELENE:
+    def rule_of(self, weights: Sequence[Weight]) -> ops.HELENERule:
         """The rule of this step for weights of one pass."""
         group = weights[0].group
         beta1, refreshes = group["beta1"], self.steps % self.refresh_every == 0
         rates = self.rates()
-        return ops.HELENE(
+        return ops.HELENERule(
             lr=[rates[w.index] for w in weights],
             anneal=beta1 + (1 - beta1) * math.exp(-self.steps / self.anneal_steps),
             floor=[self.floor_of(w) for w in weights],

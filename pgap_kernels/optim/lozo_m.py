@@ -79,9 +79,9 @@ class LOZOM(LOZO):
             state["momentum"].copy_(state["momentum"] @ (state["right"].T @ v) / len(v))
         super().replace_right(weight, v)
 
-    def _rule_of(self, weights: Sequence[Weight]) -> ops.Momentum:
+    def _rule_of(self, weights: Sequence[Weight]) -> ops.MomentumRule:
         rates = self.rates()
-        return ops.Momentum(lr=[rates[w.index] for w in weights], beta=self.beta)
+        return ops.MomentumRule(lr=[rates[w.index] for w in weights], beta=self.beta)
 
     def _state_of(self, weights: Sequence[Weight]) -> list[list[Tensor]]:
         for w in weights:

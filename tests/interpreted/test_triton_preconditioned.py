@@ -77,7 +77,7 @@ def test_a_learning_rate_for_each_tensor_or_one_for_all():
         for backend in ("triton", "reference"):
             w, state = [torch.ones(5) for _ in range(3)], [torch.ones(5) for _ in range(3)]
             options = {"tensor_ids": IDS[:3], "restore": [restore], "decay": decay, "backend": backend}
-            ops.preconditioned_update_(w, [state], [(KEYS[0], 0.7)], ops.Momentum(lr), **options)
+            ops.preconditioned_update_(w, [state], [(KEYS[0], 0.7)], ops.MomentumRule(lr), **options)
             results.append(w + state)
         assert_all_same(*results)
 

@@ -58,7 +58,7 @@ def masked_call(w):
 
 def update_call(w):
     state = [[torch.ones(t.shape) for t in w] for _ in range(2)]
-    rule = ops.Adam(0.1, step=2)
+    rule = ops.AdamRule(0.1, step=2)
     ops.preconditioned_update_(w, state, DRAWS[:1], rule, tensor_ids=IDS[: len(w)], backend="triton", **STOCHASTIC)
     w += state[0] + state[1]
 
