@@ -147,7 +147,7 @@ def test_adam_is_torch_adam(backend):
     """Five steps against torch.optim.Adam in float64."""
     (w,) = weights([(501,)])
     parameter = torch.nn.Parameter(w.double())
-    optimizer = torch.optim.AdamRule([parameter], lr=1e-2, betas=(0.9, 0.95), eps=1e-6)
+    optimizer = torch.optim.Adam([parameter], lr=1e-2, betas=(0.9, 0.95), eps=1e-6)
     m, v = torch.zeros(501), torch.zeros(501)
     for step in range(1, 6):
         rho = [0.5, -0.3, 0.7, 0.1, -0.9][step - 1]

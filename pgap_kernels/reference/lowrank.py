@@ -21,14 +21,21 @@ def _sums(rows: Tensor) -> Tensor:
     return rows[:, 0]
 
 
+def _padded(rows: list[Tensor]) -> Tensor:
+    """Vectors as the rows of a matrix, zeros after the shorter ones."""
+    if len({len(row) for row in rows}) == 1:
+        return torch.stack(rows)  # many times faster on the host
+    return pad_sequence(rows, batch_first=True)
+
+
 def aligned(cores: list[Tensor], singular_values: list[Tensor], signs: list[Tensor], delta: float) -> list[Tensor]:
     """Shift the diagonals of regenerated cores so that <S, Z> = xi sqrt(delta) |S|; in place, in float64 inside."""
     diagonals = [core.diagonal() for core in cores]
-    s, z = (pad_sequence(rows, batch_first=True).double() for rows in (singular_values, diagonals))
+    s, z = (_padded(rows).double() for rows in (singular_values, diagonals))
     rank = s.shape[1]
     s, z = (pad(rows, (0, (1 << (rank - 1).bit_length()) - rank)) for rows in (s, z))
     norm = _sums(s * s).sqrt()
-    if not norm.isfinite().all():
+    if norm.device.type == "cpu" and not norm.isfinite().all():  # elsewhere the question would wait for the device
         raise ValueError("singular_values: got NaN or infinity; accepted: finite values")
     alpha = (_sums(s * z) - torch.cat(signs).double() * delta**0.5 * norm) / norm**2
     shifted = z - torch.where(norm > 0, alpha, 0.0)[:, None] * s
@@ -40,8 +47,10 @@ def aligned(cores: list[Tensor], singular_values: list[Tensor], signs: list[Tens
 def cores_and_signs(singular_values, keys, tensor_ids, sign_ids, assemble):
     """Z_init and xi of each matrix, drawn by a backend's ``assemble_gradient_``."""
     device, one = singular_values[0].device, torch.ones(1, 1, dtype=torch.float32)
-    cores = [torch.empty(len(s), len(s), device=device, dtype=torch.float32) for s in singular_values]
-    signs = [torch.ones(1, device=device, dtype=torch.float32) for _ in singular_values]
+    ranks = [len(s) for s in singular_values]
+    memory = torch.empty(sum(r * r for r in ranks), device=device, dtype=torch.float32)
+    cores = [core.view(r, r) for core, r in zip(memory.split([r * r for r in ranks]), ranks, strict=True)]
+    signs = list(torch.ones(len(ranks), 1, device=device, dtype=torch.float32).unbind())
     assemble(cores, AssembleArguments(keys[:1], one, tensor_ids))
     if len(keys) > 1:
         assemble(signs, AssembleArguments(keys[1:], one, sign_ids, distribution="rademacher"))
