@@ -48,8 +48,7 @@ def cores_and_signs(singular_values, keys, tensor_ids, sign_ids, assemble):
     """Z_init and xi of each matrix, drawn by a backend's ``assemble_gradient_``."""
     device, one = singular_values[0].device, torch.ones(1, 1, dtype=torch.float32)
     ranks = [len(s) for s in singular_values]
-    memory = torch.empty(sum(r * r for r in ranks), device=device, dtype=torch.float32)
-    cores = [core.view(r, r) for core, r in zip(memory.split([r * r for r in ranks]), ranks, strict=True)]
+    cores = [torch.empty(r, r, device=device, dtype=torch.float32) for r in ranks]
     signs = list(torch.ones(len(ranks), 1, device=device, dtype=torch.float32).unbind())
     assemble(cores, AssembleArguments(keys[:1], one, tensor_ids))
     if len(keys) > 1:
