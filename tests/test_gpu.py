@@ -203,6 +203,19 @@ def test_scalars_and_keys_on_the_device_are_those_of_the_host():
     assert_all_same([t.cpu() for t in device], [t.cpu() for t in host])
 
 
+def test_zeros_of_the_host_keep_their_signs():
+    """Host scalars are kept on the device by value; 0.0 == -0.0."""
+    want = {}
+    for coefficient in (0.0, -0.0, 0.0):
+        (g,) = poison(weights([(4099,)]))
+        there = moved([g])
+        ops.assemble_gradient_([g], [(KEYS[0], coefficient)], tensor_ids=IDS[:1], backend="reference")
+        ops.assemble_gradient_(there, [(KEYS[0], coefficient)], tensor_ids=IDS[:1], backend="triton")
+        assert_same_bits(there[0].cpu(), g)
+        want[math.copysign(1, coefficient)] = g
+    assert not torch.equal(want[1].signbit(), want[-1].signbit())
+
+
 # ---- sums ------------------------------------------------------------------------------------------------------------
 
 
@@ -226,6 +239,15 @@ def test_sums_are_the_same_in_every_run_and_list(dtype):
         assert torch.equal(sums([0, 1, 2]), first)
     for order in ([2, 0], [1], [2, 1, 0]):
         assert torch.equal(sums(order), first[:, order])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_expanded_over_rows_is_the_matrix_of_equal_rows(dtype):
+    for columns in (700, 8192):  # masked and whole tiles
+        (row,) = moved(weights([(columns,)], dtype))
+        tensors = ([row.expand(7, columns)], [row.repeat(7, 1)])
+        assert torch.equal(*(ops.seeded_dot(t, KEYS[0], tensor_ids=IDS[:1], backend="triton") for t in tensors))
+        assert torch.equal(*(ops.squared_norms(t, backend="triton") for t in tensors))
 
 
 # ---- the fast tier ---------------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import subprocess
+import sys
 
 import gpu
 import gpu_calls
@@ -119,14 +121,14 @@ def test_sums_do_not_wait_for_the_device():
 
 
 def captured(call: Call) -> torch.cuda.CUDAGraph:
-    """A graph of the call, after one call on the same stream: what a stream's launches share is that stream's."""
+    """A graph of the call, as PyTorch recommends it: warmed up on one stream, captured on another."""
     stream = torch.cuda.Stream(gpu.DEVICE)
     stream.wait_stream(torch.cuda.current_stream(gpu.DEVICE))
     with torch.cuda.stream(stream):
         call.make()
     torch.cuda.synchronize(gpu.DEVICE)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.graph(graph):
         call.make()
     return graph
 
@@ -179,6 +181,30 @@ def test_a_new_list_is_refused_while_capturing():
     assert_all_same(w, before)
     ops.dense_perturb_(w, [(key, a)], tensor_ids=ids)
     assert not torch.equal(w[0], before[0])
+
+
+# ---- streams ---------------------------------------------------------------------------------------------------------
+
+FIRST_CALL = """
+import torch
+from pgap_kernels import ops, use_backend
+here, there, busy = torch.zeros(9000, device="cuda"), torch.zeros(9000, device="cuda"), torch.cuda.Stream()
+torch.cuda.synchronize()
+with torch.cuda.stream(busy):
+    torch.cuda._sleep(5_000_000_000)  # some seconds
+    ops.dense_perturb_([there], [(1, 0.5)], tensor_ids=[7])
+ops.dense_perturb_([here], [(1, 0.5)], tensor_ids=[7])
+torch.cuda.synchronize()
+want = torch.zeros(9000)
+with use_backend("reference"):
+    ops.dense_perturb_([want], [(1, 0.5)], tensor_ids=[7])
+assert torch.equal(here.cpu(), want) and torch.equal(there.cpu(), want)
+"""
+
+
+def test_what_the_first_call_leaves_for_all_streams_is_there():
+    """The second call, on another stream, does not wait for the first."""
+    assert subprocess.run([sys.executable, "-c", FIRST_CALL], timeout=120).returncode == 0
 
 
 # ---- scalars that are not finite -------------------------------------------------------------------------------------
@@ -283,7 +309,7 @@ def trained(method, device: torch.device, dtype, steps: int, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_mezo_on_the_gpu_is_mezo_on_the_cpu(dtype):
     """Kernels have the same bits and losses are the same function, so whole runs are the same."""
-    options = {"probes": 2, "weight_decay": 0.01}
+    options = {"probes": 2, "weight_decay": 0.01, "mode": "inplace"}  # the closure does not call the model
     losses, there = trained(MeZO, gpu.DEVICE, dtype, 5, **options)
     want, here = trained(MeZO, torch.device("cpu"), dtype, 5, **options)
     assert losses == want and all(map(math.isfinite, losses))

@@ -86,6 +86,11 @@ def test_triton_is_imported_when_first_needed():
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
 
 
+def test_a_host_function_is_looked_up_once():
+    first = triton.reduce
+    assert vars(triton)["reduce"] is first is importlib.import_module("pgap_kernels.triton.reduction").reduce
+
+
 def test_unknown_op():
     with pytest.raises(AttributeError, match="no attribute 'sparse_perturb_'"):
         triton.sparse_perturb_  # noqa: B018

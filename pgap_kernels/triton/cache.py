@@ -54,7 +54,7 @@ def to_device_cached(device: torch.device, tensor: Tensor) -> Tensor:
 
 
 def keys_on(device: torch.device, keys: Tensor | None) -> Tensor | None:
-    """Keys of the rounding on the device, if it is stochastic."""
+    """Keys on the device, if there are any: rounding to nearest has none."""
     return None if keys is None else to_device_cached(device, keys)
 
 
@@ -69,5 +69,4 @@ def counter_table(device: torch.device) -> Tensor:
 
     Copied from the host, which waits for the copy: a kernel on another stream must not find it half made.
     """
-    make = lambda: torch.arange(1024, dtype=torch.int32, device="cpu").to(device)  # noqa: E731
-    return _constants.get((device, "counters"), make)
+    return _constants.get((device, "counters"), lambda: torch.arange(1024, dtype=torch.int32, device="cpu").to(device))

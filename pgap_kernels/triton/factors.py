@@ -31,7 +31,6 @@ from .table import (
     TENSOR_ID,
     build_table,
     cached_table,
-    table_key,
 )
 
 # A and B: the address of a stored factor; of one made just before the pass, its first element in the workspace.
@@ -138,7 +137,7 @@ def precision_on(device: torch.device, dtype: torch.dtype, rank: int) -> str:
     return "tf32x3" if is_nvidia(device) and dtype != torch.float32 and rank >= 16 else "ieee"
 
 
-class Side(NamedTuple):
+class FactorList(NamedTuple):
     """A, or B, of all matrices of a pass."""
 
     places: list[int]  # addresses; first elements in the workspace; 0 where they are drawn in the pass
@@ -152,12 +151,17 @@ class Side(NamedTuple):
         return all(place * size % 16 == 0 for place in self.places)
 
 
-def stored_side(tensors: Sequence[Tensor], count: int) -> Side:
-    """Stored factors, or ``count`` that are drawn in the pass."""
-    return Side([t.data_ptr() for t in tensors], tensors[0].dtype) if tensors else Side([0] * count)
+def addresses_of(tensors: Sequence[Tensor], count: int) -> list[int]:
+    """Addresses of ``count`` tensors; 0 where there are none."""
+    return [t.data_ptr() for t in tensors] or [0] * count
 
 
-def made_side(
+def stored_factors(tensors: Sequence[Tensor], count: int) -> FactorList:
+    """Factors that the op was given, or ``count`` that are drawn in the pass."""
+    return FactorList(addresses_of(tensors, count), tensors[0].dtype if tensors else None)
+
+
+def make_factors(
     weight: Tensor,
     rank: int,
     keys: Tensor,
@@ -168,31 +172,32 @@ def made_side(
     core: Sequence[Tensor] = (),
     kind: str = "none",
     key: int = 0,
-) -> Side:
+) -> FactorList:
     """P in the dtype of such weights, of all matrices in one launch; with key 1 it is B, drawn as A is with key 0.
 
     The workspace is PyTorch's to place: tables do not hold its address, so a graph capture may bring its own.
     """
-    device, dtype = weight.device, weight.dtype
+    device, dtype, count = weight.device, weight.dtype, len(rows)
     *places, size = accumulate((m * rank for m in rows), initial=0)
     workspace = torch.empty(size, dtype=dtype, device=device)
+    factors, cores = stored_factors(left, count), addresses_of(core, count)
 
     def build():
         entries = [
             {
                 OUT: places[t],
-                LEFT: left[t].data_ptr() if left else 0,
-                CORE: core[t].data_ptr() if core else 0,
+                LEFT: factors.places[t],
+                CORE: cores[t],
                 TENSOR_ID: tensor_ids[t],
                 ROWS: rows[t],
                 FIRST_ROW: first_rows[t],
             }
-            for t in range(len(rows))
+            for t in range(count)
         ]
         return build_table(entries, [triton.cdiv(m, PRODUCT.rows) for m in rows], device)
 
-    own = ("product", device, rank, tuple(rows), tuple(first_rows), tuple(tensor_ids))
-    table = cached_table((*own, table_key(left, core)), build)
+    columns = (places, factors.places, cores, tensor_ids, rows, first_rows)
+    table = cached_table(("product", device, *map(tuple, columns)), build)
     launch(
         product_kernel,
         table.programs,
@@ -201,15 +206,17 @@ def made_side(
         table=table.pointers,
         keys_ptr=keys,
         workspace_ptr=workspace,
-        FACTORS=factors_of(weight, rank, kind, stored_side(left, 0), Side([]), core),
+        FACTORS=factors_of(weight, rank, kind, factors, FactorList([]), core),
         KEY=key,
         TYPE=TYPES[dtype],
         TILE=PRODUCT,
     )
-    return Side(places, dtype, workspace)
+    return FactorList(places, dtype, workspace)
 
 
-def factors_of(weight: Tensor, rank: int, kind: str, left: Side, right: Side, core: Sequence[Tensor]) -> Factors:
+def factors_of(
+    weight: Tensor, rank: int, kind: str, left: FactorList, right: FactorList, core: Sequence[Tensor]
+) -> Factors:
     """The constants of a kernel for such weights."""
     return Factors(
         rank,

@@ -25,16 +25,32 @@ from .rounding import INTERPRETED
 _sticky: dict[torch.device, Tensor] = {}
 
 
-@triton.jit(do_not_specialize=["count"])
-def guard_kernel(skip_ptr, sticky_ptr, scalars_ptr, count, BLOCK: tl.constexpr):
-    """skip <- 1 if one of the scalars is not finite, else what it was; sticky <- sticky | skip."""
+@triton.jit
+def find_bad(scalars_ptr, count, BLOCK: tl.constexpr):
+    """1 where one of every BLOCK scalars is not finite, (BLOCK,)."""
     bad = tl.zeros((BLOCK,), tl.int32)
     for begin in range(0, count, BLOCK):
         i = begin + tl.arange(0, BLOCK)
         x = tl.load(scalars_ptr + i, mask=i < count, other=0.0)
         bad |= (tl.abs(x) <= 3.4028234663852886e38).to(tl.int32) ^ 1
-    if tl.max(bad, 0) != 0:
-        tl.store(skip_ptr, 1)
+    return bad
+
+
+_TABLES = ("table0", "table1", "table2", "table3")
+_COUNTS = ("count0", "count1", "count2", "count3")
+
+
+# Not tuples, whose elements Triton always specialises: one kernel serves tables of any size and alignment.
+@triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=_TABLES)
+def guard_kernel(
+    skip_ptr, sticky_ptr, table0, table1, table2, table3, count0, count1, count2, count3, BLOCK: tl.constexpr
+):
+    """skip <- 1 if a scalar of a table is not finite, else 0; sticky <- sticky | skip."""
+    bad = find_bad(table0, count0, BLOCK) | find_bad(table1, count1, BLOCK)
+    bad |= find_bad(table2, count2, BLOCK) | find_bad(table3, count3, BLOCK)
+    skip = tl.max(bad, 0)
+    tl.store(skip_ptr, skip)
+    if skip != 0:
         tl.store(sticky_ptr, 1)
 
 
@@ -51,23 +67,14 @@ def guard(device: torch.device, *tables: Tensor) -> Tensor:
     Host scalars were checked when they were passed.
     """
     sticky = sticky_flag(device)
-    on_device = [t for t in tables if t.device == device]
-    if not on_device:
+    scalars = [t.contiguous() for t in tables if t.device == device and t.is_floating_point()]
+    if not scalars:
         return to_device_cached(device, torch.zeros(1, dtype=torch.int32, device="cpu"))
-    skip = torch.zeros(1, dtype=torch.int32, device=device)
-    for scalars in on_device:
-        x = scalars.contiguous()
-        launch(
-            guard_kernel,
-            1,
-            device,
-            Config(),
-            skip_ptr=skip,
-            sticky_ptr=sticky,
-            scalars_ptr=x,
-            count=x.numel(),
-            BLOCK=256,
-        )
+    skip = torch.empty(1, dtype=torch.int32, device=device)
+    counts = [t.numel() for t in scalars] + [0] * (len(_TABLES) - len(scalars))
+    scalars += scalars[:1] * (len(_TABLES) - len(scalars))
+    given = {**dict(zip(_TABLES, scalars, strict=True)), **dict(zip(_COUNTS, counts, strict=True))}
+    launch(guard_kernel, 1, device, Config(), skip_ptr=skip, sticky_ptr=sticky, **given, BLOCK=256)
     return skip
 
 

@@ -15,9 +15,20 @@ from torch import Tensor
 from .. import checks, reference
 from ..arguments import LowRankArguments
 from .cache import broadcast_scalars, keys_on, to_device_cached
-from .config import PRODUCT, lowrank_config
+from .config import PRODUCT, LowRankConfig, lowrank_config
 from .dense import assemble_gradient_
-from .factors import LEFT, RIGHT, factor_pointer, factors_of, left_tile, made_side, product_tile, stored_side
+from .factors import (
+    LEFT,
+    RIGHT,
+    FactorList,
+    addresses_of,
+    factor_pointer,
+    factors_of,
+    left_tile,
+    make_factors,
+    product_tile,
+    stored_factors,
+)
 from .launch import architecture, guard, launch
 from .noise import element_word
 from .rounding import INTERPRETED, round_to, stochastic, update_of
@@ -37,6 +48,7 @@ from .table import (
     SCALAR,
     TENSOR_ID,
     TILES_PER_ROW,
+    Table,
     build_table,
     cached_table,
     table_key,
@@ -274,24 +286,11 @@ def lowrank_kernel(
         pass_tile(block, column, scalars.rounding_key, FACTORS, TILE, UPDATE, TILE.columns // 2, True)
 
 
-def lowrank_perturb_(weights, out, arguments: LowRankArguments):
-    """``ops.lowrank_perturb_``: one launch, and one before it for each of P and B that a program cannot make itself."""
-    left, right, core, keys, coefficient, decay, tensor_ids, rank, kind, rounding_key, slices = arguments
-    device, dtype = weights[0].device, weights[0].dtype
-    update = update_of(weights[0], decay, rounding_key)
-    config = lowrank_config(dtype, rank, update.stochastic, architecture(device))
-    (a, d), per_tensor = broadcast_scalars(device, coefficient[None], decay[None])
-    keys = to_device_cached(device, keys)
-    slices = slices or [x for w in weights for x in (0, max(w.shape[1], 1))]
-    starts = [divmod(slices[2 * t], slices[2 * t + 1]) for t in range(len(weights))]
-    a_side, b_side = stored_side(left, len(weights)), stored_side(right, len(weights))
-    if not right:
-        rows, firsts = [w.shape[1] for w in weights], [column for _, column in starts]
-        b_side = made_side(weights[0], rank, keys, tensor_ids, rows, firsts, key=1)
-    if not config.makes and (kind != "none" or not left):
-        rows, firsts = [w.shape[0] for w in weights], [row for row, _ in starts]
-        a_side = made_side(weights[0], rank, keys, tensor_ids, rows, firsts, left, core, kind)
-        left, core, kind = [], [], "none"
+def lowrank_table(
+    weights, out, left: FactorList, right: FactorList, core, tensor_ids, slices, config: LowRankConfig, per_tensor: bool
+) -> Table:
+    """The table of a pass: row blocks of matrices, each in strips."""
+    device, cores = weights[0].device, addresses_of(core, len(weights))
 
     def build():
         entries, tiles = [], []
@@ -300,18 +299,19 @@ def lowrank_perturb_(weights, out, arguments: LowRankArguments):
             ld_out = checks.matrix_layout("out", o)[2]
             size, strips = w.element_size(), triton.cdiv(n, config.columns * config.strip)
             addresses = (w.data_ptr(), o.data_ptr(), ld_in * size, ld_out * size)
+            base, row_stride = slices[2 * t : 2 * t + 2]
             entries.append(
                 {
                     IN: w.data_ptr(),
                     OUT: o.data_ptr(),
-                    LEFT: a_side.places[t],
-                    RIGHT: b_side.places[t],
-                    CORE: core[t].data_ptr() if core else 0,
+                    LEFT: left.places[t],
+                    RIGHT: right.places[t],
+                    CORE: cores[t],
                     ROWS: m,
                     COLUMNS: n,
-                    BASE: slices[2 * t],
-                    ROW_STRIDE: slices[2 * t + 1],
-                    FIRST_ROW: starts[t][0],
+                    BASE: base,
+                    ROW_STRIDE: row_stride,
+                    FIRST_ROW: base // row_stride,
                     TENSOR_ID: tensor_ids[t],
                     TILES_PER_ROW: strips,
                     ALIGNED: int(all(x % 16 == 0 for x in addresses)),
@@ -323,8 +323,31 @@ def lowrank_perturb_(weights, out, arguments: LowRankArguments):
             tiles.append(triton.cdiv(m, config.rows) * strips)
         return build_table(entries, tiles, device)
 
-    key = ("lowrank", device, rank, config, per_tensor, tuple(tensor_ids), tuple(slices))
-    table = cached_table((*key, table_key(weights, out, left, right, core)), build)
+    columns = (left.places, right.places, cores, tensor_ids, slices)
+    return cached_table(("lowrank", device, config, per_tensor, *map(tuple, columns), table_key(weights, out)), build)
+
+
+def lowrank_perturb_(weights, out, arguments: LowRankArguments):
+    """``ops.lowrank_perturb_``: one launch, and one before it for each of P and B that a program cannot make itself."""
+    left, right, core, keys, coefficient, decay, tensor_ids, rank, kind, rounding_key, slices = arguments
+    weight, device, count = weights[0], weights[0].device, len(weights)
+    update = update_of(weight, decay, rounding_key)
+    config = lowrank_config(weight.dtype, rank, update.stochastic, architecture(device))
+    (coefficients, decays), per_tensor = broadcast_scalars(device, coefficient[None], decay[None])
+    keys = to_device_cached(device, keys)
+    slices = slices or [x for w in weights for x in (0, max(w.shape[1], 1))]
+    first_rows, first_columns = zip(*map(divmod, slices[::2], slices[1::2]), strict=True)
+    if right:
+        b = stored_factors(right, count)
+    else:
+        b = make_factors(weight, rank, keys, tensor_ids, [w.shape[1] for w in weights], first_columns, key=1)
+    if config.makes or (left and kind == "none"):
+        a = stored_factors(left, count)
+    else:
+        a = make_factors(weight, rank, keys, tensor_ids, [w.shape[0] for w in weights], first_rows, left, core, kind)
+        core, kind = [], "none"
+    # Before the guard: a graph capture that is refused must not be the first to make the device's flag.
+    table = lowrank_table(weights, out, a, b, core, tensor_ids, slices, config, per_tensor)
     launch(
         lowrank_kernel,
         table.programs,
@@ -332,9 +355,9 @@ def lowrank_perturb_(weights, out, arguments: LowRankArguments):
         config.config,
         table=table.pointers,
         skip_ptr=guard(device, coefficient, decay),
-        scalars=LowRankScalars(keys, a, d, keys_on(device, rounding_key)),
-        workspaces=Workspaces(a_side.workspace, b_side.workspace),
-        FACTORS=factors_of(weights[0], rank, kind, a_side, b_side, core),
+        scalars=LowRankScalars(keys, coefficients, decays, keys_on(device, rounding_key)),
+        workspaces=Workspaces(a.workspace, b.workspace),
+        FACTORS=factors_of(weight, rank, kind, a, b, core),
         TILE=config,
         UPDATE=update,
         CORE_STEP=PRODUCT.step,

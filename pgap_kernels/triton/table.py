@@ -33,8 +33,8 @@ LEADING = tl.constexpr(12)  # strides between rows in memory, of the four addres
 ROWS = tl.constexpr(16)
 TILES = tl.constexpr(17)
 CORE = tl.constexpr(18)  # low rank: address of C or of its diagonal
-FIRST_ROW = tl.constexpr(20)  # low rank: of the shard in the unsharded matrix
-FIELDS = tl.constexpr(24)
+FIRST_ROW = tl.constexpr(19)  # low rank: of the shard in the unsharded matrix
+FIELDS = tl.constexpr(20)
 
 GROUP = tl.constexpr(4096)  # elements of a tile: a group of the noise contract
 
@@ -68,12 +68,12 @@ def cached_table(key: Hashable, build: Callable[[], Table]) -> Table:
 def build_table(entries: list[dict[tl.constexpr, int]], tiles: list[int], device: torch.device) -> Table:
     """A table on the device from the columns of each tensor and the number of its programs."""
     rows, first = [], 0
-    for entry, own in zip(entries, tiles, strict=True):
+    for entry, count in zip(entries, tiles, strict=True):
         row = [0] * FIELDS.value
-        for column, value in (entry | {FIRST_TILE: first, TILES: own}).items():
+        for column, value in (entry | {FIRST_TILE: first, TILES: count}).items():
             row[column.value] = value
         rows.append(row)
-        first += own
+        first += count
     owners = torch.arange(len(tiles), dtype=torch.int32, device="cpu")
     owners = owners.repeat_interleave(torch.tensor(tiles, device="cpu"))
     table = torch.tensor(rows, dtype=torch.int64, device="cpu")
@@ -121,22 +121,22 @@ def _build_dense_table(lists, tensor_ids, slices, per_tensor, same_shape) -> Tab
     entries, tiles = [], []
     for t in range(len(lists[0])):
         entry: dict[tl.constexpr, int] = {}
-        places = []
+        layouts = []  # address, row stride and element size of each operand
         for column, tensors in zip((OUT, IN, EXTRA0, EXTRA1), lists, strict=True):
             if not tensors:
                 continue
             entry[column] = tensors[t].data_ptr()
             if same_shape or tensors is not lists[2]:
                 rows, columns, ld = checks.matrix_layout("weights", tensors[t], written=False)
-                places.append((tensors[t].data_ptr(), ld, tensors[t].element_size()))
+                layouts.append((tensors[t].data_ptr(), ld, tensors[t].element_size()))
                 entry[LEADING + column] = ld
         base, row_stride = slices[2 * t : 2 * t + 2] or (0, max(columns, 1))
-        if all(ld == columns for _, ld, _ in places) and row_stride == columns:
+        if all(ld == columns for _, ld, _ in layouts) and row_stride == columns:
             rows, columns = 1, rows * columns
-        per_row, own = _count_tiles(rows, columns, base, row_stride)
-        aligned = base % GROUP.value == 0 and all(address % 16 == 0 for address, _, _ in places)
+        per_row, count = _count_tiles(rows, columns, base, row_stride)
+        aligned = base % GROUP.value == 0 and all(address % 16 == 0 for address, _, _ in layouts)
         if rows > 1:
-            aligned &= row_stride % GROUP.value == 0 and all(ld * size % 16 == 0 for _, ld, size in places)
+            aligned &= row_stride % GROUP.value == 0 and all(ld * size % 16 == 0 for _, ld, size in layouts)
         entries.append(
             entry
             | {
@@ -150,5 +150,5 @@ def _build_dense_table(lists, tensor_ids, slices, per_tensor, same_shape) -> Tab
                 SCALAR: t if per_tensor else 0,
             }
         )
-        tiles.append(own)
+        tiles.append(count)
     return build_table(entries, tiles, lists[0][0].device)

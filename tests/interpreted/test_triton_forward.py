@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import DTYPES, assert_same_bits, ops, weights
 
+from pgap_kernels import reference
 from pgap_kernels.triton import forward
 
 FLOAT32, BFLOAT16, FLOAT16 = DTYPES
@@ -116,6 +117,21 @@ def test_small_and_empty(shape):
             left, right = whole((columns, rank), 1, 1), whole((inner, rank), 1, 2)
             y, x = weights([(tokens, columns)], dtype)[0], whole((tokens, inner), 2, 3).to(dtype)
             agreeing(y, x, left, right, permutation(rank, 5))
+
+
+@pytest.mark.parametrize("even", [True, False])
+@pytest.mark.parametrize("rank", (3, 33, 70))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_core_for_every_slice(dtype, rank, even):
+    """The kernels take any number of cores, wherever they are: evenly apart in memory or not."""
+    for x_dtype in (dtype, torch.int64):
+        y, x, left, right, _ = exact(dtype, x_dtype, rank, 5 * 13, True)
+        cores = [*torch.stack([permutation(rank, seed) for seed in range(5)])]
+        cores = cores if even else [cores[i].clone() for i in range(5)]
+        got, want = y.clone(), y.clone()
+        forward.lowrank_forward_(got, x, left, right, cores, True)
+        reference.lowrank_forward_(want, x, left, right, cores, True)
+        assert_same_bits(got, want)
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from cases import IDS, KEYS, update_arguments
 from helpers import assert_same_bits, clones, ops, poison, weights
 
 from pgap_kernels import use_backend
-from pgap_kernels.triton import cache, table
+from pgap_kernels.triton import cache, launch, table
 from pgap_kernels.triton.table import ALIGNED
 
 TABLE = torch.ops.pgap_kernels
@@ -139,6 +139,77 @@ def test_the_least_recently_used_goes_first():
 
     assert [get(key) for key in "abacab"] == [*"abacab"]
     assert made == ["a", "b", "c", "b"]
+
+
+# ---- graph captures ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def capture(monkeypatch):
+    """What follows is taken for a graph capture."""
+
+    def begin():
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+
+    return begin
+
+
+@pytest.mark.parametrize("rank", [2, 12])
+def test_factors_of_a_captured_pass_may_lie_anywhere(capture, monkeypatch, rank):
+    """A capture has memory of its own, so what a pass makes beforehand has another address than at the warm-up."""
+    kept, empty = [], torch.empty
+
+    def keeping(*args, **options):
+        kept.append(empty(*args, **options))
+        return kept[-1]
+
+    monkeypatch.setattr(torch, "empty", keeping)
+    start = weights([(20, 33), (40, 18)], torch.bfloat16)
+    w = clones(start)
+    options = {"rank": rank, "core": 3, "coefficient": 0.5, "tensor_ids": IDS[:2], "backend": "triton"}
+    ops.lowrank_perturb_(w, 1, 2, **options)
+    want = clones(w)
+    for t, s in zip(w, start, strict=True):
+        t.copy_(s)
+    first = {t.data_ptr() for t in kept if t.dtype == torch.bfloat16}
+    capture()
+    ops.lowrank_perturb_(w, 1, 2, **options)
+    assert_all_same(w, want)
+    assert first and len({t.data_ptr() for t in kept if t.dtype == torch.bfloat16}) == 2 * len(first)
+
+
+@pytest.mark.parametrize("call", [perturb, add_lowrank])
+def test_a_refused_capture_leaves_no_flag_behind(capture, monkeypatch, call):
+    """It would lie in the memory of a graph that never is: a flag is made at the first call that is not refused."""
+    monkeypatch.setattr(launch, "_sticky", {})
+    w = weights([(9, 7)])
+    before = clones(w)
+    capture()
+    with pytest.raises(RuntimeError, match="new to a graph capture"):
+        call(w, tensor_ids=IDS[:1])
+    assert launch._sticky == {}
+    assert_all_same(w, before)
+
+
+# ---- scalars of the host ---------------------------------------------------------------------------------------------
+
+
+def test_values_of_the_host_are_found_by_their_bits():
+    meta = torch.device("meta")
+    zero, same, negative = (cache.to_device_cached(meta, torch.tensor([[x]])) for x in (0.0, 0.0, -0.0))
+    assert zero is same and zero is not negative
+    key, other = (cache.to_device_cached(meta, torch.tensor([x])) for x in (7, 7 + 2**32))
+    assert key is cache.to_device_cached(meta, torch.tensor([7])) and key is not other
+    assert cache.to_device_cached(meta, torch.tensor([0])) is not cache.to_device_cached(meta, torch.zeros(1))
+
+
+def test_blackwell_is_not_hopper(monkeypatch):
+    """Products of warp groups are Hopper's alone; nothing is compiled here for what came after."""
+    monkeypatch.setattr(torch.version, "hip", None)
+    for capability, name in (((8, 0), "nvidia"), ((9, 0), "hopper"), ((10, 0), "nvidia"), ((12, 0), "nvidia")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, own=capability: own)
+        assert launch.architecture.__wrapped__(torch.device("cuda", 0)) == name
 
 
 # ---- alignment -----------------------------------------------------------------------------------------------------

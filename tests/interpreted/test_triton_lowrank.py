@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
-from helpers import DTYPES, weights
+from agreement import assert_all_same
+from helpers import DTYPES, assert_same_bits, weights
 from lowrank_calls import SHAPES, STOCHASTIC, WIDE, agreeing, at_most_twice, perturbed, stored
 
+from pgap_kernels.triton import lowrank, rounding
 from pgap_kernels.triton.config import lowrank_config
 
 RANKS = (1, 2, 8, 9, 15, 16, 17, 32, 33, 64, 65, 130)
@@ -72,3 +74,26 @@ def test_error_is_at_most_twice_that_of_pytorch(dtype, rank, core):
     got = perturbed(w, left, right, core=cores, coefficient=0.3125, decay=decay, **WIDE)
     matrices = [torch.eye(rank) if core == "none" else c.diag() if core == "diagonal" else c for c in cores or w]
     at_most_twice(dtype, got, w, left, right, matrices, 0.3125, decay)
+
+
+# ---- decay ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, STOCHASTIC], ids=["nearest", "stochastic"])
+@pytest.mark.parametrize(("dtype", "rank"), [(torch.float32, 2), (torch.float32, 16), (torch.bfloat16, 3)], ids=str)
+def test_a_weight_without_decay_does_not_see_that_of_others(monkeypatch, dtype, rank, options):
+    """On a GPU a list whose decay is 0 on the host has a kernel without decay; here no scalar is on the host."""
+    w = weights(SHAPES, dtype)
+    left, right, _ = stored(rank, "none", draw=lambda sizes, seed: weights(sizes, seed=seed))
+    options = {"coefficient": 0.3, **WIDE, **options}
+    beside, plain = (perturbed(w, left, right, decay=d, **options) for d in ([0.0, 0.1], 0.0))
+    compiled = []
+
+    def without(*arguments):
+        compiled.append(rounding.update_of(*arguments)._replace(decay=False))
+        return compiled[-1]
+
+    monkeypatch.setattr(lowrank, "update_of", without)
+    assert_all_same(perturbed(w, left, right, decay=0.0, **options), plain)
+    assert compiled and not torch.equal(beside[1], plain[1])
+    assert_same_bits(beside[0], plain[0])

@@ -82,11 +82,13 @@ def test_place_in_memory_does_not_matter():
 
 
 def test_a_row_expanded_over_rows_is_the_matrix_of_equal_rows():
-    (row,) = weights([(700,)], torch.bfloat16)
-    for options in ({}, {"slices": [(5, 9000)]}):
-        tensors = (row.expand(7, 700), row.repeat(7, 1))
+    for columns, options in ((700, {}), (700, {"slices": [(5, 9000)]}), (4096, {}), (1, {})):  # masked, whole tiles
+        (row,) = weights([(columns,)], torch.bfloat16)
+        tensors = [row.expand(7, columns), row.repeat(7, 1)]
         dots = [ops.seeded_dot([t], KEYS[0], tensor_ids=IDS[:1], backend="triton", **options) for t in tensors]
-        assert torch.equal(*dots)
+        norms = [ops.squared_norms([t], [2 * t], backend="triton") for t in tensors]
+        from_row = ops.squared_norms([tensors[1]], [row.float().mul(2).expand(7, columns)], backend="triton")
+        assert torch.equal(*dots) and torch.equal(*norms) and torch.equal(from_row, norms[0])
 
 
 def test_infinities_and_nan_pass_through():
