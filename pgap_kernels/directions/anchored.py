@@ -79,7 +79,7 @@ class Anchored(Part):
         return Anchored(self._chosen(chosen, tensors), *rows)
 
     def layout(self) -> Hashable:
-        return "anchored", self._line()
+        return "anchored", self.indices
 
     def operands(self) -> AnchoredOperands:
         return AnchoredOperands(self)
@@ -90,7 +90,8 @@ class AnchoredOperands(Operands):
 
     def __init__(self, part: Anchored) -> None:
         device = part.weights[0].tensor.device
-        self.anchors, self.deltas = part.anchors, part.deltas
+        self.anchors: list[Tensor] = []
+        self.deltas: list[Tensor] = []
         self.coefficients = torch.ones(len(part.weights), 1, 1, dtype=torch.float32, device=device)
         self.rows = self.coefficients.unbind()
         self.options = [{"tensor_ids": [w.id], "slices": list(w.span or ())} for w in part.weights]
@@ -101,6 +102,7 @@ class AnchoredOperands(Operands):
 
     def load(self, part: Part) -> None:
         assert isinstance(part, Anchored)
+        self.anchors, self.deltas = part.anchors, part.deltas
         values = torch.tensor(part._factors(), dtype=torch.float32, device="cpu")
         self.coefficients.copy_(values[:, None, None])
 
@@ -114,3 +116,6 @@ class AnchoredOperands(Operands):
             coefficient=self.rows[position],
             **self.options[position],
         )
+
+    def graph_key(self) -> Hashable:
+        return tuple(map(id, (*self.anchors, *self.deltas)))
