@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
+import torch
+
 from .. import ops
 from ..directions import Anchored, Direction, Weight, bucket
 from ..noise import Role
@@ -112,7 +114,7 @@ class DiZO(ZOOptimizer):
             anchors = [self.state[w.tensor]["anchor"] for w in same]
             squares = self.to_host(ops.squared_norms([w.tensor for w in same], anchors))
             for w, anchor, square in zip(same, anchors, squares, strict=True):
-                delta = w.tensor.detach().float() - anchor.float()
+                delta = w.tensor.detach().to(torch.float32, copy=True).sub_(anchor)
                 self.state[w.tensor] |= {"delta": delta, "distance": math.sqrt(square), "ratio": 1.0}
 
     def _line(self, weights: list[Weight]) -> Direction:
