@@ -106,6 +106,9 @@ class AnchoredOperands(Operands):
         values = torch.tensor(part._factors(), dtype=torch.float32, device="cpu")
         self.coefficients.copy_(values[:, None, None])
 
+    def unload(self) -> None:
+        self.anchors, self.deltas = [], []
+
     def fill(self, position: int, tensor: Tensor, out: Tensor, decay: Tensor) -> None:
         call_into(
             ops.torch_ops.anchor_affine_,

@@ -110,6 +110,9 @@ class Operands(ABC):
     def load(self, part: Part) -> None:
         """Take over the values of a part of the same layout."""
 
+    def unload(self) -> None:
+        """Let go of what is the part's: nothing will be shown before the next ``load``."""
+
     @abstractmethod
     def fill(self, position: int, tensor: Tensor, out: Tensor, decay: Tensor) -> None:
         """out <- tensor - decay * tensor + the part, for the weight at a position; decay is a (1, 1) device tensor."""

@@ -132,6 +132,8 @@ class Scratch(Perturbation):
     # ---- the points of the next forwards ----------------------------------------------------------------------------
 
     def perturb_to(self, points: Sequence[Direction]) -> None:
+        for operands in self.memory.values():
+            operands.unload()
         self.count = len(points)
         # Of each weight and each point, what is added.
         self.shown: list[list[list[Shown]]] = [[[] for _ in points] for _ in self.weights]
