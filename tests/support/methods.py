@@ -1,0 +1,309 @@
+"""The methods, one row for each set of options, and how each is run naively: on the contract's noise, by tests/naive.
+
+A naive step gets of the optimizer nothing but its constructor's options. P-GAP's gets the bases too, as they hang on the
+last bits of an SVD; they are compared with those of the gradient that the naive method has assembled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from bounds import UNIT
+from naive import dizo, helene, lozo_m, mezo, pgap, pizo
+from torch import Tensor
+
+from pgap_kernels import draw, noise
+from pgap_kernels.noise import Role
+from pgap_kernels.optim import PGAP, LowRankOptimizer, MeZO, ZOOptimizer
+from pgap_kernels.optim.dizo import DiZO
+from pgap_kernels.optim.helene import HELENE
+from pgap_kernels.optim.lozo import LOZO
+from pgap_kernels.optim.pizo import PIZO
+from pgap_kernels.subspace import gradient_basis
+
+from .counted import Counted, known
+
+Weights = dict[str, Counted]
+
+
+def matrices(options: Mapping[str, Any], weights: Mapping[str, Counted | Tensor]) -> list[str]:
+    """Names of the weights with low-rank directions."""
+    if "rank" not in options:
+        return []
+    excluded = options.get("exclude", ())
+    return [n for n, w in weights.items() if w.dim() == 2 and not any(fnmatchcase(n, p) for p in excluded)]
+
+
+@dataclass
+class Step:
+    """One step as a naive method sees it.
+
+    Attributes:
+        number: of the step.
+        weights: before it.
+        names: of the weights for which it is taken: of one param group.
+        state: of the method.
+        losses: of every point that was evaluated, in order.
+        options: of the optimizer's constructor.
+        group: what the param group has instead.
+        kept: an entry of the optimizer's state of a weight, after the step.
+        points: where the naive method has asked for the losses.
+    """
+
+    number: int
+    weights: Weights
+    names: Collection[str]
+    state: dict
+    losses: list[float]
+    options: Mapping[str, Any]
+    group: Mapping[str, Any]
+    kept: Callable[[str, str], Tensor]
+    points: list[Weights] = field(default_factory=list)
+
+    def loss(self, weights: Weights) -> float:
+        self.points.append(weights)
+        return self.losses[len(self.points) - 1]
+
+    @property
+    def rates(self) -> dict[str, float]:
+        found = {**self.options, **self.group}
+        return {name: found[name] for name in ("lr", "eps", "weight_decay") if name in found}
+
+    def given(self, *names: str) -> dict[str, Any]:
+        """Those of the constructor's options that were given; the naive method has the same defaults for the others."""
+        return {name: self.options[name] for name in names if name in self.options}
+
+    def counted_state(self) -> dict:
+        """The state of a method that counts steps: those that were skipped count."""
+        return {**self.state, "t": self.number} if self.state else {}
+
+    def matrices(self) -> list[str]:
+        return matrices(self.options, self.weights)
+
+    def rank(self, name: str) -> int:
+        return min(self.options["rank"], *self.weights[name].shape)
+
+    def key(self, role: Role, probe: int = 0) -> int:
+        return noise.derive(self.options["seed"], self.number, role, probe)
+
+    def draw(self, name: str, shape: Iterable[int], role: Role, probe: int = 0) -> Counted:
+        return known(draw(tuple(shape), self.key(role, probe), noise.tensor_id(name)))
+
+    def z(self, role: Role = Role.DENSE, probe: int = 0, without: Collection[str] = ()) -> Weights:
+        """Dense noise on the weights."""
+        return {n: self.draw(n, w.shape, role, probe) for n, w in self.weights.items() if n not in without}
+
+    def factors(self, role: Role, side: int) -> Weights:
+        """A of the matrices (side 0), or B (side 1)."""
+        return {n: self.draw(n, (self.weights[n].shape[side], self.rank(n)), role) for n in self.matrices()}
+
+
+def naive_mezo(s: Step):
+    return mezo.step(s.weights, s.loss, [s.z(probe=i) for i in range(s.options["probes"])], s.state, **s.rates)
+
+
+def naive_pgap(s: Step):
+    options, matrices = s.options, s.matrices()
+    if s.number % options["window"] == 0:
+        eps = options.get("eps_probe", 1e-3 if options.get("scale") == "paper" else s.rates["eps"])
+        gradients = pgap.refresh(s.weights, s.loss, [s.z(Role.PROBE, i) for i in range(options["probes"])], eps=eps)
+        for name in {*matrices} & {*s.names}:
+            check_basis(s, name, gradients[name], eps)
+    bases = {n: tuple(known(s.kept(n, entry)) for entry in ("left", "singular_values", "right")) for n in matrices}
+    delta = options.get("delta", 2.0)
+    if "delta_steps" in options:
+        delta *= max(0.0, 1 - s.number / options["delta_steps"])
+    return pgap.step(
+        s.weights,
+        s.loss,
+        bases,
+        {n: s.draw(n, (s.rank(n), s.rank(n)), Role.CORE) for n in matrices},
+        {n: sign(s, n) for n in matrices},
+        s.z(without=matrices),
+        s.state,
+        delta=delta,
+        dense_lr_ratio=options.get("lr_dense", options["lr"]) / options["lr"],
+        **s.given("scale", "eps_dense"),
+        **s.rates,
+    )
+
+
+def sign(s: Step, name: str) -> float:
+    """xi of a matrix."""
+    xi = s.options.get("xi", "per_matrix")
+    if xi == "fixed":
+        return 1.0
+    return draw(1, s.key(Role.SIGN), 0 if xi == "global" else noise.tensor_id(name), distribution="rademacher").item()
+
+
+def check_basis(s: Step, name: str, gradient: Counted, eps: float) -> None:
+    """The optimizer's U, S and V are, to the bit, the randomised SVD (test_subspace.py) of the naive method's G."""
+    probes = s.options["probes"]
+    pairs = zip(s.losses[0 : 2 * probes : 2], s.losses[1 : 2 * probes : 2], strict=True)
+    draws = [(s.key(Role.PROBE, i), (plus - minus) / (2 * eps * probes)) for i, (plus, minus) in enumerate(pairs)]
+    assembled = torch.empty(gradient.shape)
+    basis = gradient_basis(
+        gradient.shape,
+        draws,
+        s.rank(name),
+        tensor_id=noise.tensor_id(name),
+        range_key=s.key(Role.RANGE_FINDER),
+        scratch=assembled.view(-1),
+    )
+    assert ((assembled - gradient.value).abs() <= gradient.bound()).all(), f"{name}: not the probes' gradient"
+    for entry, tensor in basis._asdict().items():
+        assert torch.equal(tensor, s.kept(name, entry)), f"{name}: not its basis"
+
+
+def naive_pizo(s: Step):
+    fresh = s.options["pool"] - (1 if s.options.get("history") and s.state else 0)
+    options = {"greedy": s.options.get("guide") == "greedy", **s.given("alpha", "history", "normalise_v")}
+    return pizo.step(s.weights, s.loss, [s.z(probe=i) for i in range(fresh)], s.state, **options, **s.rates)
+
+
+def naive_helene(s: Step):
+    floors = {n: next((v for p, v in s.options.get("floors", {}).items() if fnmatchcase(n, p)), s.options["floor"])
+              for n in s.weights}  # fmt: skip
+    options = s.given("batch_size", "anneal_steps", "refresh_every", "beta1", "beta2", "gamma", "e")
+    return helene.step(s.weights, s.loss, s.z(), s.counted_state(), floor=floors, **options, **s.rates)
+
+
+def naive_lozo(s: Step):
+    u, v, z = s.factors(Role.LEFT, 0), s.factors(Role.RIGHT, 1), s.z(without=s.matrices())
+    options = s.given("beta", "divide_by_rank")
+    return lozo_m.step(s.weights, s.loss, u, v, z, s.counted_state(), nu=s.options["window"], **options, **s.rates)
+
+
+def naive_dizo(s: Step):
+    """Iterations of a projection are steps of their own: each is run after those before it, on the losses they had."""
+    kappa, iterations = s.options["kappa"], s.options["iterations"]
+    anchors = {n: w for n, w in s.weights.items() if any(fnmatchcase(n, p) for p in s.options["select"])}
+    state = s.state or {"anchors": anchors}
+    iteration = s.number % (kappa + iterations) - kappa
+    if iteration < 0:
+        return dizo.step(s.weights, s.loss, s.z(), state, **s.rates)
+    before = state if iteration else {**state, "from": s.weights, "earlier": []}
+    draws = {n: draw(1, s.key(Role.DATA), noise.tensor_id(n)).item() for n in anchors}
+    projection = s.given("eps_p", "tau", "s")
+
+    def measured(weights: Weights) -> Weights:
+        return {**weights, **{n: unsure(weights[n], before["from"][n], projection["tau"], iteration) for n in anchors}}
+
+    earlier = [iter(losses).__next__ for losses, _ in before["earlier"]]
+    losses = [lambda _, then=then: then() for then in earlier] + [lambda weights: s.loss(measured(weights))]
+    zs = [z for _, z in before["earlier"]] + [draws]
+    new, _ = dizo.project(before["from"], losses, state["anchors"], zs, **projection)
+    if iteration < iterations - 1:
+        return s.weights, {**before, "earlier": [*before["earlier"], (s.losses[-2:], draws)]}
+    return measured(new), {"anchors": state["anchors"]}
+
+
+def unsure(w: Counted, start: Counted, tau: float, iteration: int) -> Counted:
+    """A point of a projection, whose coefficient of Delta hangs on |Delta| as float32 has it.
+
+    |Delta| is a sum of squares, off by numel + 3 roundings. A ratio moves by no more than tau from 1 and by a multiple
+    of z / |Delta| in each iteration; where it is not cut off, that is at most 2 tau.
+    """
+    relative = (w.numel() + 3) * UNIT * tau * (2 * iteration + 3)
+    return Counted(w.value, w.size, w.error + relative * (w.size + start.size), w.depth)
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method with options.
+
+    Attributes:
+        make: the optimizer.
+        naive: takes a step, its losses given.
+        options: of the constructor; and whether they are given in two param groups of their own rates.
+        reported: how many of the last losses ``step`` returns the mean of.
+        state: entries of the optimizer's state, by their names in the naive method's.
+        constant: entries that are not meant to move.
+    """
+
+    id: str
+    make: type[ZOOptimizer]
+    naive: Callable[[Step], tuple[Weights, dict]]
+    options: Mapping[str, Any]
+    groups: bool = False
+    reported: int = 2
+    state: Mapping[str, str] = field(default_factory=dict)
+    constant: Collection[str] = ()
+
+    @property
+    def modes(self) -> list[str]:
+        """The ways in which it can be run: see ``options_of``."""
+        ways = ["inplace", "scratch", "scratch-paired"]
+        if self.make.first_point is not ZOOptimizer.first_point:
+            ways.insert(1, "two_pass")
+        if issubclass(self.make, LowRankOptimizer):
+            ways += ["folded", "folded-paired", "window", "window-paired"]
+        return ways
+
+    @property
+    def period(self) -> int:
+        """Steps after which it does the same again."""
+        return self.options.get("window", self.options.get("kappa", 0) + self.options.get("iterations", 1))
+
+
+def options_of(mode: str) -> dict[str, Any]:
+    """Constructor arguments of a way to run."""
+    if mode == "two_pass":
+        return {"mode": "inplace", "two_pass": True}
+    way, _, paired = mode.partition("-")
+    if way == "window":
+        return {"mode": "folded", "merge": "window", "paired": bool(paired)}
+    return {"mode": way, "paired": bool(paired)}
+
+
+def is_exact(mode: str) -> bool:
+    """Whether the weights see updates only."""
+    return mode not in ("inplace", "two_pass")
+
+
+def row(id: str, make, naive, groups: bool = False, reported: int = 2, state=(), constant=(), **options: Any) -> Row:
+    base = {"lr": 0.05, "eps": 0.02, "seed": 13} | ({} if make is DiZO else {"weight_decay": 0.0})
+    return Row(id, make, naive, base | options, groups, reported, dict(state), constant)
+
+
+SMALL_PGAP = {"rank": 3, "window": 3, "probes": 2}
+MOMENTS = {"m": "momentum", "h": "curvature"}
+HELENE_OPTIONS = {"batch_size": 8, "anneal_steps": 5.0, "refresh_every": 3, "floor": 1.0}
+LOZO_OPTIONS = {"rank": 2, "window": 3, "lr": 0.01}
+
+ROWS = [
+    row("mezo", MeZO, naive_mezo, probes=1),
+    row("mezo-3", MeZO, naive_mezo, probes=3, weight_decay=4.0, reported=6),
+    row("mezo-groups", MeZO, naive_mezo, probes=2, weight_decay=0.2, groups=True, reported=4),
+    row("pgap", PGAP, naive_pgap, **SMALL_PGAP, eps=0.05),
+    row("pgap-groups", PGAP, naive_pgap, **SMALL_PGAP, weight_decay=4.0, groups=True, eps_dense=0.01, lr_dense=0.02),
+    row("pgap-global", PGAP, naive_pgap, **SMALL_PGAP, xi="global", delta=0.5, eps=0.05, exclude=["embed*"],
+        weight_decay=4.0),
+    row("pgap-fixed", PGAP, naive_pgap, **SMALL_PGAP | {"rank": 99}, xi="fixed", delta=5.0, delta_steps=3, eps=0.05, lr=0.01),
+    row("pgap-paper", PGAP, naive_pgap, **SMALL_PGAP, scale="paper", lr=0.2, eps=0.1, eps_probe=0.02, eps_dense=0.02,
+        lr_dense=0.05),
+    row("pgap-dense", PGAP, naive_pgap, **SMALL_PGAP | {"probes": 1}, exclude=["*"], delta=0.0, lr_dense=0.02),
+    row("pizo-gv", PIZO, naive_pizo, pool=4, weight_decay=4.0),
+    row("pizo-greedy", PIZO, naive_pizo, pool=4, guide="greedy", history=True, lr=0.01),
+    row("pizo-normal", PIZO, naive_pizo, pool=6, alpha=0.34, normalise_v=True, history=True, groups=True, lr=0.02),
+    row("helene", HELENE, naive_helene, **HELENE_OPTIONS, state=MOMENTS),
+    row("helene-groups", HELENE, naive_helene, **HELENE_OPTIONS | {"floor": 0.5}, floors={"*bias": 2.0}, gamma=1.5, e=1e-3,
+        beta1=0.8, beta2=0.7, weight_decay=4.0, groups=True, state=MOMENTS),
+    row("lozo", LOZO, naive_lozo, **LOZO_OPTIONS, state={"v": "right"}),
+    row("lozo-groups", LOZO, naive_lozo, **LOZO_OPTIONS | {"rank": 3}, divide_by_rank=True, exclude=["embed*"],
+        weight_decay=4.0, groups=True, state={"v": "right"}),
+    row("lozo-m", LOZO, naive_lozo, **LOZO_OPTIONS, beta=0.9, state={"v": "right", "N": "momentum"}),
+    row("lozo-m-groups", LOZO, naive_lozo, **LOZO_OPTIONS | {"window": 1}, beta=0.5, weight_decay=4.0, groups=True,
+        divide_by_rank=True, state={"v": "right", "N": "momentum"}),
+    row("dizo", DiZO, naive_dizo, select=["up.weight", "lora*", "down.bias"], kappa=3, iterations=3, tau=0.3, eps_p=0.5,
+        s=0.5, constant=("anchor",)),
+]  # fmt: skip
+# One of each method.
+METHODS = [r for r in ROWS if r.id in ("mezo-3", "pgap", "pizo-greedy", "helene", "lozo", "lozo-m", "dizo")]
