@@ -62,6 +62,7 @@ class Scratch(Perturbation):
         # Uses whose modules run, each with what gives its parameters back.
         self.frames: list[tuple[int, Callable[[], None]]] = []
         self.lent: set[int] = set()  # ids of the buffers that owners have in place of their parameters
+        self.source: set[int] = set()  # address of the parameter that a buffer is being filled from
         self.calls: list[int] = []  # of each use in a forward
         self.replays: set[Hashable] = set()  # graph keys of forwards that were captured in a CUDA graph
         self.checked: set[Hashable] = set()  # training flags under which stray uses were looked for
@@ -176,7 +177,7 @@ class Scratch(Perturbation):
 
     def forward(self, call: Callable[[], T]) -> T:
         self.calls = [1 if self.dry else 0] * len(self.uses)
-        self.active, self.captures, self.rows = True, False, 0
+        self.active, self.captures, self.rows, self.source = True, False, 0, set()
         training = tuple([module.training for module in self.modules])
         try:
             if training in self.checked or self.dry or self._is_compiled():
@@ -203,7 +204,7 @@ class Scratch(Perturbation):
 
     def _readable(self) -> set[int]:
         """Addresses of the weights that may be read now: of modules that run, unless they run on the buffer."""
-        return {
+        return self.source | {
             ref.parameter.data_ptr()
             for number, _ in self.frames
             for ref in self.uses[number].refs
@@ -273,7 +274,9 @@ class Scratch(Perturbation):
             taken.append((ref, out, ref.owner._parameters[ref.name]))
             self.lent.add(id(out))
             ref.owner._parameters[ref.name] = out  # type: ignore[assignment]
+            self.source = {ref.parameter.data_ptr()}
             self.fill(ref, out, point)
+        self.source = set()
         self.seconds += time.perf_counter() - begin
 
     def pop(self) -> None:
