@@ -130,15 +130,26 @@ def bytes_of(tensors: Sequence[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
+def smallest_first(passes: Sequence[Pass]) -> list[Pass]:
+    """The passes by what they write; one that writes what an earlier one does comes after it."""
+    turns: list[int] = []
+    last: dict[int, int] = {}  # by tensor, the turn of its last pass
+    for p in passes:
+        turns.append(1 + max((last.get(id(t), -1) for t in p.written), default=-1))
+        last |= {id(t): turns[-1] for t in p.written}
+    order = sorted(range(len(passes)), key=lambda i: (turns[i], bytes_of(passes[i].written)))
+    return [passes[i] for i in order]
+
+
 def run_all_or_none(passes: Sequence[Pass], run: Callable[[Pass], None], copy_budget: int) -> None:
     """Run every pass, or none: if one raises, those before it are undone and the exception propagates.
 
-    Passes run smallest first. Up to ``copy_budget`` bytes of what they write is copied, so that undoing is bit-exact;
+    Passes run smallest first, those that share a tensor in their order. Up to ``copy_budget`` bytes of what they write is copied, so that undoing is bit-exact;
     beyond that it is arithmetic, exact to rounding. The last pass needs neither: an op that raises has written nothing.
     A pass that has no inverse is copied whatever the budget.
     """
     done: list[tuple[Pass, list[Tensor] | None]] = []
-    ordered = sorted(passes, key=lambda p: bytes_of(p.written)) if len(passes) > 1 else list(passes)
+    ordered = smallest_first(passes)
     try:
         for p in ordered:
             copies = None
