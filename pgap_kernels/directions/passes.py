@@ -144,8 +144,9 @@ def smallest_first(passes: Sequence[Pass]) -> list[Pass]:
 def run_all_or_none(passes: Sequence[Pass], run: Callable[[Pass], None], copy_budget: int) -> None:
     """Run every pass, or none: if one raises, those before it are undone and the exception propagates.
 
-    Passes run smallest first, those that share a tensor in their order. Up to ``copy_budget`` bytes of what they write is copied, so that undoing is bit-exact;
-    beyond that it is arithmetic, exact to rounding. The last pass needs neither: an op that raises has written nothing.
+    Passes run smallest first, those that share a tensor in their order. Up to ``copy_budget`` bytes of what they write
+    is copied, so that undoing is bit-exact; beyond that it is arithmetic, exact to rounding. The last pass needs
+    neither: an op that raises has written nothing.
     A pass that has no inverse is copied whatever the budget.
     """
     done: list[tuple[Pass, list[Tensor] | None]] = []
