@@ -160,8 +160,13 @@ class Folded(Scratch):
             super().apply(update)
             return
         window, keep, passes, direct = list(self.window), list(self.keep), [], []
-        for part in (half for whole in update.direction for half in self._split(whole)):
-            if not self._folds(part):
+        parts = [half for whole in update.direction for half in self._split(whole)]
+        written = {index for part in parts if not self._folds(part) for index in part.indices}
+        stale = [old for old in window if written & {*old.indices}]  # a pass is for W, not for what s multiplies
+        passes += self._merges(stale, keep, update.rounding_key(1 + len(update.direction.parts)))
+        window = [old for old in window if old not in stale]
+        for part in parts:
+            if written & {*part.indices}:
                 direct.append((part, None))
                 continue
             kept = [1.0 - d for d in update.decay]
