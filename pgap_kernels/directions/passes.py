@@ -132,6 +132,8 @@ def bytes_of(tensors: Sequence[Tensor]) -> int:
 
 def smallest_first(passes: Sequence[Pass]) -> list[Pass]:
     """The passes by what they write; one that writes what an earlier one does comes after it."""
+    if len(passes) < 2:
+        return list(passes)
     turns: list[int] = []
     last: dict[int, int] = {}  # by tensor, the turn of its last pass
     for p in passes:
