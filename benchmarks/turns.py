@@ -1,4 +1,4 @@
-"""Contenders that take turns in blocks of steps, so that a slow moment of the machine hits all of them."""
+"""Contenders by mode, and their turns in blocks of steps, so that a slow moment of the machine hits all of them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 PARTS = ("forward", "perturb", "refresh")
+# Modes with an option have names of their own.
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "two_pass": {"mode": "inplace", "two_pass": True},
+    "folded, window": {"mode": "folded", "merge": "window"},
+}
 T = TypeVar("T")
 
 
@@ -16,6 +21,11 @@ class Optimizer(Protocol):
     seconds: dict[str, float]
 
     def step(self, closure: Callable[[], Any]) -> Any: ...
+
+
+def mode_options(name: str) -> dict[str, Any]:
+    """The options of an optimizer in a mode of that name."""
+    return _OPTIONS.get(name, {"mode": name})
 
 
 def blocks(contenders: Sequence[T], steps: int, size: int) -> Iterator[tuple[T, range]]:

@@ -51,16 +51,16 @@ def facts(rows: list[dict]) -> list[tuple[str, bool]]:
     drift = [r for r in rows if r["section"] == "drift" and r["exact"]]
     if drift:
         found.append(("drift: scratch and folded change no bit", all(r["changed"] == 0 for r in drift)))
-    for least, scheme in ((0.99, "ours: folded, before the merge"), (0.9, "ours: scratch + residual")):
+    for least, scheme in ((0.99, "ours: folded, window, before the merge"), (0.9, "ours: scratch + residual")):
         at = [r for r in rows if r["section"] == "movement" and r["scheme"] == scheme and r["table"] == "random"]
         values = [r["correlation"] for r in at if r["fresh"] == 1e-5]
         if values:
             text = f"movement: {scheme}: correlation at least {least} at 1e-5 RMS per step"
             found.append((text, min(values) >= least))
     for r in rows:
-        if r["section"] == "smollm2" and r["mode"] == "folded":
+        if r["section"] == "smollm2" and r["mode"] == "folded, window":
             limit = 0.25 if (r["window"], r["probes"]) == (100, 10) else r["passes_declared"]
-            text = f"smollm2: folded, rank {r['rank']}: at most {limit:.2f} passes over the weights per step"
+            text = f"smollm2: folded, window, rank {r['rank']}: at most {limit:.2f} passes over the weights per step"
             found.append((text, r["passes_per_step"] <= limit + 1e-9))
     return found
 

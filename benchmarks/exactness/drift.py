@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks import turns
 from pgap_kernels import draw, noise
 from pgap_kernels.finetune.baseline import BaselineMeZO
 from pgap_kernels.optim import PGAP, MeZO
@@ -50,20 +51,21 @@ class Scheme(NamedTuple):
     exact: bool
 
 
-def _mezo(mode: str, two_pass: bool = False) -> Callable[[nn.Module, dict], MeZO]:
-    return lambda model, _: MeZO(model, lr=0.0, eps=EPS, seed=SEED, mode=mode, two_pass=two_pass)
+def _mezo(mode: str) -> Callable[[nn.Module, dict], MeZO]:
+    return lambda model, _: MeZO(model, lr=0.0, eps=EPS, seed=SEED, **turns.mode_options(mode))
 
 
 def _pgap(mode: str) -> Callable[[nn.Module, dict], PGAP]:
-    return lambda model, options: PGAP(model, lr=0.0, eps=EPS, seed=SEED, mode=mode, **options)
+    return lambda model, options: PGAP(model, lr=0.0, eps=EPS, seed=SEED, **turns.mode_options(mode), **options)
 
 
 SCHEMES = [
     Scheme("MeZO scratch", _mezo("scratch"), True),
     Scheme("P-GAP scratch", _pgap("scratch"), True),
     Scheme("P-GAP folded", _pgap("folded"), True),
+    Scheme("P-GAP folded, window", _pgap("folded, window"), True),
     Scheme("MeZO inplace", _mezo("inplace"), False),
-    Scheme("MeZO inplace, two_pass", _mezo("inplace", two_pass=True), False),
+    Scheme("MeZO inplace, two_pass", _mezo("two_pass"), False),
     Scheme("P-GAP inplace", _pgap("inplace"), False),
     Scheme("MeZO's own logic in PyTorch", lambda model, _: BaselineMeZO(model, lr=0.0, eps=EPS, seed=SEED), False),
 ]

@@ -1,24 +1,26 @@
 """Does a 16-bit weight go where its updates send it? Actual movement against the float64 sum of intended updates.
 
-No losses here: every update is prescribed, so that all that differs between schemes is how weights are perturbed and
-rounded. Schemes of this package are its own classes; the others are the passes that they name, on the same noise.
+Losses have no say here: every update is prescribed, so that schemes differ only in how they perturb and round. Those of
+this package are a ``ZOOptimizer`` in its modes; the others are the passes that they name, on the same noise.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from pgap_kernels import draw, noise
+from pgap_kernels.directions import Direction, Factor, LowRank, Noise, Pass, Term, Weight
 from pgap_kernels.noise import Role
-from pgap_kernels.perturbation import Dense, Folded, InPlace, Part, Residual, Scratch, Subspace, Term, Update, Weight
+from pgap_kernels.optim import Evaluation, ZOOptimizer
 from pgap_kernels.perturbation.residual import joined
 
 SEED, EPS, SIGMA = 0, 1e-3, 0.02
@@ -39,8 +41,8 @@ class Walk:
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, rank: int | None = None) -> None:
         rows, columns = shape
-        self.model = nn.Linear(columns, rows, bias=False, dtype=dtype).requires_grad_(False)
-        self.weight = Weight("weight", self.model.weight, noise.tensor_id("weight"), {})
+        self.model = nn.Linear(columns, rows, bias=False, dtype=dtype)
+        self.weight = Weight(0, "weight", self.model.weight, noise.tensor_id("weight"), {})
         self.start = (SIGMA * draw(shape, _key(_START), self.weight.id)).to(dtype)
         self.inputs = torch.ones(1, columns, dtype=dtype)
         self.rank = rank
@@ -48,58 +50,45 @@ class Walk:
             factors = [draw((n, rank), _key(_FACTORS), i) for i, n in enumerate(shape)]
             self.left, self.right = (torch.linalg.qr(f).Q.contiguous() for f in factors)
             self.scale = math.sqrt(rows * columns) / rank
-        self.fresh = lru_cache(maxsize=2)(self._direction)  # a schedule of two passes asks for each twice
-        self.persistent = self._direction(_PERSISTENT)
 
-    def _direction(self, step: int) -> Part:
+    def direction(self, step: int) -> Direction:
+        """The direction of a step."""
         if not self.rank:
-            return Dense([self.weight], _key(step))
-        core = draw((self.rank, self.rank), _key(_CORES + step), self.weight.id)
-        return Subspace([self.weight], [self.left], [self.right], [core], [self.scale])
+            return Direction([Noise([self.weight], {_key(step): [1.0]})])
+        left, right = Factor.stored([self.left]), Factor.stored([self.right])
+        return Direction([LowRank([self.weight], left, right, [Term([self._drawn(step)], [self.scale])])])
+
+    def matrix(self, *steps: int) -> Tensor:
+        """The sum of the directions of steps, in float64."""
+        total = sum(self._drawn(step).double() for step in steps)
+        return self.scale * (self.left.double() @ total @ self.right.double().T) if self.rank else total
+
+    def _drawn(self, step: int) -> Tensor:
+        """z of a step, or its core Z."""
+        if self.rank:
+            return draw((self.rank, self.rank), _key(_CORES + step), self.weight.id)
+        return draw(self.start.shape, _key(step), self.weight.id)
 
     @lru_cache(maxsize=4)  # noqa: B019  (a walk lives as long as its section)
-    def sum_of_fresh(self, steps: int) -> Tensor:
-        """All new directions of a plan, added up in float64."""
-        if not self.rank:
-            total = torch.zeros(self.start.shape, dtype=torch.float64)
-            for step in range(steps):
-                total += draw(self.start.shape, _key(step), self.weight.id)
-            return total
-        cores = torch.zeros(self.rank, self.rank, dtype=torch.float64)
-        for step in range(steps):
-            cores += draw((self.rank, self.rank), _key(_CORES + step), self.weight.id)
-        return self._product(cores)
-
-    def matrix(self, part: Part) -> Tensor:
-        """A direction in float64."""
-        if isinstance(part, Subspace):
-            return self._product(part.cores[0].double())
-        assert isinstance(part, Dense)
-        return draw(self.start.shape, part.key, self.weight.id).double()
-
-    def _product(self, core: Tensor) -> Tensor:
-        return self.scale * (self.left.double() @ core @ self.right.double().T)
+    def _sum_of_fresh(self, steps: int) -> Tensor:
+        return self.matrix(*range(steps))
 
     def intended(self, plan: Plan) -> Tensor:
         """Where a plan leads from the start."""
-        along = plan.persistent * plan.steps * self.matrix(self.persistent) if plan.persistent else 0.0
-        return plan.fresh * self.sum_of_fresh(plan.steps) + along
+        along = plan.persistent * plan.steps * self.matrix(_PERSISTENT) if plan.persistent else 0.0
+        return plan.fresh * self._sum_of_fresh(plan.steps) + along
 
-    def steps_of(self, plan: Plan, step: int) -> list[tuple[Part, float]]:
+    def updates(self, plan: Plan, step: int) -> list[tuple[Direction, list[float]]]:
         """The updates of a step."""
-        persistent = [(self.persistent, plan.persistent)] if plan.persistent else []
-        return [*persistent, (self.fresh(step), plan.fresh)]
+        persistent = [(self.direction(_PERSISTENT), [plan.persistent])] if plan.persistent else []
+        return [*persistent, (self.direction(step), [plan.fresh])]
 
 
 def _key(step: int) -> int:
     return noise.derive(SEED, step, Role.DENSE)
 
 
-def _rounding_key(step: int, write: int) -> int:
-    return noise.derive(SEED, step, Role.ROUNDING, write)
-
-
-# ---- schemes: each walks a plan and returns where the weights stand, by what one looks at ---------------------------
+# ---- schemes: each walks a plan and returns where the weights end, by what one looks at -----------------------------
 
 Positions = dict[str, Tensor]
 Run = Callable[[Walk, Plan], Positions]
@@ -110,20 +99,19 @@ def passes(number: int, stochastic: bool = False) -> Run:
 
     def run(walk: Walk, plan: Plan) -> Positions:
         for step in range(plan.steps):
-            z, writes = walk.fresh(step), []
-            if number > 2 or (number == 2 and step == 0):
-                writes.append([(z, EPS)])
-            if number > 1:
-                writes.append([(z, -2 * EPS)])
-            back = [(z, EPS)] if number > 1 else []
-            if number == 4:
-                writes.append(back)
-                back = []
-            ahead = [(walk.fresh(step + 1), EPS)] if number == 2 and step + 1 < plan.steps else []
-            writes.append([*walk.steps_of(plan, step), *back, *ahead])
+            z, update = walk.direction(step), walk.updates(plan, step)
+            plus, over = [(z, [EPS])], [(z, [-2 * EPS])]
+            ahead = [(walk.direction(step + 1), [EPS])] if step + 1 < plan.steps else []
+            writes = {
+                4: [plus, over, plus, update],
+                3: [plus, over, [*update, *plus]],
+                2: [*([plus] if step == 0 else []), over, [*update, *plus, *ahead]],
+                1: [update],
+            }[number]
             for i, terms in enumerate(writes):
-                rounding = {"rounding": "stochastic", "rounding_key": _rounding_key(step, i)} if stochastic else {}
-                z.write([Term(part, [amount]) for part, amount in terms], [0.0], rounding)
+                key = noise.derive(SEED, step, Role.ROUNDING, i) if stochastic else None
+                for part in Direction.sum(terms):
+                    Pass(part, rounding_key=key).run()
         return {"": walk.model.weight.double()}
 
     return run
@@ -134,33 +122,47 @@ def ceiling(walk: Walk, plan: Plan) -> Positions:
     return {"": (walk.start.double() + walk.intended(plan)).to(walk.start.dtype).double()}
 
 
-def own(kind: type[InPlace] | type[Scratch], two_pass: bool = False, residual: bool = False) -> Run:
-    """One of the package's modes, with forwards in between."""
+class Prescribed(ZOOptimizer):
+    """Two forwards along a new direction in each step, then the updates of a plan whatever the losses were."""
+
+    method = "Prescribed"
+
+    def __init__(self, walk: Walk, plan: Plan, **options: Any) -> None:
+        self.walk, self.plan = walk, plan
+        super().__init__(walk.model, {"lr": 0.0, "eps": EPS, "weight_decay": 0.0}, seed=SEED, **options)
+
+    def lowrank_indices(self) -> list[int] | None:
+        return [0] if self.walk.rank else None
+
+    def first_point(self, step: int) -> Direction:
+        return self.walk.direction(step)
+
+    def estimate_and_update(self, evaluate: Evaluation) -> float:
+        plus, minus = evaluate.two_sided(self.planned(self.steps))
+        self.apply_update(self.walk.updates(self.plan, self.steps), flush=(self.steps + 1) % self.plan.window == 0)
+        return (plus + minus) / 2
+
+
+def own(mode: str, **options: Any) -> Run:
+    """One of the package's modes, with its forwards."""
 
     def run(walk: Walk, plan: Plan) -> Positions:
-        weights = [walk.weight]
-        mode = kind(weights, walk.model) if issubclass(kind, Scratch) else InPlace(weights, two_pass)
-        mode.residual = Residual(weights) if residual else None
-        for step in range(plan.steps):
-            z, last = [walk.fresh(step)], step + 1 == plan.steps
-            mode.begin(_rounding_key(step, 1 << 20))
-            for sign in (1, -1):
-                mode.stand(z, lambda _, sign=sign: sign * EPS)  # type: ignore[misc]
-                mode.forward(lambda: walk.model(walk.inputs))
-            terms = [([part], lambda _, a=amount: a) for part, amount in walk.steps_of(plan, step)]
-            following = None if last else ([walk.fresh(step + 1)], lambda _: EPS)
-            closing = (step + 1) % plan.window == 0
-            mode.commit(Update(terms, lambda _: 0.0, closing, following), _rounding_key(step, mode.written))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "16-bit weights are perturbed in place")  # that is the point
+            optimizer = Prescribed(walk, plan, mode=mode, **options)
+        for _ in range(plan.steps):
+            optimizer.step(lambda: walk.model(walk.inputs).float().mean())
         positions: Positions = {}
-        if isinstance(mode, Folded) and mode.pending and not residual:
-            (window,) = mode.windows.values()
-            left, core, right = (t.double() for t in (window.left, window.core, window.right))
-            positions[", before the merge"] = window.keep * walk.model.weight.double() + left @ core @ right.T
-        mode.merge()
-        mode.release()
+        if mode == "folded" and optimizer.pending and not optimizer.residual:
+            seen = walk.model.weight.detach().float()
+            for part in optimizer.perturbation.window:  # type: ignore[attr-defined]
+                part.of([0], [seen]).apply([seen])
+            positions[", before the merge"] = seen.double()
+        optimizer.detach()
         positions[""] = walk.model.weight.double()
-        if mode.residual is not None:
-            positions[", with its plane"] = joined(walk.model.weight, mode.residual.planes["weight"]).double()
+        if optimizer.residual:
+            plane = optimizer.state_dict()["zo"]["residual"]["weight"]
+            positions[", with its plane"] = joined(walk.model.weight, plane).double()
         return positions
 
     return run
@@ -181,13 +183,14 @@ SCHEMES = [
     Scheme("in place, 2 passes, to nearest", passes(2), long=False),
     Scheme("in place, 3 passes, stochastic everywhere", passes(3, stochastic=True), long=False),
     Scheme("scratch, update to nearest", passes(1)),
-    Scheme("ours: inplace", own(InPlace)),
-    Scheme("ours: inplace, two_pass", own(InPlace, two_pass=True), long=False),
-    Scheme("ours: inplace, U Z V^T", own(InPlace), low_rank=True, long=False),
-    Scheme("ours: scratch", own(Scratch)),
-    Scheme("ours: scratch + residual", own(Scratch, residual=True)),
-    Scheme("ours: folded", own(Folded), low_rank=True),
-    Scheme("ours: folded + residual", own(Folded, residual=True), low_rank=True),
+    Scheme("ours: inplace", own("inplace")),
+    Scheme("ours: inplace, two_pass", own("inplace", two_pass=True), long=False),
+    Scheme("ours: inplace, U Z V^T", own("inplace"), low_rank=True, long=False),
+    Scheme("ours: scratch", own("scratch")),
+    Scheme("ours: scratch + residual", own("scratch", residual=True)),
+    Scheme("ours: folded", own("folded"), low_rank=True),
+    Scheme("ours: folded, window", own("folded", merge="window"), low_rank=True),
+    Scheme("ours: folded, window + residual", own("folded", merge="window", residual=True), low_rank=True),
     Scheme("exact sum, rounded once to nearest", ceiling),
 ]
 
@@ -204,7 +207,7 @@ def figures(walk: Walk, plan: Plan, position: Tensor) -> dict[str, float]:
         "rms_error": (actual - intended).square().mean().sqrt().item(),
     }
     if plan.persistent:
-        along = walk.matrix(walk.persistent)
+        along = walk.matrix(_PERSISTENT)
         found["progress"] = ((actual * along).sum() / (intended * along).sum()).item()
     return found
 

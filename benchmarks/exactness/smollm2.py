@@ -20,7 +20,7 @@ from pgap_kernels.finetune.scoring import Encoded, Scorer
 from pgap_kernels.optim import PGAP, MeZO
 
 METHODS = {"pgap": PGAP, "mezo": MeZO}
-MODES = {"pgap": ("inplace", "scratch", "folded"), "mezo": ("inplace", "scratch")}
+MODES = {"pgap": ("inplace", "scratch", "folded", "folded, window"), "mezo": ("inplace", "scratch")}
 
 
 class Contender:
@@ -31,7 +31,7 @@ class Contender:
         model, tokenizer, _ = models.load("default", torch.float32, torch.device("cpu"))
         self.dataset = dataset_of(tokenizer)
         self.scorer = Scorer(model, self.dataset.label_tokens, tokenizer.pad_token_id)
-        self.optimizer: PGAP | MeZO = METHODS[method](model, seed=0, mode=mode, **options)
+        self.optimizer: PGAP | MeZO = METHODS[method](model, seed=0, **turns.mode_options(mode), **options)
         self.seconds: list[dict[str, float]] = []
         self.losses: list[list[float]] = []
 

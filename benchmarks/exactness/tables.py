@@ -84,7 +84,7 @@ def _persistent(rows: Sequence[dict], dtype: str) -> Table:
         own = {(r["persistent"], r["fresh"]): r for r in rows if r["scheme"] == scheme}
         shown = (f"{_correlation(own[p]['correlation'])} / {own[p]['progress']:.2f}" for p in pairs)
         table.add_row(scheme, *shown)
-    table.caption = f"folded merges every {rows[0]['window']} steps"
+    table.caption = f"with a window, folded merges every {rows[0]['window']} steps"
     return table
 
 
