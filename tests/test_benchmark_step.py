@@ -14,13 +14,13 @@ from finetune_tiny import tiny_model
 
 from benchmarks.step import __main__ as step
 from benchmarks.step import models
-from benchmarks.step.contenders import Contender, Sampled, Spec
+from benchmarks.step.contenders import Contender, Sampled, Spec, specs
 from benchmarks.step.mezo import Forwards
 from benchmarks.step.models import Workload
 from benchmarks.step.targets import targets
 
 OURS = [Spec("ours", "mezo", mode) for mode in ("inplace", "two_pass", "scratch")]
-OURS += [Spec("ours", "pgap", mode, 4) for mode in ("inplace", "scratch", "folded")]
+OURS += [Spec("ours", "pgap", mode, 4) for mode in ("inplace", "scratch", "folded", "folded, window")]
 OTHERS = [Spec("published", "mezo"), Spec("torch.compile", "mezo")]
 
 
@@ -57,8 +57,8 @@ def test_steps_make_small_updates_and_leave_no_perturbation(spec):
     own.prepare(refresh_forwards=2)
     own.block(range(3))
     moved = (weights(workload) - before).abs().max()
-    if spec.mode == "folded":
-        assert own.optimizer.perturbation.pending
+    if spec.mode == "folded, window":
+        assert own.optimizer.pending
         own.optimizer.merge()
         moved = (weights(workload) - before).abs().max()
     assert 0 < moved < 1e-4  # eps is 1e-3
@@ -148,7 +148,7 @@ def test_rows_are_complete(tmp_path, capsys):
     assert "folded" in capsys.readouterr().out
     found = json.loads(report.read_text())
     assert found["facts"]["threads"] == 1 and found["facts"]["torch"] and found["facts"]["arguments"]["runs"] == 2
-    group = 1 + len(OTHERS) + 3 + 2 * 3
+    group = 1 + len(OTHERS) + 3 + 2 * 4
     assert len(found["rows"]) == 2 * 2 * group
     assert {(r["model"], r["run"]) for r in found["rows"]} == {(m, n) for m in ("smollm2", "opt13b") for n in (1, 2)}
     for row in found["rows"]:
@@ -174,6 +174,12 @@ def test_filters(capsys):
         ("ours", "mezo", "scratch"),
         ("ours", "pgap", "scratch"),
     ]
+
+
+def test_folded_is_with_and_without_a_window():
+    found = specs(["mezo", "pgap"], ["inplace", "folded"], ["ours"], [4])
+    assert [s.mode for s in found if s.method == "pgap"] == ["inplace", "folded", "folded, window"]
+    assert [s.mode for s in found if s.method == "mezo"] == ["inplace"]
 
 
 def row(**changes) -> dict:

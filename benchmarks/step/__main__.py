@@ -5,8 +5,8 @@
 Models    smollm2: SmolLM2-135M with its 210 linear layers tuned, fetched the first time; opt13b: one decoder layer with
           OPT-13B's shapes, at random. Batches are 16 sentences of 8, 32 or 128 tokens.
 Who       forwards: two of the model as it is. published: MeZO as its authors wrote it. torch.compile: each pass of that
-          over a parameter compiled. ours: MeZO inplace, two_pass and scratch; P-GAP inplace, scratch and folded, at
-          each rank.
+          over a parameter compiled. ours: MeZO inplace, two_pass and scratch; P-GAP inplace, scratch, folded and
+          "folded, window" (folded, with the weights written once per window: `merge="window"`), at each rank.
 Figures   medians over steps that the contenders take in turns, seconds of a step: in forwards, outside them (perturb
           and update), in all. A refresh of P-GAP is apart: its own seconds, and as a share of its window of 100 steps.
           Few of its 20 forwards are run, the others count as the mean of these.
@@ -32,11 +32,11 @@ from rich.table import Table
 from tqdm import tqdm
 
 from benchmarks import machine, turns
-from benchmarks.step.contenders import METHODS, MODES, OTHERS, Contender, specs
+from benchmarks.step.contenders import METHODS, OTHERS, Contender, specs
 from benchmarks.step.models import BATCH, MODELS, Workload
 from benchmarks.step.targets import targets
 
-ALL_MODES = tuple(dict.fromkeys(mode for modes in MODES.values() for mode in modes))
+ALL_MODES = ("inplace", "two_pass", "scratch", "folded")
 PROVIDERS = ("ours", *OTHERS)
 # Timed steps by tokens. On opt13b 128 tokens take a quarter of an hour, and must be asked for.
 STEPS = {"smollm2": {8: 5, 32: 5, 128: 2}, "opt13b": {8: 3, 32: 2}}
@@ -114,7 +114,13 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()], help="default: PyTorch's")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=PROVIDERS, help="default: all")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: all")
-    parser.add_argument("--modes", nargs="+", choices=ALL_MODES, default=ALL_MODES, help="of ours; default: all")
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        choices=ALL_MODES,
+        default=ALL_MODES,
+        help="of ours; default: all; folded is with and without a window",
+    )
     parser.add_argument("--ranks", type=int, nargs="+", help="of P-GAP; default: 16 64")
     parser.add_argument("--steps", type=int, help="timed steps of each; default: 5 to 1, fewer where they take longer")
     parser.add_argument("--window", type=int, default=100, help="steps between refreshes; default: %(default)s")

@@ -19,7 +19,7 @@ from pgap_kernels.finetune.baseline import BaselineMeZO
 from pgap_kernels.optim import PGAP, MeZO
 
 METHODS = ("mezo", "pgap")
-MODES = {"mezo": ("inplace", "two_pass", "scratch"), "pgap": ("inplace", "scratch", "folded")}
+MODES = {"mezo": ("inplace", "two_pass", "scratch"), "pgap": ("inplace", "scratch", "folded", "folded, window")}
 OTHERS = {"published": BaselineMeZO, "torch.compile": CompiledMeZO}
 LR, EPS = 1e-6, 1e-3
 
@@ -44,7 +44,8 @@ def specs(methods: Sequence[str], modes: Sequence[str], providers: Sequence[str]
             found += [Spec(provider, method) for provider in OTHERS if provider in providers]
         if "ours" in providers:
             at: Sequence[int | None] = ranks if method == "pgap" else [None]
-            found += [Spec("ours", method, mode, rank) for rank in at for mode in MODES[method] if mode in modes]
+            asked = [mode for mode in MODES[method] if mode.split(",")[0] in modes]
+            found += [Spec("ours", method, mode, rank) for rank in at for mode in asked]
     return found
 
 
@@ -175,9 +176,8 @@ def make(spec: Spec, model: torch.nn.Module, window: int, probes: int) -> Any:
         return Forwards()
     if spec.provider in OTHERS:
         return OTHERS[spec.provider](model, lr=LR, eps=EPS, seed=0)
-    two_pass = spec.mode == "two_pass"
-    options: dict[str, Any] = {"lr": LR, "eps": EPS, "mode": "inplace" if two_pass else spec.mode, "two_pass": two_pass}
-    options["allow_unused"] = True  # by forwards whose loss is made up
+    # Forwards whose loss is made up use no weight.
+    options: dict[str, Any] = {"lr": LR, "eps": EPS, "allow_unused": True, **turns.mode_options(spec.mode)}
     if spec.method == "mezo":
         return MeZO(model, **options)
     return PGAP(model, rank=spec.rank, window=window, probes=probes, **options)
