@@ -319,6 +319,22 @@ def test_sixteen_bit_weights(method, llama, tmp_path):
     assert all(math.isfinite(loss) for loss in result["curves"]["train_loss"] + result["baseline"]["losses"])
 
 
+def test_pgap_writes_the_weights_once_per_window_and_saves_what_it_evaluated(llama, tmp_path):
+    options = {"method": "pgap", "rank": 4, "window": 50, "probes": 1, "lr": 1e-2, "save_model": True}
+    results = {}
+    for mode in ("auto", "folded", "scratch"):
+        results[mode] = run(config_for(llama, tmp_path, mode=mode, output=str(tmp_path / mode), **options))
+        own = results[mode]["curves"]["dev"][-1]
+        model, tokenizer, _ = load(tmp_path / mode / "model")
+        dataset = data.load(config_for(llama, tmp_path, **options), tokenizer)
+        saved = Scorer(model, dataset.label_tokens, tokenizer.pad_token_id).evaluate(dataset.dev, 4)
+        assert saved.loss == pytest.approx(own["loss"], rel=1e-5)  # the evaluation was within the window
+    passes = {mode: result["weight_passes"] for mode, result in results.items()}
+    assert results["auto"]["mode"]["name"] == "folded" and passes["auto"] == passes["folded"]
+    # The two forwards of a probe each read the weights, and one pass merges; on the scratch a step has three passes.
+    assert passes["folded"] == pytest.approx(2 + 1) and passes["scratch"] == pytest.approx(2 + 3 * 6)
+
+
 def test_interrupt_before_the_first_step_leaves_a_valid_report(llama, tmp_path, monkeypatch, capsys):
     def interrupted(self, examples, batch_size):
         raise KeyboardInterrupt

@@ -86,6 +86,8 @@ def _tune_and_compare(
 
 def _tune(config: Config, model: Any, scorer: Scorer, dataset: data.Dataset, result: dict[str, Any]) -> None:
     options: dict[str, Any] = config.method_options()
+    if config.method == "pgap" and config.mode in ("auto", "folded"):
+        options["merge"] = "window"  # the weights are read by this loop alone, which merges when it ends
     try:
         optimizer = OPTIMIZERS[config.method](model, **options, seed=config.seed, mode=config.mode)
     except ValueError as error:
@@ -111,12 +113,12 @@ def _tune(config: Config, model: Any, scorer: Scorer, dataset: data.Dataset, res
                 bar.set_postfix(loss=f"{loss:.3f}", dev_accuracy=accuracy, refresh=False)
                 bar.update()
     finally:
+        optimizer.detach()  # merges: from here on the parameters are the model
         refreshes = math.ceil(clock.steps / config.window) if config.window else 0
         refresh_seconds = clock.seconds["refresh"] / refreshes if refreshes else 0.0
         result["timing"] = _timing(clock, refresh_seconds, config)
         result["weight_passes"] = optimizer.passes
         result["peak_memory_mib"] = _peak_memory_mib(model.device)
-        optimizer.detach()
 
 
 def _run_baseline(config: Config, model: Any, scorer: Scorer, dataset: data.Dataset, result: dict[str, Any]) -> None:
