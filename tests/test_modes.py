@@ -101,7 +101,9 @@ def outputs_of(parameters, dtype):
 # ---- costs ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("row, mode", runs(METHODS) + runs([r for r in ROWS if r.id in ("pgap-dense", "lozo-m-groups")]))
+@pytest.mark.parametrize(
+    "row, mode", runs(METHODS) + runs([r for r in ROWS if r.id in ("pgap-dense", "lozo-m-groups")])
+)
 def test_cost_is_what_is_counted(row, mode):
     """Over two periods, after one in which the schedule of two passes is entered and state is made."""
     _, opt, closure = build(row, mode, Words(tied=False))

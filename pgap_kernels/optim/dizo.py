@@ -55,7 +55,9 @@ class DiZO(ZOOptimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": 0.0}, **options)
         if self.residual:
-            raise ValueError("residual: got True; accepted: False, as distances from W0 are those of the stored weights")
+            raise ValueError(
+                "residual: got True; accepted: False, as distances from W0 are those of the stored weights"
+            )
         self.select = patterns("select", select, [w.name for w in self.weights()])
         self.kappa, self.iterations = at_least_one("kappa", kappa), at_least_one("iterations", iterations)
         self.period = self.kappa + self.iterations

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-from bounds import UNIT, Bounded
+from bounds import Bounded
 from torch import Tensor, nn
 
 from pgap_kernels.optim import ZOOptimizer
@@ -36,7 +36,11 @@ def build(row: Row, mode: str, model: nn.Module | None = None, **options) -> tup
     model = Words() if model is None else model
     chosen = {**row.options, **options_of(mode), **options}
     params = in_groups(model, chosen) if row.groups else model
-    return model, row.make(params, model=model, **chosen), Losses(model, chosen["paired"] if "paired" in chosen else False)
+    return (
+        model,
+        row.make(params, model=model, **chosen),
+        Losses(model, chosen["paired"] if "paired" in chosen else False),
+    )
 
 
 class Contract:

@@ -22,6 +22,7 @@ from pgap_kernels.optim import PGAP, LowRankOptimizer, MeZO, ZOOptimizer
 from pgap_kernels.optim.dizo import DiZO
 from pgap_kernels.optim.helene import HELENE
 from pgap_kernels.optim.lozo import LOZO
+from pgap_kernels.optim.lozo_m import LOZOM
 from pgap_kernels.optim.pizo import PIZO
 from pgap_kernels.subspace import gradient_basis
 
@@ -299,8 +300,8 @@ ROWS = [
     row("lozo", LOZO, naive_lozo, **LOZO_OPTIONS, state={"v": "right"}),
     row("lozo-groups", LOZO, naive_lozo, **LOZO_OPTIONS | {"rank": 3}, divide_by_rank=True, exclude=["embed*"],
         weight_decay=4.0, groups=True, state={"v": "right"}),
-    row("lozo-m", LOZO, naive_lozo, **LOZO_OPTIONS, beta=0.9, state={"v": "right", "N": "momentum"}),
-    row("lozo-m-groups", LOZO, naive_lozo, **LOZO_OPTIONS | {"window": 1}, beta=0.5, weight_decay=4.0, groups=True,
+    row("lozo-m", LOZOM, naive_lozo, **LOZO_OPTIONS, beta=0.9, state={"v": "right", "N": "momentum"}),
+    row("lozo-m-groups", LOZOM, naive_lozo, **LOZO_OPTIONS | {"window": 1}, beta=0.5, weight_decay=4.0, groups=True,
         divide_by_rank=True, state={"v": "right", "N": "momentum"}),
     row("dizo", DiZO, naive_dizo, select=["up.weight", "lora*", "down.bias"], kappa=3, iterations=3, tau=0.3, eps_p=0.5,
         s=0.5, constant=("anchor",)),
