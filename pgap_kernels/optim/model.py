@@ -290,8 +290,15 @@ class ModelOptimizer(torch.optim.Optimizer, metaclass=_EnterMode):
 
     def __getstate__(self) -> dict[str, Any]:
         # "step" is in there once a scheduler has bound its counter to this very object.
-        fresh = {"_weights": None, "_planned": None, "_forward_state": None, "_buckets": None}
+        fresh: dict[str, Any] = {"_weights": None, "_buckets": None, "_planned": None, "_forward_state": None}
+        if fingerprint(self.param_groups) != self._seen:
+            fresh["_seen"] = []
         return {k: v for k, v in self.__dict__.items() if k != "step"} | fresh
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._seen:  # the copies of parameters lie elsewhere, but are what they were
+            self._seen = fingerprint(self.param_groups)
 
     def become_dry(self, weights: list[Weight]) -> None:
         """Forget what was learnt and stand before the first step, on weights without memory; nothing is computed."""
