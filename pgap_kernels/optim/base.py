@@ -249,7 +249,9 @@ class ZOOptimizer(ModelOptimizer):
         """
         checkpoint.check(self, state_dict)
         self.merge()
+        kept = dict(self.state)
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        self.state.update(kept)
         self._forget_weights()
         with ambient_state_aside():
             checkpoint.load(self, state_dict)
