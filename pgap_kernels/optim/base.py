@@ -14,11 +14,19 @@ from torch import Tensor
 from .. import noise
 from ..directions import Amounts, Direction, Noise, Weight
 from ..noise import Role
-from ..perturbation import Autocast, ForwardState, StateRule, Update, uninterrupted
+from ..perturbation import (
+    Autocast,
+    DefaultDevice,
+    ForwardState,
+    StateRule,
+    Update,
+    ambient_state_aside,
+    uninterrupted,
+)
 from . import checkpoint
 from .cost import Cost, measure_cost
 from .evaluation import Closure, Evaluation, NonFiniteLossError
-from .model import MERGE, ModelOptimizer, Params, ambient_state_aside
+from .model import MERGE, ModelOptimizer, Params
 from .weights import fingerprint
 
 __all__ = ["Closure", "Cost", "Evaluation", "NonFiniteLossError", "Params", "ZOOptimizer"]
@@ -171,10 +179,10 @@ class ZOOptimizer(ModelOptimizer):
         """
         if not callable(closure):
             raise TypeError(f"closure: got {closure!r}; accepted: a function that returns the loss of a minibatch")
-        with ambient_state_aside():
+        with ambient_state_aside() as default_device:
             if fingerprint(self.param_groups) != self._seen:
                 self.follow_model()
-            evaluate = self._begin(closure)
+            evaluate = self._begin(closure, default_device)
             try:
                 with evaluate.autocast.outside():
                     loss = self.estimate_and_update(evaluate)
@@ -193,7 +201,7 @@ class ZOOptimizer(ModelOptimizer):
             self._notice_flat(evaluate.losses)
             return loss
 
-    def _begin(self, closure: Closure) -> Evaluation:
+    def _begin(self, closure: Closure, default_device: DefaultDevice) -> Evaluation:
         """What the forwards of this step start from."""
         weights = self.weights()
         self.perturbation.begin(self.key(Role.ROUNDING, MERGE))
@@ -210,6 +218,7 @@ class ZOOptimizer(ModelOptimizer):
             eps=self.radius(),
             state=state,
             autocast=Autocast({w.tensor.device.type for w in weights}),
+            default_device=default_device,
             timed=self.timed,
             reduce=self.reduce_losses,
             points_per_forward=2 if self.paired else 1,
@@ -230,7 +239,8 @@ class ZOOptimizer(ModelOptimizer):
 
     def cost(self) -> Cost:
         """What a step costs beyond its forwards, counted over one dry period: nothing is computed or written."""
-        return measure_cost(self)
+        with ambient_state_aside():
+            return measure_cost(self)
 
     # ---- state ------------------------------------------------------------------------------------------------------
 
@@ -248,11 +258,11 @@ class ZOOptimizer(ModelOptimizer):
         State keeps its dtype, and where it fits its memory.
         """
         checkpoint.check(self, state_dict)
-        self.merge()
-        kept = dict(self.state)
-        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        self.state.update(kept)
-        self._forget_weights()
         with ambient_state_aside():
+            self.merge()
+            kept = dict(self.state)
+            super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+            self.state.update(kept)
+            self._forget_weights()
             checkpoint.load(self, state_dict)
-        self.perturbation.begin(self.key(Role.ROUNDING, MERGE))
+            self.perturbation.begin(self.key(Role.ROUNDING, MERGE))

@@ -32,7 +32,8 @@ def measure_cost(optimizer: ModelOptimizer) -> Cost:
         nonlocal forwards
         forwards += 1
         # No two losses are equal: an update by nothing is not a pass.
-        return torch.tensor([forwards, forwards + 0.5][: 2 if optimizer.paired else 1], device="cpu")
+        losses = [forwards, forwards + 0.5] if optimizer.paired else [forwards]
+        return torch.tensor(losses, dtype=torch.float32, device="cpu")
 
     perturbation = twin.perturbation
     for _ in range(2):  # the first period may have more to do: to enter a schedule, to make state

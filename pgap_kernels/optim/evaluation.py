@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..directions import Amounts, Direction, Weight
-from ..perturbation import Autocast, ForwardState, Perturbation, observing, uninterrupted
+from ..perturbation import Autocast, DefaultDevice, ForwardState, Perturbation, observing, uninterrupted
 
 Closure = Callable[[], "Tensor | float"]
 # A direction and the radius of each weight; the point is W + radius * direction.
@@ -34,7 +34,7 @@ class Evaluation:
         perturbation: the mode.
         weights, model: of the optimizer.
         eps: the smoothing radius of each weight.
-        state, autocast: what each forward starts from, and runs under.
+        state, autocast, default_device: what each forward starts from, and runs under.
         timed: adds the wall seconds of a block to a part of the step.
         reduce: makes one loss of those of several processes.
         points_per_forward: how often the closure's batch is stacked.
@@ -50,6 +50,7 @@ class Evaluation:
     eps: Amounts
     state: ForwardState
     autocast: Autocast
+    default_device: DefaultDevice
     timed: Callable[[str], contextlib.AbstractContextManager]
     reduce: Callable[[Tensor], Tensor]
     points_per_forward: int
@@ -120,7 +121,7 @@ class Evaluation:
 
     def _run_closure(self) -> Tensor | float:
         self.state.restore()
-        with self.autocast.inside():
+        with self.autocast.inside(), self.default_device.inside():
             return self.perturbation.forward(self.closure)
 
     def _checked(self, value: Tensor | float, count: int) -> Tensor:

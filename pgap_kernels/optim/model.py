@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +19,7 @@ from ..perturbation import (
     ForwardState,
     Perturbation,
     Residual,
+    ambient_state_aside,
     build,
     check_options,
     choose,
@@ -36,13 +36,6 @@ Params = nn.Module | Iterable[Any]
 _NOTHING_TO_TRAIN = "params: got no trainable parameter (requires_grad); accepted: at least one"
 
 
-@contextlib.contextmanager
-def ambient_state_aside() -> Iterator[None]:
-    """Run the optimizer outside of the caller's inference mode: tensors made in it could not be written later."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
-
-
 class _EnterMode(type):
     """Enters the mode once the outermost ``__init__`` is over, so that a recipe may set its attributes in any order.
 
@@ -50,9 +43,10 @@ class _EnterMode(type):
     """
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        optimizer = super().__call__(*args, **kwargs)
-        optimizer.weights()
-        _ = optimizer.perturbation
+        with ambient_state_aside():
+            optimizer = super().__call__(*args, **kwargs)
+            optimizer.weights()
+            _ = optimizer.perturbation
         return optimizer
 
 
@@ -119,11 +113,12 @@ class ModelOptimizer(torch.optim.Optimizer, metaclass=_EnterMode):
         super().add_param_group(param_group)
         try:
             self.check_group(self.param_groups[-1])
-            if started:
-                self.follow_model()
-            else:
-                self._forget_weights()
-                self.weights()
+            with ambient_state_aside():
+                if started:
+                    self.follow_model()
+                else:
+                    self._forget_weights()
+                    self.weights()
         except Exception:
             self.param_groups.pop()
             self._forget_weights()
@@ -254,7 +249,8 @@ class ModelOptimizer(torch.optim.Optimizer, metaclass=_EnterMode):
                 f"mode: got {mode!r} while mode {self.mode!r} has updates or perturbations that are not in the "
                 "weights; call merge() first"
             )
-        self._enter_mode(mode)
+        with ambient_state_aside():
+            self._enter_mode(mode)
         self.asked_mode = mode
 
     @property

@@ -14,13 +14,14 @@ from .modes import MERGES, MODES, Choice, build, check_options, choose, unfolded
 from .observers import observing
 from .residual import Residual
 from .scratch import Scratch
-from .step_context import Autocast, ForwardState, uninterrupted
+from .step_context import Autocast, DefaultDevice, ForwardState, ambient_state_aside, uninterrupted
 
 __all__ = [
     "MERGES",
     "MODES",
     "Autocast",
     "Choice",
+    "DefaultDevice",
     "Folded",
     "ForwardState",
     "InPlace",
@@ -29,6 +30,7 @@ __all__ = [
     "Scratch",
     "StateRule",
     "Update",
+    "ambient_state_aside",
     "build",
     "check_options",
     "choose",

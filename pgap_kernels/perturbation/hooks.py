@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
 
 from ..directions import Weight
+from .step_context import ambient_state_aside, uninterrupted
 
 LINEAR, CONV1D, EMBEDDING = "linear", "conv1d", "embedding"
 
@@ -144,7 +145,8 @@ class _After(_Before):
 
 class _BeforeState(_Before):
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        self.client.merge()
+        with ambient_state_aside(), uninterrupted():
+            self.client.merge()
 
 
 class Hooks:

@@ -14,6 +14,7 @@ from torch import nn
 from ..directions import Direction, Part, Pass, Weight
 from .base import Perturbation, Update
 from .hooks import Hooks, uses_of
+from .step_context import ambient_state_aside, uninterrupted
 
 T = TypeVar("T")
 
@@ -113,7 +114,8 @@ class InPlace(Perturbation):
     def enter(self, number: int) -> None:
         """Before a module's forward."""
         if self.added and not self.active:
-            self.merge()
+            with ambient_state_aside(), uninterrupted():
+                self.merge()
 
     def leave(self, number: int, args: tuple, kwargs: dict, output: Any) -> Any:
         """After a module's forward: nothing to do."""

@@ -6,9 +6,44 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+class DefaultDevice:
+    """The caller's default device: for the closure, not for what the optimizer makes on the host."""
+
+    def __init__(self) -> None:
+        self.cpu = torch.device("cpu")
+        self.replaced = torch.get_default_device().type != "cpu"
+
+    def __enter__(self) -> DefaultDevice:
+        if self.replaced:
+            self.cpu.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.replaced:
+            self.cpu.__exit__(*error)
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        """As the caller has it, for a forward; taken off, not covered, as each mode slows every torch call."""
+        self.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            self.__enter__()
+
+
+@contextlib.contextmanager
+def ambient_state_aside() -> Iterator[DefaultDevice]:
+    """Run the optimizer outside of the caller's inference mode, whose tensors could not be written later, and of its
+    grad mode and default device."""
+    with torch.inference_mode(False), torch.no_grad(), DefaultDevice() as default_device:
+        yield default_device
 
 
 @contextlib.contextmanager
