@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune as prune_module
 
 from pgap_kernels.optim import PGAP, MeZO, ZOOptimizer
 from pgap_kernels.optim.helene import HELENE
@@ -195,3 +196,286 @@ def test_a_closure_sees_the_callers_default_device_and_dtype():
         optimizer.step(closure)
         assert torch.zeros(1).device.type == "meta"
     assert set(seen) == {("meta", torch.float64)}
+
+
+# ---- the weights change under the optimizer -------------------------------------------------------------------------
+
+
+def fresh_run(case: str, steps: int, freeze, more: int, loss=loss_of) -> nn.Module:
+    """As the run should have been: a new optimizer for the frozen model takes the state over."""
+    model = seeded(Net)
+    optimizer = make(case, model)
+    take_steps(optimizer, model, steps, loss)
+    state, copy = optimizer.state_dict(), seeded(Net)
+    copy.load_state_dict(model.state_dict())
+    freeze(copy)
+    other = make(case, copy)
+    other.load_state_dict(state)
+    take_steps(other, copy, more, loss)
+    other.merge()
+    return copy
+
+
+@every_case
+@pytest.mark.parametrize("between", ["nothing", "load", "load_and_read", "read", "cost", "mode"])
+def test_freezing_a_layer_between_steps(case, between):
+    def freeze(model):
+        model.first.requires_grad_(False)
+        model.last.weight.requires_grad_(False)
+
+    expected = snapshot(fresh_run(case, 4, freeze, 5))
+    model = seeded(Net)
+    optimizer = make(case, model)
+    take_steps(optimizer, model, 4)
+    state = optimizer.state_dict()
+    freeze(model)
+    before = snapshot(model)
+    if between.startswith("load"):
+        optimizer.load_state_dict(state)
+    if between.endswith("read"):
+        optimizer.weights()
+        optimizer.state_dict()
+    if between == "cost":
+        optimizer.cost()
+    if between == "mode":
+        optimizer.mode = optimizer.mode
+    take_steps(optimizer, model, 5)
+    optimizer.merge()
+    assert {*changed(model, before)} == {"middle.weight", "middle.bias", "norm.weight", "norm.bias", "last.bias"}
+    assert changed(model, expected) == []
+
+
+@every_case
+def test_unfreezing_a_layer_between_steps(case):
+    model = seeded(Net)
+    model.first.requires_grad_(False)
+    model.last.requires_grad_(False)
+    optimizer = make(case, list(model.named_parameters()), model=model)
+    take_steps(optimizer, model, 2)
+    state = optimizer.state_dict()
+    model.requires_grad_(True)
+    before = snapshot(model)
+    take_steps(optimizer, model)
+    with torch.no_grad():  # evaluates what the parameters are, whichever layer runs first
+        evaluated = loss_of(model)
+        optimizer.merge()
+        assert loss_of(model).item() == pytest.approx(evaluated.item(), abs=1e-6)
+    assert len(changed(model, before)) == len(before)
+    optimizer.load_state_dict(state)  # made when they were frozen
+    take_steps(optimizer, model, 2)
+
+
+@every_case
+def test_freezing_everything(case):
+    model = seeded(Net)
+    optimizer = make(case, model)
+    take_steps(optimizer, model)
+    model.requires_grad_(False)
+    refused(ValueError, r"^params: got no trainable parameter", lambda: take_steps(optimizer, model))
+    model.requires_grad_(True)
+    take_steps(optimizer, model)
+
+
+SIXTEEN_BIT_IN_PLACE = r"^16-bit weights are perturbed in place"
+
+
+@every_case
+@pytest.mark.parametrize("swap", [False, True], ids=["data", "swap"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_casting_the_model_after_the_optimizer_was_made(case, dtype, swap):
+    model = seeded(Net)
+    optimizer = make(case, model, lr=0.0)
+    take_steps(optimizer, model)
+    with setting(torch.__future__.set_swap_module_params_on_conversion, swap, False):
+        model.to(dtype)
+    if optimizer.mode == "inplace":  # the constructor warns of it
+        refused(UserWarning, SIXTEEN_BIT_IN_PLACE, lambda: take_steps(optimizer, model))
+        return
+    before = snapshot(model)
+    take_steps(optimizer, model, 4)
+    optimizer.merge()
+    assert changed(model, before) == [] and model.first.weight.dtype == dtype
+
+
+@pytest.mark.parametrize("method, options", [(MeZO, {}), (PGAP, PGAP_OPTIONS), (HELENE, {"batch_size": 16})])
+def test_casting_the_model_of_an_optimizer_that_chose_its_mode(method, options):
+    model = seeded(Net)
+    optimizer = method(model, lr=0.0, **options)
+    take_steps(optimizer, model)
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        model.to(dtype)
+        before = snapshot(model)
+        take_steps(optimizer, model, 3)
+        expected = method(seeded(Net).to(dtype), **options)
+        assert (optimizer.mode, optimizer.mode_reason) == (expected.mode, expected.mode_reason)
+        assert changed(model, before) == [] or dtype == torch.float32
+
+
+@every_case
+def test_casting_a_part_of_the_model(case):
+    """Other parts stay float32, and so does what the open window or the two-pass schedule has added."""
+    model = seeded(Net)
+    optimizer = make(case, model)
+    twin = seeded(Net)
+    other = make(case, twin)
+
+    def mixed_loss(m):
+        hidden = torch.tanh(m.first(INPUTS)).to(m.middle.weight.dtype)
+        return F.cross_entropy(m.last(m.norm(m.middle(hidden).float())), LABELS)
+
+    for m, o in ((model, optimizer), (twin, other)):
+        take_steps(o, m, 2, mixed_loss)
+    other.merge()
+    for m in (model, twin):
+        m.middle.bfloat16()
+    if optimizer.mode == "inplace":
+        refused(UserWarning, SIXTEEN_BIT_IN_PLACE, lambda: take_steps(optimizer, model, 1, mixed_loss))
+        return
+    model.state_dict()
+    assert distance(model, snapshot(twin)) <= 2**-7 * twin.middle.weight.abs().max()
+    take_steps(optimizer, model, 3, mixed_loss)
+
+
+@every_case
+def test_casting_the_model_to_float64(case):
+    model = seeded(Net)
+    optimizer = make(case, model)
+    take_steps(optimizer, model)
+    model.double()
+    message = r"^params: got 'first\.weight' with dtype torch\.float64; accepted: torch\.float32, torch\.bfloat16"
+    refused(TypeError, message, lambda: take_steps(optimizer, model))
+    with pytest.raises(TypeError, match=message):
+        make(case, model)
+    model.float()
+    take_steps(optimizer, model, 3)
+
+
+def test_casting_weights_with_a_residual_plane():
+    model = seeded(Net).bfloat16()
+    optimizer = MeZO(model, lr=1e-3, mode="scratch", residual=True)
+    take_steps(optimizer, model, 3)
+    kept = optimizer.perturbation.residual.planes["middle.weight"].clone()
+    assert kept.any()
+    model.middle.requires_grad_(False)
+    take_steps(optimizer, model)
+    state = optimizer.state_dict()
+    model.middle.requires_grad_(True)
+    optimizer.load_state_dict(state)
+    assert torch.equal(optimizer.perturbation.residual.planes["middle.weight"], kept)
+    model.half()  # the bits of a bfloat16's plane mean nothing beside a float16
+    optimizer.cost()
+    assert not optimizer.perturbation.residual.planes["middle.weight"].any()
+    take_steps(optimizer, model)
+    model.float()
+    message = r"^residual: got True with mode='scratch' and torch\.float32 weights"
+    refused(ValueError, message, lambda: take_steps(optimizer, model))
+
+
+@every_case
+def test_resizing_a_weight(case):
+    model = seeded(Net)
+    optimizer = make(case, model)
+
+    def resize(rows):
+        model.last.weight.data, model.last.bias.data = torch.ones(rows, 12), torch.ones(rows)
+
+    resize(3)  # no state yet
+    take_steps(optimizer, model, 2)
+    resize(5)
+    if optimizer.state:
+        message = r"^params: 'last\.weight' has the shape \(5, 12\) and state of the shape \(3, 12\); accepted: "
+        refused(RuntimeError, message, lambda: take_steps(optimizer, model))
+    else:
+        take_steps(optimizer, model, 2)
+
+
+def test_resizing_a_weight_with_a_residual_plane():
+    model = seeded(Net).bfloat16()
+    optimizer = MeZO(model, lr=1e-3, mode="scratch", residual=True)
+    take_steps(optimizer, model)
+    model.last.weight.data, model.last.bias.data = torch.ones(5, 12).bfloat16(), torch.ones(5).bfloat16()
+    take_steps(optimizer, model)
+    assert optimizer.perturbation.residual.planes["last.weight"].shape == (5, 12)
+
+
+def weight_norm_by_hook(model):
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        nn.utils.weight_norm(model.last)
+
+
+def tie(model):
+    model.middle.weight = nn.Parameter(model.middle.weight.detach().clone())
+    model.last = nn.Linear(12, 12)
+    model.last.weight = model.middle.weight
+
+
+REPLACING = {
+    "load_state_dict_assign": lambda m: m.load_state_dict(
+        {k: v.clone() for k, v in m.state_dict().items()}, assign=True
+    ),
+    "new_head": lambda m: setattr(m, "last", nn.Linear(12, 3)),
+    "removed": lambda m: setattr(m, "norm", nn.Identity()),
+    "new_parameter": lambda m: setattr(m.last, "weight", nn.Parameter(torch.zeros(2, 12))),
+    "weight_norm": lambda m: nn.utils.parametrizations.weight_norm(m.last),
+    "weight_norm_by_hook": weight_norm_by_hook,
+    "to_empty": lambda m: m.to("meta"),
+    "tied_anew": tie,
+}
+
+
+@every_case
+@pytest.mark.parametrize("how", REPLACING)
+def test_replacing_a_parameter_of_the_model(case, how):
+    model = seeded(Net)
+    optimizer = make(case, model)
+    take_steps(optimizer, model)
+    optimizer.merge()
+    before = [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
+    REPLACING[how](model)
+    message = r"^model: '\w+\.\w+' is not one of its parameters any more, but was replaced .* Make a new optimizer"
+    refused(RuntimeError, message, lambda: take_steps(optimizer, model))
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert all(map(torch.equal, before, [p for group in optimizer.param_groups for p in group["params"]]))
+
+
+def prune(model):
+    prune_module.l1_unstructured(model.middle, "weight", 0.5)
+
+
+def nest(model):
+    model.middle = nn.Sequential(model.middle, nn.Identity())
+
+
+def alias(model):
+    model.spare = model.middle
+
+
+MOVING = {
+    "parametrization": lambda m: nn.utils.parametrizations.spectral_norm(m.middle),
+    "prune": prune,
+    "wrapped_layer": nest,
+    "second_name": alias,
+    "frozen_adapter_beside": lambda m: setattr(m, "adapter", nn.Linear(2, 2).requires_grad_(False)),
+}
+
+
+@every_case
+@pytest.mark.parametrize("how", MOVING)
+def test_moving_a_parameter_inside_the_model(case, how):
+    """The module that uses it is another one now; a new optimizer would find it there."""
+    models = [seeded(Net) for _ in range(2)]
+    optimizers = [make(case, model) for model in models]
+    for optimizer, model in zip(optimizers, models, strict=True):
+        take_steps(optimizer, model, 4)
+        optimizer.merge()
+        torch.manual_seed(2)
+        MOVING[how](model.eval())
+    state = optimizers[1].state_dict()
+    named = list(zip((w.name for w in optimizers[1].weights()), optimizers[1].param_groups[0]["params"], strict=True))
+    optimizers[1] = make(case, named, model=models[1])
+    optimizers[1].load_state_dict(state)
+    for optimizer, model in zip(optimizers, models, strict=True):
+        take_steps(optimizer, model, 3)
+        optimizer.merge()
+    assert changed(models[0], snapshot(models[1])) == []

@@ -73,6 +73,13 @@ class Part(ABC):
     def of(self, chosen: Sequence[int], tensors: Sequence[Tensor] | None = None) -> Part:
         """The part of some of its weights (positions in ``weights``), stored in other tensors if given."""
 
+    def by_kind(self) -> list[Part]:
+        """The parts of the weights that are of one device and dtype now: somebody may have cast some of them."""
+        kinds: dict[Hashable, list[int]] = {}
+        for position, w in enumerate(self.weights):
+            kinds.setdefault((w.tensor.device, w.tensor.dtype), []).append(position)
+        return [self] if len(kinds) == 1 else [self.of(chosen) for chosen in kinds.values()]
+
     def condensed(self) -> Part:
         """The same displacement in the fewest terms, in memory of its own: to add up over many steps."""
         return self

@@ -27,7 +27,6 @@ from . import checkpoint
 from .cost import Cost, measure_cost
 from .evaluation import Closure, Evaluation, NonFiniteLossError
 from .model import MERGE, ModelOptimizer, Params
-from .weights import fingerprint
 
 __all__ = ["Closure", "Cost", "Evaluation", "NonFiniteLossError", "Params", "ZOOptimizer"]
 _FLAT_STEPS = 10  # steps in a row whose losses do not depend on the point, before it is said
@@ -179,9 +178,9 @@ class ZOOptimizer(ModelOptimizer):
         """
         if not callable(closure):
             raise TypeError(f"closure: got {closure!r}; accepted: a function that returns the loss of a minibatch")
+        self.perturbation.refuse_if_released("step")
         with ambient_state_aside() as default_device:
-            if fingerprint(self.param_groups) != self._seen:
-                self.follow_model()
+            self.follow_model()
             evaluate = self._begin(closure, default_device)
             try:
                 with evaluate.autocast.outside():
@@ -240,6 +239,7 @@ class ZOOptimizer(ModelOptimizer):
     def cost(self) -> Cost:
         """What a step costs beyond its forwards, counted over one dry period: nothing is computed or written."""
         with ambient_state_aside():
+            self.follow_model()
             return measure_cost(self)
 
     # ---- state ------------------------------------------------------------------------------------------------------
@@ -257,8 +257,10 @@ class ZOOptimizer(ModelOptimizer):
 
         State keeps its dtype, and where it fits its memory.
         """
-        checkpoint.check(self, state_dict)
+        self.perturbation.refuse_if_released("load_state_dict")
         with ambient_state_aside():
+            self.follow_model()
+            checkpoint.check(self, state_dict)
             self.merge()
             kept = dict(self.state)
             super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})

@@ -38,6 +38,7 @@ class DiZO(ZOOptimizer):
     """
 
     method: ClassVar[str] = "DiZO"
+    elementwise_state: ClassVar[tuple[str, ...]] = ("anchor", "delta")
 
     def __init__(
         self,
@@ -79,8 +80,9 @@ class DiZO(ZOOptimizer):
 
     def estimate_and_update(self, evaluate: Evaluation) -> float:
         for w in self.selected():
-            if "anchor" not in self.state[w.tensor]:
-                self.state[w.tensor]["anchor"] = w.tensor.detach().clone()
+            anchor = self.state[w.tensor].get("anchor", w.tensor.detach())
+            if "anchor" not in self.state[w.tensor] or anchor.dtype != w.tensor.dtype:  # somebody has cast the weight
+                self.state[w.tensor]["anchor"] = anchor.to(w.tensor.dtype, copy=True)
         if self.iteration >= 0:
             return self._project(evaluate)
         z = self.noise(self.key(Role.DENSE))

@@ -44,6 +44,7 @@ class HELENE(ZOOptimizer):
     """
 
     method: ClassVar[str] = "HELENE"
+    elementwise_state: ClassVar[tuple[str, ...]] = ("momentum", "curvature")
 
     def __init__(
         self,

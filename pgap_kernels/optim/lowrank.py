@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
@@ -58,6 +58,23 @@ class LowRankOptimizer(ZOOptimizer):
         super().check_group(group)
         if at_least_one("rank", group["rank"]) > ops.MAX_RANK:
             raise ValueError(f"rank: got {group['rank']}; accepted: 1 to {ops.MAX_RANK}, the most the kernels take")
+
+    def check_state(self, weight: Weight, state: Mapping[str, Any]) -> None:
+        super().check_state(weight, state)
+        for side, name in enumerate(("left", "right")):
+            factor = state.get(name)
+            if factor is None:
+                continue
+            if weight.index not in self.lowrank_indices():
+                raise ValueError(
+                    f"state_dict: got a subspace of {weight.name!r}, which takes dense noise here; accepted: the state "
+                    "of an optimizer with the same exclude"
+                )
+            if len(factor) != weight.tensor.shape[side]:
+                raise ValueError(
+                    f"state_dict: got a {name} factor of shape {tuple(factor.shape)} for {weight.name!r} of shape "
+                    f"{tuple(weight.tensor.shape)}; accepted: the state of weights of the same shapes"
+                )
 
     # ---- which weights ----------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -28,7 +28,7 @@ from ..perturbation import (
 )
 from .clock import Clock
 from .options import number, positive
-from .weights import collect, fingerprint
+from .weights import Seen, collect
 
 _log = logging.getLogger("pgap_kernels")
 MERGE = (1 << 24) - 1  # number of the stochastic-rounding key of merges between steps
@@ -47,6 +47,13 @@ class _EnterMode(type):
             optimizer = super().__call__(*args, **kwargs)
             optimizer.weights()
             _ = optimizer.perturbation
+            optimizer._note_model()
+        if any(group.get("param_names") is None for group in optimizer.param_groups):
+            warnings.warn(
+                "params: parameters without names get their flat index as name, so their noise depends on their "
+                "order; pass the model or model.named_parameters()",
+                stacklevel=2,
+            )
         return optimizer
 
 
@@ -56,6 +63,7 @@ class ModelOptimizer(torch.optim.Optimizer, metaclass=_EnterMode):
     method: ClassVar[str]  # name in checkpoints
     # Plain attributes that go into a state_dict, with their values before the first step.
     saved_attributes: ClassVar[dict[str, Any]] = {}
+    elementwise_state: ClassVar[tuple[str, ...]] = ()  # entries of the state that have their weight's shape
     period: int = 1  # steps after which what a step does repeats; ``cost`` counts one period
 
     def __init__(
@@ -86,6 +94,8 @@ class ModelOptimizer(torch.optim.Optimizer, metaclass=_EnterMode):
         self.clock = Clock()
         self._perturbation: Perturbation | None = None
         self._weights: list[Weight] | None = None
+        self._seen: Seen | None = None
+        self._copied = False
         self._planned: tuple[int, Direction] | None = None
         self._buckets: list[list[Weight]] | None = None
         self._flat_steps = 0
@@ -109,6 +119,7 @@ class ModelOptimizer(torch.optim.Optimizer, metaclass=_EnterMode):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         started = self._perturbation is not None
         if started:
+            self.perturbation.refuse_if_released("add_param_group")
             self.merge()
         super().add_param_group(param_group)
         try:
@@ -134,7 +145,6 @@ class ModelOptimizer(torch.optim.Optimizer, metaclass=_EnterMode):
         """Every trainable tensor once: tied weights under their first name, ids checked to be distinct."""
         if self._weights is None:
             self._weights = collect(self.param_groups, self.tensor_ids, self.model)
-            self._seen = fingerprint(self.param_groups)
         return self._weights
 
     def buckets(self) -> list[list[Weight]]:
@@ -162,26 +172,59 @@ class ModelOptimizer(torch.optim.Optimizer, metaclass=_EnterMode):
         return [lr * decay if w.tensor.dim() > 1 else 0.0 for w, lr, decay in pairs]
 
     def follow_model(self) -> None:
-        """Take the parameters as they are now: others may have frozen, unfrozen, cast or moved them."""
-        before = {w.name: (w.tensor.dtype, w.tensor.device) for w in self.weights()}
-        if self.pending:
-            self.merge()
-        self._forget_weights()
-        weights = self.weights()
+        """Take the parameters as they are now: others may have frozen, unfrozen, cast, moved or replaced them.
+
+        If that raises, the next call looks again.
+        """
+        if self._copied:
+            self._copied = False
+            self._note_model()
+        if self._seen is not None and self._seen.is_current(self.param_groups, self.model):
+            return
+        weights = collect(self.param_groups, self.tensor_ids, self.model)
         if not weights:
             raise ValueError(_NOTHING_TO_TRAIN)
+        recast = self._seen is None
+        if self._seen is not None:
+            self._seen.refuse_lost(weights, self.model)
+            recast = self._refuse_resized(weights, self._seen)
+        self.merge()
+        self._forget_weights()
+        self._weights = weights
         for w in weights:
             for name, value in self.state.get(w.tensor, {}).items():
                 if isinstance(value, Tensor) and value.device != w.tensor.device:
                     self.state[w.tensor][name] = value.to(w.tensor.device)
-        kinds = {w.name: (w.tensor.dtype, w.tensor.device) for w in weights}
-        if any(kinds[name] != kind for name, kind in before.items() if name in kinds):
+        choice = choose(self.asked_mode, weights, self.model, self.lowrank_indices())
+        if recast or choice.mode != self.mode:
             self._enter_mode(self.asked_mode)
-            return
-        choose(self.mode, weights, self.model, self.lowrank_indices())
-        self.perturbation.adopt(weights)
-        if self.residual:
-            self.perturbation.residual = Residual(weights, self.perturbation.residual)
+        else:
+            self.perturbation.adopt(weights)
+            if self.residual:
+                self.perturbation.residual = Residual(weights, self.perturbation.residual)
+        self._note_model()
+
+    def _note_model(self) -> None:
+        self._seen = Seen(self.param_groups, self.model, self.weights())
+        self._checked_slices.clear()
+
+    def _refuse_resized(self, weights: Sequence[Weight], seen: Seen) -> bool:
+        """Raise if a weight has outgrown its state; else tell whether one is of another dtype or device than before."""
+        recast = False
+        for w in weights:
+            dtype, device, shape = seen.kinds.get(id(w.tensor), (w.tensor.dtype, w.tensor.device, w.tensor.shape))
+            if w.tensor.shape != shape and self.state.get(w.tensor):
+                raise RuntimeError(
+                    f"params: {w.name!r} has the shape {tuple(w.tensor.shape)} and state of the shape {tuple(shape)}; "
+                    "accepted: weights that keep their shape. Make a new optimizer"
+                )
+            if w.tensor.device != device and self.pending:
+                raise RuntimeError(
+                    f"params: {w.name!r} was moved to {w.tensor.device} while updates or perturbations that are not in "
+                    f"the weights lie on {device}; accepted: moves after merge(). Move it back to call that"
+                )
+            recast |= (w.tensor.dtype, w.tensor.device) != (dtype, device)
+        return recast
 
     # ---- the mode ---------------------------------------------------------------------------------------------------
 
@@ -249,7 +292,9 @@ class ModelOptimizer(torch.optim.Optimizer, metaclass=_EnterMode):
                 f"mode: got {mode!r} while mode {self.mode!r} has updates or perturbations that are not in the "
                 "weights; call merge() first"
             )
+        self.perturbation.refuse_if_released("mode")
         with ambient_state_aside():
+            self.follow_model()
             self._enter_mode(mode)
         self.asked_mode = mode
 
@@ -286,21 +331,17 @@ class ModelOptimizer(torch.optim.Optimizer, metaclass=_EnterMode):
 
     def __getstate__(self) -> dict[str, Any]:
         # "step" is in there once a scheduler has bound its counter to this very object.
-        fresh: dict[str, Any] = {"_weights": None, "_buckets": None, "_planned": None, "_forward_state": None}
-        if fingerprint(self.param_groups) != self._seen:
-            fresh["_seen"] = []
+        fresh: dict[str, Any] = dict.fromkeys(("_weights", "_buckets", "_seen", "_planned", "_forward_state"))
+        # The copies of parameters lie elsewhere, but are what they were.
+        fresh["_copied"] = self._seen is not None and self._seen.is_current(self.param_groups, self.model)
         return {k: v for k, v in self.__dict__.items() if k != "step"} | fresh
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if self._seen:  # the copies of parameters lie elsewhere, but are what they were
-            self._seen = fingerprint(self.param_groups)
 
     def become_dry(self, weights: list[Weight]) -> None:
         """Forget what was learnt and stand before the first step, on weights without memory; nothing is computed."""
         self._perturbation = self.perturbation.dry_copy(weights)
-        self._weights, self._seen = weights, fingerprint(self.param_groups)
+        self._weights, self._checked_slices = weights, set()
         self._planned = self._buckets = None
+        self._note_model()
         self._forward_state, self.clock = None, Clock()
         self.state.clear()
         self.steps = 0
@@ -309,3 +350,10 @@ class ModelOptimizer(torch.optim.Optimizer, metaclass=_EnterMode):
 
     def check_state(self, weight: Weight, state: Mapping[str, Any]) -> None:
         """Raise ValueError if a weight's saved state does not fit; nothing has been loaded yet."""
+        for name in self.elementwise_state:
+            tensor = state.get(name)
+            if tensor is not None and tensor.shape != weight.tensor.shape:
+                raise ValueError(
+                    f"state_dict: got {name} of shape {tuple(tensor.shape)} for {weight.name!r} of shape "
+                    f"{tuple(weight.tensor.shape)}; accepted: the state of weights of the same shapes"
+                )

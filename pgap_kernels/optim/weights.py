@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
+import itertools
 from collections.abc import Hashable, Mapping, Sequence
-from operator import attrgetter
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import checks, noise
-from ..directions import Weight, bucket
-
-_FLAGS = attrgetter("requires_grad", "dtype", "device", "shape")
-
+from ..directions import Weight
+from ..perturbation import address, modules_of
 
 def collect(param_groups: Sequence[dict[str, Any]], ids: Mapping[str, int], model: nn.Module | None) -> list[Weight]:
     """Every trainable tensor once: tied weights under their first name, frozen ones left out, ids checked.
@@ -32,19 +32,13 @@ def collect(param_groups: Sequence[dict[str, Any]], ids: Mapping[str, int], mode
     position = 0
     for group in param_groups:
         given = group.get("param_names")
-        if given is None:
-            warnings.warn(
-                "params: parameters without names get their flat index as name, so their noise depends on their "
-                "order; pass the model or model.named_parameters()",
-                stacklevel=4,
-            )
         for i, tensor in enumerate(group["params"]):
             name = noise.canonical_name(given[i]) if given is not None else str(position)
             position += 1
             if is_frozen(tensor):
                 continue
             _check_storage(name, tensor)
-            place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else name
+            place = address(tensor) if tensor.numel() else name
             if place in found:
                 continue  # tied: the same storage under another name
             tid = noise.check_uint(f"tensor_ids[{name!r}]", ids.get(name, noise.tensor_id(name)), 32)
@@ -56,12 +50,28 @@ def collect(param_groups: Sequence[dict[str, Any]], ids: Mapping[str, int], mode
             names[tid] = name
             found[place] = Weight(len(found), name, tensor, tid, group, padding_row=padding.get(tensor.data_ptr()))
     weights = list(found.values())
-    for same_kind in bucket(weights):
-        tensors = checks.tensors(f"params ({same_kind[0].name!r})", [w.tensor for w in same_kind])
-        for w in same_kind:
-            checks.matrix_layout(f"params ({w.name!r})", w.tensor)
-        checks.disjoint("params", tensors)
+    for w in weights:
+        checks.matrix_layout(f"params ({w.name!r})", w.tensor)
+    for device in {w.tensor.device for w in weights}:
+        _refuse_overlaps([w for w in weights if w.tensor.device == device])
     return weights
+
+
+def _refuse_overlaps(weights: Sequence[Weight]) -> None:
+    try:
+        checks.disjoint("params", [w.tensor for w in weights])
+    except ValueError:
+        for a, b in itertools.combinations(weights, 2):
+            if a.tensor.untyped_storage().data_ptr() != b.tensor.untyped_storage().data_ptr():
+                continue
+            try:
+                checks.disjoint("params", [a.tensor, b.tensor])
+            except ValueError:
+                raise ValueError(
+                    f"params: {a.name!r} and {b.name!r} share some of their elements; accepted: weights that share "
+                    "all of them (tied) or none"
+                ) from None
+        raise
 
 
 def is_frozen(tensor: Tensor) -> bool:
@@ -73,13 +83,28 @@ def _check_storage(name: str, tensor: Tensor) -> None:
     if hasattr(tensor, "to_local") and hasattr(tensor, "placements"):
         raise ValueError(
             f"params: got a DTensor, {name!r}, sharded over {tensor.placements}; accepted: whole tensors of this "
-            "process. Make the optimizer before the model is sharded, or train it unsharded"
+            "process. Train the model unsharded"
+        )
+    if is_traceable_wrapper_subclass(tensor):
+        raise TypeError(
+            f"params: got {name!r}, a {type(tensor).__name__}, which wraps other tensors (quantised, for example); "
+            "accepted: plain tensors. Freeze it (requires_grad_(False)) or replace it by a plain one"
+        )
+    if is_lazy(tensor):
+        raise ValueError(
+            f"params: got {name!r} of a lazy module, without a shape yet; accepted: weights in memory. Run a forward "
+            "first"
         )
     if tensor.device.type == "meta":
         raise ValueError(
             f"params: got {name!r} on the meta device, without values here (not loaded yet, or offloaded to CPU or "
             "disk); accepted: weights in memory. Load the model first, without offloading"
         )
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise TypeError(f"params: got {name!r} with layout {tensor.layout}; accepted: dense tensors (torch.strided)")
+    if tensor.dtype not in checks.WEIGHT_DTYPES:
+        accepted = ", ".join(map(str, checks.WEIGHT_DTYPES))
+        raise TypeError(f"params: got {name!r} with dtype {tensor.dtype}; accepted: {accepted}")
 
 
 def padding_rows(model: nn.Module | None) -> dict[int, int]:
@@ -88,9 +113,9 @@ def padding_rows(model: nn.Module | None) -> dict[int, int]:
     As in torch, they are trained all the same where another layer shares the weight (a tied head).
     """
     rows: dict[int, int | None] = {}
-    for module in model.modules() if model is not None else ():
+    for module in modules_of(model):
         for name, p in module._parameters.items():
-            if p is None or not p.numel() or p.device.type == "meta" or hasattr(p, "placements"):
+            if p is None or address(p) is None or not p.numel():
                 continue
             embeds = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and name == "weight"
             row = cast("int | None", module.padding_idx) if embeds else None
@@ -98,7 +123,56 @@ def padding_rows(model: nn.Module | None) -> dict[int, int]:
     return {place: row for place, row in rows.items() if row is not None}
 
 
-def fingerprint(param_groups: Sequence[dict[str, Any]]) -> list:
-    """What a step depends on and others may change: looked at before each step."""
-    params = [p for group in param_groups for p in group["params"]]
-    return [*map(_FLAGS, params), *map(Tensor.data_ptr, params)]
+class Seen:
+    """What a step depends on and others may change, as it was: compared before each step.
+
+    Attributes:
+        parameters: a fingerprint of those that are trained.
+        modules: of the model.
+        owners: where the modules have the optimizer's parameters: a dict, the key in it, the parameter.
+        kinds: dtype, device and shape of each weight, by the id of its tensor.
+    """
+
+    def __init__(self, param_groups: Sequence[dict[str, Any]], model: nn.Module | None, weights: Sequence[Weight]):
+        self.parameters = fingerprint(param_groups)
+        self.modules = modules_of(model)
+        ours = {id(p) for group in param_groups for p in group["params"]}
+        self.owners = [
+            (module._parameters, name, p)
+            for module in self.modules
+            for name, p in module._parameters.items()
+            if id(p) in ours
+        ]
+        self.kinds = {id(w.tensor): (w.tensor.dtype, w.tensor.device, w.tensor.shape) for w in weights}
+
+    def is_current(self, param_groups: Sequence[dict[str, Any]], model: nn.Module | None) -> bool:
+        """Whether nothing has changed."""
+        return (
+            fingerprint(param_groups) == self.parameters
+            and modules_of(model) == self.modules
+            and all(owner.get(name) is p for owner, name, p in self.owners)
+        )
+
+    def refuse_lost(self, weights: Sequence[Weight], model: nn.Module | None) -> None:
+        """Raise RuntimeError if the model had a weight that it has no more: nothing would come of training it."""
+        had = {id(p) for _, _, p in self.owners}
+        has = {id(p) for module in modules_of(model) for p in module._parameters.values()}
+        for w in weights:
+            if id(w.tensor) in had - has:
+                raise RuntimeError(
+                    f"model: {w.name!r} is not one of its parameters any more, but was replaced (as by "
+                    "load_state_dict(assign=True), resize_token_embeddings, weight_norm or a conversion) or removed; "
+                    "accepted: the Parameter objects that the optimizer was made with. Make a new optimizer"
+                )
+
+
+def fingerprint(param_groups: Sequence[dict[str, Any]]) -> list[tuple]:
+    """Dtype, device, place and shape of the parameters that are trained."""
+    try:
+        return [
+            (p.dtype, p.device, p.data_ptr(), p.shape) if p.requires_grad or not isinstance(p, nn.Parameter) else ()
+            for group in param_groups
+            for p in group["params"]
+        ]
+    except (RuntimeError, ValueError):  # one has become a tensor without memory, which ``collect`` refuses by name
+        return []

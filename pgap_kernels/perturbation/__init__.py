@@ -9,6 +9,7 @@ Imports: modes -> folded -> scratch -> (stacked, arena) -> hooks, and inplace ->
 
 from .base import Perturbation, StateRule, Update
 from .folded import Folded
+from .hooks import address, modules_of
 from .inplace import InPlace
 from .modes import MERGES, MODES, Choice, build, check_options, choose, unfolded
 from .observers import observing
@@ -30,10 +31,12 @@ __all__ = [
     "Scratch",
     "StateRule",
     "Update",
+    "address",
     "ambient_state_aside",
     "build",
     "check_options",
     "choose",
+    "modules_of",
     "observing",
     "unfolded",
     "uninterrupted",

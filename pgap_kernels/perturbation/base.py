@@ -175,10 +175,13 @@ class Perturbation:
 
     # ---- a step -----------------------------------------------------------------------------------------------------
 
+    def refuse_if_released(self, call: str) -> None:
+        """Raise RuntimeError if the mode serves no more."""
+        if self.released is not None:
+            raise RuntimeError(f"{call}: {self.released}; make a new optimizer to go on")
+
     def begin(self, merge_key: int) -> None:
         """A step begins; ``merge_key`` rounds what is merged until the next begins."""
-        if self.released is not None:
-            raise RuntimeError(f"step: {self.released}; make a new optimizer to go on")
         self.passes_this_step, self.merge_key = 0, merge_key
 
     def perturb_to(self, points: Sequence[Direction]) -> None:

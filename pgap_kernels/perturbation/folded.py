@@ -201,7 +201,8 @@ class Folded(Scratch):
         if not self.window:
             return
         keep = list(self.keep)
-        self.run_all(self._merges(self.window, keep, self.merge_key), copy_budget=self.largest)
+        window = [same for part in self.window for same in part.by_kind()]
+        self.run_all(self._merges(window, keep, self.merge_key), copy_budget=self.largest)
         self.window, self.keep = [], keep
         self.restore()
 

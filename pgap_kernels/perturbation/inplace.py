@@ -25,11 +25,12 @@ class InPlace(Perturbation):
     mode: ClassVar[str] = "inplace"
 
     def __init__(self, weights: Sequence[Weight], two_pass: bool = False) -> None:
+        self.model: nn.Module | None = None
+        self.hooks: Hooks | None = None
         super().__init__(weights)
         self.two_pass = two_pass
         self.added: list[Part] = []  # what the weights have added at the moment
         self.active = False
-        self.hooks: Hooks | None = None
 
     @property
     def pending(self) -> bool:
@@ -38,6 +39,9 @@ class InPlace(Perturbation):
     def adopt(self, weights: Sequence[Weight]) -> None:
         super().adopt(weights)
         self.keep_all = [1.0] * len(weights)
+        if self.hooks is not None and self.model is not None:
+            self.hooks.remove()
+            self.watch(self.model)
 
     def forget(self) -> None:
         self.added, self.hooks = [], None
@@ -96,13 +100,14 @@ class InPlace(Perturbation):
         self.passes_this_step += 1 + len(passes)
 
     def merge(self) -> None:
+        self.added = [same for part in self.added for same in part.by_kind()]
         self.restore()
 
     # ---- the model between the steps of the two-pass schedule -------------------------------------------------------
 
     def watch(self, model: nn.Module) -> None:
         """Take the perturbation off before anybody evaluates or saves the model between steps."""
-        self.hooks = Hooks(uses_of(model, self.weights), self)
+        self.model, self.hooks = model, Hooks(uses_of(model, self.weights), self)
 
     def forward(self, call: Callable[[], T]) -> T:
         self.active = True

@@ -69,23 +69,32 @@ class ResidualPass(Pass):
 
 
 class Residual:
-    """The planes of the 16-bit weights among these; those of weights that ``before`` has go on."""
+    """The planes of the 16-bit weights among these; those of ``before`` go on, also those of weights frozen meanwhile."""
 
     def __init__(self, weights: Sequence[Weight], before: Residual | None = None) -> None:
-        known = before.planes if before is not None else {}
-        self.planes: dict[str, Tensor] = {
-            w.name: known[w.name]
-            if w.name in known
-            else torch.zeros_like(w.tensor, dtype=torch.int16, memory_format=torch.contiguous_format)
-            for w in weights
-            if w.tensor.dtype != torch.float32
-        }
+        known, kinds = ({}, {}) if before is None else (before.planes, before.kinds)
+        ours = {w.name for w in weights}
+        # A plane means something beside a weight of its dtype and shape only.
+        self.planes: dict[str, Tensor] = {name: plane for name, plane in known.items() if name not in ours}
+        self.kinds: dict[str, tuple] = {name: kinds[name] for name in self.planes}
+        for w in weights:
+            if w.tensor.dtype == torch.float32:
+                continue
+            self.kinds[w.name] = kind = (w.tensor.dtype, w.tensor.device, w.tensor.shape)
+            if kinds.get(w.name) == kind:
+                self.planes[w.name] = known[w.name]
+            else:
+                zeros = torch.zeros_like(w.tensor, dtype=torch.int16, memory_format=torch.contiguous_format)
+                self.planes[w.name] = zeros
         self.largest = max((w.tensor.numel() for w in weights), default=0)
 
     def load(self, planes: dict[str, Tensor]) -> None:
-        """Take over the planes of a ``state_dict``."""
+        """Take over the planes of a ``state_dict``; weights that were frozen when it was made have none there."""
         for name, plane in self.planes.items():
-            plane.copy_(planes[name])
+            if name in planes:
+                plane.copy_(planes[name])
+            else:
+                plane.zero_()
 
     def serves(self, part: Part) -> bool:
         """Whether the part's weights have planes."""

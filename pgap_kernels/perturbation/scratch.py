@@ -84,18 +84,6 @@ class Scratch(Perturbation):
         devices = {w.tensor.device for w in self.weights}
         self.no_decay = {d: torch.zeros(1, 1, dtype=torch.float32, device=d) for d in devices}
 
-    def begin(self, merge_key: int) -> None:
-        super().begin(merge_key)
-        for use in self.uses:
-            for ref in use.refs:
-                if not ref.is_in_place():
-                    name = self.weights[ref.index].name
-                    raise RuntimeError(
-                        f"model: {name!r} is another tensor than when the optimizer was made; accepted: the same "
-                        "Parameter objects (load_state_dict without assign=True). Make a new optimizer for new "
-                        "parameters"
-                    )
-
     def _capacity(self) -> dict[torch.device, int]:
         """The most that a module and those around it need at one time: mostly the largest layer."""
         own = {use.name: use for use in self.uses}
