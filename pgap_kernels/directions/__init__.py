@@ -13,7 +13,7 @@ from .direction import Direction, add_parts
 from .lowrank import Factor, LowRank, Term
 from .noise import Mask, Noise
 from .part import Operands, Part
-from .passes import Pass, RulePass, bytes_of, run_all_or_none, with_padding_kept
+from .passes import Pass, RulePass, bytes_of, run_all_or_none, with_padding_kept, writing
 from .weight import Amounts, Weight, bucket, uniform
 
 __all__ = [
@@ -36,4 +36,5 @@ __all__ = [
     "run_all_or_none",
     "uniform",
     "with_padding_kept",
+    "writing",
 ]

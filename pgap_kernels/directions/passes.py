@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -121,8 +122,15 @@ def with_padding_kept(weights: Sequence[Weight], written: Sequence[Tensor], writ
         if w.padding_row is not None
     ]
     write()
-    for row, before in rows:
-        row.copy_(before)
+    with writing([row for row, _ in rows]):
+        for row, before in rows:
+            row.copy_(before)
+
+
+def writing(tensors: Sequence[Tensor]) -> contextlib.AbstractContextManager:
+    """Where torch writes tensors in place: those made in inference mode only inside of it."""
+    inside = any(t.is_inference() for t in tensors)
+    return torch.inference_mode() if inside else contextlib.nullcontext()
 
 
 def bytes_of(tensors: Sequence[Tensor]) -> int:
@@ -167,7 +175,8 @@ def run_all_or_none(passes: Sequence[Pass], run: Callable[[Pass], None], copy_bu
         for p, copies in reversed(done):
             inverse = p.inverse()
             if copies is not None:
-                torch._foreach_copy_(p.written, copies)
+                with writing(p.written):
+                    torch._foreach_copy_(p.written, copies)
             elif inverse is not None:
                 run(inverse)
         raise

@@ -126,7 +126,7 @@ class Folded(Scratch):
     def _fold(self, use: ModuleUse, ref: ParamRef, x: Tensor, output: Tensor) -> Tensor:
         folds = [self.folds_of(ref.index, point) for point in range(self.count)]
         if self.fades and not any(self.fills_of(ref.index, point) for point in range(self.count)):
-            output = self._faded_output(use, ref, output)
+            output = self._faded_output(use, ref, x, output)
         output = output.contiguous()
         if self.count > 1:
             check_rows(self, type(use.module).__name__, output.shape[0])
@@ -137,10 +137,13 @@ class Folded(Scratch):
             add_lowrank(output, x, left, right, [core for _, _, core in operands], use.kind != LINEAR)
         return output
 
-    def _faded_output(self, use: ModuleUse, ref: ParamRef, output: Tensor) -> Tensor:
+    def _faded_output(self, use: ModuleUse, ref: ParamRef, x: Tensor, output: Tensor) -> Tensor:
         """s (y - b) + b, with the b that the module has added."""
         faded = self.decay_of(ref.index).view(())
-        output = output * (1 - faded)
+        padding_row = self.weights[ref.index].padding_row
+        if use.kind == EMBEDDING and padding_row is not None:  # which does not decay
+            faded = faded * (x != padding_row).unsqueeze(-1)
+        output = (output * (1 - faded)).to(output.dtype)
         bias = next((r for r in use.refs if r.name == "bias" and r.owner is use.module), None)
         own = use.module._parameters.get("bias") if use.kind != EMBEDDING else None
         if own is None:

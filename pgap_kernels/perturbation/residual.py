@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..directions import Part, Pass, RulePass, Weight
+from ..directions import Part, Pass, RulePass, Weight, writing
 
 _FP16_BITS, _FP16_LOWEST = 10, -14
 _FRACTION = 15  # bits of an ulp of float16 that are kept
@@ -59,8 +59,9 @@ class ResidualPass(Pass):
         highs = [t.detach() for t in self.part.tensors]
         masters = [joined(high, low) for high, low in zip(highs, self.planes, strict=True)]
         Pass(self.part.of(range(len(masters)), masters), self.decay).run()
-        for master, high, low in zip(masters, highs, self.planes, strict=True):
-            split(master, high, low)
+        with writing(highs):
+            for master, high, low in zip(masters, highs, self.planes, strict=True):
+                split(master, high, low)
 
     def inverse(self) -> ResidualPass:
         back = super().inverse()
@@ -69,7 +70,7 @@ class ResidualPass(Pass):
 
 
 class Residual:
-    """The planes of the 16-bit weights among these; those of ``before`` go on, also those of weights frozen meanwhile."""
+    """The planes of the 16-bit weights among these; those of ``before`` go on, also those of weights frozen since."""
 
     def __init__(self, weights: Sequence[Weight], before: Residual | None = None) -> None:
         known, kinds = ({}, {}) if before is None else (before.planes, before.kinds)
