@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import io
+import math
+import re
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,6 +17,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune as prune_module
 
 from pgap_kernels.optim import PGAP, MeZO, ZOOptimizer
+from pgap_kernels.optim.dizo import DiZO
 from pgap_kernels.optim.helene import HELENE
 from pgap_kernels.optim.lozo import LOZO
 from pgap_kernels.optim.pizo import PIZO
@@ -479,3 +486,262 @@ def test_moving_a_parameter_inside_the_model(case, how):
         take_steps(optimizer, model, 3)
         optimizer.merge()
     assert changed(models[0], snapshot(models[1])) == []
+
+
+# ---- numbers of other types, and what schedulers make of them -------------------------------------------------------
+
+NUMBERS = {
+    "int": 1,
+    "np_float32": np.float32(1e-3),
+    "np_float64": np.float64(1e-3),
+    "np_int64": np.int64(1),
+    "np_array": np.array(1e-3),
+    "0_dim_tensor": torch.tensor(1e-3),
+    "one_element": torch.tensor([1e-3]),
+    "bf16_tensor": torch.tensor(1e-3, dtype=torch.bfloat16),
+    "int_tensor": torch.tensor(1),
+}
+
+
+def as_python(value):
+    return value.item() if hasattr(value, "item") else value
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("name", ["lr", "eps", "weight_decay", "delta", "lr_dense", "eps_dense", "eps_probe"])
+def test_giving_a_hyper_parameter_as_another_type_of_number(name, number):
+    given, models = NUMBERS[number], [seeded(Net) for _ in range(2)]
+    for model, value in zip(models, (given, as_python(given)), strict=True):
+        optimizer = PGAP(model, mode="inplace", **{"lr": 1e-3, **PGAP_OPTIONS, name: value})
+        take_steps(optimizer, model, 2)
+        stream = io.BytesIO()
+        torch.save(optimizer.state_dict(), stream)
+        stream.seek(0)
+        if number != "np_array":  # an array stays what it is, as a tensor does
+            optimizer.load_state_dict(torch.load(stream, weights_only=True))
+        take_steps(optimizer, model, 2)
+    assert changed(models[0], snapshot(models[1])) == []
+
+
+@pytest.mark.parametrize("number", [np.int64(2), np.int8(2), torch.tensor(2), np.array(2)], ids=repr)
+@pytest.mark.parametrize(
+    "case, name", [("pgap-folded", "rank"), ("pgap-scratch", "window"), ("mezo-inplace", "probes")]
+)
+def test_giving_a_count_as_another_type_of_number(case, name, number):
+    models = [seeded(Net) for _ in range(2)]
+    for model, value in zip(models, (number, 2), strict=True):
+        take_steps(make(case, model, **{name: value}), model, 3)
+    assert changed(models[0], snapshot(models[1])) == []
+
+
+@pytest.mark.parametrize("name", ["beta1", "beta2", "gamma", "floor", "batch_size", "anneal_steps"])
+@pytest.mark.parametrize("kind", [np.float32, torch.tensor])
+def test_giving_a_momentum_as_another_type_of_number(name, kind):
+    value = {"beta1": 0.5, "beta2": 0.5, "gamma": 2.0, "floor": 0.5, "batch_size": 4, "anneal_steps": 8.0}[name]
+    given = np.int64(value) if name == "batch_size" and kind is np.float32 else kind(value)
+    models = [seeded(Net) for _ in range(2)]
+    for model, v in zip(models, (given, value), strict=True):
+        take_steps(make("helene-inplace", model, **{name: v}), model, 3)
+    assert changed(models[0], snapshot(models[1])) == []
+
+
+schedulers = torch.optim.lr_scheduler
+TABLE = np.linspace(1, 0.1, 10, dtype=np.float32)
+SCHEDULES = {
+    "lambda_of_numpy": lambda o: schedulers.LambdaLR(o, lambda step: TABLE[step]),
+    "one_cycle": lambda o: schedulers.OneCycleLR(o, 2e-2, total_steps=10, cycle_momentum=False),
+    "cosine": lambda o: schedulers.CosineAnnealingLR(o, 3),
+    "warmup": lambda o: schedulers.LinearLR(o),
+    "sequence": lambda o: schedulers.SequentialLR(
+        o, [schedulers.ConstantLR(o), schedulers.ExponentialLR(o, 0.5)], milestones=[2]
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ["mezo-inplace", "mezo-two_pass", "pgap-folded", "pgap-window", "helene-scratch"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("kind", [float, np.float32, torch.tensor], ids=["float", "numpy", "tensor"])
+def test_scheduling_the_learning_rate(case, schedule, kind):
+    models = [seeded(Net) for _ in range(2)]
+    optimizer = make(case, models[0], lr=kind(1e-2))
+    by_hand = make(case, models[1], lr=float(kind(1e-2)))
+    scheduler = SCHEDULES[schedule](optimizer)
+    rates = []
+    for _ in range(5):
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+        by_hand.param_groups[0]["lr"] = rates[-1]
+        for o, model in ((optimizer, models[0]), (by_hand, models[1])):
+            take_steps(o, model)
+        scheduler.step()
+    optimizer.merge()
+    by_hand.merge()
+    assert len({*rates}) > 1 and changed(models[0], snapshot(models[1])) == []
+    copy = make(case, seeded(Net))
+    copy.load_state_dict(optimizer.state_dict())
+    assert float(copy.param_groups[0]["lr"]) == float(optimizer.param_groups[0]["lr"])
+
+
+BAD_NUMBERS = {
+    "lr": [math.nan, math.inf, "1e-3", None, True, 1j, torch.ones(2), torch.ones((), device="meta")],
+    "eps": [math.nan, 0, 0.0, -1e-3, "x", torch.tensor(0.0)],
+    "weight_decay": [math.nan, None],
+}
+
+
+@every_case
+@pytest.mark.parametrize(
+    "name, value", [pytest.param(n, v, id=f"{n}-{v!r}") for n, vs in BAD_NUMBERS.items() for v in vs]
+)
+def test_scheduling_what_is_no_number(case, name, value):
+    """Refused by its name before anything is perturbed, in the constructor as in a step."""
+    with pytest.raises(ValueError, match=rf"^{name}: got .*; accepted: "):
+        make(case, seeded(Net), **{name: value})
+    model, calls = seeded(Net), []
+    optimizer = make(case, model)
+    take_steps(optimizer, model)
+    before, good = snapshot(model), optimizer.param_groups[0][name]
+    optimizer.param_groups[0][name] = value
+    refused(ValueError, rf"^{name}: got .*; accepted: ", lambda: optimizer.step(lambda: calls.append(1)))
+    assert not calls and changed(model, before) == []
+    optimizer.param_groups[0][name] = good
+    take_steps(optimizer, model)
+
+
+# ---- patterns and names that match nothing --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", ["", "parameter", "memory"])
+@pytest.mark.parametrize("given", ["model", "named"])
+def test_excluding_a_weight_by_any_of_its_names(tied, given):
+    containers = list, tuple, set, dict.fromkeys, iter
+    patterns = "*words*", "words.weight", "*head*", "head.weight", "?ead.*"
+    for container, pattern in zip(containers, patterns, strict=True):
+        model = seeded(Tagger, tied)
+        named = list(model.named_parameters(remove_duplicate=False)) if tied == "memory" else None
+        for method, options in ((PGAP, {"window": 2, "probes": 1}), (LOZO, {"window": 2})):
+            params = model if given == "model" or named is None else named
+            optimizer = method(params, rank=2, exclude=container([pattern]), **options)
+            both = ["layer.weight"]
+            one = ["layer.weight", "head.weight"] if "word" in pattern else ["words.weight", "layer.weight"]
+            assert [w.name for w in optimizer.matrices()] == (both if tied else one)
+            in_dry_run = optimizer.cost().state_bytes
+            take_steps(optimizer, model, 2, tagging_loss)
+            assert optimizer.cost().state_bytes == in_dry_run
+            chosen = {w.name for w in optimizer.weights() if optimizer.state.get(w.tensor)}
+            assert chosen == {w.name for w in optimizer.matrices()}
+
+
+UNKNOWN_PATTERNS = {
+    "head": r"'\*head\*' matches 'head\.weight'\)",
+    "*HEAD*": r"'\*head\*' matches 'head\.weight'\)",
+    "*wrods.weight": r"near names: '[a-z]+\.weight'",
+    "nothing": r"(near names|names are like) ",
+    "": r"names are like 'words\.weight'",
+}
+
+
+@pytest.mark.parametrize("pattern", UNKNOWN_PATTERNS)
+def test_excluding_a_name_that_no_weight_has(pattern):
+    near = UNKNOWN_PATTERNS[pattern]
+    for tied in ("", "parameter"):
+        model = seeded(Tagger, tied)
+        for method, name, value in (
+            (PGAP, "exclude", ["*words*", pattern]),
+            (LOZO, "exclude", [pattern]),
+            (DiZO, "select", [pattern]),
+            (functools.partial(HELENE, batch_size=4), "floors", {pattern: 1.0}),
+        ):
+            with pytest.raises(ValueError, match=rf"^{name}: {re.escape(repr(pattern))} matches no parameter") as error:
+                method(model, **{name: value})
+            if tied == "":
+                assert re.search(near, str(error.value))
+            assert str(error.value).count("'head.weight'") <= 1 + (pattern == "head.weight")
+
+
+def test_naming_a_parameter_that_is_not_there():
+    with pytest.raises(ValueError, match=r"^tensor_ids: got 'first.wieght'; .*near names: 'first.weight'"):
+        MeZO(seeded(Net), tensor_ids={"first.wieght": 3})
+    with pytest.raises(TypeError, match=r"^exclude: got the string 'head'; accepted: a list"):
+        PGAP(seeded(Tagger), exclude="head")
+    with pytest.raises(TypeError, match=r"^exclude: got 3; accepted: name patterns"):
+        PGAP(seeded(Tagger), exclude=[3])
+
+
+def test_excluding_a_weight_that_is_frozen_for_now():
+    model = seeded(Tagger)
+    model.words.requires_grad_(False)
+    optimizer = PGAP(model, rank=2, exclude=["words.*"], window=2)
+    take_steps(optimizer, model, 1, tagging_loss)
+    model.words.requires_grad_(True)
+    take_steps(optimizer, model, 1, tagging_loss)
+    assert [w.name for w in optimizer.matrices()] == ["layer.weight", "head.weight"]
+
+
+# ---- elements that torch's training leaves alone --------------------------------------------------------------------
+
+
+class Bag(nn.Module):
+    def __init__(self, kind, padding_idx: int) -> None:
+        super().__init__()
+        self.words = kind(20, 8, padding_idx=padding_idx)
+        self.head = nn.Linear(8, 2)
+        with torch.no_grad():
+            self.words.weight[padding_idx] = 0.7  # not 0: decay may not touch it either
+
+    def forward(self, rows: Tensor) -> Tensor:
+        hidden = self.words(rows)
+        return self.head(hidden.mean(1) if hidden.dim() == 3 else hidden)
+
+
+def bag_loss(model: nn.Module) -> Tensor:
+    return F.cross_entropy(model(ROWS).float(), torch.arange(8) % 2)
+
+
+@every_case
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.parametrize("padding_idx", [3, -1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padding_an_embedding(case, kind, padding_idx, dtype):
+    model = seeded(Bag, kind, padding_idx).to(dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", SIXTEEN_BIT_IN_PLACE)
+        optimizer = make(case, model, lr=1e-1, weight_decay=0.5)
+    before, seen = snapshot(model), []
+    if kind is nn.Embedding:
+        padding = torch.full((1, 1), padding_idx % 20)
+        model.words.register_forward_hook(lambda module, args, out: seen.append(out[args[0] == padding.item()]))
+    take_steps(optimizer, model, 7, bag_loss)
+    with torch.no_grad():
+        bag_loss(model)  # reads an open window as well
+    optimizer.merge()
+    moved = (model.words.weight != before["words.weight"]).any(1)
+    assert not moved[padding_idx] and moved.sum() == 19
+    assert all((rows == before["words.weight"][padding_idx]).all() for rows in seen)
+    expected = seeded(Bag, kind, padding_idx)  # torch's own
+    loss = bag_loss(expected)
+    loss.backward()
+    assert not expected.words.weight.grad[padding_idx].any()
+
+
+@every_case
+@pytest.mark.parametrize("tied", ["parameter", "memory"])
+def test_padding_an_embedding_that_is_the_head_too(case, tied):
+    """As in torch, whose gradient of the row then comes from the head."""
+    model = seeded(Tagger, tied, padding_idx=4)
+    optimizer = make(case, model)
+    before = snapshot(model)
+    take_steps(optimizer, model, 3, tagging_loss)
+    optimizer.merge()
+    assert (model.words.weight != before["words.weight"]).any(1).all()
+    tagging_loss(model).backward()
+    gradient = model.head.weight.grad
+    assert gradient[4].any()
+
+
+def test_padding_an_embedding_with_a_residual_plane():
+    model = seeded(Bag, nn.Embedding, 3).bfloat16()
+    optimizer = MeZO(model, lr=1e-2, weight_decay=0.5, mode="scratch", residual=True)
+    before = snapshot(model)
+    take_steps(optimizer, model, 5, bag_loss)
+    assert torch.equal(model.words.weight[3], before["words.weight"][3])
+    assert not optimizer.perturbation.residual.planes["words.weight"][3].any()

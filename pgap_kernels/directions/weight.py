@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +20,7 @@ class Weight:
     Attributes:
         index: its position among the optimizer's weights; ``Amounts`` and hooks go by it.
         name: its canonical parameter name.
+        aliases: the other names of a tied one.
         tensor: the parameter itself, or the local piece of a sharded one.
         id: 32-bit id in the noise contract.
         group: its param group.
@@ -33,6 +35,16 @@ class Weight:
     group: dict[str, Any]
     span: tuple[int, int] | None = None
     padding_row: int | None = None
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All its names, the canonical one first."""
+        return self.name, *self.aliases
+
+    def matches(self, pattern: str) -> bool:
+        """Whether one of its names matches an fnmatch pattern."""
+        return any(fnmatchcase(name, pattern) for name in self.names)
 
 
 def bucket(weights: Sequence[Weight], also: Callable[[Weight], Any] = lambda _: None) -> list[list[Weight]]:

@@ -203,6 +203,7 @@ class ZOOptimizer(ModelOptimizer):
     def _begin(self, closure: Closure, default_device: DefaultDevice) -> Evaluation:
         """What the forwards of this step start from."""
         weights = self.weights()
+        self.check_schedule()
         self.perturbation.begin(self.key(Role.ROUNDING, MERGE))
         if self._forward_state is None:
             self._forward_state = ForwardState(self.model, [w.tensor for w in weights])
@@ -250,7 +251,7 @@ class ZOOptimizer(ModelOptimizer):
         Merges first: the weights of the model at this moment go with it.
         """
         self.merge()
-        return {**super().state_dict(), "zo": checkpoint.header(self)}
+        return checkpoint.with_plain_numbers({**super().state_dict(), "zo": checkpoint.header(self)})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Inverse of ``state_dict``; another format, contract version or method is refused.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from itertools import chain
 from typing import Any
 
@@ -27,6 +28,15 @@ def header(optimizer: ModelOptimizer) -> dict[str, Any]:
         "attributes": {name: getattr(optimizer, name) for name in optimizer.saved_attributes},
         "residual": None if residual is None else residual.planes,
     }
+
+
+def with_plain_numbers(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """NumPy's numbers, which a scheduler may have left in the param groups, as Python's: ``torch.load`` takes those."""
+    for group in state_dict["param_groups"]:
+        for name, value in group.items():
+            if isinstance(value, numbers.Number) and hasattr(value, "item"):
+                group[name] = value.item()
+    return state_dict
 
 
 def check(optimizer: ModelOptimizer, state_dict: dict[str, Any]) -> None:

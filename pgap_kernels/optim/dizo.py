@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 import torch
@@ -59,7 +58,7 @@ class DiZO(ZOOptimizer):
             raise ValueError(
                 "residual: got True; accepted: False, as distances from W0 are those of the stored weights"
             )
-        self.select = patterns("select", select, [w.name for w in self.weights()])
+        self.select = patterns("select", select, [name for w in self.weights() for name in w.names])
         self.kappa, self.iterations = at_least_one("kappa", kappa), at_least_one("iterations", iterations)
         self.period = self.kappa + self.iterations
         self.eps_p, self.tau, self.s = positive("eps_p", eps_p), positive("tau", tau), positive("s", s)
@@ -71,7 +70,7 @@ class DiZO(ZOOptimizer):
 
     def selected(self) -> list[Weight]:
         """The weights that are projected."""
-        return [w for w in self.weights() if any(fnmatchcase(w.name, p) for p in self.select) and w.tensor.numel()]
+        return [w for w in self.weights() if any(map(w.matches, self.select)) and w.tensor.numel()]
 
     @property
     def iteration(self) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 import torch
@@ -66,9 +65,8 @@ class HELENE(ZOOptimizer):
     ) -> None:
         given = {"beta1": beta1, "beta2": beta2, "gamma": gamma, "floor": floor}
         super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay, **given}, **options)
-        names = [w.name for w in self.weights()]
         self.floors = {p: positive(f"floors[{p!r}]", v) for p, v in (floors or {}).items()}
-        patterns("floors", list(self.floors), names)
+        patterns("floors", list(self.floors), [name for w in self.weights() for name in w.names])
         self.e, self.anneal_steps = positive("e", e), positive("anneal_steps", anneal_steps)
         self.refresh_every = self.period = at_least_one("refresh_every", refresh_every)
         self.batch_size = at_least_one("batch_size", batch_size)
@@ -92,21 +90,22 @@ class HELENE(ZOOptimizer):
     def rule_of(self, weights: Sequence[Weight]) -> ops.HELENERule:
         """The rule of this step for weights of one pass."""
         group = weights[0].group
-        beta1, refreshes = group["beta1"], self.steps % self.refresh_every == 0
+        beta1, beta2 = fraction("beta1", group["beta1"]), fraction("beta2", group["beta2"])
+        refreshes = self.steps % self.refresh_every == 0
         rates = self.rates()
         return ops.HELENERule(
             lr=[rates[w.index] for w in weights],
             anneal=beta1 + (1 - beta1) * math.exp(-self.steps / self.anneal_steps),
             floor=[self.floor_of(w) for w in weights],
             beta1=beta1,
-            gamma=group["gamma"],
+            gamma=positive("gamma", group["gamma"]),
             eps=self.e,
-            refresh=(group["beta2"], float(self.batch_size)) if refreshes else None,
+            refresh=(beta2, float(self.batch_size)) if refreshes else None,
         )
 
     def floor_of(self, weight: Weight) -> float:
         """The floor of a weight's curvature."""
-        return next((v for p, v in self.floors.items() if fnmatchcase(weight.name, p)), weight.group["floor"])
+        return next((v for p, v in self.floors.items() if weight.matches(p)), positive("floor", weight.group["floor"]))
 
     def state_of(self, weights: Sequence[Weight]) -> list[list[Tensor]]:
         """m and h of weights."""

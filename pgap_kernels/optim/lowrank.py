@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .. import checks, ops
+from .. import checks, noise, ops
 from ..directions import Direction, Factor, LowRank, Term, Weight, bucket
 from .base import Evaluation, Params, ZOOptimizer
 from .checkpoint import keep_memory
@@ -78,29 +77,18 @@ class LowRankOptimizer(ZOOptimizer):
 
     # ---- which weights ----------------------------------------------------------------------------------------------
 
-    def _names_of(self) -> dict[int, list[str]]:
-        """Every name of each parameter: tied ones have several."""
-        names: dict[int, list[str]] = {}
-        if self.model is not None:
-            for name, p in self.model.named_parameters(remove_duplicate=False):
-                names.setdefault(id(p), []).append(name)
-        for w in self.weights():
-            names.setdefault(id(w.tensor), []).append(w.name)
-        return names
-
     def _known_names(self) -> list[str]:
-        return [name for names in self._names_of().values() for name in names]
+        """Every name of the weights, and the names of the model's frozen parameters, which may be trained later."""
+        known = {name: None for w in self.weights() for name in w.names}
+        if self.model is not None:
+            known |= dict.fromkeys(noise.canonical_name(name) for name, _ in self.model.named_parameters())
+        return list(known)
 
     def _split(self) -> tuple[list[Weight], list[list[Weight]], list[int]]:
         """Matrices with low-rank directions, the other weights in buckets, and the matrices' indices; found once."""
         weights = self.weights()
         if self._found is None or self._found[0] is not weights:
-            names = self._names_of()
-            excluded = {
-                w.index
-                for w in weights
-                if any(fnmatchcase(name, pattern) for name in names[id(w.tensor)] for pattern in self.exclude)
-            }
+            excluded = {w.index for w in weights if any(map(w.matches, self.exclude))}
             chosen = [w for w in weights if w.tensor.dim() == 2 and w.tensor.numel() and w.index not in excluded]
             indices = [w.index for w in chosen]
             rest = [w for w in weights if w.index not in {*indices}]
@@ -120,7 +108,7 @@ class LowRankOptimizer(ZOOptimizer):
 
     def rank_of(self, weight: Weight) -> int:
         """r of a matrix: the group's, or its shorter side (LoRA factors)."""
-        return min(weight.group["rank"], *weight.tensor.shape)
+        return min(at_least_one("rank", weight.group["rank"]), *weight.tensor.shape)
 
     def scale_of(self, weight: Weight) -> float:
         """What multiplies a direction of a matrix."""

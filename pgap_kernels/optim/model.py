@@ -27,7 +27,7 @@ from ..perturbation import (
     uninterrupted,
 )
 from .clock import Clock
-from .options import number, positive
+from .options import near_names, number, positive
 from .weights import Seen, collect
 
 _log = logging.getLogger("pgap_kernels")
@@ -112,7 +112,8 @@ class ModelOptimizer(torch.optim.Optimizer, metaclass=_EnterMode):
             raise ValueError(_NOTHING_TO_TRAIN)
         unknown = sorted(set(self.tensor_ids) - {w.name for w in self.weights()})
         if unknown:
-            raise ValueError(f"tensor_ids: got {unknown[0]!r}; accepted: names of this optimizer's parameters")
+            near = near_names(unknown[0], [w.name for w in self.weights()])
+            raise ValueError(f"tensor_ids: got {unknown[0]!r}; accepted: names of this optimizer's parameters ({near})")
 
     # ---- weights and hyper-parameters ------------------------------------------------------------------------------
 
@@ -140,6 +141,13 @@ class ModelOptimizer(torch.optim.Optimizer, metaclass=_EnterMode):
         positive("lr", group["lr"], zero=True)
         positive("eps", group["eps"])
         positive("weight_decay", group["weight_decay"], zero=True)
+
+    def check_schedule(self) -> None:
+        """Check what schedulers and users may have made of the hyper-parameters, before anything is perturbed."""
+        for group in self.param_groups:
+            number("lr", group["lr"])
+            positive("eps", group["eps"])
+            number("weight_decay", group["weight_decay"])
 
     def weights(self) -> list[Weight]:
         """Every trainable tensor once: tied weights under their first name, ids checked to be distinct."""

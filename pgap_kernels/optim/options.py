@@ -14,10 +14,13 @@ from torch import Tensor
 
 def number(name: str, value: Any) -> float:
     """A finite number as a float: of Python, of NumPy, or a tensor with one element (as schedulers may leave them)."""
-    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
-        value = value.item()
+    given = value
+    if isinstance(value, Tensor):
+        value = value.item() if value.numel() == 1 and not value.is_meta else None
+    elif getattr(value, "size", None) == 1 and hasattr(value, "item"):
+        value = value.item()  # an array
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise ValueError(f"{name}: got {value!r}; accepted: a finite number")
+        raise ValueError(f"{name}: got {given!r}; accepted: a finite number")
     return float(value)
 
 
@@ -48,13 +51,25 @@ def patterns(name: str, value: Sequence[str], known: Sequence[str]) -> tuple[str
     """fnmatch patterns of parameter names, each of which matches some."""
     if isinstance(value, str):
         raise TypeError(f"{name}: got the string {value!r}; accepted: a list of name patterns")
+    value = tuple(value)
     for pattern in value:
+        if not isinstance(pattern, str):
+            raise TypeError(f"{name}: got {pattern!r}; accepted: name patterns, as strings")
         if not any(fnmatchcase(k, pattern) for k in known):
-            core = pattern.strip("*").lower()
-            near = [k for k in known if core and core in k.lower()] or get_close_matches(pattern, known, 3, 0.4)
-            hint = f"near names: {', '.join(map(repr, near[:3]))}" if near else f"names are like {known[0]!r}"
             raise ValueError(
-                f"{name}: {pattern!r} matches no parameter; accepted: fnmatch patterns of whole names, like "
-                f"'*{core or 'embed'}*' ({hint})"
+                f"{name}: {pattern!r} matches no parameter; accepted: fnmatch patterns of whole names "
+                f"({near_names(pattern, known)})"
             )
-    return tuple(value)
+    return value
+
+
+def near_names(pattern: str, known: Sequence[str]) -> str:
+    """What somebody may have meant."""
+    core = pattern.strip("*")
+    containing = [name for name in known if core and core.lower() in name.lower()]
+    if containing:
+        begin = containing[0].lower().index(core.lower())
+        core = containing[0][begin : begin + len(core)]  # in the case that names have
+        return f"'*{core}*' matches {', '.join(map(repr, containing[:3]))}"
+    near = get_close_matches(pattern, known, 3, 0.4)
+    return f"near names: {', '.join(map(repr, near))}" if near else f"names are like {known[0]!r}"

@@ -107,8 +107,9 @@ class PGAP(LowRankOptimizer):
 
     def _aligned(self, weights: list[Weight], step: int) -> Direction:
         cores: dict[int, Any] = {}
-        for delta in dict.fromkeys(w.group["delta"] for w in weights):
-            same = [w for w in weights if w.group["delta"] == delta]
+        deltas = self.amounts("delta")
+        for delta in dict.fromkeys(deltas[w.index] for w in weights):
+            same = [w for w in weights if deltas[w.index] == delta]
             cores |= zip(map(id, same), self._cores(same, positive("delta", delta, zero=True), step), strict=True)
         left, right = (Factor.stored(self.stored(weights, side)) for side in ("left", "right"))
         return self.low_rank(weights, left, right, [cores[id(w)] for w in weights])

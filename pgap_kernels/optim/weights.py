@@ -15,6 +15,7 @@ from .. import checks, noise
 from ..directions import Weight
 from ..perturbation import address, modules_of
 
+
 def collect(param_groups: Sequence[dict[str, Any]], ids: Mapping[str, int], model: nn.Module | None) -> list[Weight]:
     """Every trainable tensor once: tied weights under their first name, frozen ones left out, ids checked.
 
@@ -26,7 +27,7 @@ def collect(param_groups: Sequence[dict[str, Any]], ids: Mapping[str, int], mode
     Raises:
         TypeError, ValueError: a parameter cannot be trained here; the message names it.
     """
-    padding = padding_rows(model)
+    padding, aliases = padding_rows(model), names_at(param_groups, model)
     found: dict[Hashable, Weight] = {}
     names: dict[int, str] = {}
     position = 0
@@ -48,7 +49,9 @@ def collect(param_groups: Sequence[dict[str, Any]], ids: Mapping[str, int], mode
                     "another with tensor_ids={name: id}"
                 )
             names[tid] = name
-            found[place] = Weight(len(found), name, tensor, tid, group, padding_row=padding.get(tensor.data_ptr()))
+            others = tuple(alias for alias in aliases[place] if alias != name) if place in aliases else ()
+            row = padding.get(tensor.data_ptr())
+            found[place] = Weight(len(found), name, tensor, tid, group, padding_row=row, aliases=others)
     weights = list(found.values())
     for w in weights:
         checks.matrix_layout(f"params ({w.name!r})", w.tensor)
@@ -72,6 +75,19 @@ def _refuse_overlaps(weights: Sequence[Weight]) -> None:
                     "all of them (tied) or none"
                 ) from None
         raise
+
+
+def names_at(param_groups: Sequence[dict[str, Any]], model: nn.Module | None) -> dict[Hashable, list[str]]:
+    """Every name of the parameters at an address: tied ones have several."""
+    names: dict[Hashable, dict[str, None]] = {}
+    pairs = [
+        pair for group in param_groups for pair in zip(group.get("param_names") or (), group["params"], strict=False)
+    ]
+    if model is not None:
+        pairs += model.named_parameters(remove_duplicate=False)
+    for name, p in pairs:
+        names.setdefault(address(p), {})[noise.canonical_name(name)] = None
+    return {place: list(found) for place, found in names.items() if place is not None}
 
 
 def is_frozen(tensor: Tensor) -> bool:
