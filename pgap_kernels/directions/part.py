@@ -117,7 +117,7 @@ class Operands(ABC):
     def load(self, part: Part) -> None:
         """Take over the values of a part of the same layout."""
 
-    def unload(self) -> None:
+    def unload(self) -> None:  # noqa: B027  (most have nothing to let go of)
         """Let go of what is the part's: nothing will be shown before the next ``load``."""
 
     @abstractmethod
