@@ -1,7 +1,7 @@
 """The one table of launch configurations. Nothing is autotuned: a kernel that writes in place must run once.
 
 Results of dense kernels do not depend on it; those of low-rank products do (order of summation), so there is one entry
-per dtype and rank bucket, the same on every target.
+per dtype and rank bucket, with narrower tiles where the target has no warp-group products.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ NVIDIA = ("nvidia", "hopper")
 
 
 class Config(NamedTuple):
-    """How a kernel is compiled and launched."""
+    """Compiler options of a kernel."""
 
     num_warps: int = 4
     num_stages: int = 1
@@ -32,13 +32,13 @@ class Config(NamedTuple):
 
 # A thread's share of a tile is 128 bits of each lane: 8 elements of 16 bits, or 4 of 32.
 DENSE = {torch.float32: Config(num_warps=8), torch.bfloat16: Config(), torch.float16: Config()}
-# What holds more than noise and W has 4 elements a thread whatever the dtype: by the rule for float32 state, and for
-# want of registers. 16-bit weights are then accessed 64 bits at a time.
+# Kernels with extra operands process 4 elements per thread for every dtype: 128-bit accesses for float32 state, and 8
+# would exceed 128 registers. 16-bit weights are then accessed 64 bits at a time.
 FOUR_EACH = Config(num_warps=8)
 
 
 class LowRankConfig(NamedTuple):
-    """Tile (rows, columns), tiles of a strip, and where P is: see ``LOWRANK``."""
+    """Tile (rows, columns), step of the sum over the rank, tiles of a strip, and where P is: see ``LOWRANK``."""
 
     rows: int
     columns: int

@@ -53,12 +53,11 @@ class Factors(NamedTuple):
 @triton.jit
 def factor_pointer(entry, FIELD: tl.constexpr, workspace_ptr, TYPE: tl.constexpr):
     """The first element of a factor; without a workspace it is a stored one."""
-    place = tl.load(entry + FIELD)
-    if workspace_ptr is None:
-        pointer = place.to(tl.pointer_type(TYPE))
-    else:
-        pointer = workspace_ptr + place
-    return pointer
+    address = tl.load(entry + FIELD)
+    if workspace_ptr is not None:
+        # As an address: with offsets from a kernel argument AMD's compiler does not unroll the loops over the rank.
+        address = workspace_ptr.to(tl.int64) + address * (TYPE.primitive_bitwidth // 8)
+    return address.to(tl.pointer_type(TYPE))
 
 
 @triton.jit
@@ -124,7 +123,7 @@ def product_kernel(
     a_ptr = None
     if FACTORS.left is not None:
         a_ptr = factor_pointer(entry, LEFT, None, FACTORS.left)
-    pointer = workspace_ptr + tl.load(entry + OUT)
+    pointer = factor_pointer(entry, OUT, workspace_ptr, TYPE)
     for first in range(0, FACTORS.rank, TILE.step):
         j = first + tl.arange(0, TILE.step)[None, :]
         p = product_tile(entry, a_ptr, keys_ptr, i, j, FACTORS, KEY, TILE.step)
