@@ -9,215 +9,199 @@ import pickle
 import pytest
 import torch
 from helpers import bits
-from optim_contract import snapshot
-from test_mode_hooks import (
-    ALL,
-    HOOKED,
-    assert_clean,
-    close,
-    near,
-    optimizer,
-    rounding,
-)
-from test_modes import Losses, Words
+from support.contract import Contract, build
+from support.methods import METHODS, ROWS, is_exact, options_of
+from support.models import Losses, Words, assert_same_weights, snapshot
+from torch import Tensor
 
-from pgap_kernels.optim import PGAP, MeZO
+pytestmark = pytest.mark.filterwarnings("ignore:16-bit weights")
+ROW = {row.id: row for row in ROWS}
+PENDING = [pytest.param(r, m, id=f"{r.id}-{m}") for r in METHODS for m in ("two_pass", "window") if m in r.modes]
+
+
+def pending(row, mode: str, steps: int = 2) -> Contract:
+    """A run with updates that its weights do not have, or with a perturbation that they should not have."""
+    contract = Contract(row, mode, lr=0.05)
+    for _ in range(steps):
+        contract.step()
+    assert contract.optimizer.pending
+    return contract
+
 
 # ---- the model between steps ----------------------------------------------------------------------------------------
 
 
-def within_a_window(method=PGAP, mode="folded", steps=2, **options):
-    """A model with two updates that its weights do not have, the same run in place, bounds of losses and weights."""
-    options = {"weight_decay": 10.0, "lr": 0.01} | ({"window": 5} if method is PGAP else {}) | options
-    runs, told = [], {}
-    for m in ("inplace", mode):
-        model = Words()
-        opt = optimizer(method, m, model, told, **options)
-        runs.append((model, opt))
-        for _ in range(steps):
-            opt.step(Losses(model))
-    return *runs[1], runs[0][0], rounding(Words(), words_loss)
-
-
-def words_loss(model):
-    return Losses(model)().sum()
-
-
-def weights_near(model, same, bound) -> None:
-    near(snapshot(model), snapshot(same), bound, lr=0.01)
-
-
 @pytest.mark.parametrize("grad", [False, True])
-def test_evaluation_sees_the_updates_of_a_window(grad):
-    model, opt, same, bound = within_a_window()
-    stored = snapshot(model)
+@pytest.mark.parametrize("row, mode", PENDING)
+def test_evaluation_sees_what_was_learnt(row, mode, grad):
+    contract = pending(row, mode)
+    model, before = contract.model, snapshot(contract.model)
     with torch.set_grad_enabled(grad):
-        seen = words_loss(model).item()
-    assert seen == pytest.approx(words_loss(same).item(), abs=bound)
-    assert opt.perturbation.pending
-    assert all(torch.equal(w, stored[name]) for name, w in snapshot(model).items())
-    opt.detach()
-    assert not opt.perturbation.pending and words_loss(model).item() == pytest.approx(seen, abs=bound)
-    assert abs(seen - words_loss(Words()).item()) > 10 * bound
+        if mode == "two_pass":
+            contract.merge(lambda: Losses(model)())  # the perturbation is taken off before
+            assert not all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+            return
+        contract.check_evaluation()
+    assert contract.optimizer.pending
+    assert_same_weights(model, before)
+    contract.merge(contract.optimizer.detach)
+    contract.check_evaluation()
 
 
-@pytest.mark.parametrize("method", [MeZO, PGAP])
-def test_evaluation_sees_clean_weights_in_the_two_pass_schedule(method):
-    model, opt, same, bound = within_a_window(method, "two_pass", eps=0.3)
-    assert opt.perturbation.pending
-    apart = max((w - snapshot(same)[name]).abs().max() for name, w in snapshot(model).items())
-    assert apart > 0.1  # perturbed, until somebody looks
-    assert words_loss(model).item() == pytest.approx(words_loss(same).item(), abs=bound)
-    assert not opt.perturbation.pending
-    weights_near(model, same, bound)
+@pytest.mark.parametrize("look", ["state_dict", "child", "opt", "detach"])
+@pytest.mark.parametrize("row, mode", PENDING)
+def test_whoever_reads_the_state_merges_first(row, mode, look):
+    contract = pending(row, mode)
+    model, opt = contract.model, contract.optimizer
+    looks = {"state_dict": model.state_dict, "child": model.up.state_dict, "opt": opt.state_dict, "detach": opt.detach}
+    contract.merge(looks[look])
 
 
-@pytest.mark.parametrize("mode", ["folded", "two_pass"])
-@pytest.mark.parametrize("look", ["state_dict", "child", "load", "opt", "detach"])
-def test_whoever_reads_the_state_merges_first(look, mode):
-    model, opt, same, bound = within_a_window(mode=mode, eps=0.1)
-    assert opt.perturbation.pending
-    if look == "load":
-        fresh = Words().state_dict()
-        model.load_state_dict(fresh)  # not on top of which a window comes later
-        opt.merge()
-        assert all(torch.equal(p, fresh[name]) for name, p in model.named_parameters())
-        assert words_loss(model) == words_loss(Words())
-        return
-    {"state_dict": model.state_dict, "child": model.up.state_dict, "opt": opt.state_dict, "detach": opt.detach}[look]()
-    assert not opt.perturbation.pending
-    weights_near(model, same, bound)
+@pytest.mark.parametrize("row, mode", PENDING)
+def test_loading_a_model_replaces_what_was_pending(row, mode):
+    contract, fresh = pending(row, mode), Words().state_dict()
+    contract.model.load_state_dict(fresh)
+    contract.optimizer.merge()
+    assert_same_weights(contract.model, Words())
+    assert Losses(contract.model)() == Losses(Words())()
 
 
-def saved(model):
+def saved(value):
+    """Through a file, whole."""
     buffer = io.BytesIO()
-    torch.save(model, buffer)
+    torch.save(value, buffer)
     buffer.seek(0)
     return torch.load(buffer, weights_only=False)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, saved])
-@pytest.mark.parametrize("mode", ["folded", "two_pass"])
-def test_a_copied_model_keeps_what_was_learnt(mode, copied):
-    model, opt, same, bound = within_a_window(mode=mode)
-    other = copied(model)
-    assert opt.perturbation.pending  # the model was only read
-    assert words_loss(other).item() == pytest.approx(words_loss(same).item(), abs=bound)
-    opt.step(Losses(model))
-    assert words_loss(other).item() == pytest.approx(words_loss(same).item(), abs=bound)
-    loaded = Words()
+@pytest.mark.parametrize("row, mode", PENDING)
+def test_a_copied_model_keeps_what_was_learnt(row, mode, copied):
+    contract = pending(row, mode)
+    other = copied(contract.model)
+    assert contract.optimizer.pending  # the model was only read
+    seen = Losses(other)()
+    contract.step()  # the copy does not go on with it
+    assert Losses(other)() == seen
+    assert seen == Losses(pending(row, mode).model)()
+    loaded, whole = Words(), pending(row, mode)
     loaded.load_state_dict(other.state_dict())
-    weights_near(loaded, same, bound)
+    whole.optimizer.merge()
+    assert_same_weights(loaded, whole.model)
 
 
-@pytest.mark.parametrize("second", [(MeZO, "scratch"), (PGAP, "folded"), (MeZO, "inplace"), (MeZO, "two_pass")])
-@pytest.mark.parametrize("mode", ["folded", "two_pass", "scratch"])
-def test_a_second_optimizer_finds_what_the_first_has_learnt(mode, second):
-    model, opt, same, bound = within_a_window(mode=mode)
-    method, own = second
-    told: dict = {}
-    other, plain = (optimizer(method, m, net, told, seed=8) for m, net in ((own, model), ("inplace", same)))
-    seen, wanted = Losses(model), Losses(same)
+@pytest.mark.parametrize("second", [("mezo-3", "scratch"), ("pgap", "window"), ("mezo-3", "inplace"), ("lozo", "two_pass")])
+@pytest.mark.parametrize("row, mode", [*PENDING, pytest.param(ROW["helene"], "scratch", id="helene-scratch")])
+def test_a_second_optimizer_finds_what_the_first_has_learnt(row, mode, second):
+    first = Contract(row, mode)
     for _ in range(2):
-        plain.step(wanted)
-        other.step(seen)
-    close(torch.tensor(seen.seen), torch.tensor(wanted.seen), bound)
-    other.merge()
-    opt.merge()
-    weights_near(model, same, bound)
-    if own not in ("inplace", "two_pass") and mode != "two_pass":
-        with pytest.raises(RuntimeError, match="not perturbed"):
-            opt.step(seen)  # it has no hooks any more
+        first.step()
+    other = []
+    first.merge(lambda: other.append(Contract(ROW[second[0]], second[1], first.model, seed=8)))
+    for _ in range(3):
+        other[0].step()
+    with pytest.raises(RuntimeError, match=r"^step: a newer optimizer has taken over .*make a new optimizer"):
+        first.optimizer.step(first.closure)
+    other[0].finish()
 
 
-@pytest.mark.parametrize("method, mode", [*ALL, (PGAP, "folded-paired")])
-def test_detach_leaves_no_trace(method, mode):
-    model, fresh = Words(), Words()
-    opt = optimizer(method, mode.removesuffix("-paired"), model, paired=mode.endswith("-paired"))
+@pytest.mark.parametrize("row, mode", [pytest.param(r, m, id=f"{r.id}-{m}") for r in METHODS for m in r.modes])
+def test_detach_leaves_no_trace(row, mode):
+    model, opt, closure = build(row, mode)
+    fresh = Words()
     for _ in range(2):
-        opt.step(Losses(model, mode.endswith("-paired")))
+        opt.step(closure)
     opt.detach()
     hooks = ("_forward_pre_hooks", "_forward_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
-             "_forward_hooks_with_kwargs")  # fmt: skip
+             "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")  # fmt: skip
     for module, plain in zip(model.modules(), fresh.modules(), strict=True):
         assert not any(getattr(module, name) for name in hooks)
-        assert module.__dict__.keys() == plain.__dict__.keys() and not any(
-            isinstance(v, type(opt.perturbation)) for v in module.__dict__.values()
-        )
+        assert module.__dict__.keys() == plain.__dict__.keys()
+        assert not any(value is opt.perturbation for value in module.__dict__.values())
     opt.detach()
+    with pytest.raises(RuntimeError, match=r"^step: the optimizer was detached"):
+        opt.step(closure)
 
 
 # ---- state ----------------------------------------------------------------------------------------------------------
 
-STATES = [(method, mode, {}) for method, mode in ALL]
-STATES += [(method, mode, {"residual": True}) for method, mode in HOOKED]
+
+def own_run(row, mode: str, **options):
+    """Weights of 16 bits where the mode is exact, in another order than the model's, some of them frozen."""
+    model = Words().to(torch.bfloat16 if is_exact(mode) else torch.float32)
+    model.norm.requires_grad_(False)
+    residual = is_exact(mode) and row.id in ("mezo-3", "pgap", "lozo", "pizo-greedy")
+    named = list(model.named_parameters())[::-1]
+    opt = row.make(named, model=model, **{**row.options, **options_of(mode), "residual": residual, **options})
+    return model, opt, Losses(model, mode.endswith("paired"))
 
 
-def stateful(method, mode, options, **more):
-    dtype = torch.bfloat16 if options else torch.float32
-    model = Words().to(dtype)
-    return model, optimizer(method, mode, model, **options, **more)
-
-
-def same_state(model, opt, other, twin):
+def assert_same_run(model, opt, other, twin) -> None:
     for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(bits(p.detach()), bits(q.detach())), name
+        mine, theirs = opt.state.get(p, {}), twin.state.get(q, {})
+        assert mine.keys() == theirs.keys()
+        for entry, value in mine.items():
+            same = torch.equal(value, theirs[entry]) if isinstance(value, Tensor) else value == theirs[entry]
+            assert same and type(value) is type(theirs[entry]), (name, entry)
+            assert not isinstance(value, Tensor) or value.dtype == theirs[entry].dtype
     if opt.residual:
         planes, theirs = opt.perturbation.residual.planes, twin.perturbation.residual.planes
         assert all(torch.equal(plane, theirs[name]) for name, plane in planes.items())
         assert any(plane.any() for plane in planes.values())
 
 
-@pytest.mark.parametrize("by", ["file", "memory"])
-@pytest.mark.parametrize("method, mode, options", STATES)
-def test_a_loaded_state_continues_bit_for_bit(method, mode, options, by):
-    """Through a refresh, and apart from each other; a state merges, so both stand on clean weights."""
-    model, opt = stateful(method, mode, options)
-    for _ in range(2):
-        opt.step(Losses(model))
-    state = {"model": model.state_dict(), "opt": opt.state_dict()}
-    if by == "file":
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        buffer.seek(0)
-        state = torch.load(buffer, weights_only=True)
-    other, twin = stateful(method, mode, options, seed=1, lr=0.3)
+RUNS = [pytest.param(r, m, id=f"{r.id}-{m}") for r in METHODS for m in r.modes]
+
+
+@pytest.mark.parametrize("row, mode", RUNS)
+def test_a_loaded_state_continues_bit_for_bit(row, mode):
+    """Out of a window or a projection, through a file, and apart from each other; a state merges first."""
+    model, opt, closure = own_run(row, mode)
+    for _ in range(4 if row.id == "dizo" else 2):
+        opt.step(closure)
+    buffer = io.BytesIO()
+    torch.save({"model": model.state_dict(), "opt": opt.state_dict()}, buffer)
+    buffer.seek(0)
+    state = torch.load(buffer, weights_only=True)
+    other, twin, its = own_run(row, mode, seed=1, lr=0.3)
     other.load_state_dict(state["model"])
     twin.load_state_dict(state["opt"])
-    for _ in range(5):
-        opt.step(Losses(model))
-    for _ in range(5):
-        twin.step(Losses(other))
-    opt.merge()
-    twin.merge()
-    same_state(model, opt, other, twin)
+    for kept in twin.state.values():
+        for entry, value in kept.items():
+            assert not isinstance(value, Tensor) or value.dtype == torch.float32 or entry == "anchor"
+    for run, loss in ((opt, closure), (twin, its)):
+        for _ in range(4):
+            run.step(loss)
+        run.merge()
+    assert (twin.steps, twin.seed) == (opt.steps, 13)
+    assert_same_run(model, opt, other, twin)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
-@pytest.mark.parametrize("method, mode, options", STATES)
-def test_a_copied_pair_continues_bit_for_bit(method, mode, options, copied):
+@pytest.mark.parametrize("row, mode", RUNS)
+def test_a_copied_pair_continues_bit_for_bit(row, mode, copied):
     """Model and optimizer together, within a window or perturbed, and each then runs on its own."""
-    model, opt = stateful(method, mode, options)
-    for _ in range(2):
-        opt.step(Losses(model))
+    model, opt, closure = own_run(row, mode)
+    torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1.0)  # puts a method of this object into it
+    for _ in range(4 if row.id == "dizo" else 2):
+        opt.step(closure)
     other, twin = copied((model, opt))
-    assert twin.perturbation.pending == opt.perturbation.pending
-    for _ in range(5):
-        twin.step(Losses(other))
-    for _ in range(5):
-        opt.step(Losses(model))
-    assert_clean(twin)
-    opt.merge()
-    twin.merge()
-    same_state(model, opt, other, twin)
+    assert twin.pending == opt.pending
+    its = Losses(other, mode.endswith("paired"))
+    for run, loss in ((twin, its), (opt, closure)):
+        for _ in range(4):
+            run.step(loss)
+        run.merge()
+    assert_same_run(model, opt, other, twin)
 
 
-@pytest.mark.parametrize("method, mode", [(PGAP, "folded"), (PGAP, "scratch"), (MeZO, "scratch")])
-def test_a_residual_survives_a_change_of_mode(method, mode):
-    model, opt = stateful(method, mode, {"residual": True})
-    opt.step(Losses(model))
+@pytest.mark.parametrize("id, mode", [("pgap", "window"), ("pgap", "scratch"), ("mezo-3", "scratch")])
+def test_a_residual_survives_a_change_of_mode(id, mode):
+    model, opt, closure = build(ROW[id], mode, Words().to(torch.bfloat16), residual=True)
+    opt.step(closure)
     opt.merge()
     before = {name: plane.clone() for name, plane in opt.perturbation.residual.planes.items()}
-    opt.mode = "scratch"
+    opt.mode = "scratch" if mode != "window" else "folded"
     assert any(plane.any() for plane in before.values())
     assert all(torch.equal(plane, before[name]) for name, plane in opt.perturbation.residual.planes.items())

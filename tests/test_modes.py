@@ -48,7 +48,7 @@ RUNS_16 = [(*run.values, dtype, residual and run.values[0].id not in KEEPS_NO_PL
 
 @pytest.mark.parametrize("row, mode, dtype, residual", RUNS_16)
 def test_16_bit_evaluations_and_updates(row, mode, dtype, residual):
-    contract = Contract16(row, mode, dtype, residual, eps=0.5, lr=2 * row.options["lr"])
+    contract = Contract16(row, mode, dtype, residual, eps=0.5)
     for _ in range(max(6, row.period)):
         contract.step()
     contract.finish()

@@ -1,154 +1,157 @@
-"""Runs continue where they stopped; foreign states and bad arguments are refused."""
+"""State moves and stays where it belongs; foreign states and bad arguments are refused."""
 
 from __future__ import annotations
 
 import copy
 import io
 import math
-import pickle
 
 import pytest
 import torch
-from optim_contract import (
-    METHODS,
-    SMALL_PGAP,
-    Net,
-    Recorder,
-    WatchedPGAP,
-    assert_same_bits,
-    check_applied,
-    dense_direction,
-    failing,
-    is_dense,
-    loss_of,
-    make,
-    snapshot,
-    subspace_direction,
-)
-from torch import nn
+from support.contract import Contract, build
+from support.methods import METHODS, ROWS
+from support.models import Losses, Words, assert_same_weights, failing, snapshot
+from torch import Tensor, nn
 
-from pgap_kernels.optim import PGAP, MeZO
+from pgap_kernels.optim import DiZO, HELENE, LOZO, LOZOM, PGAP, PIZO, MeZO
+
+ROW = {row.id: row for row in ROWS}
+EACH = [pytest.param(row, id=row.id) for row in METHODS]
+
 
 # ---- state ----------------------------------------------------------------------------------------------------------
 
 
-def saved(state):
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.id) for row in ROWS])
+def test_every_state_moves(row):
+    """After twenty steps; published code has state that never does."""
+    _, opt, closure = build(row, "inplace", lr=1e-3)
+    start: dict[tuple, Tensor] = {}
+    for _ in range(20):
+        opt.step(closure)
+        for p, state in opt.state.items():
+            for entry, value in state.items():
+                start.setdefault((p, entry), copy.deepcopy(value))
+    assert bool(start) == (row.id not in ("mezo", "mezo-3", "mezo-groups", "pgap-dense") and row.make is not PIZO)
+    for (p, entry), first in start.items():
+        if entry in opt.state[p] and entry not in row.constant:
+            now = opt.state[p][entry]
+            assert not (torch.equal(now, first) if isinstance(now, Tensor) else now == first), entry
+    for name in opt.saved_attributes:  # the step of a refresh, the key of the best noise
+        assert getattr(opt, name) is not None or row.id == "pizo-gv"
+
+
+def test_state_lies_with_its_parameter():
+    """In float32 on 16-bit parameters, none on what is frozen; P-GAP's and LOZO's of matrices alone."""
+    for row in METHODS:
+        model = Words().to(torch.bfloat16)
+        model.norm.requires_grad_(False)
+        _, opt, closure = build(row, "scratch", model)
+        opt.step(closure)
+        kept = {n: opt.state.get(p, {}) for n, p in model.named_parameters()}
+        assert not kept["norm.weight"]
+        if row.id in ("pgap", "lozo"):
+            assert {n for n, state in kept.items() if state} == {w.name for w in opt.matrices()}
+        tensors = [(entry, t) for state in kept.values() for entry, t in state.items() if isinstance(t, Tensor)]
+        assert all(t.dtype == torch.float32 or entry == "anchor" for entry, t in tensors)
+
+
+@pytest.mark.parametrize("row", EACH)
+def test_a_state_is_a_plain_one(row):
+    """PyTorch's keys with an entry "zo", loadable with ``weights_only``; the optimizer's own are not touched."""
+    model, opt, closure = build(row, "inplace")
+    opt.step(closure)
+    state = opt.state_dict()
+    assert state.keys() == {"state", "param_groups", "zo"}
+    assert state["zo"].items() >= {"format": 2, "contract_version": 1, "method": row.make.method, "steps": 1}.items()
     buffer = io.BytesIO()
     torch.save(state, buffer)
     buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
+    opt.load_state_dict(torch.load(buffer, weights_only=True))
+    assert opt.steps == 1
 
 
-@pytest.mark.parametrize("at", [0, 1, 4, 5])
-@pytest.mark.parametrize("method, options", [(MeZO, {"probes": 2}), (PGAP, {"rank": 2, "window": 4, "probes": 2})])
-def test_a_loaded_run_continues_bit_for_bit(method, options, at):
-    model, opt = make(method, options, seed=2**64 - 1)
-    for step in range(7):
-        if step == at:
-            state = saved({"model": model.state_dict(), "opt": opt.state_dict()})
-        opt.step(lambda: loss_of(model))
-    other, loaded = make(method, options, seed=0, lr=0.7)
-    other.load_state_dict(state["model"])
-    loaded.load_state_dict(state["opt"])
-    assert loaded.steps == at
-    for _ in range(at, 7):
-        loaded.step(lambda: loss_of(other))
-    assert_same_bits(snapshot(model), snapshot(other))
-    assert (loaded.steps, loaded.seed) == (7, 2**64 - 1)
+def test_a_loaded_tensor_takes_the_memory_of_the_one_before():
+    """Captured graphs read it there."""
+    model, opt, closure = build(ROW["lozo-m"], "inplace")
+    opt.step(closure)
+    places = {(p, e): t.data_ptr() for p, state in opt.state.items() for e, t in state.items()}
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert places == {(p, e): t.data_ptr() for p, state in opt.state.items() for e, t in state.items()}
 
 
-@pytest.mark.parametrize("method, options", METHODS)
-def test_a_skip_in_a_refresh_survives_a_checkpoint(method, options):
-    model, opt = make(method, options, on_nonfinite="skip")
-    opt.step(Recorder(model, fail_at={0: failing(math.nan)}))
-    other, loaded = make(method, options, copy.deepcopy(model))
-    loaded.load_state_dict(saved(opt.state_dict()))
-    assert loaded.skipped == 1
+@pytest.mark.parametrize("row", EACH)
+def test_a_skip_in_a_first_step_survives_a_checkpoint(row):
+    model, opt, closure = build(row, "inplace", on_nonfinite="skip")
+    assert math.isnan(opt.step(failing(math.nan)))
+    other, loaded, its = build(row, "inplace", copy.deepcopy(model), on_nonfinite="skip")
+    loaded.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert (loaded.skipped, loaded.steps) == (1, 1)
     for _ in range(2):
-        opt.step(lambda: loss_of(model))
-        loaded.step(lambda: loss_of(other))
-    assert_same_bits(snapshot(model), snapshot(other))
+        opt.step(closure)
+        loaded.step(its)
+    assert_same_weights(model, other)
 
 
-def test_foreign_states_are_refused():
-    model, opt = make(MeZO, {})
-    state = opt.state_dict()
-    before = opt.state_dict()
-    plain = torch.optim.SGD(model.parameters(), lr=0.1).state_dict()
-    for bad, message in (
-        (plain, "without the entry 'zo'"),
-        (state | {"zo": state["zo"] | {"contract_version": 2}}, "under noise contract 2"),
-        (make(PGAP, SMALL_PGAP)[1].state_dict(), "got PGAP"),
-    ):
-        with pytest.raises(ValueError, match=f"^state_dict: .*{message}"):
-            opt.load_state_dict(bad)
-        assert opt.state_dict() == before
-    source = make(PGAP, SMALL_PGAP, exclude=["inner*"])
-    source[1].step(lambda: loss_of(source[0]))
-    with pytest.raises(ValueError, match=r"^state_dict: got rank None for 'inner\.weight'"):
-        make(PGAP, SMALL_PGAP)[1].load_state_dict(source[1].state_dict())
+# ---- states that are refused ----------------------------------------------------------------------------------------
 
 
-def test_a_state_with_more_matrices_is_refused_by_name():
-    model, opt = make(PGAP, SMALL_PGAP)
-    opt.step(lambda: loss_of(model))
-    with pytest.raises(ValueError, match=r"^state_dict: .*inner"):
-        make(PGAP, SMALL_PGAP, exclude=["inner*"])[1].load_state_dict(opt.state_dict())
+def stepped(id: str, **options):
+    _, opt, closure = build(ROW[id], "inplace", **options)
+    opt.step(closure)
+    return opt
+
+
+def without_format(state: dict) -> dict:
+    """As the first version of this package wrote it."""
+    return {**state, "zo": {key: value for key, value in state["zo"].items() if key != "format"}}
+
+
+@pytest.mark.parametrize(
+    "foreign, message",
+    [
+        (lambda own: torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1).state_dict(), "without the entry 'zo'"),
+        (without_format, "got format 1, of another version of this package, which kept the state of methods elsewhere"),
+        (lambda own: {**own, "zo": own["zo"] | {"format": 3}}, "got format 3.*accepted: format 2"),
+        (lambda own: {**own, "zo": own["zo"] | {"contract_version": 2}}, "under noise contract 2"),
+        (lambda own: stepped("pgap").state_dict(), "got PGAP under noise contract 1; accepted: LOZO"),
+        (lambda own: {**own, "zo": own["zo"] | {"tensor_ids": {"up.weight": 5}}}, "'up.weight' had the tensor id 5"),
+        (lambda own: {**own, "zo": own["zo"] | {"residual": {}}}, "^residual: got False; accepted: True"),
+    ],
+)
+def test_foreign_states_are_refused(foreign, message):
+    opt = stepped("lozo")
+    before = copy.deepcopy(opt.state_dict())
+    with pytest.raises(ValueError, match=message):
+        opt.load_state_dict(foreign(copy.deepcopy(before)))
+    after = opt.state_dict()
+    assert after["zo"] == before["zo"] and after["param_groups"] == before["param_groups"]
+    for number, state in before["state"].items():
+        assert all(torch.equal(value, after["state"][number][entry]) for entry, value in state.items())
 
 
 def test_a_state_never_renames_parameters():
-    model = Net()
+    model = Words()
     forward, backward = MeZO(model, mode="inplace"), MeZO(list(model.named_parameters())[::-1], mode="inplace")
-    names = [w.name for w in backward.weights()]
-    try:
+    with pytest.raises(ValueError, match=r"^state_dict: got parameters .*accepted: those of this optimizer in their order"):
         backward.load_state_dict(forward.state_dict())
-    except ValueError as error:
-        assert str(error).startswith("state_dict: ")
-    assert [w.name for w in backward.weights()] == names
+    assert [w.name for w in backward.weights()] == [n for n, _ in list(model.named_parameters())[::-1]]
 
 
-def test_a_scheduler_moves_both_learning_rates():
-    model = Net()
-    opt = WatchedPGAP(model, lr=0.05, lr_dense=0.2, rank=3, window=1, probes=2, seed=4, mode="inplace")
-    scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 0.5**step)
-    for step in range(3):
-        closure = Recorder(model)
-        opt.step(closure)
+# ---- hyper-parameters -----------------------------------------------------------------------------------------------
+
+
+def test_a_scheduler_moves_every_rate():
+    """P-GAP's two learning rates; the naive method has those that the groups have at the moment."""
+    contract = Contract(ROW["pgap-groups"], "inplace")
+    scheduler = torch.optim.lr_scheduler.LambdaLR(contract.optimizer, lambda step: 0.5**step)
+    for _ in range(4):
+        contract.step()
         scheduler.step()
-        new, (plus, minus) = snapshot(model), closure.points[-2:]
-        for name, clean in opt.clean.items():
-            dense = is_dense(opt, name, clean)
-            direction = (
-                dense_direction(clean.shape, 4, step, name)
-                if dense
-                else subspace_direction(opt, step, name, clean.shape, 2.0)
-            )
-            check_applied(
-                name, clean, new[name], [(plus[name], minus[name])], [closure.losses[-2:]], [direction],
-                lr=(0.2 if dense else 0.05) * 0.5**step, eps=1e-3, decay=0.0,
-            )  # fmt: skip
+    contract.finish()
 
 
-@pytest.mark.parametrize("scheduled", [False, True])
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
-@pytest.mark.parametrize("method, options", METHODS)
-def test_a_copy_runs_on_its_own(method, options, copied, scheduled):
-    model, opt = make(method, options)
-    if scheduled:
-        torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1.0)
-    opt.step(lambda: loss_of(model))
-    twin, twin_opt = copied((model, opt))
-    before = snapshot(model)
-    for _ in range(3):
-        twin_opt.step(lambda: loss_of(twin))
-    assert_same_bits(snapshot(model), before)
-    for _ in range(3):
-        opt.step(lambda: loss_of(model))
-    assert_same_bits(snapshot(model), snapshot(twin))
-    assert twin_opt.steps == opt.steps == 4
-
-
-# ---- arguments ------------------------------------------------------------------------------------------------------
+SMALL = {HELENE: {"batch_size": 8}, DiZO: {"select": ["up.weight"]}}
 
 
 @pytest.mark.parametrize(
@@ -169,49 +172,78 @@ def test_a_copy_runs_on_its_own(method, options, copied, scheduled):
         (PGAP, "eps_probe", [0.0]),
         (PGAP, "eps_dense", [0, -1.0]),
         (PGAP, "lr_dense", [-1.0]),
+        (PIZO, "alpha", [math.nan, "half"]),
+        (PIZO, "alpha, pool", [0.2, 1.0]),
+        (PIZO, "guide", ["best"]),
+        (HELENE, "beta1", [1.0, -0.1, math.nan]),
+        (HELENE, "beta2", [1.0]),
+        (HELENE, "gamma", [0.0]),
+        (HELENE, "floor", [0.0, -1.0]),
+        (HELENE, "e", [0.0]),
+        (HELENE, "anneal_steps", [0.0]),
+        (HELENE, "refresh_every", [0, 2.5]),
+        (HELENE, "batch_size", [0, 1.5]),
+        (LOZO, "rank", [0, 600]),
+        (LOZO, "window", [0]),
+        (LOZOM, "beta", [1.0, -1e-9]),
+        (DiZO, "kappa", [0]),
+        (DiZO, "iterations", [0]),
+        (DiZO, "eps_p", [0.0]),
+        (DiZO, "tau", [0.0, math.nan]),
+        (DiZO, "s", [-1.0]),
     ],
 )
 def test_bad_hyper_parameters(method, name, values):
     for value in values:
         with pytest.raises(ValueError, match=rf"^{name}: got .*; accepted: "):
-            method(Net(), **{name: value}, mode="inplace")
+            method(Words(), **{**SMALL.get(method, {}), name.partition(",")[0]: value}, mode="inplace")
+
+
+@pytest.mark.parametrize("method, name", [(PGAP, "exclude"), (LOZO, "exclude"), (DiZO, "select"), (HELENE, "floors")])
+def test_patterns_of_names(method, name):
+    """Each has to match a parameter; a near name is proposed."""
+    given = {"*embbed*": 1.0} if name == "floors" else ["*embbed*"]
+    with pytest.raises(ValueError, match=rf"^{name}: '\*embbed\*' matches no parameter; accepted: .*embed\.weight"):
+        method(Words(), **{**SMALL.get(method, {}), name: given}, mode="inplace")
+    if name != "floors":
+        with pytest.raises(TypeError, match=rf"^{name}: got the string"):
+            method(Words(), **{**SMALL.get(method, {}), name: "*embed*"}, mode="inplace")
+
+
+def test_a_weight_decay_that_dizo_does_not_have():
+    model = Words()
+    with pytest.raises(ValueError, match=r"^weight_decay: got 0\.1; accepted: 0, DiZO has none"):
+        DiZO([{"params": list(model.named_parameters()), "weight_decay": 0.1}], select=["up.weight"], mode="inplace")
 
 
 @pytest.mark.parametrize("seed, error", [(-1, ValueError), (2**64, ValueError), (1.5, TypeError), (None, TypeError)])
 def test_bad_seeds(seed, error):
     with pytest.raises(error, match=r"^seed: got .*; accepted: an integer in \[0, 2\*\*64\)"):
-        MeZO(Net(), seed=seed, mode="inplace")
+        MeZO(Words(), seed=seed, mode="inplace")
 
 
-def test_bad_exclude():
-    with pytest.raises(TypeError, match=r"^exclude: got the string"):
-        PGAP(Net(), exclude="*embed*", mode="inplace")
+def test_the_largest_seed():
+    model, before = Words(), snapshot(Words())
+    opt = MeZO(model, seed=2**64 - 1, mode="inplace")
+    opt.step(Losses(model))
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert opt.seed == 2**64 - 1 and not torch.equal(model.up.weight, before["up.weight"])
 
 
 def test_bad_closure():
-    _, opt = make(MeZO, {})
+    opt = MeZO(Words(), mode="inplace")
     with pytest.raises(TypeError, match=r"^closure: got None; accepted: a function"):
         opt.step(None)
     assert opt.steps == 0
 
 
 def test_a_model_without_trainable_parameters():
-    with pytest.raises(ValueError, match=r"^params: got no trainable parameter"):
-        MeZO(nn.ReLU(), mode="inplace")
-    with pytest.raises(ValueError, match=r"^params: got no trainable parameter"):
-        PGAP(Net().requires_grad_(False), mode="inplace")
+    for method, model in ((MeZO, nn.ReLU()), (PGAP, Words().requires_grad_(False))):
+        with pytest.raises(ValueError, match=r"^params: got no trainable parameter"):
+            method(model, mode="inplace")
 
 
-@pytest.mark.filterwarnings("ignore:16-bit weights")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.int64])
 def test_other_dtypes_are_refused_at_once(dtype):
     with pytest.raises((TypeError, ValueError), match=r"(?s)got.*accepted: torch\.float32"):
         MeZO([("w", torch.zeros(3, dtype=dtype))], mode="inplace")
-
-
-def test_a_state_under_another_tensor_id_is_refused():
-    model = nn.Linear(3, 2)
-    state = MeZO(model, tensor_ids={"weight": 5}, mode="inplace").state_dict()
-    with pytest.raises(ValueError, match=r"^state_dict: 'weight' had the tensor id 5"):
-        MeZO(model, mode="inplace").load_state_dict(state)
-    MeZO(model, tensor_ids={"weight": 5}, mode="inplace").load_state_dict(state)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from bounds import Bounded
@@ -167,15 +167,26 @@ class Contract:
 
     def finish(self) -> None:
         """Nothing is pending any more, and the bounds are small beside what they bound."""
+        self.merge()
+        self.check_strength()
+
+    def merge(self, how: Callable[[], object] | None = None) -> None:
+        """Merge, or do what shall merge: the stored weights are the naive method's then."""
         before = snapshot(self.model)
         if self.optimizer.pending:
             stops = [self.weights, self.next_point()] if self.mode == "two_pass" else [self.weights]
             passes = [{n: PASSES * (w.bound(PASS) - w.error) for n, w in stop.items()} for stop in stops]
             self.weights = {n: w.settled(w.error + sum(p[n] for p in passes)) for n, w in self.weights.items()}
-        self.optimizer.merge()
+        (how or self.optimizer.merge)()
         assert not self.optimizer.pending
         self.check_weights(before)
-        self.check_strength()
+
+    def check_evaluation(self) -> None:
+        """Whoever calls the model between steps sees what was learnt."""
+        value, error = loss_at({n: w.settled(w.bound(PASS)) for n, w in self.weights.items()})
+        assert abs(Losses(self.model)().item() - value) <= error
+        untrained = Losses(Words())().item()
+        assert abs(untrained - value) > 2 * error
 
     def next_point(self) -> Weights:
         """Where the two-pass schedule has left the weights: it does not hang on losses."""

@@ -277,7 +277,7 @@ def row(id: str, make, naive, groups: bool = False, reported: int = 2, state=(),
 SMALL_PGAP = {"rank": 3, "window": 3, "probes": 2}
 MOMENTS = {"m": "momentum", "h": "curvature"}
 HELENE_OPTIONS = {"batch_size": 8, "anneal_steps": 5.0, "refresh_every": 3, "floor": 1.0}
-LOZO_OPTIONS = {"rank": 2, "window": 3, "lr": 0.01}
+LOZO_OPTIONS = {"rank": 2, "window": 3, "lr": 0.03}
 
 ROWS = [
     row("mezo", MeZO, naive_mezo, probes=1),
