@@ -54,10 +54,14 @@ class LOZOM(LOZO):
             (Direction(parts), self.by_rank_if_asked([-lr for lr in self.rates()])),
             (self.noise(self.key(Role.DENSE), others), fresh),
         ]
-        rule = StateRule(self._rule_of, self._state_of, {w.index for same in others for w in same})
+        dense = {w.index: self._dense_moment(w) for same in others for w in same}
+        rule = StateRule(self._rule_of, lambda weights: [[dense[w.index] for w in weights]], dense)
         self.apply_update(terms, flush=flush, rule=rule)
+        # Only now, as a first step is known by the moment that is not there: a failed one leaves none behind.
         for w, moment in moved:
             self.store(w, momentum=moment)
+        for w in (w for same in others for w in same):
+            self.state[w.tensor].setdefault("momentum", dense[w.index])
 
     def _fresh(self, difference: float) -> list[float]:
         """The share of a step's own direction in each moment: rho at first, then (1 - beta) rho."""
@@ -83,8 +87,6 @@ class LOZOM(LOZO):
         rates = self.rates()
         return ops.MomentumRule(lr=[rates[w.index] for w in weights], beta=self.beta)
 
-    def _state_of(self, weights: Sequence[Weight]) -> list[list[Tensor]]:
-        for w in weights:
-            if "momentum" not in self.state[w.tensor]:
-                self.state[w.tensor]["momentum"] = torch.zeros_like(w.tensor, dtype=torch.float32)
-        return [self.stored(weights, "momentum")]
+    def _dense_moment(self, weight: Weight) -> Tensor:
+        moment = self.state[weight.tensor].get("momentum")
+        return torch.zeros_like(weight.tensor, dtype=torch.float32) if moment is None else moment
