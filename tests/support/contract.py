@@ -75,7 +75,9 @@ class Contract:
         assert math.isclose(returned, mean, rel_tol=1e-12, abs_tol=1e-12), "not the mean of the losses"
         if self.closure.halves > 1 and number == 0:
             del losses[:4]  # the optimizer looks whether the model keeps the halves apart
+        self.start = self.weights
         points, new = self.naive(number, losses)
+        self.points = points
         if is_exact(self.mode):
             for name, w in before.items():  # a refresh writes what was gathered along the old factors
                 assert name in gathered or all(torch.equal(seen[name], w) for seen in self.seen), "a forward wrote"
@@ -141,6 +143,13 @@ class Contract:
                     self.point_signal += (w.value - self.weights[name].value).norm().item()
             last = stop
         return off
+
+    def way_back(self) -> dict[str, Tensor]:
+        """How far the weights may be off after the last step's points and a return to where it began."""
+        self.seen, self.weights, now = [], self.start, self.weights
+        off = self.check_walk([*self.points, self.start])
+        self.weights = now
+        return {name: error + self.start[name].error for name, error in off.items()}
 
     def check_weights(self, before: Mapping[str, Tensor]) -> None:
         """The stored weights are the naive method's, but for those whose updates are deferred."""

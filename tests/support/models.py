@@ -36,25 +36,28 @@ class Affine(nn.Module):
 
 
 class Words(nn.Module):
-    """An embedding that may be the head too, layers with and without bias, a norm, a pair as small as LoRA's."""
+    """An embedding that may be the head too, layers with and without bias, a norm, a pair as small as LoRA's.
 
-    def __init__(self, tied: bool = True) -> None:
+    More ``words`` than are used make the embedding larger than all other weights together.
+    """
+
+    def __init__(self, tied: bool = True, words: int = 11) -> None:
         super().__init__()
-        self.embed = nn.Embedding(11, 6)
+        self.embed = nn.Embedding(words, 6)
         self.up = nn.Linear(6, 9, bias=False)
         self.norm = nn.LayerNorm(9)
         self.affine = Affine()
         self.down = nn.Linear(9, 6)
         self.lora_a = nn.Linear(9, 2, bias=False)
         self.lora_b = nn.Linear(2, 6, bias=False)
-        self.head = nn.Linear(6, 11)
+        self.head = nn.Linear(6, words)
         if tied:
             self.head.weight = self.embed.weight
         filled(self)
 
     def forward(self, ids: Tensor) -> Tensor:
         hidden = self.affine(self.norm(self.up(self.embed(ids))))
-        return self.head(self.down(hidden) + self.lora_b(self.lora_a(hidden)))
+        return self.head(self.down(hidden) + self.lora_b(self.lora_a(hidden)))[..., :11]
 
 
 def layer(name: str, w: Mapping[str, Counted], x: Counted | Tensor, dtype: torch.dtype = torch.float32) -> Counted:
@@ -116,7 +119,7 @@ class Losses:
             self.at(self.calls)
         self.calls += 1
         logits = self.model(torch.cat([IDS] * self.halves)).float()
-        loss = (logits.view(self.halves, -1) * TARGET.flatten()).mean(1)
+        loss = (logits.reshape(self.halves, -1) * TARGET.flatten()).mean(1)
         self.seen += loss.tolist()
         return loss
 
