@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune as prune_module
+from torch.testing._internal.two_tensor import TwoTensor
 
 from pgap_kernels.optim import PGAP, MeZO, ZOOptimizer
 from pgap_kernels.optim.dizo import DiZO
@@ -745,3 +746,246 @@ def test_padding_an_embedding_with_a_residual_plane():
     take_steps(optimizer, model, 5, bag_loss)
     assert torch.equal(model.words.weight[3], before["words.weight"][3])
     assert not optimizer.perturbation.residual.planes["words.weight"][3].any()
+
+
+# ---- buffers --------------------------------------------------------------------------------------------------------
+
+BIG = 1 << 19  # elements: more bytes than are copied on suspicion
+
+
+class Buffered(nn.Module):
+    """A layer beside a buffer that each forward changes in some way; keeps what the forwards began with."""
+
+    def __init__(self, change, size: int = 8, made=torch.zeros) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 2)
+        self.change, self.began = change, []
+        self.register_buffer("state", made(size) if size else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        begin = (0.0, 0) if self.state is None else (self.state.view(-1)[0].item(), self.state._version > 0)
+        self.began.append((begin[0], torch.rand(1).item()))
+        self.change(self, x)
+        return self.layer(x) + (0 if self.state is None else self.state.view(-1)[0])
+
+
+def add_in_place(module, x):
+    module.state += 1
+
+
+def add_past_the_version_counter(module, x):
+    module.state.data.add_(1)
+
+
+def add_by_view(module, x):
+    module.state[:3] += 1
+
+
+def replace(module, x):
+    module.state = module.state + 1
+
+
+def make_on_demand(module, x):
+    if module.state is None:
+        module.state = torch.randn(8)
+
+
+def register_on_demand(module, x):
+    if "late" not in module._buffers:
+        module.register_buffer("late", torch.randn(8))
+    module.began[-1] += (module.late[0].item(),)
+
+
+def only_in_training(module, x):
+    if module.training:
+        module.state.data.add_(1)
+
+
+CHANGES = {f.__name__: f for f in (add_in_place, add_past_the_version_counter, add_by_view, replace, only_in_training)}
+BUFFER_CASES = ["mezo-inplace", "mezo-two_pass", "mezo-scratch", "pgap-folded", "pgap-window", "pizo-inplace"]
+
+
+@pytest.mark.parametrize("case", BUFFER_CASES)
+@pytest.mark.parametrize("size", [8, BIG], ids=["small", "big"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_buffer_that_every_forward_changes(case, change, size):
+    """Moving statistics, codebooks: all forwards of a step begin with one state, and the last one's stays."""
+    model = seeded(Buffered, CHANGES[change], size)
+    if change == "only_in_training":
+        model.eval()
+    optimizer = make(case, model)
+    calls = []
+    for step in range(4):
+        if step == 2:
+            model.train()
+        model.began.clear()
+        take_steps(optimizer, model)
+        assert len({*model.began[-2:]}) == 1 and len({*model.began[1:]}) == 1
+        calls.append(len(model.began))
+        changes = change != "only_in_training" or step >= 2
+        assert model.state.view(-1)[0].item() == model.began[-1][0] + changes
+    learnt = size == BIG and change != "replace"  # with one forward more, the first time
+    assert calls[0] - calls[1] >= learnt * (change != "only_in_training") or case.startswith("pgap")
+    assert model.state.view(-1)[0].item() == (4 if change != "only_in_training" else 2) + learnt
+
+
+@pytest.mark.parametrize("case", BUFFER_CASES)
+@pytest.mark.parametrize("change", [make_on_demand, register_on_demand])
+def test_a_buffer_that_the_first_forward_makes(case, change):
+    model = seeded(Buffered, change, 0 if change is make_on_demand else 8)
+    optimizer = make(case, model)
+    for step in range(3):
+        model.began.clear()
+        take_steps(optimizer, model)
+        assert len({*model.began[step == 0 :]}) == 1
+
+
+@pytest.mark.parametrize("case", BUFFER_CASES)
+def test_batch_norm_in_training(case):
+    model = seeded(lambda: nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)))
+    means = []
+    model[1].register_forward_pre_hook(lambda module, args: means.append(module.running_mean.clone()))
+    optimizer = make(case, model)
+    for _ in range(3):
+        means.clear()
+        take_steps(optimizer, model)
+        assert all(map(torch.equal, means, means[1:]))
+    assert model[1].num_batches_tracked == 3 and model[1].running_mean.any()
+
+
+def peak_of(call) -> int:
+    """The largest piece of memory that a call asks torch for."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    return max(event.self_cpu_memory_usage for event in profile.events())
+
+
+@pytest.mark.parametrize("case", BUFFER_CASES)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.float16, torch.bool])
+def test_a_large_buffer_that_no_forward_changes(case, dtype):
+    """Packed weights of quantised models: no copy, not even once, and no forward more."""
+    model = seeded(Buffered, lambda module, x: None, 64 * BIG, lambda size: torch.ones(size, dtype=dtype))
+    optimizer = make(case, model)
+    assert peak_of(lambda: take_steps(optimizer, model)) < model.state.nbytes
+    model.began.clear()
+    take_steps(optimizer, model)
+    assert len(model.began) == {"pizo-inplace": 6}.get(case, 2)
+
+
+UNUSUAL = {
+    "expanded": lambda size: torch.ones(1, 1).expand(4, size),
+    "inference": torch.inference_mode()(torch.ones),
+    "meta": lambda size: torch.ones(size, device="meta"),
+    "sparse": lambda size: torch.ones(size).to_sparse(),
+    "wrapping": lambda size: TwoTensor(torch.ones(size), torch.ones(size)),
+    "float64": lambda size: torch.ones(size, dtype=torch.float64),
+    "empty": lambda size: torch.ones(0),
+    "scalar": lambda size: torch.ones(()),
+    "transposed": lambda size: torch.ones(size // 8, 8).T,
+}
+
+
+@pytest.mark.parametrize("case", BUFFER_CASES)
+@pytest.mark.parametrize("kind", UNUSUAL)
+@pytest.mark.parametrize("size", [8, BIG])
+def test_a_buffer_of_an_unusual_kind(case, kind, size):
+    model = seeded(Net)
+    model.register_buffer("unusual", UNUSUAL[kind](size))
+    take_steps(make(case, model), model, 2)
+    plain = seeded(Net)
+    take_steps(make(case, plain), plain, 2)
+    assert [n for n, p in plain.named_parameters() if not torch.equal(p, dict(model.named_parameters())[n])] == []
+
+
+@pytest.mark.parametrize("case", BUFFER_CASES)
+@pytest.mark.parametrize("size", [8, BIG])
+def test_inference_mode_around_everything(case, size):
+    """The model, its buffers, its forwards: "forward passes only"."""
+    with torch.inference_mode():
+        model = seeded(Buffered, lambda module, x: module.state.add_(1), size)
+        model.forward = functools.partial(_forward_without_version, model)
+        optimizer = make(case, model)
+        for _ in range(3):
+            model.began.clear()
+            take_steps(optimizer, model)
+            assert len({*model.began[-2:]}) == 1
+        optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.merge()
+
+
+def _forward_without_version(model, x):
+    model.began.append((model.state[0].item(), torch.rand(1).item()))
+    model.change(model, x)
+    return model.layer(x)
+
+
+class TiedByHand(nn.Module):
+    """A buffer that is a view of the weight, or of a part of it."""
+
+    def __init__(self, part=slice(None)) -> None:
+        super().__init__()
+        self.words = nn.Embedding(20, 16)
+        self.register_buffer("head", self.words.weight.detach()[part])
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.words(rows) @ self.head.T
+
+
+@pytest.mark.parametrize("part", [slice(None), slice(0, 10), slice(5, 15), slice(3, 5)])
+@every_case
+def test_a_buffer_that_is_a_view_of_a_weight(case, part):
+    model = seeded(TiedByHand, part)
+    size = len(model.head)
+    optimizer = make(case, model, lr=0.0)
+    before = snapshot(model)
+    rows = torch.arange(20)
+
+    def step():
+        optimizer.step(lambda: F.cross_entropy(model(rows), rows % size))
+
+    if optimizer.mode != "inplace":
+        refused(RuntimeError, r"^closure: 'words\.weight' is used by \w+ outside the forward of the module", step)
+        assert changed(model, before) == []
+        return
+    for _ in range(50):
+        step()
+    optimizer.merge()
+    assert distance(model, before) < 1e-5
+    assert model.head.data_ptr() == model.words.weight[part].data_ptr()
+
+
+def test_a_buffer_in_the_same_storage_as_a_weight():
+    """All of a model in one flat tensor: what is not the weights' is put back."""
+    model = seeded(lambda: nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)))
+    tensors = [*model.parameters(), model[1].running_mean, model[1].running_var]
+    flat = torch.cat([t.detach().flatten() for t in tensors])
+    for t, piece in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        t.data = piece.view(t.shape)
+    means = []
+    model[1].register_forward_pre_hook(lambda module, args: means.append(module.running_mean.clone()))
+    for case in ("mezo-inplace", "mezo-scratch"):
+        means.clear()
+        take_steps(make(case, model), model)
+        assert torch.equal(*means) and model[1].running_mean.any()
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_an_embedding_that_rescales_its_weight_in_the_forward(kind):
+    def rescaled():
+        model = Bag(functools.partial(kind, max_norm=1.0), 3)
+        bag_loss(model)
+        return model
+
+    message = r"^mode: got 'inplace', but 'words\.weight' belongs to .* with max_norm=1\.0, whose forward rescales"
+    for case in ("mezo-inplace", "mezo-two_pass", "pgap-inplace"):
+        with pytest.raises(ValueError, match=message):
+            make(case, seeded(rescaled))
+    for method, options in ((MeZO, {}), (PGAP, PGAP_OPTIONS)):
+        model = seeded(rescaled)
+        optimizer = method(model, lr=0.0, **options)
+        before = snapshot(model)
+        take_steps(optimizer, model, 10, bag_loss)
+        assert optimizer.mode == {MeZO: "scratch", PGAP: "folded"}[method] and changed(model, before) == []
+    model = seeded(rescaled)
+    model.words.requires_grad_(False)
+    take_steps(make("mezo-inplace", model), model, 1, bag_loss)

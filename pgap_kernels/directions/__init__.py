@@ -14,7 +14,7 @@ from .lowrank import Factor, LowRank, Term
 from .noise import Mask, Noise
 from .part import Operands, Part
 from .passes import Pass, RulePass, bytes_of, run_all_or_none, with_padding_kept, writing
-from .weight import Amounts, Weight, bucket, uniform
+from .weight import Amounts, Weight, address, bucket, extent, storage, uniform
 
 __all__ = [
     "Amounts",
@@ -31,9 +31,12 @@ __all__ = [
     "Term",
     "Weight",
     "add_parts",
+    "address",
     "bucket",
     "bytes_of",
+    "extent",
     "run_all_or_none",
+    "storage",
     "uniform",
     "with_padding_kept",
     "writing",

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 # One number for each weight, found by ``Weight.index``.
 Amounts = Sequence[float] | Mapping[int, float]
@@ -45,6 +48,30 @@ class Weight:
     def matches(self, pattern: str) -> bool:
         """Whether one of its names matches an fnmatch pattern."""
         return any(fnmatchcase(name, pattern) for name in self.names)
+
+
+def address(tensor: Tensor) -> tuple | None:
+    """Equal for tensors that are the same elements; tied parameters are found by it. None: it has no memory here."""
+    if is_lazy(tensor) or tensor.layout != torch.strided or tensor.is_nested or tensor.device.type == "meta":
+        return None
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # inside vmap and the like
+        return None
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()
+
+
+def storage(tensor: Tensor) -> int:
+    """Address of a tensor's storage; 0 where it has none."""
+    if address(tensor) is None or is_traceable_wrapper_subclass(tensor):
+        return 0
+    return tensor.untyped_storage().data_ptr()
+
+
+def extent(tensor: Tensor) -> tuple[int, int]:
+    """First and last address of a tensor's elements, the last not included; equal where there is none."""
+    if not storage(tensor) or not tensor.numel():
+        return 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 def bucket(weights: Sequence[Weight], also: Callable[[Weight], Any] = lambda _: None) -> list[list[Weight]]:

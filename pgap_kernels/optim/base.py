@@ -15,12 +15,13 @@ from .. import noise
 from ..directions import Amounts, Direction, Noise, Weight
 from ..noise import Role
 from ..perturbation import (
+    Ambient,
     Autocast,
-    DefaultDevice,
     ForwardState,
     StateRule,
     Update,
     ambient_state_aside,
+    modules_of,
     uninterrupted,
 )
 from . import checkpoint
@@ -179,9 +180,9 @@ class ZOOptimizer(ModelOptimizer):
         if not callable(closure):
             raise TypeError(f"closure: got {closure!r}; accepted: a function that returns the loss of a minibatch")
         self.perturbation.refuse_if_released("step")
-        with ambient_state_aside() as default_device:
+        with ambient_state_aside() as ambient:
             self.follow_model()
-            evaluate = self._begin(closure, default_device)
+            evaluate = self._begin(closure, ambient)
             try:
                 with evaluate.autocast.outside():
                     loss = self.estimate_and_update(evaluate)
@@ -200,13 +201,13 @@ class ZOOptimizer(ModelOptimizer):
             self._notice_flat(evaluate.losses)
             return loss
 
-    def _begin(self, closure: Closure, default_device: DefaultDevice) -> Evaluation:
+    def _begin(self, closure: Closure, ambient: Ambient) -> Evaluation:
         """What the forwards of this step start from."""
         weights = self.weights()
         self.check_schedule()
         self.perturbation.begin(self.key(Role.ROUNDING, MERGE))
         if self._forward_state is None:
-            self._forward_state = ForwardState(self.model, [w.tensor for w in weights])
+            self._forward_state = ForwardState(modules_of(self.model), [w.tensor for w in weights])
         state = self._forward_state
         state.begin()
         return Evaluation(
@@ -218,7 +219,7 @@ class ZOOptimizer(ModelOptimizer):
             eps=self.radius(),
             state=state,
             autocast=Autocast({w.tensor.device.type for w in weights}),
-            default_device=default_device,
+            ambient=ambient,
             timed=self.timed,
             reduce=self.reduce_losses,
             points_per_forward=2 if self.paired else 1,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..directions import Amounts, Direction, Weight
-from ..perturbation import Autocast, DefaultDevice, ForwardState, Perturbation, observing, uninterrupted
+from ..perturbation import Ambient, Autocast, ForwardState, Perturbation, observing, uninterrupted
 
 Closure = Callable[[], "Tensor | float"]
 # A direction and the radius of each weight; the point is W + radius * direction.
@@ -34,7 +34,7 @@ class Evaluation:
         perturbation: the mode.
         weights, model: of the optimizer.
         eps: the smoothing radius of each weight.
-        state, autocast, default_device: what each forward starts from, and runs under.
+        state, autocast, ambient: what each forward starts from, and runs under.
         timed: adds the wall seconds of a block to a part of the step.
         reduce: makes one loss of those of several processes.
         points_per_forward: how often the closure's batch is stacked.
@@ -50,7 +50,7 @@ class Evaluation:
     eps: Amounts
     state: ForwardState
     autocast: Autocast
-    default_device: DefaultDevice
+    ambient: Ambient
     timed: Callable[[str], contextlib.AbstractContextManager]
     reduce: Callable[[Tensor], Tensor]
     points_per_forward: int
@@ -115,13 +115,13 @@ class Evaluation:
         self._show(points)
         with self.timed("forward"):
             value = self._run_closure()
-            if self.state.learn_changes():
+            if self.state.learn_changes() or self.perturbation.rehearsed:
                 value = self._run_closure()
         return self.reduce(self._checked(value, len(points)))
 
     def _run_closure(self) -> Tensor | float:
         self.state.restore()
-        with self.autocast.inside(), self.default_device.inside():
+        with self.autocast.inside(), self.ambient.inside():
             return self.perturbation.forward(self.closure)
 
     def _checked(self, value: Tensor | float, count: int) -> Tensor:
@@ -141,21 +141,23 @@ class Evaluation:
     def _check_slices(self, point: Direction, count: int) -> None:
         """Refuse a model that mixes the slices of a stacked batch: moving one slice may not move another's loss.
 
-        The number of rows cannot tell (a sequence-first layer may have as many), so the first forward is tried out.
+        The number of rows cannot tell (a sequence-first layer may have as many), so the first forward is tried out:
+        with the first slice moved, and with the last, as what comes first may be all that others see, or all unseen.
         """
-        flags = tuple(module.training for module in self.model.modules()) if self.model is not None else ()
+        flags = self.state.flags()
         if flags in self.checked_slices or self.perturbation.dry:
             return
         still = point.scaled([0.0] * len(self.weights))
         before = self._forward_at([still] * count)
-        after = self._forward_at([point, *[still] * (count - 1)])
-        if not (before.isfinite().all() and after.isfinite().all()):
+        first = self._forward_at([point, *[still] * (count - 1)])
+        last = self._forward_at([*[still] * (count - 1), point])
+        if not torch.stack((before, first, last)).isfinite().all():
             return  # the evaluation itself will say so
-        if not torch.equal(before[1:], after[1:]):
+        if not torch.equal(before[1:], first[1:]) or not torch.equal(before[:-1], last[:-1]):
             raise RuntimeError(
-                "paired: a point of the first slice of the batch moved the loss of another slice; accepted: models "
-                "whose layers keep rows apart, with the batch as leading dimension, and nothing averaged over it. "
-                "Choose paired=False"
+                "paired: a point of one slice of the batch moved the loss of another slice; accepted: models whose "
+                "layers keep rows apart, with the batch as leading dimension, and nothing averaged over it. Choose "
+                "paired=False"
             )
         self.checked_slices.add(flags)
 

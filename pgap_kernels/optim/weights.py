@@ -12,8 +12,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import checks, noise
-from ..directions import Weight
-from ..perturbation import address, modules_of
+from ..directions import Weight, address, storage
+from ..perturbation import modules_of
 
 
 def collect(param_groups: Sequence[dict[str, Any]], ids: Mapping[str, int], model: nn.Module | None) -> list[Weight]:
@@ -65,7 +65,7 @@ def _refuse_overlaps(weights: Sequence[Weight]) -> None:
         checks.disjoint("params", [w.tensor for w in weights])
     except ValueError:
         for a, b in itertools.combinations(weights, 2):
-            if a.tensor.untyped_storage().data_ptr() != b.tensor.untyped_storage().data_ptr():
+            if storage(a.tensor) != storage(b.tensor):
                 continue
             try:
                 checks.disjoint("params", [a.tensor, b.tensor])
@@ -117,7 +117,8 @@ def _check_storage(name: str, tensor: Tensor) -> None:
             "disk); accepted: weights in memory. Load the model first, without offloading"
         )
     if tensor.layout != torch.strided or tensor.is_nested:
-        raise TypeError(f"params: got {name!r} with layout {tensor.layout}; accepted: dense tensors (torch.strided)")
+        layout = "nested" if tensor.is_nested else tensor.layout
+        raise TypeError(f"params: got {name!r} with layout {layout}; accepted: dense tensors (torch.strided)")
     if tensor.dtype not in checks.WEIGHT_DTYPES:
         accepted = ", ".join(map(str, checks.WEIGHT_DTYPES))
         raise TypeError(f"params: got {name!r} with dtype {tensor.dtype}; accepted: {accepted}")
@@ -156,6 +157,7 @@ class Seen:
         self.owners = [
             (module._parameters, name, p)
             for module in self.modules
+            if isinstance(module._parameters, dict)  # scripted modules have something else
             for name, p in module._parameters.items()
             if id(p) in ours
         ]
@@ -177,8 +179,8 @@ class Seen:
             if id(w.tensor) in had - has:
                 raise RuntimeError(
                     f"model: {w.name!r} is not one of its parameters any more, but was replaced (as by "
-                    "load_state_dict(assign=True), resize_token_embeddings, weight_norm or a conversion) or removed; "
-                    "accepted: the Parameter objects that the optimizer was made with. Make a new optimizer"
+                    "load_state_dict(assign=True), resize_token_embeddings, weight_norm, sharding or offloading) or "
+                    "removed; accepted: the Parameter objects that the optimizer was made with. Make a new optimizer"
                 )
 
 

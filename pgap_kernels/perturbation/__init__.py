@@ -9,20 +9,20 @@ Imports: modes -> folded -> scratch -> (stacked, arena) -> hooks, and inplace ->
 
 from .base import Perturbation, StateRule, Update
 from .folded import Folded
-from .hooks import address, modules_of
+from .hooks import modules_of
 from .inplace import InPlace
 from .modes import MERGES, MODES, Choice, build, check_options, choose, unfolded
 from .observers import observing
 from .residual import Residual
 from .scratch import Scratch
-from .step_context import Autocast, DefaultDevice, ForwardState, ambient_state_aside, uninterrupted
+from .step_context import Ambient, Autocast, ForwardState, ambient_state_aside, uninterrupted
 
 __all__ = [
     "MERGES",
     "MODES",
+    "Ambient",
     "Autocast",
     "Choice",
-    "DefaultDevice",
     "Folded",
     "ForwardState",
     "InPlace",
@@ -31,7 +31,6 @@ __all__ = [
     "Scratch",
     "StateRule",
     "Update",
-    "address",
     "ambient_state_aside",
     "build",
     "check_options",

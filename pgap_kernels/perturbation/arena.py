@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..directions import storage
+
 _ALIGNMENT = 128  # bytes: vector accesses, and no two tensors in one cache line
 
 
@@ -16,7 +18,11 @@ def padded_bytes(tensor: Tensor) -> int:
 
 
 class Arena:
-    """Memory for the tensors that exist at one time; what does not fit (a recursive module) gets memory of its own."""
+    """Memory for the tensors that exist at one time.
+
+    What does not fit (a recursive module) gets memory of its own, and so does what a graph may keep: closures may
+    differentiate by their inputs (forces, penalties).
+    """
 
     def __init__(self, capacity: Mapping[torch.device, int]) -> None:
         self.capacity = dict(capacity)
@@ -26,12 +32,13 @@ class Arena:
     def take(self, like: Tensor) -> Tensor:
         """Uninitialised contiguous memory of a tensor's shape and dtype, the last to be given back."""
         device, begin = like.device, self.top[like.device]
-        if begin + padded_bytes(like) > self.capacity[device]:
+        if begin + padded_bytes(like) > self.capacity[device] or torch.is_grad_enabled():
             own = torch.empty(like.shape, dtype=like.dtype, device=device)
             self.top[device] = begin + padded_bytes(like)
             return own
         if device not in self.memory:
-            self.memory[device] = torch.empty(self.capacity[device], dtype=torch.uint8, device=device)
+            with torch.inference_mode(False):  # the closure's mode is not that of the next one
+                self.memory[device] = torch.empty(self.capacity[device], dtype=torch.uint8, device=device)
         self.top[device] = begin + padded_bytes(like)
         taken = self.memory[device][begin : begin + like.numel() * like.element_size()]
         return taken.view(like.dtype).view(like.shape)
@@ -50,7 +57,7 @@ class Arena:
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor lies in the arena's memory."""
         memory = self.memory.get(tensor.device)
-        return memory is not None and tensor.untyped_storage().data_ptr() == memory.data_ptr()
+        return memory is not None and storage(tensor) == memory.data_ptr()
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "memory": {}}

@@ -91,6 +91,7 @@ class Perturbation:
         passes_this_step: number of ``perturb_to`` and ``apply`` of this step that wrote weights; it numbers the keys of
             stochastic rounding.
         dry: count passes, run none.
+        rehearsed: the last forward ran another code than the next ones will, and is to be repeated.
     """
 
     mode: ClassVar[str]
@@ -101,7 +102,7 @@ class Perturbation:
         self.seconds = 0.0
         self.workspace_bytes = 0  # the most that was lent beyond the memory of the forwards
         self.residual: Residual | None = None
-        self.dry = False
+        self.dry = self.rehearsed = False
         self.released: str | None = None  # why it serves no more
         self.adopt(weights)
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..directions import Direction, Part, Pass, Weight, add_parts
+from ..directions import Direction, Part, Pass, Weight, add_parts, address
 from .base import Update
 from .hooks import EMBEDDING, LINEAR, ModuleUse, ParamRef
 from .scratch import Scratch, Shown
@@ -125,6 +125,12 @@ class Folded(Scratch):
 
     def _fold(self, use: ModuleUse, ref: ParamRef, x: Tensor, output: Tensor) -> Tensor:
         folds = [self.folds_of(ref.index, point) for point in range(self.count)]
+        if self.searching and (address(x) is None or address(output) is None):
+            name = self.weights[ref.index].name
+            raise RuntimeError(
+                f"closure: {name!r} is applied to a nested, sparse or vmapped tensor; accepted: dense ones with "
+                f"mode='folded'. Choose mode='scratch', or exclude=[{name!r}]"
+            )
         if self.fades and not any(self.fills_of(ref.index, point) for point in range(self.count)):
             output = self._faded_output(use, ref, x, output)
         output = output.contiguous()

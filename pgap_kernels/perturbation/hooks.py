@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
 
-from ..directions import Weight
+from ..directions import Weight, address, extent
 from .step_context import ambient_state_aside, uninterrupted
 
 LINEAR, CONV1D, EMBEDDING = "linear", "conv1d", "embedding"
@@ -64,13 +66,6 @@ def _kind(module: nn.Module) -> str | None:
     return None
 
 
-def address(tensor: Tensor) -> tuple | None:
-    """Equal for tensors that are the same elements; tied parameters are found by it. None: it has no memory here."""
-    if is_lazy(tensor) or tensor.layout != torch.strided or tensor.is_nested or tensor.device.type == "meta":
-        return None
-    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()
-
-
 def modules_of(model: nn.Module | None) -> list[nn.Module]:
     """Every module once: what ``model.modules()`` finds, four times as fast, as it is asked before every step."""
     found = [] if model is None else [model]
@@ -98,6 +93,11 @@ def uses_of(model: nn.Module, weights: Sequence[Weight]) -> list[ModuleUse]:
             weight = None if parameter is None else weight_at.get(address(parameter))
             if parameter is None or weight is None:
                 continue
+            if isinstance(owner, torch.jit.ScriptModule):
+                raise ValueError(
+                    f"model: {weight.name!r} belongs to a scripted module, whose forward knows no hooks; accepted: "
+                    "modules of Python (or mode='inplace' without two_pass)"
+                )
             user = _user(name, modules)
             if user is None:
                 raise ValueError(
@@ -120,12 +120,19 @@ def uses_of(model: nn.Module, weights: Sequence[Weight]) -> list[ModuleUse]:
 
 
 def _user(name: str, modules: dict[str, nn.Module]) -> str | None:
-    """The module itself, or the nearest one around it that has a forward."""
-    while type(modules[name]).forward is nn.Module.forward and "forward" not in modules[name].__dict__:
+    """The module itself, or the nearest one around it whose forward reads its parameters."""
+    while not _is_called(modules[name]):
         if not name:
             return None
         name = name.rpartition(".")[0]
     return name
+
+
+def _is_called(module: nn.Module) -> bool:
+    """Whether its parameters are used by calling it: not ``ParameterDict``, nor ``out_proj`` of attention."""
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return False
+    return type(module).forward is not nn.Module.forward or "forward" in module.__dict__
 
 
 class HookClient(Protocol):
@@ -210,6 +217,9 @@ class StrayUses(TorchFunctionMode):
     def __init__(self, weights: Sequence[Weight], allowed: Callable[[], set[int]]) -> None:
         super().__init__()
         self.names = {w.tensor.data_ptr(): w.name for w in weights if w.tensor.numel()}
+        # Views of a weight start anywhere in it.
+        self.extents = sorted(extent(w.tensor) for w in weights if w.tensor.numel() and w.tensor.is_contiguous())
+        self.reach = list(itertools.accumulate((end for _, end in self.extents), max))
         self.allowed = allowed
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -219,10 +229,22 @@ class StrayUses(TorchFunctionMode):
             for tensor in tensors_in((args, kwargs)):
                 if any(tensor is r for r in results):
                     continue  # handed through unread, as by requires_grad_
-                place = tensor.data_ptr() if tensor.layout == torch.strided else 0
-                if place in self.names and place not in self.allowed():
-                    raise RuntimeError(self._message(place, func))
+                for place in self._weights_in(tensor):
+                    if place not in self.allowed():
+                        raise RuntimeError(self._message(place, func))
         return result
+
+    def _weights_in(self, tensor: Tensor) -> list[int]:
+        """Addresses of the weights that a tensor shares memory with."""
+        begin, end = extent(tensor)
+        if begin in self.names:
+            return [begin]
+        found, i = [], bisect.bisect_left(self.extents, (end,)) - 1
+        while i >= 0 and self.reach[i] > begin:
+            if self.extents[i][1] > begin:
+                found.append(self.extents[i][0])
+            i -= 1
+        return found
 
     def _message(self, place: int, func: Any) -> str:
         return (

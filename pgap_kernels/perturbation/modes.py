@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..directions import Weight
+from ..directions import Weight, address
 from .base import Perturbation
 from .folded import Folded, foldable_weights
-from .hooks import take_over, uses_of
+from .hooks import modules_of, take_over, uses_of
 from .inplace import InPlace
 from .scratch import Scratch
 
@@ -59,12 +59,12 @@ def choose(mode: str, weights: Sequence[Weight], model: nn.Module | None, lowran
         device = weights[0].tensor.device.type
         wanted, other = _FLOAT32.get((kind, device), "inplace"), "inplace"
         why = f"table of float32 modes, {kind} on {device}"
-    for candidate in (wanted, other):
+    for candidate in (wanted, other, "scratch", "inplace"):
         reason = _refusal(candidate, weights, model, lowrank)
         if reason is None:
             return Choice(candidate, why)
         why = reason
-    return Choice("inplace", why)
+    raise ValueError(f"mode: got 'auto', but no mode can serve: {why}")
 
 
 def _refusal(
@@ -72,7 +72,7 @@ def _refusal(
 ) -> str | None:
     """Why a mode cannot serve, or None."""
     if mode == "inplace":
-        return None
+        return _written_by_forward(weights, model)
     if mode == "folded" and lowrank is None:
         return "the method's directions are dense; accepted: folded for low-rank methods, scratch or inplace for others"
     if model is None:
@@ -81,6 +81,13 @@ def _refusal(
         uses = uses_of(model, weights)
     except ValueError as error:
         return str(error)
+    for use in uses:
+        if isinstance(use.module, nn.RNNBase):
+            return (
+                f"{weights[use.refs[0].index].name!r} belongs to a {type(use.module).__name__}, whose forward reads "
+                "its weights from a list of its own; accepted: modules that read their parameters. Choose "
+                "mode='inplace'"
+            )
     if mode == "folded" and lowrank and not foldable_weights(uses) & {*lowrank}:
         use, ref = next((use, ref) for use in uses for ref in use.refs if ref.index in lowrank)
         return (
@@ -120,6 +127,20 @@ def check_options(
             f"residual: got True with mode={mode!r} and {weights[0].tensor.dtype} weights; accepted: with 16-bit "
             "weights that are not perturbed in place"
         )
+
+
+def _written_by_forward(weights: Sequence[Weight], model: nn.Module | None) -> str | None:
+    """Why weights could not be restored in place: embeddings with ``max_norm`` rescale theirs in every forward."""
+    names = {address(w.tensor): w.name for w in weights}
+    for module in modules_of(model):
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+            name = names.get(address(module.weight))
+            if name is not None:
+                return (
+                    f"{name!r} belongs to a {type(module).__name__} with max_norm={module.max_norm}, whose forward "
+                    "rescales the perturbed weight; accepted: weights that forwards do not write. Choose mode='scratch'"
+                )
+    return None
 
 
 def unfolded(weights: Sequence[Weight], model: nn.Module, lowrank: Collection[int]) -> list[str]:

@@ -9,7 +9,10 @@ graph and replayed.
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
+import traceback
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -23,6 +26,20 @@ from .hooks import Hooks, ModuleUse, ParamRef, StrayUses, tensors_in, uses_of
 from .stacked import StackedForward
 
 T = TypeVar("T")
+
+
+def _uncompiled() -> contextlib.AbstractContextManager:
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes seconds
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+def _is_called_compiled() -> bool:
+    """Whether a compiled function around the model, which ``_uncompiled`` has stood aside, is being called."""
+    if "torch._dynamo" not in sys.modules:
+        return False
+    frames = (frame for frame, _ in traceback.walk_stack(None))
+    return any(frame.f_code.co_filename == torch._dynamo.eval_frame.__file__ for frame in frames)
 
 
 class Shown(NamedTuple):
@@ -55,7 +72,7 @@ class Scratch(Perturbation):
         self._unhook()
         self.uses = uses_of(self.model, self.weights)
         self.arena = Arena(self._capacity())
-        self.active = self.captures = False
+        self.active = self.captures = self.searching = False
         self.rows, self.count = 0, 1  # of a stacked batch: its leading dimension, and its points
         self.modules = list(self.model.modules())
         self.on_cuda = any(w.tensor.is_cuda for w in self.weights)
@@ -165,17 +182,20 @@ class Scratch(Perturbation):
 
     def forward(self, call: Callable[[], T]) -> T:
         self.calls = [1 if self.dry else 0] * len(self.uses)
-        self.active, self.captures, self.rows, self.source = True, False, 0, set()
+        self.active, self.captures, self.rows = True, False, 0
+        self.rehearsed, self.source = False, set()
         training = tuple([module.training for module in self.modules])
         try:
             if training in self.checked or self.dry or self._is_compiled():
                 result = call()
             else:  # a branch of the model that is new may use a weight in another way
-                with StrayUses(self.weights, self._readable):
+                # Torch's tracing and this search do not go together: a compiled forward is looked through uncompiled.
+                self.searching = True
+                with StrayUses(self.weights, self._readable), _uncompiled():
                     result = call()
             self.checked.add(training)
         finally:
-            self.active = False
+            self.active = self.searching = False
             self._unwind()
             for use, times in zip(self.uses, self.calls, strict=True):
                 if times:
@@ -229,6 +249,8 @@ class Scratch(Perturbation):
                 self.fill(ref, out, 0)
                 ref.owner._parameters[ref.name] = out  # type: ignore[assignment]
             return
+        if self.searching and not any(self.calls):
+            self.rehearsed = _is_called_compiled()
         for ref in use.refs:
             if not ref.is_in_place() and id(ref.owner._parameters.get(ref.name)) not in self.lent:
                 raise RuntimeError(

@@ -42,10 +42,17 @@ class StackedForward:
         use.module.forward = self  # type: ignore[method-assign, assignment]
 
     def remove(self) -> None:
-        """Give the module its own forward back."""
-        del self.use.module.forward
-        if self.own is not None:
-            self.use.module.forward = self.own  # type: ignore[method-assign]
+        """Give the module its own forward back, or to the one that another optimizer has put around this."""
+        around = self.use.module.__dict__.get("forward")
+        if around is self:
+            del self.use.module.forward
+            if self.own is not None:
+                self.use.module.forward = self.own  # type: ignore[method-assign]
+            return
+        while isinstance(around, StackedForward):
+            if around.own is self:
+                around.own, around.forward = self.own, self.forward
+            around = around.own
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         filler, use = self.filler, self.use

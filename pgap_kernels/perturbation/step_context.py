@@ -5,45 +5,58 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..directions import extent, storage, writing
+
+_PIECE = 1 << 24  # bytes that a checksum reads at a time
 
 
-class DefaultDevice:
-    """The caller's default device: for the closure, not for what the optimizer makes on the host."""
+class Ambient:
+    """The caller's inference mode and default device: for the closure, not for what the optimizer makes."""
 
     def __init__(self) -> None:
+        self.inference = torch.is_inference_mode_enabled()
+        self.other_device = torch.get_default_device().type != "cpu"
         self.cpu = torch.device("cpu")
-        self.replaced = torch.get_default_device().type != "cpu"
 
-    def __enter__(self) -> DefaultDevice:
-        if self.replaced:
+    def leave(self) -> None:
+        """Make the host the default device."""
+        if self.other_device:
             self.cpu.__enter__()
-        return self
 
-    def __exit__(self, *error: Any) -> None:
-        if self.replaced:
-            self.cpu.__exit__(*error)
+    def enter(self) -> None:
+        """Take that off again; covering it with the caller's device would slow every torch call."""
+        if self.other_device:
+            self.cpu.__exit__(None, None, None)
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
-        """As the caller has it, for a forward; taken off, not covered, as each mode slows every torch call."""
-        self.__exit__(None, None, None)
+        """As the caller has it, for a forward."""
+        self.enter()
         try:
-            yield
+            with torch.inference_mode() if self.inference else contextlib.nullcontext():
+                yield
         finally:
-            self.__enter__()
+            self.leave()
 
 
 @contextlib.contextmanager
-def ambient_state_aside() -> Iterator[DefaultDevice]:
+def ambient_state_aside() -> Iterator[Ambient]:
     """Run the optimizer outside of the caller's inference mode, whose tensors could not be written later, and of its
     grad mode and default device."""
-    with torch.inference_mode(False), torch.no_grad(), DefaultDevice() as default_device:
-        yield default_device
+    ambient = Ambient()
+    with torch.inference_mode(False), torch.no_grad():
+        ambient.leave()
+        try:
+            yield ambient
+        finally:
+            ambient.enter()
 
 
 @contextlib.contextmanager
@@ -94,74 +107,129 @@ class ForwardState:
     """RNG states and module buffers, so that every forward of a step starts from the same ones.
 
     Buffers up to ``SMALL`` bytes are copied at each step. Larger ones (packed weights of quantised models) are copied
-    only once a forward was seen to change them, by their version counters. Batch norm writes its statistics past the
-    version counter, but those are small. Buffers that share memory with a weight move with the weight.
+    only once a forward was seen to change them: by their version counters, and in the first step with some training
+    flags by checksums, as kernels and ``.data`` write past the counters. Buffers that share elements with a weight are
+    the optimizer's business, not ours.
     """
 
     SMALL = 1 << 20
 
-    def __init__(self, model: nn.Module | None, weights: Iterable[Tensor]) -> None:
-        self.modules = list(model.modules()) if model is not None else []
+    def __init__(self, modules: Sequence[nn.Module], weights: Iterable[Tensor]) -> None:
+        self.modules = modules
+        self.dicts = [module._buffers for module in modules]
         tensors = list(weights)
         self.cuda_devices = {t.device for t in tensors if t.device.type == "cuda"}
-        self.memory_of_weights = {_memory(t) for t in tensors}
+        self.weights_in: dict[int, list[tuple[int, int]]] = {}  # extents of the weights in each storage
+        for t in tensors:
+            self.weights_in.setdefault(storage(t), []).append(extent(t))
         self.changing: set[int] = set()  # large buffers that forwards write, by id
+        self.inspected: set[tuple[bool, ...]] = set()  # training flags under which checksums were compared
+
+    def flags(self) -> tuple[bool, ...]:
+        """Which modules are in training mode: a branch of the model that others do not show."""
+        return tuple([module.training for module in self.modules])
 
     def begin(self) -> None:
         """Note what the forwards of a step shall start from."""
         self.rng = torch.get_rng_state()
         self.cuda = {d: torch.cuda.get_rng_state(d) for d in self.cuda_devices}
-        self.owners = [
-            (module, name, buffer)
-            for module in self.modules
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
+        self.tables = [(buffers, dict(buffers)) for buffers in self.dicts if buffers]
+        self.count = sum(map(len, self.dicts))
+        self.unset = any(b is None for _, before in self.tables for b in before.values())
+        self.uninspected = {self.flags()} - self.inspected
         self.copies: list[tuple[Tensor, Tensor]] = []
-        self.versions: list[tuple[Tensor, int]] = []
-        for buffer in {id(b): b for _, _, b in self.owners}.values():
-            if not _writable(buffer) or _memory(buffer) in self.memory_of_weights:
-                continue
-            if buffer.nbytes <= self.SMALL or id(buffer) in self.changing:
-                self.copies.append((buffer, buffer.clone()))
-            else:
-                self.versions.append((buffer, buffer._version))
+        self.large: list[tuple[Tensor, int | None, int | None]] = []  # with their versions and checksums
+        for buffer in {id(b): b for _, before in self.tables for b in before.values() if b is not None}.values():
+            self._note(buffer)
+
+    def _note(self, buffer: Tensor) -> None:
+        if not _writable(buffer) or self._shares_elements(buffer):
+            return
+        if buffer.nbytes <= self.SMALL or id(buffer) in self.changing:
+            self.copies.append((buffer, buffer.clone()))
+        else:
+            checksum = _checksum(buffer) if self.uninspected else None
+            self.large.append((buffer, _version(buffer), checksum))
+
+    def _shares_elements(self, buffer: Tensor) -> bool:
+        begin, end = extent(buffer)
+        return any(begin < stop and start < end for start, stop in self.weights_in.get(storage(buffer), ()))
 
     def restore(self) -> None:
         """Put everything back as it was when the step began."""
         torch.set_rng_state(self.rng)
         for device, state in self.cuda.items():
             torch.cuda.set_rng_state(state, device)
-        for module, name, buffer in self.owners:
-            module._buffers[name] = buffer  # a forward may have put another tensor there
-        for buffer, copy in self.copies:
-            buffer.copy_(copy)
+        for buffers, before in self.tables:
+            for name, buffer in before.items():
+                if buffers.get(name) is not buffer:
+                    buffers[name] = buffer  # a forward has put another tensor there
+        if self.copies:
+            targets = [buffer for buffer, _ in self.copies]
+            with writing(targets):
+                torch._foreach_copy_(targets, [copy for _, copy in self.copies])
 
     def learn_changes(self) -> bool:
-        """Whether a forward has changed a large buffer for the first time.
+        """Whether a forward has changed a large buffer for the first time, or made one.
 
         It is copied from now on, as that forward left it. The caller repeats the forward, so that all forwards of the
         step start from one state; such a buffer then saw one forward more than without us.
         """
-        changed = [buffer for buffer, version in self.versions if buffer._version != version]
-        self.versions = [(buffer, version) for buffer, version in self.versions if buffer._version == version]
-        self.changing |= {id(buffer) for buffer in changed}
-        self.copies += [(buffer, buffer.clone()) for buffer in changed]
-        return bool(changed)
+        changed = {
+            id(buffer): buffer
+            for buffer, version, checksum in self.large
+            if _version(buffer) != version or (checksum is not None and _checksum(buffer) != checksum)
+        }
+        self.changing |= {*changed}
+        # The checksums have told what they can: the other forwards of the step run the same code.
+        self.large = [(buffer, version, None) for buffer, version, _ in self.large if id(buffer) not in changed]
+        self.inspected |= self.uninspected
+        self.uninspected = set()
+        new = [*changed.values(), *self._made()]
+        for buffer in new:
+            self._note(buffer)
+        return bool(new)
+
+    def _made(self) -> list[Tensor]:
+        """Buffers that there were not when the step began."""
+        if not self.unset and self.count == sum(map(len, self.dicts)):
+            return []
+        known = {id(buffers): before for buffers, before in self.tables}
+        self.tables = [(buffers, known.get(id(buffers), {})) for buffers in self.dicts if buffers]
+        self.count = sum(map(len, self.dicts))
+        made: list[Tensor] = []
+        for buffers, before in self.tables:
+            here = {name: b for name, b in buffers.items() if b is not None and before.get(name) is None}
+            before |= here
+            made += here.values()
+        return made
 
     def release(self) -> None:
         """Drop the copies: a step is over."""
-        self.copies, self.versions, self.owners = [], [], []
-
-
-def _memory(tensor: Tensor) -> int:
-    """Address of a tensor's storage; 0 where it has none."""
-    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
+        self.copies, self.large, self.tables = [], [], []
 
 
 def _writable(buffer: Tensor) -> bool:
-    """Whether a forward could write it in place: torch refuses that for expanded and for inference tensors."""
-    expanded = any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True))
-    return (
-        buffer.layout == torch.strided and not expanded and not buffer.is_inference() and buffer.device.type != "meta"
-    )
+    """Whether a forward could write it in place: torch refuses that for expanded tensors."""
+    if is_lazy(buffer) or buffer.layout != torch.strided or buffer.is_nested or buffer.device.type == "meta":
+        return False
+    return not any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True))
+
+
+def _version(buffer: Tensor) -> int | None:
+    """How often torch has seen it written; tensors made in inference mode do not count that."""
+    return None if buffer.is_inference() else buffer._version
+
+
+def _checksum(buffer: Tensor) -> int:
+    """A sum of its bits, read in pieces: nothing of its size is made."""
+    if is_traceable_wrapper_subclass(buffer):
+        return 0
+    rows = buffer.detach().reshape(1) if buffer.dim() == 0 else buffer.detach()
+    total = 0
+    for piece in rows.split(max(1, _PIECE * len(rows) // max(1, buffer.nbytes))):
+        raw = piece.contiguous().view(-1).view(torch.uint8)
+        whole = len(raw) // 8 * 8
+        words = raw[:whole].view(torch.int64) if raw.data_ptr() % 8 == 0 else raw[:whole].clone().view(torch.int64)
+        total += int(words.sum()) + int(raw[whole:].sum())
+    return total
