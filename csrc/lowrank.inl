@@ -28,6 +28,8 @@ void lowrank_product(const LowrankPass& pass, int64_t row, const float* right,
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 16
         for (int v = 0; v < kLowrankPanelVectors; ++v) sums[i][v] = V::set(0.0f);
+    // By two: with 16 items or fewer, one turn per item is up to 40 % slower at some addresses of the loop.
+#pragma GCC unroll 2
     for (int64_t k = 0; k < depth; ++k, right += kLowrankPanel, ++left) {
         V::F b[kLowrankPanelVectors];
         for (int v = 0; v < kLowrankPanelVectors; ++v) b[v] = V::load(right + v * V::N);
