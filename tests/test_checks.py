@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pgap_kernels import checks, extension
 from pgap_kernels.ops import _packing
 
-BUFFER = torch.zeros(96)
+BUFFER = torch.zeros(160)
 
 
 @st.composite
@@ -28,12 +28,12 @@ def views(draw):
         for i in range(dims - 1, 0, -1):
             strides[i] = 1 if i == dims - 1 else strides[i + 1] * max(sizes[i + 1], 1)
     reach = sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True) if size)
-    return BUFFER.as_strided(sizes, strides, draw(st.integers(0, 95 - max(reach, 0))))
+    return BUFFER.as_strided(sizes, strides, draw(st.integers(0, 159 - max(reach, 0))))
 
 
 def elements(tensor):
     """Addresses of all elements, with repeats."""
-    place = torch.arange(96).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    place = torch.arange(160).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
     return place.reshape(-1).tolist()
 
 
