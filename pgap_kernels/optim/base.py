@@ -235,7 +235,7 @@ class ZOOptimizer(ModelOptimizer):
                 f"the losses at all points of each of the last {_FLAT_STEPS} steps were bit-equal: no perturbation "
                 "reaches the loss. Does the closure run the model whose parameters are trained (not a copy, merged "
                 "adapters or functional_call), and is eps large enough for the loss's precision?",
-                stacklevel=3,
+                stacklevel=4,  # above torch's wrapper of ``step``
             )
 
     def cost(self) -> Cost:

@@ -20,9 +20,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from .. import ops
-from ..directions import Direction, Part, Pass, Weight, add_parts, address
+from ..directions import Direction, Part, Pass, Weight, add_parts
 from .base import Update
 from .hooks import EMBEDDING, LINEAR, ModuleUse, ParamRef
 from .scratch import Scratch, Shown
@@ -117,6 +118,12 @@ class Folded(Scratch):
         for ref in use.refs:
             if any(self.folds_of(ref.index, point) for point in range(self.count)):
                 x = args[0] if args else next(iter(kwargs.values()))
+                if not compiling and (x.layout != torch.strided or x.is_nested or is_functorch_wrapped_tensor(x)):
+                    name = self.weights[ref.index].name
+                    raise RuntimeError(
+                        f"closure: {name!r} is applied to a nested, sparse or vmapped tensor; accepted: dense ones "
+                        f"with mode='folded'. Choose mode='scratch', or exclude=[{name!r}]"
+                    )
                 output = self._fold(use, ref, x, output)
         if not compiling:
             self.seconds += time.perf_counter() - begin
@@ -125,19 +132,15 @@ class Folded(Scratch):
 
     def _fold(self, use: ModuleUse, ref: ParamRef, x: Tensor, output: Tensor) -> Tensor:
         folds = [self.folds_of(ref.index, point) for point in range(self.count)]
-        if self.searching and (address(x) is None or address(output) is None):
-            name = self.weights[ref.index].name
-            raise RuntimeError(
-                f"closure: {name!r} is applied to a nested, sparse or vmapped tensor; accepted: dense ones with "
-                f"mode='folded'. Choose mode='scratch', or exclude=[{name!r}]"
-            )
         if self.fades and not any(self.fills_of(ref.index, point) for point in range(self.count)):
             output = self._faded_output(use, ref, x, output)
         output = output.contiguous()
         if self.count > 1:
             check_rows(self, type(use.module).__name__, output.shape[0])
-        if torch.is_grad_enabled() and output.requires_grad:  # a first-order use between steps, of one point
-            return _fold_differentiably(use.kind, folds[0], x, output)
+        if torch.is_grad_enabled() and output.requires_grad:  # between steps, or by the closure's own wish
+            parts = zip(folds, x.chunk(self.count), output.chunk(self.count), strict=True)
+            moved = [_fold_differentiably(use.kind, own, inputs, y) for own, inputs, y in parts]
+            return moved[0] if self.count == 1 else torch.cat(moved)
         for operands in _by_factors(folds):
             left, right, _ = operands[0]
             add_lowrank(output, x, left, right, [core for _, _, core in operands], use.kind != LINEAR)

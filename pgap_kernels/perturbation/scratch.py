@@ -38,8 +38,9 @@ def _is_called_compiled() -> bool:
     """Whether a compiled function around the model, which ``_uncompiled`` has stood aside, is being called."""
     if "torch._dynamo" not in sys.modules:
         return False
-    frames = (frame for frame, _ in traceback.walk_stack(None))
-    return any(frame.f_code.co_filename == torch._dynamo.eval_frame.__file__ for frame in frames)
+    codes = (frame.f_code for frame, _ in traceback.walk_stack(None))
+    place = torch._dynamo.eval_frame.__file__
+    return any(code.co_name == "compile_wrapper" and code.co_filename == place for code in codes)
 
 
 class Shown(NamedTuple):
