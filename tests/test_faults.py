@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import io
 import math
 import re
+import socket
 import warnings
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.nn.utils import prune as prune_module
+from torch.optim.swa_utils import AveragedModel
 from torch.testing._internal.two_tensor import TwoTensor
 
 from pgap_kernels.optim import PGAP, MeZO, ZOOptimizer
@@ -989,3 +994,781 @@ def test_an_embedding_that_rescales_its_weight_in_the_forward(kind):
     model = seeded(rescaled)
     model.words.requires_grad_(False)
     take_steps(make("mezo-inplace", model), model, 1, bag_loss)
+
+
+# ---- the model someone reads is the model that was trained ----------------------------------------------------------
+
+DEFERRED = {"mezo-two_pass", "pgap-two_pass", "pgap-window", "lozo-window"}  # asked for
+immediate = pytest.mark.parametrize("case", [case for case in CASES if case not in DEFERRED])
+
+
+def as_vector(model):
+    return nn.utils.parameters_to_vector(model.parameters()).split([p.numel() for p in model.parameters()])
+
+
+READERS = {
+    "named_parameters": lambda m: [p for _, p in m.named_parameters()],
+    "parameters_to_vector": as_vector,
+    "deepcopy": lambda m: list(copy.deepcopy(m).parameters()),
+    "state_dict": lambda m: list(m.state_dict().values()),
+    "averaged_model": lambda m: list(AveragedModel(m).parameters()),
+}
+
+
+@immediate
+@pytest.mark.parametrize("reader", READERS)
+def test_reading_the_parameters_between_steps(case, reader):
+    """The parameters, put into another model, are what the optimizer's own forward computes with."""
+    model = seeded(Net)
+    optimizer = make(case, model, lr=5e-2)
+    for _ in range(5):
+        take_steps(optimizer, model)
+        other = Net()
+        with torch.no_grad():
+            for p, value in zip(other.parameters(), READERS[reader](model), strict=True):
+                p.copy_(value.view_as(p))
+            assert loss_of(other).item() == loss_of(model).item()
+
+
+@every_case
+def test_reading_the_parameters_after_merge_or_state_dict(case):
+    models = [seeded(Net) for _ in range(3)]
+    optimizers = [make(case, model, lr=5e-2) for model in models]
+    for optimizer, model in zip(optimizers, models, strict=True):
+        take_steps(optimizer, model, 4)
+    with torch.no_grad():
+        evaluated = loss_of(models[0]).item()
+    optimizers[0].merge()
+    models[1].state_dict()
+    optimizers[2].state_dict()
+    for model in models:
+        other = Net()
+        other.load_state_dict(dict(model.named_parameters()))
+        assert loss_of(other).item() == pytest.approx(evaluated, abs=2e-6)
+        assert changed(models[0], snapshot(model)) == []
+
+
+@every_case
+@pytest.mark.parametrize("write", ["copy_", "data", "load_state_dict", "vector_to_parameters"])
+def test_writing_the_parameters_between_steps(case, write):
+    """Going back to the best weights: the next step goes on from them."""
+    model = seeded(Net)
+    optimizer = make(case, model, lr=5e-2)
+    best = snapshot(model)
+    start = loss_of(model).item()
+    take_steps(optimizer, model, 5)
+    optimizer.merge()  # nothing to do by default
+    with torch.no_grad():
+        if write == "copy_":
+            for name, p in model.named_parameters():
+                p.copy_(best[name])
+        elif write == "data":
+            for name, p in model.named_parameters():
+                p.data = best[name].clone()
+        elif write == "load_state_dict":
+            model.load_state_dict(best)
+        else:
+            nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(best.values()), model.parameters())
+    assert loss_of(model).item() == start
+    optimizer.param_groups[0]["lr"] = 0.0
+    take_steps(optimizer, model)
+    optimizer.merge()
+    assert distance(model, best) < 1e-6
+
+
+class LoRA(nn.Module):
+    """A frozen layer with an adapter, as PEFT makes them: factors in containers without a forward."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.disabled = base.requires_grad_(False), False
+        n, m = base.in_features, base.out_features
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(n, 2, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, m, bias=False)})
+        self.scales = nn.ParameterDict({"default": nn.Parameter(torch.ones(m))})
+        self.shifts = nn.ParameterList([nn.Parameter(torch.zeros(m))])
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = self.base(x)
+        if not self.disabled:
+            adapted = self.lora_B["default"](self.lora_A["default"](x))
+            result = result + adapted * self.scales["default"] + self.shifts[0]
+        return result
+
+    @contextlib.contextmanager
+    def disable_adapter(self):
+        self.disabled = True
+        self.requires_grad_(False)
+        yield
+        self.disabled = False
+        for part in (self.lora_A, self.lora_B, self.scales, self.shifts):
+            part.requires_grad_(True)
+
+    def merged(self) -> nn.Linear:
+        """``merge_and_unload``."""
+        layer = copy.deepcopy(self.base)
+        delta = self.lora_B["default"].weight @ self.lora_A["default"].weight
+        layer.weight.data += self.scales["default"][:, None] * delta
+        layer.bias.data += self.shifts[0]
+        return layer
+
+
+def adapted() -> Net:
+    model = Net().requires_grad_(False)
+    model.first, model.middle = LoRA(model.first), LoRA(model.middle)
+    return model
+
+
+@immediate
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_an_adapter_between_steps(case, dtype):
+    model = seeded(adapted).to(dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", SIXTEEN_BIT_IN_PLACE)
+        optimizer = make(case, model, lr=5e-2)
+    take_steps(optimizer, model, 5)
+    with torch.no_grad():
+        trained = loss_of(model).item()
+        model.first, model.middle = model.first.merged(), model.middle.merged()
+        assert loss_of(model).item() == pytest.approx(trained, abs={torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype])
+    refused(RuntimeError, r"^model: .* is not one of its parameters any more", lambda: take_steps(optimizer, model))
+
+
+@every_case
+def test_disabling_an_adapter_inside_the_closure(case):
+    """As a DPO-like loss does: ``requires_grad_`` is no use of a weight."""
+    model, model_in_place = seeded(adapted), seeded(adapted)
+    losses = ([], [])
+    method, options = CASES[case]
+    options = {k: v for k, v in options.items() if k not in ("merge", "two_pass")} | {"mode": "inplace"}
+    optimizers = make(case, model), method(model_in_place, lr=1e-2, **options)
+    for optimizer, m, seen in zip(optimizers, (model, model_in_place), losses, strict=True):
+
+        def closure(m=m, seen=seen):
+            with m.first.disable_adapter(), m.middle.disable_adapter():
+                reference = loss_of(m)
+            loss = F.softplus(loss_of(m) - reference)
+            seen.append((reference.item(), loss.item()))
+            return loss
+
+        for _ in range(4):
+            optimizer.step(closure)
+        assert [p.requires_grad for p in m.parameters()] == [p.requires_grad for p in seeded(adapted).parameters()]
+    assert torch.allclose(*(torch.tensor(seen) for seen in losses), atol=2e-6, rtol=0)
+    assert len({reference for reference, _ in losses[0]}) == 1  # the adapters' perturbation is not in it
+
+
+# ---- hooked modes ---------------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    def __init__(self, batch_first=True) -> None:
+        super().__init__()
+        self.attention, self.last = nn.MultiheadAttention(8, 2, batch_first=batch_first), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        words = torch.stack([x, x * 0.5, x.roll(1, 1)], 1)
+        return self.last(self.attention(words, words, words, need_weights=False)[0].mean(1))
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.last = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.encoder(torch.stack([x, x * 0.5], 1)).mean(1))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind=nn.LSTM) -> None:
+        super().__init__()
+        self.layer, self.last = kind(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.layer(torch.stack([x, -x]))[0][-1])
+
+
+class Containers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.ParameterDict({"scale": nn.Parameter(torch.ones(8, 8)), "shift": nn.Parameter(torch.zeros(8))})
+        self.several = nn.ParameterList([nn.Parameter(torch.ones(8))])
+        self.last = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last((x @ self.table["scale"] + self.table["shift"]) * self.several[0])
+
+
+def hooked_weight_norm() -> nn.Module:
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        return nn.Sequential(nn.utils.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 2))
+
+
+def pruned() -> nn.Module:
+    model = Net()
+    prune_module.l1_unstructured(model.middle, "weight", 0.5)
+    return model
+
+
+class Vmapped(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.vmap(super().forward)(x)
+
+
+class Checkpointed(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
+
+
+MODELS = {
+    "attention": Attention,
+    "encoder": Encoder,
+    "containers": Containers,
+    "adapters": adapted,
+    "weight_norm": lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 2)),
+    "weight_norm_by_hook": hooked_weight_norm,
+    "spectral_norm": lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)), nn.Linear(8, 2)),
+    "pruned": pruned,
+    "checkpointed": Checkpointed,
+    "vmapped": Vmapped,
+    "functional_call": Net,
+}
+
+
+def losses_of(method, options, make_model, training: bool) -> list[float]:
+    model = seeded(make_model).train(training)
+    optimizer, seen = method(model, lr=1e-2, **options), []
+
+    def closure():
+        loss = loss_of(model)
+        if make_model is MODELS["functional_call"]:  # with the model's own parameters
+            loss = F.cross_entropy(torch.func.functional_call(model, dict(model.named_parameters()), (INPUTS,)), LABELS)
+        seen.append(loss.item())
+        return loss
+
+    for _ in range(4):
+        optimizer.step(closure)
+    return seen
+
+
+@every_hooked_case
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_that_reads_its_weights_in_another_way(case, model, training):
+    """The losses of the hooked modes are those in place."""
+    method, options = CASES[case]
+    if model == "vmapped" and options["mode"] == "folded":
+        with pytest.raises(RuntimeError, match=r"^closure: .* is applied to a nested, sparse or vmapped tensor"):
+            losses_of(method, options, MODELS[model], training)
+        return
+    in_place = {name: value for name, value in options.items() if name != "merge"} | {"mode": "inplace"}
+    found, expected = (losses_of(method, o, MODELS[model], training) for o in (options, in_place))
+    assert len({*expected}) == len(expected)
+    assert found == pytest.approx(expected, abs=5e-6)
+
+
+@pytest.mark.parametrize("model", [*MODELS, "lstm", "gru"])
+@pytest.mark.parametrize("method", [MeZO, PGAP])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mode_that_was_chosen_can_run(model, method, dtype):
+    if model == "vmapped" and method is PGAP:
+        return
+    others = {"lstm": Recurrent, "gru": functools.partial(Recurrent, nn.GRU)}
+    module = seeded((MODELS | others)[model]).to(dtype)
+    told = model in others and dtype == torch.bfloat16
+    with pytest.warns(UserWarning, match=SIXTEEN_BIT_IN_PLACE) if told else contextlib.nullcontext() as warned:
+        optimizer = method(module, **(PGAP_OPTIONS if method is PGAP else {}))
+    assert not told or [w.filename for w in warned] == [__file__]
+    take_steps(optimizer, module, 2)
+    if model in others:
+        assert optimizer.mode == "inplace"
+        with pytest.raises(ValueError, match=r"^mode: got 'scratch', but 'layer\.\w+' belongs to a \w+, whose forward"):
+            method(module, mode="scratch")
+
+
+class Stray(Net):
+    """Uses a weight outside of its module's forward, always or in one branch."""
+
+    def __init__(self, read, training=None) -> None:
+        super().__init__()
+        self.read, self.only = read, training
+        self.register_buffer("view", self.middle.weight.detach()[2:5])
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = super().forward(x)
+        if self.only is None or self.training == self.only:
+            result = result + self.read(self).sum() * torch.tensor([1.0, 0.0])
+        return result
+
+
+READS = {
+    "function": lambda m: F.linear(torch.ones(12), m.middle.weight),
+    "view": lambda m: m.middle.weight[1:],
+    "transposed": lambda m: m.middle.weight.T,
+    "data": lambda m: m.middle.weight.data,
+    "row": lambda m: m.middle.weight[3],
+    "buffer": lambda m: m.view,
+    "bias": lambda m: m.middle.bias,
+    "inside_another": lambda m: m.norm.bias * m.last.weight.mean(),
+}
+
+
+@every_hooked_case
+@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize("branch", [None, True, False], ids=["always", "train", "eval"])
+def test_a_stray_use_of_a_weight(case, read, branch):
+    model = seeded(Stray, READS[read], branch).train(branch is not True)
+    optimizer = make(case, model)
+    if branch is not None:
+        take_steps(optimizer, model, 2)  # the other branch
+        model.train(branch)
+    optimizer.merge()
+    before = snapshot(model)
+    message = r"^closure: '\w+\.\w+' is used by \w+ outside the forward of the module .* choose mode='inplace'"
+    refused(RuntimeError, message, lambda: take_steps(optimizer, model))
+    assert changed(model, before) == []
+    assert all(isinstance(p, nn.Parameter) for module in model.modules() for p in module._parameters.values())
+    if branch is not None:
+        model.train(not branch)
+        take_steps(optimizer, model)
+
+
+@every_hooked_case
+def test_asking_a_weight_about_itself_in_the_closure(case):
+    """Is no use: its shape, dtype, device, flags, and functions that hand it through."""
+    model = seeded(Net)
+    optimizer = make(case, model)
+
+    def closure():
+        w = model.middle.weight
+        assert w.shape == (12, 12) and w.dtype == torch.float32 and w.numel() == 144 and w.device.type == "cpu"
+        assert w.dim() == 2 and w.is_contiguous() and w.requires_grad and len(w) == 12 and w.element_size() == 4
+        model.to("cpu")
+        model.requires_grad_(True)
+        model.zero_grad()
+        w.contiguous()
+        return loss_of(model)
+
+    for _ in range(3):
+        optimizer.step(closure)
+
+
+@every_hooked_case
+@pytest.mark.parametrize("given", ["zeros", "copies", "one"])
+def test_calling_the_model_with_other_parameters(case, given):
+    """``functional_call`` with what is not trained: the loss would not depend on the perturbation."""
+    model = seeded(Net)
+    optimizer = make(case, model)
+    before = snapshot(model)
+    others = {n: torch.zeros_like(p) if given == "zeros" else p.detach().clone() for n, p in model.named_parameters()}
+    if given == "one":
+        others = {"middle.bias": others["middle.bias"]}
+
+    def closure():
+        return F.cross_entropy(torch.func.functional_call(model, others, (INPUTS,)), LABELS)
+
+    refused(RuntimeError, r"^closure: '\w+\.\w+' was replaced for this forward", lambda: optimizer.step(closure))
+    assert changed(model, before) == []
+    take_steps(optimizer, model)
+
+
+@every_case
+@pytest.mark.parametrize("mode", ["grad", "inference", "no_grad"])
+def test_grad_and_inference_mode_inside_the_closure(case, mode):
+    contexts = {"grad": torch.enable_grad, "inference": torch.inference_mode, "no_grad": torch.no_grad}
+    model, plain = seeded(Net), seeded(Net)
+    optimizer, expected = make(case, model), make(case, plain)
+
+    def closure():
+        with contexts[mode]():
+            return loss_of(model)
+
+    for step in range(6):
+        optimizer.step(closure if step % 2 == 0 else lambda: loss_of(model))
+        take_steps(expected, plain)
+        with contexts[mode]():
+            loss_of(model)
+        with torch.no_grad():
+            loss_of(plain)
+    optimizer.merge()
+    expected.merge()
+    # Folded by products that autograd knows, whose roundings a step multiplies by lr |z| / (2 eps).
+    folded = mode == "grad" and CASES[case][1]["mode"] == "folded"
+    assert distance(model, snapshot(plain)) <= folded * 1e-4
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+@every_hooked_case
+def test_differentiating_by_the_inputs_inside_the_closure(case):
+    """Forces, gradient penalties: graphs keep what the layers ran on."""
+
+    def forces(model):
+        with torch.enable_grad():
+            x = INPUTS.clone().requires_grad_()
+            (force,) = torch.autograd.grad(model(x).sum(), x)
+        return force.pow(2).mean()
+
+    method, options = CASES[case]
+    in_place = {name: value for name, value in options.items() if name != "merge"} | {"mode": "inplace"}
+    seen = []
+    for o in (options, in_place):
+        model, losses = seeded(Net), []
+        optimizer = method(model, lr=1e-2, **o)
+        for _ in range(4):
+            optimizer.step(lambda model=model, losses=losses: losses.append(forces(model)) or losses[-1])
+        seen.append([loss.item() for loss in losses])
+    assert seen[0] == pytest.approx(seen[1], abs=1e-6) and len({*seen[0]}) == len(seen[0])
+
+
+class Rows(nn.Module):
+    """Layers over one row after the other, mixed in some way afterwards."""
+
+    def __init__(self, mix, batch_first=True, norm=None) -> None:
+        super().__init__()
+        self.layer, self.last, self.norm = nn.Linear(8, 8), nn.Linear(8, 2), norm
+        self.mix, self.batch_first = mix, batch_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.batch_first:
+            hidden = self.mix(torch.tanh(self.layer(x)))
+        else:  # as many words as rows, so that their number tells nothing
+            words = x + torch.arange(len(x))[:, None, None] * 0.1
+            hidden = self.mix(torch.tanh(self.layer(words)))
+        return self.last(hidden if self.norm is None else self.norm(hidden))
+
+
+MIXED = {
+    "flipped": (lambda h: h.flip(0), True),
+    "average": (lambda h: h - h.mean(0), True),
+    "only_rows_before": (lambda h: h.cumsum(0), True),
+    "only_rows_after": (lambda h: h.flip(0).cumsum(0).flip(0), True),
+    "neighbours": (lambda h: h + h.roll(1, 0), True),
+    "words_first_averaged": (lambda h: h.mean(0), False),
+    "words_first_last_word": (lambda h: h[-1], False),
+    "words_first_first_word": (lambda h: h[0], False),
+}
+
+
+def halves_of(model: nn.Module) -> Tensor:
+    logits = model(torch.cat([INPUTS, INPUTS]))
+    return torch.stack([F.cross_entropy(half, LABELS) for half in logits.chunk(2)])
+
+
+@pytest.mark.parametrize("case", PAIRABLE)
+@pytest.mark.parametrize("mixed", MIXED)
+def test_pairing_a_model_that_mixes_rows(case, mixed):
+    model = seeded(Rows, *MIXED[mixed])
+    optimizer = make(case, model, paired=True)
+    before = snapshot(model)
+    message = r"^paired: a point of one slice of the batch moved the loss of another"
+    refused(RuntimeError, message, lambda: take_steps(optimizer, model, 1, halves_of))
+    assert changed(model, before) == []
+
+
+@pytest.mark.parametrize("case", PAIRABLE)
+def test_pairing_with_gradients_on_in_the_closure(case):
+    seen = ([], [])
+    for context, losses in zip((torch.enable_grad, torch.no_grad), seen, strict=True):
+        model = seeded(Net)
+        optimizer = make(case, model, paired=True)
+
+        def closure(context=context, losses=losses, model=model):
+            with context():
+                losses.append(halves_of(model).detach())
+            return losses[-1]
+
+        for _ in range(4):
+            optimizer.step(closure)
+    assert torch.allclose(torch.stack(seen[0]), torch.stack(seen[1]), rtol=0, atol=1e-6)
+    assert all(losses[0] != losses[1] for losses in seen[0][3:])
+
+
+@pytest.mark.parametrize("case", PAIRABLE)
+def test_pairing_a_model_that_averages_in_training_only(case):
+    model = seeded(Rows, torch.relu, True, nn.BatchNorm1d(8, affine=False)).eval()
+    optimizer = make(case, model, paired=True)
+    take_steps(optimizer, model, 2, halves_of)
+    model.train()
+    refused(RuntimeError, r"^paired: a point of one slice", lambda: take_steps(optimizer, model, 1, halves_of))
+
+
+@pytest.mark.parametrize("case", PAIRABLE)
+@pytest.mark.parametrize("older_goes", [True, False])
+def test_pairing_two_optimizers_of_which_one_is_detached(case, older_goes):
+    """Both wrap the forwards of the same modules; the one that stays goes on to see its own points."""
+    model = seeded(Net)
+    named = list(model.named_parameters())
+    weights, biases = ([(n, p) for n, p in named if n.endswith(end)] for end in ("weight", "bias"))
+    older = make(case, weights, model=model, paired=True)
+    newer = make("mezo-scratch", biases, model=model, paired=True)
+    for optimizer in (older, newer):
+        take_steps(optimizer, model, 1, halves_of)
+    gone, stays = (older, newer) if older_goes else (newer, older)
+    gone.detach()
+    seen = []
+    stays.step(lambda: seen.append(halves_of(model)) or seen[-1])
+    assert seen[-1][0] != seen[-1][1]
+    stays.detach()
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+# ---- nothing reaches the forward ------------------------------------------------------------------------------------
+
+
+def other_model(model):
+    return loss_of(seeded(Net))
+
+
+def constant(model):
+    return torch.tensor(0.5)
+
+
+def rounded_away(model):
+    return loss_of(model).round()
+
+
+@every_case
+@pytest.mark.parametrize("loss", [other_model, constant, rounded_away])
+def test_a_loss_that_does_not_depend_on_the_weights(case, loss):
+    model = seeded(Net)
+    optimizer = make(case, model, lr=1e-9, **({"allow_unused": True} if case in HOOKED else {}))
+    take_steps(optimizer, model, 9, loss)
+    with pytest.warns(UserWarning, match=r"last 10 steps were bit-equal: no perturbation reaches the loss") as warned:
+        optimizer.step(lambda: loss(model))
+    assert [w.filename for w in warned] == [__file__]
+    take_steps(optimizer, model, 5, loss)  # said once
+    assert optimizer.steps == 15
+    if loss is other_model and case in HOOKED:
+        strict, message = make(case, model), r"^closure: .* not perturbed, as the forward did not call"
+        refused(RuntimeError, message, lambda: take_steps(strict, model, 1, loss))
+
+
+@every_case
+def test_a_loss_that_is_flat_now_and_then(case):
+    model = seeded(Net)
+    optimizer = make(case, model)
+    for _ in range(2):
+        take_steps(optimizer, model, 9, rounded_away)
+        take_steps(optimizer, model)
+
+
+def test_parameters_that_the_model_does_not_have_any_more_without_a_model():
+    """Where only parameters are known, the flat losses tell."""
+    model = seeded(Net)
+    optimizer = MeZO(list(model.named_parameters()))
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    with pytest.warns(UserWarning, match="no perturbation reaches the loss"):
+        take_steps(optimizer, model, 12)
+
+
+# ---- two optimizers on one model, and one that was detached ---------------------------------------------------------
+
+TWO = ["mezo-inplace", "mezo-two_pass", "mezo-scratch", "pgap-folded", "pgap-window", "helene-scratch"]
+
+
+@pytest.mark.parametrize("older", TWO)
+@pytest.mark.parametrize("newer", TWO)
+def test_two_optimizers_with_disjoint_weights(older, newer):
+    """As two that take turns at the model, each made anew for its step."""
+
+    def halves(model):
+        named = list(model.named_parameters())
+        return named[:4], named[4:]
+
+    model = seeded(Net)
+    both = [make(c, part, model=model) for c, part in zip((older, newer), halves(model), strict=True)]
+    for _ in range(4):
+        for optimizer in both:
+            take_steps(optimizer, model)
+    for optimizer in both:
+        optimizer.merge()
+    turns, states = seeded(Net), {}
+    for step in range(4):
+        for which, (c, part) in enumerate(zip((older, newer), halves(turns), strict=True)):
+            optimizer = make(c, part, model=turns)
+            if step:
+                optimizer.load_state_dict(states[which])
+            take_steps(optimizer, turns)
+            states[which] = optimizer.state_dict()
+            optimizer.detach()
+    # Those are merged less often: their losses differ by a rounding, which a step multiplies by lr |z| / (2 eps).
+    deferred = {older, newer} & DEFERRED
+    assert distance(model, snapshot(turns)) <= (1e-4 if deferred else 0.0)
+
+
+@pytest.mark.parametrize("older", TWO)
+@pytest.mark.parametrize("newer", TWO)
+def test_two_optimizers_that_share_a_weight(older, newer):
+    model = seeded(Net)
+    named = list(model.named_parameters())
+    first = make(older, named[:4], model=model)
+    take_steps(first, model, 2)
+    with torch.no_grad():
+        evaluated = loss_of(model).item()
+    second = make(newer, named[2:], model=model)
+    with torch.no_grad():
+        assert loss_of(model).item() == pytest.approx(evaluated, abs=1e-6)  # merged, nothing lost
+    take_steps(second, model, 2)
+    if older == "mezo-inplace":  # holds nothing in the model between its steps
+        take_steps(first, model, 2)
+    else:
+        message = r"^step: a newer optimizer has taken over 'middle\.weight' and its model's hooks; make a new"
+        refused(RuntimeError, message, lambda: take_steps(first, model))
+        model.bfloat16().float()  # a change of the model does not bring it back
+        refused(RuntimeError, message, lambda: take_steps(first, model))
+    take_steps(second, model, 2)
+
+
+@every_case
+def test_stepping_after_detach(case):
+    model = seeded(Net)
+    optimizer = make(case, model)
+    take_steps(optimizer, model, 2)
+    state = optimizer.state_dict()
+    optimizer.detach()
+    optimizer.detach()
+    before = snapshot(model)
+    message = r"the optimizer was detached from its model; make a new optimizer to go on$"
+    refused(RuntimeError, rf"^step: {message}", lambda: take_steps(optimizer, model))
+    refused(RuntimeError, rf"^load_state_dict: {message}", lambda: optimizer.load_state_dict(state))
+    refused(RuntimeError, rf"^mode: {message}", lambda: setattr(optimizer, "mode", optimizer.mode))
+    extra = [("extra", nn.Parameter(torch.zeros(2)))]
+    refused(RuntimeError, rf"^add_param_group: {message}", lambda: optimizer.add_param_group({"params": extra}))
+    model.first.requires_grad_(False)
+    refused(RuntimeError, rf"^step: {message}", lambda: take_steps(optimizer, model))
+    optimizer.merge()
+    assert optimizer.state_dict()["zo"]["steps"] == 2 and changed(model, before) == []
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    take_steps(make(case, model), model)
+
+
+# ---- calls and checkpoints ------------------------------------------------------------------------------------------
+
+
+@every_case
+def test_stepping_without_a_closure(case):
+    optimizer = make(case, seeded(Net))
+    for call in (optimizer.step, lambda: optimizer.step(None), lambda: optimizer.step(0.5)):
+        refused(TypeError, r"^closure: got .*; accepted: a function that returns the loss", call)
+
+
+@every_case
+def test_loading_the_state_into_a_subclass(case):
+    method, options = CASES[case]
+    mine = type("Mine", (method,), {})
+    models = [seeded(Net) for _ in range(2)]
+    optimizer = method(models[0], lr=1e-2, **options)
+    take_steps(optimizer, models[0], 4)
+    other = mine(models[1], lr=1e-2, **options)
+    other.load_state_dict(optimizer.state_dict())
+    models[1].load_state_dict(models[0].state_dict())
+    for o, model in ((optimizer, models[0]), (other, models[1])):
+        take_steps(o, model, 3)
+        o.merge()
+    assert changed(models[0], snapshot(models[1])) == []
+
+
+@pytest.mark.parametrize("case", ["pgap-folded", "lozo-inplace", "helene-scratch"])
+def test_loading_the_state_of_other_shapes(case):
+    small, wide = seeded(Net), seeded(Net)
+    wide.middle, wide.last = nn.Linear(12, 14), nn.Linear(14, 2)
+    wide.norm = nn.LayerNorm(14)
+    optimizer = make(case, wide)
+    take_steps(optimizer, wide, 2)
+    state, other = optimizer.state_dict(), make(case, small)
+    refused(ValueError, r"^state_dict: got .* of shape .*; accepted: ", lambda: other.load_state_dict(state))
+    take_steps(other, small)
+
+
+# ---- weights that are not plain tensors in memory -------------------------------------------------------------------
+
+
+WEIGHTS = {
+    "meta": (lambda: torch.empty(2, 2, device="meta"), ValueError, r"got 'odd\.weight' on the meta device"),
+    "sparse": (lambda: torch.eye(3).to_sparse(), TypeError, r"got 'odd\.weight' with layout torch\.sparse_coo"),
+    "wrapping": (lambda: TwoTensor(torch.ones(2), torch.ones(2)), TypeError, r"got 'odd\.weight', a TwoTensor"),
+    "float64": (lambda: torch.ones(2, dtype=torch.float64), TypeError, r"got 'odd\.weight' with dtype torch\.float64"),
+    "complex": (lambda: torch.ones(2, dtype=torch.complex64), TypeError, r"got 'odd\.weight' with dtype"),
+    "float8": (lambda: torch.ones(2).to(torch.float8_e4m3fn), TypeError, r"got 'odd\.weight' with dtype"),
+    "expanded": (lambda: torch.ones(1).expand(3), ValueError, r"\('odd\.weight'\): got shape \(3,\) with"),
+    "transposed": (lambda: torch.ones(3, 4).T, ValueError, r"\('odd\.weight'\): got shape \(4, 3\)"),
+    "mkldnn": (lambda: torch.ones(3).to_mkldnn(), TypeError, r"got 'odd\.weight' with layout"),
+}
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("case", ["mezo-inplace", "mezo-two_pass", "mezo-scratch", "pgap-folded"])
+def test_weights_that_cannot_be_trained(kind, case):
+    """Named where they are to be trained, left alone where they are frozen, and named when somebody thaws them."""
+    value, error, message = WEIGHTS[kind]
+    model = seeded(Net)
+    model.odd = nn.Module()
+    model.odd.weight = nn.Parameter(value())
+    with pytest.raises(error, match=rf"^params:? {message}"):
+        make(case, model)
+    model.odd.weight.requires_grad_(False)
+    optimizer = make(case, model)
+    take_steps(optimizer, model, 2)
+    model.odd.weight.requires_grad_(True)
+    refused(error, rf"^params:? {message}", lambda: take_steps(optimizer, model))
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_weights_of_a_lazy_module():
+    model = nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(2))
+    with pytest.raises(ValueError, match=r"^params: got '1\.weight' of a lazy module"):
+        MeZO(model)
+    model(INPUTS)
+    take_steps(MeZO(model), model, 2)
+
+
+def test_weights_that_are_sharded():
+    port = socket.create_server(("127.0.0.1", 0))
+    address = f"tcp://127.0.0.1:{port.getsockname()[1]}"
+    port.close()
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, init_method=address)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        model = seeded(Net)
+        optimizers = [make(case, model) for case in ("mezo-inplace", "mezo-scratch")]
+        fully_shard(model, mesh=mesh)
+        with pytest.raises(
+            ValueError, match=r"^params: got a DTensor, 'first\.weight', sharded over \(Shard\(dim=0\),\)"
+        ):
+            MeZO(model)
+        for optimizer in optimizers:
+            message = r"^model: '\w+\.\w+' is not one of its parameters any more"
+            refused(RuntimeError, message, lambda o=optimizer: take_steps(o, model))
+        model.requires_grad_(False)
+        model.extra = nn.Linear(2, 2)
+        for mode in ("inplace", "scratch"):
+            MeZO(model, mode=mode, allow_unused=mode == "scratch")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_weights_that_share_some_of_their_elements():
+    flat = torch.ones(10)
+    model = nn.Module()
+    model.one, model.two = nn.Parameter(flat[:6]), nn.Parameter(flat[5:])
+    with pytest.raises(ValueError, match=r"^params: 'one' and 'two' share some of their elements"):
+        MeZO(model)
+    model.two = nn.Parameter(flat[6:])
+    MeZO(model)
+    model.three = nn.Parameter(torch.ones(4, 4)[:, :2])
+    model.four = nn.Parameter(model.three.data.as_strided((4, 2), (4, 1), 2))  # columns beside columns
+    MeZO(model)
+
+
+def test_parameters_without_names_are_told_of_once():
+    model = seeded(Net)
+    with pytest.warns(UserWarning, match=r"^params: parameters without names") as warned:
+        optimizer = MeZO(model.parameters(), model=model)
+    assert [w.filename for w in warned] == [__file__]
+    take_steps(optimizer, model)
+    model.first.requires_grad_(False)
+    take_steps(optimizer, model)
+    optimizer.load_state_dict(optimizer.state_dict())
