@@ -26,6 +26,7 @@ from pgap_kernels.optim import PGAP, MeZO, ZOOptimizer
 from pgap_kernels.optim.dizo import DiZO
 from pgap_kernels.optim.helene import HELENE
 from pgap_kernels.optim.lozo import LOZO
+from pgap_kernels.optim.lozo_m import LOZOM
 from pgap_kernels.optim.pizo import PIZO
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -104,9 +105,9 @@ CASES = {
     "pgap-scratch": (PGAP, {"mode": "scratch", **PGAP_OPTIONS}),
     "pgap-folded": (PGAP, {"mode": "folded", **PGAP_OPTIONS}),
     "pgap-window": (PGAP, {"mode": "folded", "merge": "window", **PGAP_OPTIONS}),
-    "lozo-inplace": (LOZO, {"mode": "inplace", **LOZO_OPTIONS}),
-    "lozo-folded": (LOZO, {"mode": "folded", **LOZO_OPTIONS}),
-    "lozo-window": (LOZO, {"mode": "folded", "merge": "window", **LOZO_OPTIONS}),
+    "lozo-inplace": (LOZOM, {"mode": "inplace", **LOZO_OPTIONS}),
+    "lozo-folded": (LOZOM, {"mode": "folded", **LOZO_OPTIONS}),
+    "lozo-window": (LOZOM, {"mode": "folded", "merge": "window", **LOZO_OPTIONS}),
     "helene-inplace": (HELENE, {"mode": "inplace", "batch_size": 16}),
     "helene-scratch": (HELENE, {"mode": "scratch", "batch_size": 16}),
     "pizo-inplace": (PIZO, {"mode": "inplace"}),
