@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pgap_kernels.optim import ZOOptimizer
 from pgap_kernels.perturbation.residual import joined
 
-from .counted import Counted, known
+from .counted import Counted, known, total
 from .methods import Row, Step, Weights, is_exact, matrices, options_of
 from .models import Layers, Losses, Words, layer, loss_at, snapshot
 
@@ -43,6 +43,20 @@ def build(row: Row, mode: str, model: nn.Module | None = None, **options) -> tup
     )
 
 
+def losses_of_points(optimizer: ZOOptimizer) -> list[float]:
+    """A list that gets the losses of every point; forwards that only try the model out are none."""
+    recipe, losses = optimizer.estimate_and_update, []
+
+    def recorded(evaluate) -> float:
+        try:
+            return recipe(evaluate)
+        finally:
+            losses.extend(evaluate.losses)
+
+    optimizer.estimate_and_update = recorded
+    return losses
+
+
 class Contract:
     """Runs steps, each beside the naive one, and keeps what the bounds are small beside.
 
@@ -55,6 +69,7 @@ class Contract:
         self.options = {**row.options, **options}
         self.model, self.optimizer, self.closure = build(row, mode, model, **options)
         self.closure.at = self.look
+        self.losses = losses_of_points(self.optimizer)
         self.weights: Weights = {name: known(p) for name, p in self.model.named_parameters()}
         self.seen: list[dict[str, Tensor]] = []  # stored weights at each call of the closure
         self.states: list[dict] = [{} for _ in self.optimizer.param_groups]
@@ -68,13 +83,11 @@ class Contract:
     def step(self) -> None:
         """One step of the optimizer, and all that the contract says about it."""
         number, before, gathered = self.optimizer.steps, snapshot(self.model), self.deferred()
-        del self.closure.seen[:], self.seen[:]
+        del self.seen[:], self.losses[:]
         returned = self.optimizer.step(self.closure)
-        losses, reported = self.closure.seen, self.row.reported
+        losses, reported = list(self.losses), self.row.reported
         mean = sum(losses[-reported:]) / reported
         assert math.isclose(returned, mean, rel_tol=1e-12, abs_tol=1e-12), "not the mean of the losses"
-        if self.closure.halves > 1 and number == 0:
-            del losses[:4]  # the optimizer looks whether the model keeps the halves apart
         self.start = self.weights
         points, new = self.naive(number, losses)
         self.points = points
@@ -83,10 +96,10 @@ class Contract:
                 assert name in gathered or all(torch.equal(seen[name], w) for seen in self.seen), "a forward wrote"
             self.check_points(points, losses)
             # What a window gathers is rounded as it is, and once more as it is written.
-            passes = {n: (1 + (n in gathered)) * (w.bound(PASS) - w.error) for n, w in new.items()}
+            passes = {n: (1 + (n in gathered)) * w.arithmetic(PASS) for n, w in new.items()}
         else:
             passes = self.check_walk([*points, new])
-        self.weights = {n: w.settled(w.error + passes[n]) for n, w in new.items()}
+        self.weights = {n: w.settled(total(w.error, passes[n])) for n, w in new.items()}
         self.check_weights(before)
         self.check_state()
 
@@ -135,9 +148,9 @@ class Contract:
         last = self.weights
         for number, stop in enumerate(stops):
             for name, w in stop.items():
-                off[name] = off[name] + PASSES * (w.bound(PASS) - w.error + last[name].bound(PASS) - last[name].error)
+                off[name] = off[name] + PASSES * (w.arithmetic(PASS) + last[name].arithmetic(PASS))
                 if number < len(self.seen):
-                    error = off[name] + w.error
+                    error = total(off[name], w.error)
                     assert ((self.seen[number][name] - w.value).abs() <= error).all(), f"{name}: not at its point"
                     self.point_error += error.norm().item()
                     self.point_signal += (w.value - self.weights[name].value).norm().item()
@@ -149,7 +162,7 @@ class Contract:
         self.seen, self.weights, now = [], self.start, self.weights
         off = self.check_walk([*self.points, self.start])
         self.weights = now
-        return {name: error + self.start[name].error for name, error in off.items()}
+        return {name: total(error, self.start[name].error) for name, error in off.items()}
 
     def check_weights(self, before: Mapping[str, Tensor]) -> None:
         """The stored weights are the naive method's, but for those whose updates are deferred."""
@@ -158,8 +171,8 @@ class Contract:
             w = self.weights[name]
             if name in deferred:
                 continue
-            assert ((p.detach() - w.value).abs() <= w.error).all(), f"{name}: not the method's update"
-            self.weight_error += w.error.norm().item()
+            assert ((p.detach() - w.value).abs() <= w.off).all(), f"{name}: not the method's update"
+            self.weight_error += w.off.norm().item()
             self.weight_signal += (w.value - before[name]).norm().item()
             self.weights[name] = known(p)
 
@@ -184,8 +197,8 @@ class Contract:
         before = snapshot(self.model)
         if self.optimizer.pending:
             stops = [self.weights, self.next_point()] if self.mode == "two_pass" else [self.weights]
-            passes = [{n: PASSES * (w.bound(PASS) - w.error) for n, w in stop.items()} for stop in stops]
-            self.weights = {n: w.settled(w.error + sum(p[n] for p in passes)) for n, w in self.weights.items()}
+            passes = [{n: PASSES * w.arithmetic(PASS) for n, w in stop.items()} for stop in stops]
+            self.weights = {n: w.settled(total(w.error, sum(p[n] for p in passes))) for n, w in self.weights.items()}
         (how or self.optimizer.merge)()
         assert not self.optimizer.pending
         self.check_weights(before)
@@ -249,8 +262,8 @@ class Contract16(Contract):
             at = {name: self.seen_at(name, w) for name, w in point.items()}
             for name, x, y in forward:
                 want = layer(name, at, x if name == "embed" else known(x), self.dtype)
-                assert Bounded(want.value, want.error).holds(y), f"{name}: not at its point"
-                self.loss_error += want.error.norm().item()
+                assert Bounded(want.value, want.off).holds(y), f"{name}: not at its point"
+                self.loss_error += want.off.norm().item()
                 self.loss_signal += y.double().norm().item()
 
     def check_weights(self, before: Mapping[str, Tensor]) -> None:
@@ -261,12 +274,12 @@ class Contract16(Contract):
                 assert torch.equal(p, before[name])
                 continue
             if self.optimizer.residual:
-                off = w.error + w.value.abs() * torch.finfo(self.dtype).eps * 2**-15
+                off = w.off + w.value.abs() * torch.finfo(self.dtype).eps * 2**-15
                 assert ((now - w.value).abs() <= off).all(), f"{name}: not the method's update"
                 nearest = now.to(self.dtype)  # or as near on the other side
                 assert torch.equal((now - p).abs(), (now - nearest).abs()), f"{name}: not its own value's rounding"
             else:
-                bound = Bounded(w.value, w.error + 2 * self.unit * self.moved(name, w))
+                bound = Bounded(w.value, w.off + 2 * self.unit * self.moved(name, w))
                 assert bound.stored(self.dtype, stochastic=True).holds(p), f"{name}: not the method's update"
             self.weights[name] = known(now)
 
