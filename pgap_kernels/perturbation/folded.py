@@ -15,7 +15,7 @@ Everything else, dense directions and layers that are not linear maps or embeddi
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -62,6 +62,10 @@ class Folded(Scratch):
     @property
     def pending(self) -> bool:
         return bool(self.window)
+
+    @property
+    def graph_key(self) -> Hashable:
+        return super().graph_key, self.fades
 
     @property
     def state_bytes(self) -> int:
