@@ -205,7 +205,8 @@ class LowRank(Part):
         return LowRank(self._chosen(chosen, tensors), self.left.of(chosen), self.right.of(chosen), terms)
 
     def layout(self) -> Hashable:
-        return "lowrank", self.indices, self.rank, self.left.tensors is None, self.right.tensors is None
+        drawn = self.left.tensors is None, self.right.tensors is None
+        return "lowrank", self.indices, self.rank, *drawn, self._is_bare()
 
     def operands(self) -> LowRankOperands:
         return LowRankOperands(self)
@@ -239,9 +240,12 @@ class LowRankOperands(Operands):
 
     @staticmethod
     def _memory_for(part: LowRank, side: int, weight: Weight) -> Tensor | None:
-        """Memory for a factor that is drawn or has a cleared padding row; others are read where the method has them."""
+        """Memory for a factor that is drawn, is new in every step for want of a core, or has a padding row to clear.
+
+        Others are read where the method has them.
+        """
         stored = (part.left, part.right)[side].tensors is not None
-        if stored and (side == 1 or weight.padding_row is None):
+        if stored and (side == 1 or (weight.padding_row is None and not part._is_bare())):
             return None
         shape = (weight.tensor.shape[side], part.rank)
         return torch.empty(shape, dtype=torch.float32, device=weight.tensor.device)
