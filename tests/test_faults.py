@@ -982,7 +982,7 @@ def test_an_embedding_that_rescales_its_weight_in_the_forward(kind):
         bag_loss(model)
         return model
 
-    message = r"^mode: got 'inplace', but 'words\.weight' belongs to .* with max_norm=1\.0, whose forward rescales"
+    message = r"^mode: got 'inplace', but 'words\.weight' is rescaled by the forwards of its \w+ \(max_norm=1\.0\)"
     for case in ("mezo-inplace", "mezo-two_pass", "pgap-inplace"):
         with pytest.raises(ValueError, match=message):
             make(case, seeded(rescaled))
@@ -1286,7 +1286,9 @@ def test_a_mode_that_was_chosen_can_run(model, method, dtype):
     take_steps(optimizer, module, 2)
     if model in others:
         assert optimizer.mode == "inplace"
-        with pytest.raises(ValueError, match=r"^mode: got 'scratch', but 'layer\.\w+' belongs to a \w+, whose forward"):
+        with pytest.raises(
+            ValueError, match=r"^mode: got 'scratch', but 'layer\.\w+' belongs to the \w+ 'layer', whose"
+        ):
             method(module, mode="scratch")
 
 
@@ -1773,3 +1775,99 @@ def test_parameters_without_names_are_told_of_once():
     model.first.requires_grad_(False)
     take_steps(optimizer, model)
     optimizer.load_state_dict(optimizer.state_dict())
+
+
+class Experts(nn.Module):
+    """Some experts get no rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(8, 8) for _ in range(3)])
+        self.last = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        which, result = (x[:, 0] > 0).long(), torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            result[which == i] = expert(x[which == i])
+        return self.last(result)
+
+
+@every_case
+def test_a_layer_that_gets_no_rows(case):
+    model = seeded(Experts)
+    optimizer = make(case, model)
+    take_steps(optimizer, model, 4)
+    before = snapshot(model)
+    take_steps(optimizer, model)
+    optimizer.merge()
+    assert {"experts.0.weight", "experts.2.weight"} <= {*changed(model, before)}
+
+
+class Hooked:
+    """What accelerate puts in place of a module's forward."""
+
+    def __init__(self, module) -> None:
+        self.forward = module.forward
+        module.forward = self
+
+    def __call__(self, *args):
+        return self.forward(*args)
+
+
+def test_layers_whose_forward_was_replaced_on_the_instance():
+    model = seeded(Net)
+    for layer in (model.first, model.middle, model.last):
+        Hooked(layer)
+    optimizer = PGAP(model, **PGAP_OPTIONS)
+    assert optimizer.mode == "inplace" and "whose forward (replaced on this instance" in optimizer.mode_reason
+    take_steps(optimizer, model)
+    with pytest.raises(ValueError, match=r"^mode: got 'folded', but no .* whose forward \(replaced on this instance"):
+        PGAP(model, mode="folded", **PGAP_OPTIONS)
+    plain = seeded(Net)
+    for m in (model, plain):
+        m.load_state_dict(seeded(Net).state_dict())
+    for m in (model, plain):
+        take_steps(make("mezo-scratch", m), m, 3)
+    assert changed(model, snapshot(plain)) == []
+
+
+@pytest.mark.parametrize("case", ["mezo-inplace", "mezo-two_pass", "mezo-scratch", "pgap-folded"])
+def test_a_scripted_model(case):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        model = torch.jit.trace(seeded(Net), INPUTS)
+    if case != "mezo-inplace":
+        with pytest.raises(ValueError, match=r"'first\.weight' belongs to a scripted module|no low-rank direction"):
+            make(case, model)
+        return
+    for method, options in ((MeZO, {}), (PGAP, PGAP_OPTIONS)):
+        optimizer = method(model, **options)
+        take_steps(optimizer, model, 2)
+        assert optimizer.mode == "inplace"
+
+
+@pytest.mark.parametrize("case", ["mezo-inplace", "mezo-two_pass", "mezo-scratch", "pgap-folded", "pgap-window"])
+def test_a_compiled_function_around_the_model(case):
+    """Made before or after the optimizer, and a layer frozen later: as without it, but for forwards of the search."""
+    expected = seeded(Net)
+    optimizer = make(case, expected)
+    take_steps(optimizer, expected, 3)
+    expected.first.requires_grad_(False)
+    take_steps(optimizer, expected, 3)
+    optimizer.merge()
+    for before in (True, False):
+        torch._dynamo.reset()
+        model = seeded(Net)
+        if before:
+            optimizer, compiled = make(case, model), torch.compile(model, backend="eager")
+        else:
+            compiled = torch.compile(model, backend="eager")
+            optimizer = make(case, model)
+        for _ in range(3):
+            optimizer.step(lambda f=compiled: F.cross_entropy(f(INPUTS), LABELS))
+        model.first.requires_grad_(False)
+        for _ in range(3):
+            optimizer.step(lambda f=compiled: F.cross_entropy(f(INPUTS), LABELS))
+        optimizer.merge()
+        assert changed(model, snapshot(expected)) == []
+    torch._dynamo.reset()

@@ -218,7 +218,7 @@ class ZOOptimizer(ModelOptimizer):
             model=self.model,
             eps=self.radius(),
             state=state,
-            autocast=Autocast({w.tensor.device.type for w in weights}),
+            autocast=Autocast(state.device_types),
             ambient=ambient,
             timed=self.timed,
             reduce=self.reduce_losses,

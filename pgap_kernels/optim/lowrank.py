@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -108,7 +109,7 @@ class LowRankOptimizer(ZOOptimizer):
 
     def rank_of(self, weight: Weight) -> int:
         """r of a matrix: the group's, or its shorter side (LoRA factors)."""
-        return min(at_least_one("rank", weight.group["rank"]), *weight.tensor.shape)
+        return min(operator.index(weight.group["rank"]), *weight.tensor.shape)
 
     def scale_of(self, weight: Weight) -> float:
         """What multiplies a direction of a matrix."""
@@ -127,7 +128,10 @@ class LowRankOptimizer(ZOOptimizer):
 
     def by_rank(self) -> list[list[Weight]]:
         """The matrices in lists that can share an op call."""
-        return bucket(self.matrices(), also=self.rank_of)
+        weights, ranks = self.weights(), [operator.index(group["rank"]) for group in self.param_groups]
+        if getattr(self, "_by_rank", (None, None))[:2] != (weights, ranks):
+            self._by_rank = (weights, ranks, bucket(self.matrices(), also=self.rank_of))
+        return self._by_rank[2]
 
     def low_rank(
         self, weights: Sequence[Weight], left: Factor, right: Factor, cores: Sequence[Tensor] | None = None

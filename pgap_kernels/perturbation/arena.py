@@ -6,15 +6,14 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-
-from ..directions import storage
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 _ALIGNMENT = 128  # bytes: vector accesses, and no two tensors in one cache line
 
 
 def padded_bytes(tensor: Tensor) -> int:
     """Bytes that a tensor takes up."""
-    return -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
+    return -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
 class Arena:
@@ -31,16 +30,14 @@ class Arena:
 
     def take(self, like: Tensor) -> Tensor:
         """Uninitialised contiguous memory of a tensor's shape and dtype, the last to be given back."""
-        device, begin = like.device, self.top[like.device]
-        if begin + padded_bytes(like) > self.capacity[device] or torch.is_grad_enabled():
-            own = torch.empty(like.shape, dtype=like.dtype, device=device)
-            self.top[device] = begin + padded_bytes(like)
-            return own
+        device, begin, size = like.device, self.top[like.device], padded_bytes(like)
+        self.top[device] = begin + size
+        if begin + size > self.capacity[device] or torch.is_grad_enabled():
+            return torch.empty(like.shape, dtype=like.dtype, device=device)
         if device not in self.memory:
             with torch.inference_mode(False):  # the closure's mode is not that of the next one
                 self.memory[device] = torch.empty(self.capacity[device], dtype=torch.uint8, device=device)
-        self.top[device] = begin + padded_bytes(like)
-        taken = self.memory[device][begin : begin + like.numel() * like.element_size()]
+        taken = self.memory[device][begin : begin + like.nbytes]
         return taken.view(like.dtype).view(like.shape)
 
     def idle(self, elements: int, device: torch.device) -> Tensor | None:
@@ -55,9 +52,13 @@ class Arena:
         self.top[like.device] -= padded_bytes(like)
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether a tensor lies in the arena's memory."""
+        """Whether a tensor lies in the arena's memory, as far as one can see."""
         memory = self.memory.get(tensor.device)
-        return memory is not None and storage(tensor) == memory.data_ptr()
+        if memory is None or tensor.layout != torch.strided:
+            return False
+        if is_functorch_wrapped_tensor(tensor):  # inside vmap
+            return True
+        return 0 <= tensor.data_ptr() - memory.data_ptr() < memory.nbytes
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "memory": {}}

@@ -77,6 +77,7 @@ class Folded(Scratch):
 
     def perturb_to(self, points: Sequence[Direction]) -> None:
         super().perturb_to([self._with_window(point) for point in points])
+        self.folded = [[self.folds_of(i, point) for point in range(self.count)] for i in range(len(self.weights))]
         self.fades = any(s != 1.0 for s in self.keep)
         for faded in self.faded.values():
             faded.copy_(torch.tensor([1.0 - s for s in self.keep], dtype=torch.float32, device="cpu")[:, None, None])
@@ -120,7 +121,7 @@ class Folded(Scratch):
         begin = 0.0 if compiling else time.perf_counter()
         use = self.uses[number]
         for ref in use.refs:
-            if any(self.folds_of(ref.index, point) for point in range(self.count)):
+            if any(self.folded[ref.index]):
                 x = args[0] if args else next(iter(kwargs.values()))
                 if not compiling and (x.layout != torch.strided or x.is_nested or is_functorch_wrapped_tensor(x)):
                     name = self.weights[ref.index].name
@@ -135,7 +136,7 @@ class Folded(Scratch):
         return output if kept is None else kept
 
     def _fold(self, use: ModuleUse, ref: ParamRef, x: Tensor, output: Tensor) -> Tensor:
-        folds = [self.folds_of(ref.index, point) for point in range(self.count)]
+        folds = self.folded[ref.index]
         if self.fades and not any(self.fills_of(ref.index, point) for point in range(self.count)):
             output = self._faded_output(use, ref, x, output)
         output = output.contiguous()
@@ -238,6 +239,8 @@ def _by_factors(folds: Sequence[Sequence[Shown]]) -> list[list[Fold]]:
     Where points differ in factors, each op has a zero core for the points that it is not for.
     """
     count = len(folds)
+    if count == 1 and len(folds[0]) == 1:
+        return [[folds[0][0].operands.fold(folds[0][0].position)]]
     found: dict[tuple[int, int], list[tuple[Tensor, Tensor, Tensor | None]]] = {}
     for point, shown in enumerate(folds):
         for s in shown:

@@ -84,16 +84,17 @@ def _refusal(
     for use in uses:
         if isinstance(use.module, nn.RNNBase):
             return (
-                f"{weights[use.refs[0].index].name!r} belongs to a {type(use.module).__name__}, whose forward reads "
-                "its weights from a list of its own; accepted: modules that read their parameters. Choose "
-                "mode='inplace'"
+                f"{weights[use.refs[0].index].name!r} belongs to the {type(use.module).__name__} {use.name!r}, whose "
+                "forward reads its weights from a list of its own; accepted: modules that read their parameters. "
+                "Choose mode='inplace'"
             )
     if mode == "folded" and lowrank and not foldable_weights(uses) & {*lowrank}:
         use, ref = next((use, ref) for use in uses for ref in use.refs if ref.index in lowrank)
+        replaced = " (replaced on this instance, as accelerate does)" if "forward" in use.module.__dict__ else ""
         return (
             f"no low-rank direction could be folded: {weights[ref.index].name!r}, for one, belongs to a "
-            f"{type(use.module).__name__}, whose forward it does not know; accepted: some weight of an nn.Linear, "
-            "nn.Embedding or Conv1D. Choose mode='scratch'"
+            f"{type(use.module).__name__}, whose forward{replaced} it does not know; accepted: some weight of an "
+            "nn.Linear, nn.Embedding or Conv1D. Choose mode='scratch'"
         )
     return None
 
@@ -137,8 +138,9 @@ def _written_by_forward(weights: Sequence[Weight], model: nn.Module | None) -> s
             name = names.get(address(module.weight))
             if name is not None:
                 return (
-                    f"{name!r} belongs to a {type(module).__name__} with max_norm={module.max_norm}, whose forward "
-                    "rescales the perturbed weight; accepted: weights that forwards do not write. Choose mode='scratch'"
+                    f"{name!r} is rescaled by the forwards of its {type(module).__name__} "
+                    f"(max_norm={module.max_norm}), perturbed or not; accepted: weights that forwards do not write. "
+                    "Choose mode='scratch'"
                 )
     return None
 

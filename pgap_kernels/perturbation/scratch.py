@@ -28,6 +28,10 @@ from .stacked import StackedForward
 T = TypeVar("T")
 
 
+def _nothing() -> None:
+    """What gives a module back that has its own parameters."""
+
+
 def _uncompiled() -> contextlib.AbstractContextManager:
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes seconds
         return contextlib.nullcontext()
@@ -152,6 +156,11 @@ class Scratch(Perturbation):
                 for position, index in enumerate(part.indices):
                     self.shown[index][number].append(Shown(part, operands, position))
         self.key: tuple = tuple(keys)
+        # Of each use, the parameters that its module's forward finds replaced by the buffer: asked before every layer.
+        self.filled = [
+            [ref for ref in use.refs if any(self.fills_of(ref.index, point) for point in range(self.count))]
+            for use in self.uses
+        ]
         if self.count > 1 and not self.stacked and not self.dry:
             self.stacked = [StackedForward(self, use) for use in self.uses]
 
@@ -173,7 +182,7 @@ class Scratch(Perturbation):
 
     def refs_to_fill(self, use: ModuleUse) -> list[ParamRef]:
         """The parameters that a module's forward finds replaced by the buffer."""
-        return [ref for ref in use.refs if any(self.fills_of(ref.index, point) for point in range(self.count))]
+        return self.filled[use.number]
 
     def decay_of(self, index: int) -> Tensor:
         """The share of a weight that the buffer leaves out, (1, 1)."""
@@ -270,6 +279,9 @@ class Scratch(Perturbation):
         self._push(use.number, refs, point)
 
     def _push(self, number: int, refs: Sequence[ParamRef], point: int) -> None:
+        if not refs:  # as of most layers in mode "folded"
+            self.frames.append((number, _nothing))
+            return
         begin = time.perf_counter()
         taken: list[tuple[ParamRef, Tensor, Any]] = []
 
@@ -321,6 +333,8 @@ class Scratch(Perturbation):
 
     def detached_output(self, output: Any) -> Any:
         """A copy of an output that lies in the buffer, which will be overwritten; None if it does not."""
+        if isinstance(output, Tensor):
+            return output.clone() if self.arena.holds(output) else None
         if not any(self.arena.holds(t) for t in tensors_in(output)):
             return None
         return torch.utils._pytree.tree_map_only(Tensor, lambda t: t.clone() if self.arena.holds(t) else t, output)

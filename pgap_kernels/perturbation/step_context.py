@@ -118,6 +118,7 @@ class ForwardState:
         self.modules = modules
         self.dicts = [module._buffers for module in modules]
         tensors = list(weights)
+        self.device_types = {t.device.type for t in tensors}
         self.cuda_devices = {t.device for t in tensors if t.device.type == "cuda"}
         self.weights_in: dict[int, list[tuple[int, int]]] = {}  # extents of the weights in each storage
         for t in tensors:
