@@ -27,13 +27,14 @@ from ..perturbation import (
 from . import checkpoint
 from .cost import Cost, measure_cost
 from .evaluation import Closure, Evaluation, NonFiniteLossError
-from .model import MERGE, ModelOptimizer, Params
+from .mode import MERGE, ModeOptimizer
+from .model import Params
 
 __all__ = ["Closure", "Cost", "Evaluation", "NonFiniteLossError", "Params", "ZOOptimizer"]
 _FLAT_STEPS = 10  # steps in a row whose losses do not depend on the point, before it is said
 
 
-class ZOOptimizer(ModelOptimizer):
+class ZOOptimizer(ModeOptimizer):
     """Base of the zeroth-order optimizers: ``step(closure)`` with forward passes only.
 
     ``closure()`` takes no argument, runs one forward on the step's minibatch and returns the loss (a scalar tensor or

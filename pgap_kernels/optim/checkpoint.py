@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from ..noise import CONTRACT_VERSION, canonical_name
-from .model import ModelOptimizer
+from .mode import ModeOptimizer
 
 FORMAT = 2  # 1 kept the method's state in the header
 
 
-def header(optimizer: ModelOptimizer) -> dict[str, Any]:
+def header(optimizer: ModeOptimizer) -> dict[str, Any]:
     """The entry "zo": all that determines the stream, and the method's plain attributes."""
     residual = optimizer.perturbation.residual
     return {
@@ -39,7 +39,7 @@ def with_plain_numbers(state_dict: dict[str, Any]) -> dict[str, Any]:
     return state_dict
 
 
-def check(optimizer: ModelOptimizer, state_dict: dict[str, Any]) -> None:
+def check(optimizer: ModeOptimizer, state_dict: dict[str, Any]) -> None:
     """Refuse a state_dict that would not continue the run; nothing has been loaded yet.
 
     Raises:
@@ -81,7 +81,7 @@ def check(optimizer: ModelOptimizer, state_dict: dict[str, Any]) -> None:
             optimizer.check_state(weight_of[id(tensor)], state)
 
 
-def load(optimizer: ModelOptimizer, state_dict: dict[str, Any]) -> None:
+def load(optimizer: ModeOptimizer, state_dict: dict[str, Any]) -> None:
     """Take over a state_dict that was checked, all but the param groups.
 
     PyTorch would cast state to the dtype of its parameter and put it into new memory. Here it keeps its dtype, and the
@@ -119,7 +119,7 @@ def _kind(tensor: Tensor) -> tuple:
     return tensor.shape, tensor.dtype, tensor.device
 
 
-def _states(optimizer: ModelOptimizer, state_dict: dict[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
+def _states(optimizer: ModeOptimizer, state_dict: dict[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
     """Each parameter of the optimizer and what a state_dict has for it."""
     saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     own = chain.from_iterable(group["params"] for group in optimizer.param_groups)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .model import ModelOptimizer
+from .mode import ModeOptimizer
 
 
 class Cost(NamedTuple):
@@ -23,7 +23,7 @@ class Cost(NamedTuple):
     scratch_bytes: int  # largest transient, up to the O((m + n)(r + 8)) of an SVD
 
 
-def measure_cost(optimizer: ModelOptimizer) -> Cost:
+def measure_cost(optimizer: ModeOptimizer) -> Cost:
     """Run a copy of an optimizer for one period: passes are counted and not run, closures return a constant."""
     twin = _dry_twin(optimizer)
     forwards = state_bytes = 0
@@ -50,7 +50,7 @@ def measure_cost(optimizer: ModelOptimizer) -> Cost:
     )
 
 
-def _dry_twin(optimizer: ModelOptimizer) -> ModelOptimizer:
+def _dry_twin(optimizer: ModeOptimizer) -> ModeOptimizer:
     twin = copy.copy(optimizer)
     made: dict[int, nn.Parameter] = {}
 

@@ -1,0 +1,246 @@
+"""How an optimizer stands to its model: the mode that perturbs it, and what others do to it meanwhile."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks, noise
+from ..directions import Direction, Weight
+from ..noise import Role
+from ..perturbation import (
+    MODES,
+    Perturbation,
+    Residual,
+    ambient_state_aside,
+    build,
+    check_options,
+    choose,
+    unfolded,
+    uninterrupted,
+)
+from .clock import Clock
+from .model import NOTHING_TO_TRAIN, ModelOptimizer
+from .weights import Seen, collect
+
+_log = logging.getLogger("pgap_kernels")
+MERGE = (1 << 24) - 1  # number of the stochastic-rounding key of merges between steps
+
+
+class _EnterMode(type):
+    """Enters the mode once the outermost ``__init__`` is over, so that a recipe may set its attributes in any order.
+
+    Not later: hooks have to be in a model before it is compiled.
+    """
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        with ambient_state_aside():
+            optimizer = super().__call__(*args, **kwargs)
+            optimizer.weights()
+            _ = optimizer.perturbation
+            optimizer._note_model()
+        if any(group.get("param_names") is None for group in optimizer.param_groups):
+            warnings.warn(
+                "params: parameters without names get their flat index as name, so their noise depends on their "
+                "order; pass the model or model.named_parameters()",
+                stacklevel=2,
+            )
+        return optimizer
+
+
+class ModeOptimizer(ModelOptimizer, metaclass=_EnterMode):
+    """The part of ``ZOOptimizer`` that faces the model; see there for arguments and attributes."""
+
+    # ---- the mode ---------------------------------------------------------------------------------------------------
+
+    def lowrank_indices(self) -> Collection[int] | None:
+        """Indices of the weights with low-rank directions, if the method has such directions."""
+        return None
+
+    def first_point(self, step: int) -> Direction | None:
+        """What the first forward of a step will see added, if that is known before the step."""
+        return None
+
+    @property
+    def perturbation(self) -> Perturbation:
+        """The mode's strategy."""
+        if self._perturbation is None:
+            self._enter_mode(self.asked_mode)
+        assert self._perturbation is not None
+        return self._perturbation
+
+    def _enter_mode(self, mode: str) -> None:
+        weights = self.weights()
+        lowrank = self.lowrank_indices()
+        choice = choose(mode, weights, self.model, lowrank)
+        check_options(
+            choice.mode,
+            weights,
+            two_pass=self.two_pass,
+            knows_first_point=type(self).first_point is not ModeOptimizer.first_point,
+            paired=self.paired,
+            window=self.merges == "window" and mode != "auto",
+            residual=self.residual,
+        )
+        if choice.mode == "inplace" and any(w.tensor.dtype != torch.float32 for w in weights):
+            warnings.warn(
+                "16-bit weights are perturbed in place: each step rounds them, so they are not restored exactly "
+                f"(fp32 weights are, to rounding); {choice.reason if mode == 'auto' else 'other modes are exact'}",
+                stacklevel=4,
+            )
+        before = self._perturbation
+        options = {"two_pass": self.two_pass, "allow_unused": self.allow_unused, "defers": self.merges == "window"}
+        after = build(choice, weights, self.model, **options)
+        after.merge_key = noise.derive(self.seed, 0, Role.ROUNDING, MERGE)
+        if self.residual:
+            after.residual = Residual(weights, before.residual if before else None)
+        if before is not None:
+            before.release("the optimizer has entered another mode")
+            after.passes = before.passes
+        self._perturbation, self.mode_reason = after, choice.reason
+        _log.info("%s runs in mode %s: %s", type(self).__name__, choice.mode, choice.reason)
+        if choice.mode == "folded" and self.model is not None:
+            rest = unfolded(weights, self.model, lowrank or ())
+            if rest:
+                _log.info("%d matrices are not folded but take the scratch: %s", len(rest), ", ".join(rest[:3]))
+
+    @property
+    def mode(self) -> str:
+        """The mode in use; assign another between steps, after ``merge``."""
+        return self.perturbation.mode
+
+    @mode.setter
+    def mode(self, mode: str) -> None:
+        checks.choice("mode", mode, MODES)
+        if self.pending:
+            raise ValueError(
+                f"mode: got {mode!r} while mode {self.mode!r} has updates or perturbations that are not in the "
+                "weights; call merge() first"
+            )
+        self.perturbation.refuse_if_released("mode")
+        with ambient_state_aside():
+            self.follow_model()
+            self._enter_mode(mode)
+        self.asked_mode = mode
+
+    @property
+    def pending(self) -> bool:
+        """Whether the weights are not what the model is: see ``merge``."""
+        return self._perturbation is not None and self._perturbation.pending
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Accumulated wall seconds by part of a step."""
+        return self.clock.seconds
+
+    @property
+    def passes(self) -> float:
+        """Reads and writes of all the weights so far, counted by elements."""
+        return self.perturbation.passes
+
+    def merge(self) -> None:
+        """Write into the weights what a window has gathered, or take off what the two-pass schedule has added.
+
+        Nothing to do otherwise. ``state_dict`` of the optimizer and of a hooked model do it first.
+        """
+        if self._perturbation is not None:
+            with ambient_state_aside(), uninterrupted():
+                self._perturbation.merge()
+
+    def detach(self) -> None:
+        """Merge, and take the hooks off the model: the optimizer has done its work."""
+        with ambient_state_aside(), uninterrupted():
+            self.perturbation.release()
+
+    # ---- what others do to the model --------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        started = self._perturbation is not None
+        if started:
+            self.perturbation.refuse_if_released("add_param_group")
+            self.merge()
+        super().add_param_group(param_group)
+        try:
+            self.check_group(self.param_groups[-1])
+            with ambient_state_aside():
+                if started:
+                    self.follow_model()
+                else:
+                    self._forget_weights()
+                    self.weights()
+        except Exception:
+            self.param_groups.pop()
+            self._forget_weights()
+            raise
+
+    def follow_model(self) -> None:
+        """Take the parameters as they are now: others may have frozen, unfrozen, cast, moved or replaced them.
+
+        If that raises, the next call looks again.
+        """
+        if self._copied:
+            self._copied = False
+            self._note_model()
+        if self._seen is not None and self._seen.is_current(self.param_groups, self.model):
+            return
+        weights = collect(self.param_groups, self.tensor_ids, self.model)
+        if not weights:
+            raise ValueError(NOTHING_TO_TRAIN)
+        recast = self._seen is None
+        if self._seen is not None:
+            self._seen.refuse_lost(weights, self.model)
+            recast = self._refuse_resized(weights, self._seen)
+        self.merge()
+        self._forget_weights()
+        self._weights = weights
+        for w in weights:
+            for name, value in self.state.get(w.tensor, {}).items():
+                if isinstance(value, Tensor) and value.device != w.tensor.device:
+                    self.state[w.tensor][name] = value.to(w.tensor.device)
+        choice = choose(self.asked_mode, weights, self.model, self.lowrank_indices())
+        if recast or choice.mode != self.mode:
+            self._enter_mode(self.asked_mode)
+        else:
+            self.perturbation.adopt(weights)
+            if self.residual:
+                self.perturbation.residual = Residual(weights, self.perturbation.residual)
+        self._note_model()
+
+    def _note_model(self) -> None:
+        self._seen = Seen(self.param_groups, self.model, self.weights())
+        self._checked_slices.clear()
+
+    def _refuse_resized(self, weights: Sequence[Weight], seen: Seen) -> bool:
+        """Raise if a weight has outgrown its state; else tell whether one is of another dtype or device than before."""
+        recast = False
+        for w in weights:
+            dtype, device, shape = seen.kinds.get(id(w.tensor), (w.tensor.dtype, w.tensor.device, w.tensor.shape))
+            if w.tensor.shape != shape and self.state.get(w.tensor):
+                raise RuntimeError(
+                    f"params: {w.name!r} has the shape {tuple(w.tensor.shape)} and state of the shape {tuple(shape)}; "
+                    "accepted: weights that keep their shape. Make a new optimizer"
+                )
+            if w.tensor.device != device and self.pending:
+                raise RuntimeError(
+                    f"params: {w.name!r} was moved to {w.tensor.device} while updates or perturbations that are not in "
+                    f"the weights lie on {device}; accepted: moves after merge(). Move it back to call that"
+                )
+            recast |= (w.tensor.dtype, w.tensor.device) != (dtype, device)
+        return recast
+
+    def become_dry(self, weights: list[Weight]) -> None:
+        """Forget what was learnt and stand before the first step, on weights without memory; nothing is computed."""
+        self._perturbation = self.perturbation.dry_copy(weights)
+        self._weights, self._checked_slices = weights, set()
+        self._planned = self._buckets = None
+        self._note_model()
+        self._forward_state, self.clock = None, Clock()
+        self.state.clear()
+        self.steps = 0
+        for name, value in self.saved_attributes.items():
+            setattr(self, name, value)
