@@ -3,7 +3,7 @@
 A method says which directions, how losses become coefficients and how coefficients become an update. It owns no kernel
 and knows no mode.
 
-Imports: recipes -> lowrank -> base -> (evaluation, checkpoint, cost) -> mode -> model -> weights, options; beside: scores.
+Imports: recipes -> lowrank -> base -> (evaluation, checkpoint, cost) -> mode -> model -> weights, options.
 """
 
 from .base import Cost, Evaluation, NonFiniteLossError, ZOOptimizer
