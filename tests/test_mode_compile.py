@@ -6,23 +6,16 @@ import copy
 
 import pytest
 import torch
-from optim_contract import UNIT, snapshot
-from test_modes import Losses, Words
-from torch import Tensor
+from support.contract import build, losses_of_points
+from support.counted import UNIT
+from support.methods import ROWS, options_of
+from support.models import IDS, Losses, Words, assert_clean, assert_same_weights, filled, parameters_of, snapshot
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pgap_kernels.optim import PGAP, MeZO
-
-STEPS, WINDOW = 12, 5  # refreshes at 0, 5 and 10
-RUNS = [
-    (MeZO, "inplace"),
-    (MeZO, "two_pass"),
-    (MeZO, "scratch"),
-    (PGAP, "inplace"),
-    (PGAP, "scratch"),
-    (PGAP, "folded"),
-]
+ROW = {row.id: row for row in ROWS}
+OPTIONS = {"lr": 0.02, "eps": 0.05}
 
 
 @pytest.fixture(autouse=True)
@@ -32,84 +25,107 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def optimizer(method, mode, model):
-    own = {"probes": 2} if method is MeZO else {"rank": 3, "window": WINDOW, "probes": 2, "weight_decay": 0.5}
-    chosen = {"mode": "inplace", "two_pass": True} if mode == "two_pass" else {"mode": mode}
-    return method(model, lr=0.02, eps=0.02, seed=3, **own, **chosen)
+class Small(nn.Module):
+    """A layer of each kind, one matrix twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.up = nn.Embedding(11, 6), nn.LayerNorm(6), nn.Linear(6, 6)
+        self.up_proj = nn.Linear(6, 11, bias=False)
+        self.up_proj.weight = self.embed.weight
+        filled(self)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.up_proj(self.up(self.norm(self.embed(ids))))
 
 
-def run(method, mode, how, backend, steps=STEPS):
+def optimizer(id: str, mode: str, model):
+    own = {"select": ["up.*"]} if id == "dizo" else {"weight_decay": 0.5}
+    return ROW[id].make(model, **{**ROW[id].options, **OPTIONS, **own, **options_of(mode)})
+
+
+def run(id: str, mode: str, how: str, backend, steps: int):
     """Losses, weights and compilations so far of a run; ``how``: whether and when the model is compiled."""
-    model = Words()
-    called = model
-    if how == "before":
+    model = Small()
+    called = torch.compile(model, backend=backend, fullgraph=True) if how == "before" else model
+    opt = optimizer(id, mode, called)
+    if how == "after":
         called = torch.compile(model, backend=backend, fullgraph=True)
-        opt = optimizer(method, mode, called)
-    else:
-        opt = optimizer(method, mode, model)
-        if how == "after":
-            called = torch.compile(model, backend=backend, fullgraph=True)
-        elif how == "method":
-            model.compile(backend=backend, fullgraph=True)
-    closure, counts = Losses(called), []
+    elif how == "method":
+        model.compile(backend=backend, fullgraph=True)
+    closure, losses, counts = Losses(called), losses_of_points(opt), []
     for _ in range(steps):
         opt.step(closure)
         counts.append(getattr(backend, "frame_count", 0))
     opt.merge()
-    return torch.tensor(closure.seen, dtype=torch.float64), snapshot(model), counts
+    return losses, snapshot(model), counts
 
 
+# Graphs: with and without a decay in a window, dense or low-rank, before and after the first window. Compiled after the
+# optimizer was made, the very first forward, which looks for weights that are used elsewhere, may take one more.
 @pytest.mark.parametrize(
-    "method, mode, how",
-    [(*run, "before") for run in RUNS] + [(*RUNS[i], how) for i in (2, 5) for how in ("after", "method")],
+    "id, mode, how, graphs",
+    [
+        ("mezo-3", "inplace", "before", 1),
+        ("mezo-3", "two_pass", "before", 1),
+        ("mezo-3", "scratch", "after", 2),
+        ("helene", "scratch", "method", 1),
+        ("dizo", "scratch", "before", 2),
+        ("pgap", "scratch", "before", 2),
+        ("lozo", "folded", "method", 2),
+        ("pgap", "window", "before", 4),
+        ("lozo", "window", "after", 5),
+    ],
 )
-def test_eager_backend_gives_the_same_bits(method, mode, how):
+def test_eager_backend_gives_the_same_bits(id, mode, how, graphs):
     """Without a graph break, and with no compilation after every kind of step has been seen."""
-    counter = CompileCounterWithBackend("eager")
-    losses, weights, counts = run(method, mode, how, counter)
-    plain, same, _ = run(method, mode, "not", None)
-    assert torch.equal(losses, plain)
-    assert all(torch.equal(w, same[name]) for name, w in weights.items())
-    assert counts[-1] == counts[WINDOW]
-    # Dense or in a subspace, with or without a decay in the window, before and after the first window; the very first
-    # forward looks for weights that are used elsewhere, if it does not know that the model is compiled.
-    assert counts[-1] <= {"inplace": 1, "two_pass": 1, "scratch": 2, "folded": 4}[mode] + (how == "after")
+    counter, period = CompileCounterWithBackend("eager"), ROW[id].period
+    steps = 2 * period + 2
+    losses, weights, counts = run(id, mode, how, counter, steps)
+    plain, same, _ = run(id, mode, "not", None, steps)
+    assert losses == plain
+    assert_same_weights(weights, same)
+    assert counts[-1] == counts[period + 1]
+    assert counts[-1] <= graphs
 
 
 def test_inductor():
-    """To rounding: sums of at most 11 products in five layers, in another order; losses of mean size 0.1."""
-    losses, *_ = run(PGAP, "folded", "after", "inductor", steps=1)  # later losses follow the last bits of the first
-    plain, *_ = run(PGAP, "folded", "not", None, steps=1)
+    """To rounding: sums of at most 11 products in four layers, in another order; losses of mean size 0.1."""
+    losses, *_ = run("lozo", "folded", "after", "inductor", steps=1)  # later losses follow the last bits of the first
+    plain, *_ = run("lozo", "folded", "not", None, steps=1)
+    losses, plain = torch.tensor(losses, dtype=torch.float64), torch.tensor(plain, dtype=torch.float64)
     assert ((losses - plain).abs() <= 1000 * UNIT).all()
     assert (plain[::2] - plain[1::2]).abs().min() > 10_000 * UNIT
 
 
-@pytest.mark.parametrize("method, mode", [(MeZO, "scratch"), (PGAP, "folded")])
-def test_compiled_and_called_before_the_optimizer_was_made(method, mode):
+@pytest.mark.parametrize("id, mode", [("mezo-3", "scratch"), ("lozo", "folded")])
+def test_compiled_and_called_before_the_optimizer_was_made(id, mode):
     """Its graph has no hooks: an error, or another compilation with them, and never clean weights in silence."""
-    model = Words()
+    model = Small()
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
         Losses(compiled)()
-    opt, closure = optimizer(method, mode, model), Losses(compiled)
-    before = snapshot(model)
+    opt = optimizer(id, mode, model)
+    before, losses = snapshot(model), losses_of_points(opt)
     try:
-        opt.step(closure)
+        opt.step(Losses(compiled))
     except RuntimeError as error:
         assert "compiled before the optimizer was made" in str(error)
-        assert opt.steps == 0 and all(torch.equal(w, before[name]) for name, w in snapshot(model).items())
+        assert opt.steps == 0
+        assert_same_weights(model, before)
         return
-    plain = Words()
-    same = Losses(plain)
-    optimizer(method, mode, plain).step(same)
-    assert closure.seen == same.seen
+    plain = Small()
+    same = optimizer(id, mode, plain)
+    wanted = losses_of_points(same)
+    same.step(Losses(plain))
+    assert losses == wanted
 
 
-@pytest.mark.parametrize("method, mode", [(MeZO, "scratch"), (PGAP, "folded")])
-def test_modules_are_clean_after_a_failing_compiled_forward(method, mode):
-    model = Words()
-    parameters = {(m, name): p for m in model.modules() for name, p in m._parameters.items()}
-    opt = optimizer(method, mode, model)
+@pytest.mark.parametrize("id, mode", [("mezo-3", "scratch"), ("lozo", "window")])
+def test_modules_are_clean_after_a_failing_compiled_forward(id, mode):
+    model = Small()
+    parameters = parameters_of(model)
+    opt = optimizer(id, mode, model)
     compiled = torch.compile(model, backend="eager")
     opt.step(Losses(compiled))
     before = snapshot(model)
@@ -120,37 +136,36 @@ def test_modules_are_clean_after_a_failing_compiled_forward(method, mode):
 
     with pytest.raises(ValueError, match="deliberate"):
         opt.step(fails)
-    assert all(m._parameters[name] is p for (m, name), p in parameters.items())
-    if mode == "scratch":
-        assert all(torch.equal(w, before[name]) for name, w in snapshot(model).items())
+    assert_clean(parameters)
+    assert_same_weights(model, before)
 
 
 def test_pairs_of_compiled_models_are_served_or_refused():
     seen = []
     for compiled in (False, True):
-        model = Words()
-        opt = MeZO(model, lr=0.02, eps=0.02, seed=3, mode="scratch", paired=True)
-        closure = Losses(torch.compile(model, backend="eager") if compiled else model, paired=True)
+        model = Small()
+        opt = optimizer("mezo-3", "scratch-paired", model)
+        losses = losses_of_points(opt)
         try:
-            opt.step(closure)
+            opt.step(Losses(torch.compile(model, backend="eager") if compiled else model, paired=True))
         except RuntimeError as error:
             assert compiled and "paired" in str(error) and opt.steps == 0
             return
-        seen.append(closure.seen)
+        seen.append(losses)
     assert seen[0] == seen[1]
 
 
 def test_evaluation_of_a_compiled_model_within_a_window():
-    model = Words()
-    opt = optimizer(PGAP, "folded", model)
+    model = Small()
+    opt = optimizer("lozo", "window", model)
     compiled = torch.compile(model, backend="eager")
     for _ in range(2):
         opt.step(Losses(compiled))
-    assert opt.perturbation.pending
+    assert opt.pending
     with torch.no_grad():
-        assert torch.equal(Losses(compiled)(), Losses(model)())
+        assert torch.equal(compiled(IDS), model(IDS))
         opt.merge()
-        assert torch.equal(Losses(compiled)(), Losses(model)())
+        assert torch.equal(compiled(IDS), model(IDS))
 
 
 # ---- CUDA graphs: what may be replayed -------------------------------------------------------------------------------
@@ -166,8 +181,10 @@ class Sequence(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kept: list = []
         if "pgap_kernels" in str(func):
-            begin, end = (2, 4) if "forward" in str(func) else (0, 3)  # weights and factors; cores may be copies
-            for value in args[begin:end]:
+            # Weights, factors and anchors; cores, keys and coefficients may be copies.
+            values = [args[0] if "perturb" in str(func) or "affine" in str(func) else []]
+            values += [(kwargs or {}).get(name, []) for name in ("left", "right", "anchors", "deltas")]
+            for value in values:
                 tensors = value if isinstance(value, (list, tuple)) else [value]
                 kept += [t.data_ptr() for t in tensors if isinstance(t, Tensor)]
         self.seen.append((str(func), tuple(value is None for value in args), tuple(kept)))
@@ -175,27 +192,35 @@ class Sequence(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("loads", [False, True])
-@pytest.mark.parametrize("decay", [0.0, 0.5])
-@pytest.mark.parametrize("paired", [False, True])
-@pytest.mark.parametrize("method, mode", [(MeZO, "scratch"), (PGAP, "scratch"), (PGAP, "folded")])
-def test_forwards_of_one_graph_key_are_one_graph(method, mode, paired, decay, loads):
+@pytest.mark.parametrize(
+    "id, mode",
+    [
+        ("mezo-3", "scratch"),
+        ("mezo-3", "scratch-paired"),
+        ("dizo", "scratch"),
+        ("pgap", "scratch"),
+        ("pgap", "folded"),
+        ("pgap", "folded-paired"),
+        ("lozo-m", "window"),
+        ("pgap", "window-paired"),
+    ],
+)
+def test_forwards_of_one_graph_key_are_one_graph(id, mode, loads):
     """Over windows, one of which stays open for a skipped step, and over a loaded state."""
-    model = Words()
-    own = {} if method is MeZO else {"rank": 3, "window": 3, "probes": 2}
-    options = {"lr": 0.02, "eps": 0.02, "seed": 3, "mode": mode, "paired": paired, "weight_decay": decay}
-    opt = method(model, on_nonfinite="skip", **own, **options)
-    losses, graphs = Losses(model, paired), {}
+    row = ROW[id]
+    decay = {} if id == "dizo" else {"weight_decay": 0.5}
+    _model, opt, losses = build(row, mode, Words(), on_nonfinite="skip", **decay)
+    graphs: dict = {}
 
     def closure():
         with Sequence() as ops:
             loss = losses()
-        key = opt.perturbation.graph_key
-        if opt.perturbation.verified:  # the very first forward looks for stray uses
-            assert graphs.setdefault(key, ops.seen) == ops.seen
+        if opt.steps:  # the first step tries the model out
+            assert graphs.setdefault(opt.perturbation.graph_key, ops.seen) == ops.seen
         return loss * (torch.nan if opt.steps == 5 else 1.0)
 
-    for step in range(8):
+    for step in range(row.period + 6):
         if loads and step == 4:
             opt.load_state_dict(copy.deepcopy(opt.state_dict()))
         opt.step(closure)
-    assert opt.skipped == 1 and len(graphs) >= (1 if method is MeZO else 2)
+    assert opt.skipped == 1 and len(graphs) >= (1 if id == "mezo-3" else 2)

@@ -11,7 +11,7 @@ import torch
 from helpers import bits
 from support.contract import Contract, build
 from support.methods import METHODS, ROWS, is_exact
-from support.models import Losses, Words, failing, filled, snapshot
+from support.models import Losses, Words, assert_clean, failing, filled, parameters_of, snapshot
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,6 +21,7 @@ from pgap_kernels.perturbation.residual import joined
 pytestmark = pytest.mark.filterwarnings("ignore:16-bit weights")
 ROW = {row.id: row for row in ROWS}
 EXACT = [pytest.param(r, m, id=f"{r.id}-{m}") for r in METHODS for m in r.modes if is_exact(m)]
+ALONE = [run for run in EXACT if not run.values[1].endswith("-paired")]  # one point in each forward
 IN_PLACE = [pytest.param(r, m, id=f"{r.id}-{m}") for r in METHODS for m in r.modes if not is_exact(m)]
 LAYERS = ("addmm", "mm", "bmm", "embedding", "native_layer_norm", "linear")
 
@@ -41,7 +42,7 @@ class Failing(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def some_of(calls: int, early: int = 5, late: int = 4) -> list[int]:
+def some_of(calls: int, early: int = 3, late: int = 3) -> list[int]:
     """Where to fail: at some of the evaluations' calls, and at each of the last, which write."""
     first = max(0, calls - late)
     return sorted({*range(first, calls), *(round(i * first / early) for i in range(early))} & {*range(calls)})
@@ -105,10 +106,6 @@ def assert_same(left: dict, right: dict) -> None:
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
 
 
-def parameters_of(model) -> dict:
-    return {(module, name): p for module in model.modules() for name, p in module._parameters.items()}
-
-
 def begun(row, mode, step, model=large, **options):
     """A run before a step, and what undisturbed steps make of it: states before, after, and the calls of the step."""
     net, opt, _ = build(row, mode, model(), **options)
@@ -128,17 +125,22 @@ def fail(net, opt, mode, at: int, error: type[BaseException] = MemoryError):
     parameters = parameters_of(other)
     with pytest.raises(error, match="deliberate"), Failing(at, error):
         twin.step(Losses(other, mode.endswith("paired")))
-    assert all(module._parameters[name] is p for (module, name), p in parameters.items())
+    assert_clean(parameters)
     assert twin.steps == opt.steps
     return other, twin
 
 
 def interesting(row) -> list[int]:
-    """The first step, and the last of a period, which merges or projects."""
-    return sorted({0, row.period - 1}) if row.period > 1 else [1]
+    """The last step of a period, which merges or projects, and a first one that makes state from state."""
+    return [*([0] if row.id in ("pgap", "lozo-m") else []), row.period - 1 or 1]
 
 
-STEPS = [pytest.param(*run.values, step, id=f"{run.id}-{step}") for run in EXACT for step in interesting(run.values[0])]
+PAIRED = [run for run in EXACT if run.id in ("helene-scratch-paired", "pgap-folded-paired", "lozo-window-paired")]
+STEPS = [
+    pytest.param(*run.values, step, id=f"{run.id}-{step}")
+    for run in ALONE + PAIRED
+    for step in interesting(run.values[0])
+]
 
 
 @pytest.mark.parametrize("row, mode, step", STEPS)
@@ -148,36 +150,42 @@ def test_a_failing_call(row, mode, step):
     for number, at in enumerate(some_of(calls)):
         other, twin = fail(net, opt, mode, at, (MemoryError, KeyboardInterrupt)[number % 2])
         assert_same(state_of(other, twin), states[0])
-        twin.step(Losses(other, mode.endswith("paired")))
-        assert_same(state_of(other, twin), states[1])
+        if number % 3 == 2:
+            twin.step(Losses(other, mode.endswith("paired")))
+            assert_same(state_of(other, twin), states[1])
 
 
-@pytest.mark.parametrize("row, mode", EXACT)
+@pytest.mark.parametrize(
+    "row, mode", [run for run in ALONE if run.values[0].id in ("mezo-3", "pgap", "helene", "dizo")]
+)
 def test_an_update_of_several_writes_that_fails(row, mode):
     """Weights of two dtypes: those that were written before the failure come back, to the bit, where copies fit."""
     step = row.period - 1 or 1
     net, opt, states, calls = begun(row, mode, step, mixed)
-    for at in some_of(calls, early=1, late=6):
+    for at in some_of(calls, early=0, late=6):
         other, twin = fail(net, opt, mode, at)
         assert_same(state_of(other, twin), states[0])
     twin.step(Losses(other, mode.endswith("paired")))
     assert_same(state_of(other, twin), states[1])
 
 
-@pytest.mark.parametrize("row, mode", [run for run in EXACT if run.values[0].id not in ("helene", "lozo-m")])
+@pytest.mark.parametrize("row, mode", [run for run in ALONE if run.values[0].id in ("mezo-3", "pgap", "dizo")])
 def test_an_update_of_more_than_copies_hold(row, mode):
     """It is taken back to rounding: some each way, of values up to the largest."""
     net, opt, states, calls = begun(row, mode, row.period - 1 or 1, Many)
     dtypes = {name: p.dtype for name, p in net.named_parameters()}
-    for at in some_of(calls, early=1, late=8):
+    for at in some_of(calls, early=0, late=6):
         other, twin = fail(net, opt, mode, at)
         got = state_of(other, twin)
         for name, dtype in dtypes.items():
-            value, want = (state[name].to(bits(torch.zeros(1, dtype=dtype)).dtype).view(dtype).double() for state in (got, states[0]))
+            value, want = (
+                state[name].to(bits(torch.zeros(1, dtype=dtype)).dtype).view(dtype).double()
+                for state in (got, states[0])
+            )
             assert (value - want).abs().max() <= 16 * torch.finfo(dtype).eps * want.abs().max(), name
 
 
-@pytest.mark.parametrize("row, mode", [run for run in EXACT if run.values[0].id in ("mezo-3", "pgap", "lozo")])
+@pytest.mark.parametrize("row, mode", [run for run in ALONE if run.values[0].id in ("mezo-3", "pgap")])
 def test_a_failing_update_of_residual_planes(row, mode):
     """Weights with a plane are written a few at a time: those before a failure come back as float32 does, to rounding.
 
@@ -189,19 +197,25 @@ def test_a_failing_update_of_residual_planes(row, mode):
         values = {}
         for name in (n for n in state if not n.startswith("plane ") and n != "forward"):
             plane = state.get(f"plane {name}")
-            own = state[name].to(torch.int16).view(torch.bfloat16) if plane is not None else state[name].view(torch.float32)
+            own = (
+                state[name].to(torch.int16).view(torch.bfloat16)
+                if plane is not None
+                else state[name].view(torch.float32)
+            )
             values[name] = own if plane is None else joined(own, plane)
         return values
 
     wanted, after = masters(states[0]), masters(states[1])
-    for at in some_of(calls, early=1, late=8):
+    for at in some_of(calls, early=0, late=6):
         got = masters(state_of(*fail(net, opt, mode, at)))
         for name, value in wanted.items():
             if f"plane {name}" not in states[0]:
                 assert torch.equal(got[name], value), name
                 continue
             size = value.double().abs() + (after[name].double() - value.double()).abs()
-            assert ((got[name].double() - value.double()).abs() <= 8 * torch.finfo(torch.float32).eps * size).all(), name
+            assert ((got[name].double() - value.double()).abs() <= 8 * torch.finfo(torch.float32).eps * size).all(), (
+                name
+            )
 
 
 @pytest.mark.parametrize("row, mode", [run for run in EXACT if run.values[1].startswith("window")])
@@ -223,12 +237,11 @@ def test_a_merge_that_fails_keeps_the_window(row, mode):
 
 
 @pytest.mark.parametrize("row, mode", IN_PLACE)
-@pytest.mark.parametrize("step", [0, 1])
-def test_a_failing_call_in_place(row, mode, step):
+def test_a_failing_call_in_place(row, mode):
     """The weights are back to the roundings of the passes there and back, unperturbed, and the next try is the step."""
     net, opt, closure = build(row, mode)
     contract = Contract(row, mode)
-    for _ in range(step):
+    for _ in range(mode == "two_pass"):  # whose first step is as any
         opt.step(closure)
         contract.step()
     contract.step()
@@ -247,7 +260,9 @@ def test_a_failing_call_in_place(row, mode, step):
         wanted = contract.points[-len(seen) :]  # the subspaces of a first try serve the next one
         for point, want in zip(seen, wanted, strict=True):
             for name, p in point.items():
-                assert ((p - want[name].value).abs() <= 2 * off[name] + want[name].bound()).all(), f"{name}: another point"
+                assert ((p - want[name].value).abs() <= 2 * off[name] + want[name].bound()).all(), (
+                    f"{name}: another point"
+                )
     assert sum(error.norm() for error in off.values()) < 0.01 * sum(
         (w.value - start[n].value).norm() for n, w in contract.points[0].items()
     )
@@ -267,33 +282,34 @@ FAULTS = [
 def test_a_failing_closure(row, mode):
     """At every call, each time in another way."""
     model, opt, closure = build(row, mode)
+    opt.step(closure)  # tries the model out
+    closure.calls = 0
     opt.step(closure)
-    copied, twin = copy.deepcopy((model, opt))
-    count = Losses(copied, mode.endswith("paired"))
-    twin.step(count)
-    calls = count.calls - (2 if mode.endswith("paired") else 0)  # a copy looks again whether the slices are apart
+    calls = closure.calls
     if not is_exact(mode):
         opt.merge()
-    parameters, before, at_call = parameters_of(model), snapshot(model), -1
+    parameters, before = parameters_of(model), snapshot(model)
+    fault: dict = {}
 
     def fails():
         loss = closure()
-        if closure.calls <= at_call:
+        if closure.calls <= fault["call"]:
             return loss
-        return torch.zeros(3) if kind == "vector" else failing(kind)().expand(loss.shape)
+        return torch.zeros(3) if fault["kind"] == "vector" else failing(fault["kind"])().expand(loss.shape)
 
     for call, (kind, error, message) in zip(range(calls), itertools.cycle(FAULTS), strict=False):
-        closure.calls, at_call = 0, call
+        fault.update(call=call, kind=kind)
+        closure.calls = 0
         with pytest.raises(error, match=message):
             opt.step(fails)
-        assert all(module._parameters[name] is p for (module, name), p in parameters.items())
-        assert opt.steps == 1 and opt.pending == (is_exact(mode) and mode.startswith("window"))
+        assert_clean(parameters)
+        assert opt.steps == 2 and opt.pending == (is_exact(mode) and mode.startswith("window"))
         for name, p in model.named_parameters():
             if is_exact(mode):
                 assert torch.equal(p, before[name]), name
             else:  # the passes of so many steps, each of which rounds some ulps of values below 4
                 assert (p - before[name]).abs().max() <= 1e-5, name
-    assert math.isfinite(opt.step(closure)) and opt.steps == 2
+    assert math.isfinite(opt.step(closure)) and opt.steps == 3
 
 
 @pytest.mark.parametrize("row", [pytest.param(row, id=row.id) for row in METHODS])
@@ -325,6 +341,6 @@ def test_a_buffer_that_cannot_be_had(row, mode, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
         patch.setattr(torch, "empty", empty)
         opt.step(Losses(net, mode.endswith("paired")))
-    assert all(module._parameters[name] is p for (module, name), p in parameters.items())
+    assert_clean(parameters)
     opt.step(Losses(net, mode.endswith("paired")))
     assert_same(state_of(net, opt), states[1])

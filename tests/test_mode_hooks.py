@@ -11,15 +11,11 @@ from finetune_tiny import tiny_model
 from support.contract import losses_of_points
 from support.counted import UNIT
 from support.methods import ROWS, options_of
-from support.models import Losses, Words, snapshot
+from support.models import INPUTS, LABELS, assert_clean, parameters_of, snapshot
 from support.models import filled as filled_with
 from torch import nn
 from torch.nn import functional as F
 
-from pgap_kernels import draw
-
-INPUTS = draw((8, 6), 1, 0)
-LABELS = torch.arange(8) % 4
 ROW = {row.id: row for row in ROWS}
 # Methods whose directions hang on no loss, so that runs in two modes have the same ones.
 HOOKED = [("mezo-groups", "scratch"), ("lozo", "scratch"), ("lozo", "folded"), ("lozo", "window")]
@@ -52,15 +48,6 @@ def losses_of(id, mode, model, loss=loss_of, steps=4, **options):
     opt.merge()
     assert_clean(parameters)
     return torch.tensor(seen, dtype=torch.float64), snapshot(model)
-
-
-def parameters_of(model) -> dict:
-    return {(module, name): p for module in model.modules() for name, p in module._parameters.items()}
-
-
-def assert_clean(parameters: dict) -> None:
-    """Modules have their own Parameters."""
-    assert all(module._parameters[name] is p for (module, name), p in parameters.items())
 
 
 def both(id, mode, build, loss=loss_of, hooked=None, **options):
@@ -140,7 +127,10 @@ def test_shared_nested_and_repeated_modules(id, mode):
 @pytest.mark.parametrize("id, mode", HOOKED)
 def test_a_module_that_is_never_called_is_named(id, mode):
     model = Shared()
-    parameters, opt = parameters_of(model), optimizer(id, mode, model, **({"exclude": ["gain"]} if id == "lozo" else {}))
+    parameters, opt = (
+        parameters_of(model),
+        optimizer(id, mode, model, **({"exclude": ["gain"]} if id == "lozo" else {})),
+    )
     before = snapshot(model)
     with pytest.raises(RuntimeError, match=r"^closure: 'idle\.weight' and 1 others were not perturbed.*allow_unused"):
         opt.step(lambda: loss_of(model))
@@ -198,46 +188,6 @@ def test_a_parameter_that_is_given_out_is_not_overwritten(id, mode, view):
     options = {"exclude": ["position*"]} if id == "lozo" else {}
     plain, ours = both(id, mode, lambda: Positioned(view), **options)
     close(plain[0], ours[0], rounding(Positioned(view)))
-
-
-class Stray(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.inner = nn.Embedding(7, 6), nn.Linear(6, 6)
-        filled(self)
-
-    def forward(self, x):
-        return F.linear(self.inner(self.embed(torch.arange(8) % 7)), self.embed.weight)
-
-
-@pytest.mark.parametrize("id, mode", HOOKED)
-def test_a_weight_used_outside_its_module_is_named(id, mode):
-    model = Stray()
-    parameters, opt = parameters_of(model), optimizer(id, mode, model, allow_unused=True)
-    with pytest.raises(RuntimeError, match=r"^closure: 'embed\.weight' is used by linear outside"):
-        opt.step(lambda: loss_of(model))
-    assert_clean(parameters)
-    assert losses_of(id, "inplace", Stray())[0].std() > 0
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention, self.outer = nn.MultiheadAttention(6, 2, batch_first=True), nn.Linear(6, 4)
-        filled(self)
-
-    def forward(self, x):
-        return self.outer(self.attention(x[:, None], x[:, None], x[:, None], need_weights=False)[0][:, 0])
-
-
-@pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("id, mode", HOOKED)
-def test_multi_head_attention(id, mode, train):
-    """It takes its out_proj's weights without calling it: they are perturbed with its own."""
-    options = {"exclude": ["*in_proj*"]} if id == "lozo" else {}
-    plain, ours = both(id, mode, lambda: Attention().train(train), **options)
-    close(plain[0], ours[0], rounding(Attention()))
-    near(plain[1], ours[1], rounding(Attention()))
 
 
 class Halved(nn.Module):
@@ -341,17 +291,6 @@ def test_autocast(id, mode):
     assert all(torch.equal(w, around[1][name]) for name, w in within[1].items())
 
 
-@pytest.mark.parametrize("id, mode", ALL)
-def test_inference_mode(id, mode):
-    def loss(model):
-        with torch.inference_mode():
-            return loss_of(model)
-
-    plain = losses_of(id, mode, filled(nn.Linear(6, 4)))
-    inference = losses_of(id, mode, filled(nn.Linear(6, 4)), loss)
-    assert torch.equal(plain[0], inference[0])
-
-
 # ---- others' hooks and replaced forwards ----------------------------------------------------------------------------
 
 
@@ -390,57 +329,3 @@ def test_a_replaced_forward_is_served_or_refused(id, mode):
         assert mode == "folded" and str(error).startswith("mode: got 'folded', but 0.weight")
         return
     close(plain[0], ours[0], 2 * rounding(mlp()))  # its slope is that of twice the weight
-
-
-@pytest.mark.parametrize("id, mode", HOOKED)
-def test_data_that_is_replaced_between_steps_is_what_is_perturbed(id, mode):
-    """As ``model.to``, averaging and swapping of weights do it."""
-    runs = []
-    for m in ("inplace", mode):
-        model = mlp()
-        opt = optimizer(id, m, model)
-        opt.step(lambda model=model: loss_of(model))
-        opt.merge()
-        for p in model.parameters():
-            p.data = 1.5 * p.data
-        runs.append(losses_of_points(opt))
-        for _ in range(3):
-            opt.step(lambda model=model: loss_of(model))
-    close(*map(torch.tensor, runs), 4 * rounding(mlp()))
-
-
-@pytest.mark.parametrize("id, mode", HOOKED)
-def test_parameters_that_are_replaced_are_not_put_back(id, mode):
-    """``load_state_dict(assign=True)`` makes other Parameters, which the optimizer does not have."""
-    model = filled(nn.Linear(6, 4))
-    opt = optimizer(id, mode, model)
-    opt.step(lambda: loss_of(model))
-    model.load_state_dict({name: 2 * w for name, w in model.state_dict().items()}, assign=True)
-    new = dict(model.named_parameters())
-    before = snapshot(model)
-    with pytest.raises(RuntimeError, match="weight"):
-        opt.step(lambda: loss_of(model))
-    assert all(p is new[name] for name, p in model.named_parameters())
-    assert all(torch.equal(w, before[name]) for name, w in snapshot(model).items())
-
-
-# ---- failures within a forward --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("layer, paired", [("embed", False), ("norm", True), ("down", False), ("head", True)])
-@pytest.mark.parametrize("id, mode", HOOKED)
-def test_modules_are_clean_after_an_exception(id, mode, layer, paired):
-    model = Words()
-    parameters, opt = parameters_of(model), optimizer(id, mode, model, paired=paired)
-    opt.step(Losses(model, paired))
-
-    def fail(*args):
-        raise MemoryError("deliberate")
-
-    handle = model.get_submodule(layer).register_forward_hook(fail)
-    with pytest.raises(MemoryError):
-        opt.step(Losses(model, paired))
-    handle.remove()
-    assert_clean(parameters)
-    opt.step(Losses(model, paired))
-    assert_clean(parameters)

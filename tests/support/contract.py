@@ -19,7 +19,7 @@ from .models import Layers, Losses, Words, layer, loss_at, snapshot
 # Roundings of a pass beyond those of its terms' formulas: its coefficient, where that is a sum of two, the product with
 # the core, the term that joins the others, the decay, and the weight that is written.
 PASS = 6
-# A pass goes from a point to the next one, where parts do not add up by way of W: two passes, each of both points' terms.
+# A pass goes from a point to the next; where parts do not add up two go by way of W, each with both points' terms.
 PASSES = 2
 
 
@@ -39,7 +39,7 @@ def build(row: Row, mode: str, model: nn.Module | None = None, **options) -> tup
     return (
         model,
         row.make(params, model=model, **chosen),
-        Losses(model, chosen["paired"] if "paired" in chosen else False),
+        Losses(model, chosen.get("paired", False)),
     )
 
 
@@ -226,10 +226,10 @@ class Contract:
 
 
 class Contract16(Contract):
-    """The same of 16-bit weights: every layer runs on its point, rounded to nearest, and an update rounds a weight once.
+    """The same of 16-bit weights: each layer runs on its point, rounded to nearest, and an update rounds a weight once.
 
-    The update is stochastic, or with residual planes as exact as in float32 (in float16: 2^-15 of an ulp). An evaluation
-    reads no plane.
+    The update is stochastic, or with residual planes as exact as in float32 (in float16: 2^-15 of an ulp). No forward
+    reads a plane.
     """
 
     def __init__(self, row: Row, mode: str, dtype: torch.dtype, residual: bool, **options) -> None:

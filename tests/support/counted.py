@@ -2,7 +2,7 @@
 
 A sum of products, computed in whatever order, differs from its exact value by at most depth * UNIT * size, where no
 term is rounded more often than ``depth`` times and size is the same formula on absolute values (Higham, Accuracy and
-Stability of Numerical Algorithms, section 3.1). Formulas with quotients and roots are bounded likewise, by relative errors.
+Stability of Numerical Algorithms, section 3.1). Quotients and roots are bounded likewise, by relative errors.
 """
 
 from __future__ import annotations

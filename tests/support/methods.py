@@ -1,7 +1,7 @@
 """The methods, one row for each set of options, and how each is run naively: on the contract's noise, by tests/naive.
 
-A naive step gets of the optimizer nothing but its constructor's options. P-GAP's gets the bases too, as they hang on the
-last bits of an SVD; they are compared with those of the gradient that the naive method has assembled.
+A naive step gets of the optimizer nothing but its constructor's options. P-GAP's gets the bases too, as they hang on
+the last bits of an SVD; they are compared with those of the gradient that the naive method has assembled.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from bounds import UNIT
 from naive import dizo, helene, lozo_m, mezo, pgap, pizo
+from pgap_kernels.optim.lozo_m import LOZOM
 from torch import Tensor
 
 from pgap_kernels import draw, noise
@@ -22,7 +23,6 @@ from pgap_kernels.optim import PGAP, LowRankOptimizer, MeZO, ZOOptimizer
 from pgap_kernels.optim.dizo import DiZO
 from pgap_kernels.optim.helene import HELENE
 from pgap_kernels.optim.lozo import LOZO
-from pgap_kernels.optim.lozo_m import LOZOM
 from pgap_kernels.optim.pizo import PIZO
 from pgap_kernels.subspace import gradient_basis
 
@@ -287,7 +287,8 @@ ROWS = [
     row("pgap-groups", PGAP, naive_pgap, **SMALL_PGAP, weight_decay=4.0, groups=True, eps_dense=0.01, lr_dense=0.02),
     row("pgap-global", PGAP, naive_pgap, **SMALL_PGAP, xi="global", delta=0.5, eps=0.05, exclude=["embed*"],
         weight_decay=4.0),
-    row("pgap-fixed", PGAP, naive_pgap, **SMALL_PGAP | {"rank": 99}, xi="fixed", delta=5.0, delta_steps=3, eps=0.05, lr=0.01),
+    row("pgap-fixed", PGAP, naive_pgap, **SMALL_PGAP | {"rank": 99}, xi="fixed", delta=5.0, delta_steps=3, eps=0.05,
+        lr=0.01),
     row("pgap-paper", PGAP, naive_pgap, **SMALL_PGAP, scale="paper", lr=0.2, eps=0.1, eps_probe=0.02, eps_dense=0.02,
         lr_dense=0.05),
     row("pgap-dense", PGAP, naive_pgap, **SMALL_PGAP | {"probes": 1}, exclude=["*"], delta=0.0, lr_dense=0.02),
@@ -295,8 +296,8 @@ ROWS = [
     row("pizo-greedy", PIZO, naive_pizo, pool=4, guide="greedy", history=True, lr=0.01),
     row("pizo-normal", PIZO, naive_pizo, pool=6, alpha=0.34, normalise_v=True, history=True, groups=True, lr=0.02),
     row("helene", HELENE, naive_helene, **HELENE_OPTIONS, state=MOMENTS),
-    row("helene-groups", HELENE, naive_helene, **HELENE_OPTIONS | {"floor": 0.5}, floors={"*bias": 2.0}, gamma=1.5, e=1e-3,
-        beta1=0.8, beta2=0.7, weight_decay=4.0, groups=True, state=MOMENTS),
+    row("helene-groups", HELENE, naive_helene, **HELENE_OPTIONS | {"floor": 0.5}, floors={"*bias": 2.0}, gamma=1.5,
+        e=1e-3, beta1=0.8, beta2=0.7, weight_decay=4.0, groups=True, state=MOMENTS),
     row("lozo", LOZO, naive_lozo, **LOZO_OPTIONS, state={"v": "right"}),
     row("lozo-groups", LOZO, naive_lozo, **LOZO_OPTIONS | {"rank": 3}, divide_by_rank=True, exclude=["embed*"],
         weight_decay=4.0, groups=True, state={"v": "right"}),

@@ -124,6 +124,15 @@ class Losses:
         return loss
 
 
+INPUTS = draw((8, 6), 1, 0)
+LABELS = torch.arange(8) % 4
+
+
+def classifier() -> nn.Sequential:
+    """A small classification of ``INPUTS`` into ``LABELS``; its loss begins near log 4."""
+    return filled(nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4)), 0.3)
+
+
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
     """Copies of its parameters."""
     return {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -134,6 +143,16 @@ def assert_same_weights(left: nn.Module | Mapping[str, Tensor], right: nn.Module
     left, right = (x if isinstance(x, Mapping) else snapshot(x) for x in (left, right))
     assert left.keys() == right.keys()
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+def parameters_of(model: nn.Module) -> dict:
+    """What each module has under each of its parameters' names."""
+    return {(module, name): p for module in model.modules() for name, p in module._parameters.items()}
+
+
+def assert_clean(parameters: dict) -> None:
+    """Modules have their own Parameters again."""
+    assert all(module._parameters[name] is p for (module, name), p in parameters.items())
 
 
 def failing(kind) -> Callable[[], Tensor]:
