@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import subprocess
-import sys
 
 import gpu
 import gpu_calls
@@ -13,11 +11,12 @@ import pytest
 import torch
 from gpu import moved
 from gpu_calls import IDS, WRITING, Call
-from helpers import assert_same_bits, clones, ops, weights
-from optim_contract import INPUTS, LABELS, SMALL_PGAP, Net
+from helpers import assert_same_bits, clones, weights
+from support.methods import SMALL_PGAP
+from support.models import INPUTS, LABELS, classifier
 from torch.func import functional_call
 
-from pgap_kernels import backends
+from pgap_kernels import backends, ops
 from pgap_kernels.optim import PGAP, MeZO
 
 pytestmark = gpu.marks
@@ -121,14 +120,14 @@ def test_sums_do_not_wait_for_the_device():
 
 
 def captured(call: Call) -> torch.cuda.CUDAGraph:
-    """A graph of the call, as PyTorch recommends it: warmed up on one stream, captured on another."""
+    """A graph of the call, after one call on the same stream: what a stream's launches share is that stream's."""
     stream = torch.cuda.Stream(gpu.DEVICE)
     stream.wait_stream(torch.cuda.current_stream(gpu.DEVICE))
     with torch.cuda.stream(stream):
         call.make()
     torch.cuda.synchronize(gpu.DEVICE)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         call.make()
     return graph
 
@@ -183,30 +182,6 @@ def test_a_new_list_is_refused_while_capturing():
     assert not torch.equal(w[0], before[0])
 
 
-# ---- streams ---------------------------------------------------------------------------------------------------------
-
-FIRST_CALL = """
-import torch
-from pgap_kernels import ops, use_backend
-here, there, busy = torch.zeros(9000, device="cuda"), torch.zeros(9000, device="cuda"), torch.cuda.Stream()
-torch.cuda.synchronize()
-with torch.cuda.stream(busy):
-    torch.cuda._sleep(5_000_000_000)  # some seconds
-    ops.dense_perturb_([there], [(1, 0.5)], tensor_ids=[7])
-ops.dense_perturb_([here], [(1, 0.5)], tensor_ids=[7])
-torch.cuda.synchronize()
-want = torch.zeros(9000)
-with use_backend("reference"):
-    ops.dense_perturb_([want], [(1, 0.5)], tensor_ids=[7])
-assert torch.equal(here.cpu(), want) and torch.equal(there.cpu(), want)
-"""
-
-
-def test_what_the_first_call_leaves_for_all_streams_is_there():
-    """The second call, on another stream, does not wait for the first."""
-    assert subprocess.run([sys.executable, "-c", FIRST_CALL], timeout=120).returncode == 0
-
-
 # ---- scalars that are not finite -------------------------------------------------------------------------------------
 
 
@@ -257,29 +232,16 @@ def test_autograd_sees_the_write():
 def test_compiled_ops_are_the_eager_ones(dtype, compiler):
     w = moved(weights([(5, 7), (9,)], dtype))
     left = moved(weights([(5, 2)], seed=1))
-    dense = {
-        "keys": torch.tensor([3, -4]),
-        "coefficients": torch.tensor([[0.5], [-0.25]]),
-        "decay": torch.tensor([[0.1]]),
-        "rounding_keys": torch.tensor([5]) if dtype != torch.float32 else None,
-        "stages": [2],
-        "tensor_ids": [1, 2],
-    }
-    lowrank = {
-        "left": left,
-        "right": [],
-        "core": [],
-        "keys": torch.tensor([0, 5, 6]),
-        "coefficient": torch.tensor([0.5]),
-        "decay": torch.tensor([0.5]),
-        "tensor_ids": [1],
-        "rank": 2,
-        "core_kind": "regenerated",
-    }
+    keys = torch.tensor([3, -4])
+    rounding = torch.tensor([5]) if dtype != torch.float32 else None
+    scalars = (torch.tensor([[0.5], [-0.25]]), torch.tensor([[0.1]]))
+    dense = (keys, *scalars, rounding, [2], [1, 2], [0, 7, 0, 9], "normal", "exact", None)
+    row = torch.tensor([0.5])
+    lowrank = (left, [], [], torch.tensor([0, 5, 6]), row, row, None, [1], [0, 7], 2, "regenerated", row, [], None)
 
     def step(w):
-        TABLE.dense_perturb_(w, **dense)
-        TABLE.lowrank_perturb_(w[:1], **lowrank)
+        TABLE.dense_perturb_(w, *dense)
+        TABLE.lowrank_perturb_(w[:1], *lowrank)
         return w[0].float() * 2
 
     want, got = clones(w), clones(w)
@@ -294,7 +256,7 @@ def test_compiled_ops_are_the_eager_ones(dtype, compiler):
 
 def trained(method, device: torch.device, dtype, steps: int, **options):
     """Losses and weights of a run whose losses are computed in float64 on the CPU, whatever the device."""
-    model, skeleton = Net().to(device, dtype), Net().double()
+    model, skeleton = classifier().to(device, dtype), classifier().double()
     optimizer = method(model, **{"lr": 0.05, "eps": 1e-2, "seed": 11, **options})
 
     def loss():
@@ -309,12 +271,12 @@ def trained(method, device: torch.device, dtype, steps: int, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_mezo_on_the_gpu_is_mezo_on_the_cpu(dtype):
     """Kernels have the same bits and losses are the same function, so whole runs are the same."""
-    options = {"probes": 2, "weight_decay": 0.01, "mode": "inplace"}  # the closure does not call the model
+    options = {"probes": 2, "weight_decay": 0.01}
     losses, there = trained(MeZO, gpu.DEVICE, dtype, 5, **options)
     want, here = trained(MeZO, torch.device("cpu"), dtype, 5, **options)
     assert losses == want and all(map(math.isfinite, losses))
     assert_all_same(there, here)
-    assert any(not torch.equal(a, b.detach().to(dtype)) for a, b in zip(there, Net().parameters(), strict=True))
+    assert any(not torch.equal(a, b.detach().to(dtype)) for a, b in zip(there, classifier().parameters(), strict=True))
 
 
 def test_pgap_learns():
@@ -327,7 +289,7 @@ def test_pgap_learns():
 
 @pytest.mark.parametrize("method", [MeZO, PGAP])
 def test_an_exception_in_the_closure_restores_the_weights(method):
-    model = Net().to(gpu.DEVICE)
+    model = classifier().to(gpu.DEVICE)
     options = SMALL_PGAP if method is PGAP else {}
     optimizer = method(model, lr=0.05, eps=1e-3, seed=11, **options)
     calls = []

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from naive.pgap import aligned
 from support.contract import Contract, build
 from support.methods import METHODS, ROWS
-from support.models import Losses, Words, assert_same_weights, filled, snapshot
+from support.models import INPUTS, LABELS, Losses, Words, assert_same_weights, classifier, snapshot
 from torch import nn
 from torch.nn import functional as F
 
-from pgap_kernels import cpu, draw, noise, ops
-from pgap_kernels.noise import Role
-from pgap_kernels.optim import PGAP, PIZO, MeZO, scores
+from pgap_kernels import cpu, ops
+from pgap_kernels.optim import PGAP, PIZO, scores
 
 ROW = {row.id: row for row in ROWS}
 
@@ -26,7 +24,7 @@ def test_pgap_estimator_mean(xi, delta):
 
     A loss that is linear, <T, W>, has rho = <T, D> whatever eps and W; eps = 1 makes its float32 rounding negligible.
     """
-    steps, model = 700, nn.Module()
+    steps, model = 500, nn.Module()
     model.a, model.b = nn.Parameter(torch.zeros(4, 3)), nn.Parameter(torch.zeros(3, 5))
     slope = {"a": ops.draw((4, 3), 1, 1).double(), "b": ops.draw((3, 5), 2, 2).double()}
     opt = PGAP(model, lr=1e-3, eps=1.0, rank=2, window=steps, probes=64, xi=xi, delta=delta, scale="paper",
@@ -63,19 +61,12 @@ def test_pgap_estimator_mean(xi, delta):
         assert (u.T @ applied @ v - mean).abs().max() <= 1e-3 * mean.abs().max()
 
 
-def test_the_naive_core_is_aligned():
-    """<S, Z> = xi sqrt(delta) |S|, which the contract carries over to what is evaluated."""
-    s, z = draw(5, 1, 1).abs().double(), draw((5, 5), 2, 2).double()
-    for xi, delta in ((1.0, 2.0), (-1.0, 0.3), (1.0, 0.0)):
-        core = aligned(s, z, xi, delta)
-        assert (s @ core.diagonal()).item() == pytest.approx(xi * delta**0.5 * s.norm().item(), abs=1e-10)
-        assert torch.equal(core - core.diagonal().diag(), z - z.diagonal().diag())
-
-
 def test_pizo_with_an_odd_pool_is_not_paired():
     model = Words()
     opt = PIZO(model, pool=3, mode="scratch", paired=True)
-    with pytest.raises(ValueError, match=r"^paired: got True for a method that evaluates 3 point\(s\); accepted: a multiple"):
+    with pytest.raises(
+        ValueError, match=r"^paired: got True for a method that evaluates 3 point\(s\); accepted: a multiple"
+    ):
         opt.step(Losses(model, paired=True))
     assert_same_weights(model, Words())
 
@@ -117,8 +108,8 @@ def test_backends_give_dense_methods_the_same_bits(row, monkeypatch):
     models = []
     for backend in ("reference", "cpu"):
         monkeypatch.setenv("PGAP_BACKEND", backend)
-        model, opt, closure = build(row, "inplace", **({"kappa": 1} if row.id == "dizo" else {}))
-        for _ in range(4 if row.id == "dizo" else 2):
+        model, opt, closure = build(row, "inplace", **({"kappa": 1, "iterations": 1} if row.id == "dizo" else {}))
+        for _ in range(2 if row.id == "dizo" else 1):
             opt.step(closure)
         models.append(model)
     assert_same_weights(*models)
@@ -139,12 +130,11 @@ RATES = {"mezo-3": 0.03, "pgap": 0.03, "pizo-greedy": 0.02, "helene": 0.05, "loz
 
 @pytest.mark.parametrize("row", [pytest.param(row, id=row.id) for row in METHODS])
 def test_learning(row):
-    """Every method halves the loss of a small classification in 250 steps (the start is near log 4)."""
-    model = filled(nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4)), 0.3)
-    inputs, labels = draw((8, 6), 1, 0), torch.arange(8) % 4
+    """Every method halves the loss of a small classification in 200 steps ."""
+    model = classifier()
     own = {"lr": RATES[row.id], "eps": 1e-3, "mode": "auto"}
     own |= {"select": ["*.weight"], "kappa": 20, "s": 0.1} if row.id == "dizo" else {"weight_decay": 0.0}
     own |= {"window": 20} if "window" in row.options else {}
     opt = row.make(model, **{**row.options, **own})
-    losses = [opt.step(lambda: F.cross_entropy(model(inputs), labels)) for _ in range(250)]
+    losses = [opt.step(lambda: F.cross_entropy(model(INPUTS), LABELS)) for _ in range(200)]
     assert sum(losses[-5:]) / 5 < losses[0] / 2
