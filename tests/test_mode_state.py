@@ -90,15 +90,23 @@ def test_a_copied_model_keeps_what_was_learnt(row, mode, copied):
     assert_same_weights(loaded, whole.model)
 
 
-@pytest.mark.parametrize("second", [("mezo-3", "scratch"), ("pgap", "window"), ("mezo-3", "inplace"), ("lozo", "two_pass")])
-@pytest.mark.parametrize("row, mode", [*PENDING, pytest.param(ROW["helene"], "scratch", id="helene-scratch")])
+FIRST = [*PENDING, pytest.param(ROW["helene"], "scratch", id="helene-scratch")]
+SECOND = [("mezo-3", "scratch"), ("pgap", "window"), ("mezo-3", "inplace"), ("lozo", "two_pass")]
+
+
+TWO = [(*run.values, SECOND[(i + j) % 4]) for i, run in enumerate(FIRST) for j in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    "row, mode, second", [pytest.param(r, m, s, id=f"{r.id}-{m}-{'-'.join(s)}") for r, m, s in TWO]
+)
 def test_a_second_optimizer_finds_what_the_first_has_learnt(row, mode, second):
     first = Contract(row, mode)
     for _ in range(2):
         first.step()
     other = []
     first.merge(lambda: other.append(Contract(ROW[second[0]], second[1], first.model, seed=8)))
-    for _ in range(3):
+    for _ in range(2):
         other[0].step()
     with pytest.raises(RuntimeError, match=r"^step: a newer optimizer has taken over .*make a new optimizer"):
         first.optimizer.step(first.closure)
@@ -151,7 +159,7 @@ def assert_same_run(model, opt, other, twin) -> None:
         assert any(plane.any() for plane in planes.values())
 
 
-RUNS = [pytest.param(r, m, id=f"{r.id}-{m}") for r in METHODS for m in r.modes]
+RUNS = [pytest.param(r, m, id=f"{r.id}-{m}") for r in METHODS for m in r.modes if m != "scratch-paired"]
 
 
 @pytest.mark.parametrize("row, mode", RUNS)
@@ -178,8 +186,12 @@ def test_a_loaded_state_continues_bit_for_bit(row, mode):
     assert_same_run(model, opt, other, twin)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
-@pytest.mark.parametrize("row, mode", RUNS)
+COPIES = (copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair)))
+
+
+@pytest.mark.parametrize(
+    "row, mode, copied", [pytest.param(*run.values, COPIES[i % 2], id=run.id) for i, run in enumerate(RUNS)]
+)
 def test_a_copied_pair_continues_bit_for_bit(row, mode, copied):
     """Model and optimizer together, within a window or perturbed, and each then runs on its own."""
     model, opt, closure = own_run(row, mode)
@@ -190,7 +202,7 @@ def test_a_copied_pair_continues_bit_for_bit(row, mode, copied):
     assert twin.pending == opt.pending
     its = Losses(other, mode.endswith("paired"))
     for run, loss in ((twin, its), (opt, closure)):
-        for _ in range(4):
+        for _ in range(3):
             run.step(loss)
         run.merge()
     assert_same_run(model, opt, other, twin)
@@ -198,7 +210,7 @@ def test_a_copied_pair_continues_bit_for_bit(row, mode, copied):
 
 @pytest.mark.parametrize("id, mode", [("pgap", "window"), ("pgap", "scratch"), ("mezo-3", "scratch")])
 def test_a_residual_survives_a_change_of_mode(id, mode):
-    model, opt, closure = build(ROW[id], mode, Words().to(torch.bfloat16), residual=True)
+    _model, opt, closure = build(ROW[id], mode, Words().to(torch.bfloat16), residual=True)
     opt.step(closure)
     opt.merge()
     before = {name: plane.clone() for name, plane in opt.perturbation.residual.planes.items()}

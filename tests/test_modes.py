@@ -41,29 +41,34 @@ def test_goes_on_after_a_skipped_step(row, mode):
 
 
 KEEPS_NO_PLANES = ("helene", "lozo-m", "dizo")  # refused: test_mode_choice.py
-RUNS_16 = [(*run.values, dtype, residual and run.values[0].id not in KEEPS_NO_PLANES)
-           for i, run in enumerate(EXACT)
-           for dtype, residual in ((torch.bfloat16, i % 2 == 0), (torch.float16, i % 2 == 1))]  # fmt: skip
+KINDS = [(torch.bfloat16, False), (torch.float16, True), (torch.float16, False), (torch.bfloat16, True)]
 
 
-@pytest.mark.parametrize("row, mode, dtype, residual", RUNS_16)
-def test_16_bit_evaluations_and_updates(row, mode, dtype, residual):
-    contract = Contract16(row, mode, dtype, residual, eps=0.5)
+@pytest.mark.parametrize("row, mode, kind", [pytest.param(*r.values, i % 4, id=r.id) for i, r in enumerate(EXACT)])
+def test_16_bit_evaluations_and_updates(row, mode, kind):
+    dtype, residual = KINDS[kind]
+    contract = Contract16(row, mode, dtype, residual and row.id not in KEEPS_NO_PLANES, eps=0.5)
     for _ in range(max(6, row.period)):
         contract.step()
     contract.finish()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("row, mode", EXACT)
+@pytest.mark.parametrize(
+    "row, mode, dtype",
+    [
+        pytest.param(*run.values, DTYPES[(i + j) % 3], id=f"{run.id}-{(i + j) % 3}")
+        for i, run in enumerate(EXACT)
+        for j in (0, 1)
+    ],
+)
 def test_learning_rate_zero_leaves_every_bit(row, mode, dtype):
     decay = {"weight_decay": 0.5} if "weight_decay" in row.options else {}
     model, opt, closure = build(row, mode, Words().to(dtype), lr=0.0, **decay)
     before = {name: bits(p.detach()) for name, p in model.named_parameters()}
-    for _ in range(8):
+    for _ in range(4):
         opt.step(closure)
     opt.merge()
-    assert len(set(closure.seen)) > 6  # the forwards did see perturbations
+    assert len(set(closure.seen)) > 4  # the forwards did see perturbations
     for name, p in model.named_parameters():
         assert torch.equal(bits(p.detach()), before[name])
 
@@ -71,10 +76,10 @@ def test_learning_rate_zero_leaves_every_bit(row, mode, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("row, mode", runs(METHODS, lambda row, mode: not mode.endswith("-paired")))
 def test_parameters_are_the_model(row, mode, dtype):
-    """After every step, for whoever reads them; where updates are deferred, ``pending`` says so and ``merge`` ends it."""
+    """After every step, whoever reads them; where updates are deferred ``pending`` says so, and ``merge`` ends it."""
     model, opt, closure = build(row, mode, Words().to(dtype))
     was_pending = False
-    for _ in range(4):
+    for _ in range(3):
         opt.step(closure)
         assert not opt.pending or mode in ("window", "two_pass")
         read = outputs_of(snapshot(model), dtype)
@@ -101,22 +106,20 @@ def outputs_of(parameters, dtype):
 # ---- costs ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "row, mode", runs(METHODS) + runs([r for r in ROWS if r.id in ("pgap-dense", "lozo-m-groups")])
-)
+@pytest.mark.parametrize("row, mode", runs(METHODS))
 def test_cost_is_what_is_counted(row, mode):
-    """Over two periods, after one in which the schedule of two passes is entered and state is made."""
+    """Over a period, after one in which the schedule of two passes is entered and state is made."""
     _, opt, closure = build(row, mode, Words(tied=False))
     for _ in range(row.period):
         opt.step(closure)
     begun, closure.calls, held = opt.passes, 0, []
-    for _ in range(2 * row.period):
+    for _ in range(row.period):
         opt.step(closure)
         tensors = [t for state in opt.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
         held.append(sum(t.nbytes for t in tensors) + opt.perturbation.state_bytes)
     cost = opt.cost()
-    assert opt.passes - begun == pytest.approx(2 * row.period * cost.weight_passes, rel=1e-12)
-    assert closure.calls == pytest.approx(2 * row.period * cost.forwards)
+    assert opt.passes - begun == pytest.approx(row.period * cost.weight_passes, rel=1e-12)
+    assert closure.calls == pytest.approx(row.period * cost.forwards)
     assert cost.state_bytes == max(held)
 
 

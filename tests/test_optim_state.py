@@ -13,7 +13,7 @@ from support.methods import METHODS, ROWS
 from support.models import Losses, Words, assert_same_weights, failing, snapshot
 from torch import Tensor, nn
 
-from pgap_kernels.optim import DiZO, HELENE, LOZO, LOZOM, PGAP, PIZO, MeZO
+from pgap_kernels.optim import HELENE, LOZO, LOZOM, PGAP, PIZO, DiZO, MeZO
 
 ROW = {row.id: row for row in ROWS}
 EACH = [pytest.param(row, id=row.id) for row in METHODS]
@@ -59,7 +59,7 @@ def test_state_lies_with_its_parameter():
 @pytest.mark.parametrize("row", EACH)
 def test_a_state_is_a_plain_one(row):
     """PyTorch's keys with an entry "zo", loadable with ``weights_only``; the optimizer's own are not touched."""
-    model, opt, closure = build(row, "inplace")
+    _model, opt, closure = build(row, "inplace")
     opt.step(closure)
     state = opt.state_dict()
     assert state.keys() == {"state", "param_groups", "zo"}
@@ -73,7 +73,7 @@ def test_a_state_is_a_plain_one(row):
 
 def test_a_loaded_tensor_takes_the_memory_of_the_one_before():
     """Captured graphs read it there."""
-    model, opt, closure = build(ROW["lozo-m"], "inplace")
+    _model, opt, closure = build(ROW["lozo-m"], "inplace")
     opt.step(closure)
     places = {(p, e): t.data_ptr() for p, state in opt.state.items() for e, t in state.items()}
     opt.load_state_dict(copy.deepcopy(opt.state_dict()))
@@ -133,7 +133,9 @@ def test_foreign_states_are_refused(foreign, message):
 def test_a_state_never_renames_parameters():
     model = Words()
     forward, backward = MeZO(model, mode="inplace"), MeZO(list(model.named_parameters())[::-1], mode="inplace")
-    with pytest.raises(ValueError, match=r"^state_dict: got parameters .*accepted: those of this optimizer in their order"):
+    with pytest.raises(
+        ValueError, match=r"^state_dict: got parameters .*accepted: those of this optimizer in their order"
+    ):
         backward.load_state_dict(forward.state_dict())
     assert [w.name for w in backward.weights()] == [n for n, _ in list(model.named_parameters())[::-1]]
 

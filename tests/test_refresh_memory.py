@@ -59,7 +59,7 @@ def test_one_scratch_and_the_state(row, mode, dtype):
     assert cost.state_bytes <= held <= cost.state_bytes + buffer + SMALL
     assert peak <= cost.state_bytes + cost.scratch_bytes + transient(optimizer)
     assert buffer == (LARGEST * dtype.itemsize // 4 if is_exact(mode) else 0)
-    # A gradient in float32 where subspaces are estimated, beside the buffer of the forwards where it does not fit in it.
+    # A gradient in float32 where subspaces are estimated, beside the buffer of the forwards if it does not fit in it.
     gradient = LARGEST if row.make is PGAP else 0
     assert cost.scratch_bytes == (buffer if buffer >= gradient else buffer + gradient)
     assert not gradient or peak > LARGEST  # counted at all
@@ -67,7 +67,7 @@ def test_one_scratch_and_the_state(row, mode, dtype):
 
 @pytest.mark.parametrize("row, mode", [run for run in MODES if run.values[0].id not in ("helene", "lozo-m")])
 def test_weights_of_two_types(row, mode):
-    """All but the last of several writes are copied, so that a failure can be undone: as much as the buffer is large."""
+    """All but the last of several writes are copied, to undo a failure: as much as the buffer is large."""
     _, peak, optimizer = held_and_peak(row, mode, [torch.float32, torch.bfloat16] * 2)
     cost, copies = optimizer.cost(), optimizer.perturbation.scratch_bytes
     assert peak <= cost.state_bytes + cost.scratch_bytes + copies + transient(optimizer)
