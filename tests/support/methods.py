@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from bounds import UNIT
 from naive import dizo, helene, lozo_m, mezo, pgap, pizo
-from pgap_kernels.optim.lozo_m import LOZOM
 from torch import Tensor
 
 from pgap_kernels import draw, noise
@@ -23,6 +22,7 @@ from pgap_kernels.optim import PGAP, LowRankOptimizer, MeZO, ZOOptimizer
 from pgap_kernels.optim.dizo import DiZO
 from pgap_kernels.optim.helene import HELENE
 from pgap_kernels.optim.lozo import LOZO
+from pgap_kernels.optim.lozo_m import LOZOM
 from pgap_kernels.optim.pizo import PIZO
 from pgap_kernels.subspace import gradient_basis
 
