@@ -51,8 +51,11 @@ def transient(optimizer: ZOOptimizer) -> int:
     return SMALL + lowrank * 4 * (FACTORS * rank * sum(both) + SVD * (rank + 8) * max(both))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("row, mode", MODES)
+DTYPES = [(*run.values, torch.float32) for run in MODES]
+DTYPES += [(*run.values, torch.bfloat16) for run in MODES if run.values[1] in ("scratch", "folded")]
+
+
+@pytest.mark.parametrize("row, mode, dtype", [pytest.param(*d, id=f"{d[0].id}-{d[1]}-{d[2]}") for d in DTYPES])
 def test_one_scratch_and_the_state(row, mode, dtype):
     held, peak, optimizer = held_and_peak(row, mode, [dtype] * len(SHAPES))
     cost, buffer = optimizer.cost(), optimizer.perturbation.scratch_bytes
@@ -65,7 +68,7 @@ def test_one_scratch_and_the_state(row, mode, dtype):
     assert not gradient or peak > LARGEST  # counted at all
 
 
-@pytest.mark.parametrize("row, mode", [run for run in MODES if run.values[0].id not in ("helene", "lozo-m")])
+@pytest.mark.parametrize("row, mode", [run for run in MODES if run.values[0].id in ("mezo-3", "pgap", "dizo")])
 def test_weights_of_two_types(row, mode):
     """All but the last of several writes are copied, to undo a failure: as much as the buffer is large."""
     _, peak, optimizer = held_and_peak(row, mode, [torch.float32, torch.bfloat16] * 2)

@@ -20,18 +20,27 @@ class Counted:
     Attributes:
         value: what exact arithmetic gives.
         size: the sum of its terms' absolute values.
-        error: how far the inputs may be off, carried to here.
+        error: how far the inputs may be off, carried to here; None for inputs that are exact.
         depth: the most roundings of a term. A product with a float counts two, as the float is rounded too.
     """
 
     def __init__(self, value: Tensor, size: Tensor | None = None, error: Tensor | None = None, depth: int = 0) -> None:
         self.value, self.depth = value, depth
         self.size = value.abs() if size is None else size
-        self.error = torch.zeros_like(self.size) if error is None else error
+        self.error = error
+
+    @property
+    def off(self) -> Tensor:
+        """``error``, zero where there is none."""
+        return torch.zeros_like(self.size) if self.error is None else self.error
 
     def bound(self, more: int = 0) -> Tensor:
         """How far the computed value may be off after so many roundings more."""
-        return SECOND_ORDER * (self.error + (self.depth + more) * UNIT * self.size)
+        return SECOND_ORDER * total(self.error, (self.depth + more) * UNIT * self.size)
+
+    def arithmetic(self, more: int = 0) -> Tensor:
+        """The part of ``bound`` that the inputs' errors have no part in."""
+        return SECOND_ORDER * (self.depth + more) * UNIT * self.size
 
     def settled(self, error: Tensor) -> Counted:
         """The same value as an input of what follows, off by at most so much."""
@@ -43,7 +52,7 @@ class Counted:
         if not isinstance(other, Counted):
             return Counted(self.value + other, self.size + abs(other), self.error, self.depth + 2)
         depth = max(self.depth, other.depth) + 1
-        return Counted(self.value + other.value, self.size + other.size, self.error + other.error, depth)
+        return Counted(self.value + other.value, self.size + other.size, total(self.error, other.error), depth)
 
     def __neg__(self) -> Counted:
         return Counted(-self.value, self.size, self.error, self.depth)
@@ -55,7 +64,8 @@ class Counted:
         if isinstance(other, Counted):
             return self._product(other, torch.mul, 1)
         amount = abs(other)
-        return Counted(self.value * other, self.size * amount, self.error * amount, self.depth + 2)
+        error = None if self.error is None else self.error * amount
+        return Counted(self.value * other, self.size * amount, error, self.depth + 2)
 
     __radd__, __rmul__ = __add__, __mul__
 
@@ -63,7 +73,11 @@ class Counted:
         return self._product(other, torch.matmul, 1 + other.value.shape[0])
 
     def _product(self, other: Counted, product, roundings: int) -> Counted:
-        error = product(self.error, other.size) + product(self.size + self.error, other.error)
+        error = None
+        if other.error is not None:
+            error = product(total(self.size, self.error), other.error)
+        if self.error is not None:
+            error = total(error, product(self.error, other.size))
         depth = self.depth + other.depth + roundings
         return Counted(product(self.value, other.value), product(self.size, other.size), error, depth)
 
@@ -72,7 +86,9 @@ class Counted:
             return self * (1 / other)
         denominator = other.value.abs()
         size = self.size * other.size / denominator**2
-        error = self.error / denominator + self.size * other.error / denominator**2
+        error = None if self.error is None else self.error / denominator
+        if other.error is not None:
+            error = total(error, self.size * other.error / denominator**2)
         return Counted(self.value / other.value, size, error, self.depth + other.depth + 1)
 
     def __pow__(self, power: int) -> Counted:
@@ -82,7 +98,8 @@ class Counted:
     def sqrt(self) -> Counted:
         """Of what is positive; a relative error is halved."""
         root = self.value.sqrt()
-        return Counted(root, root * self.size / self.value, self.error / root, self.depth + 1)
+        error = None if self.error is None else self.error / root
+        return Counted(root, root * self.size / self.value, error, self.depth + 1)
 
     def clamp(self, min: float) -> Counted:
         size = torch.maximum(self.size, torch.tensor(min, dtype=self.size.dtype))
@@ -90,7 +107,8 @@ class Counted:
 
     def sum(self, *dim: int) -> Counted:
         terms = self.value.shape[dim[0]] if dim else self.value.numel()
-        return Counted(self.value.sum(*dim), self.size.sum(*dim), self.error.sum(*dim), self.depth + terms)
+        summed = self._each(lambda t: t.sum(*dim))
+        return Counted(summed.value, summed.size, summed.error, self.depth + terms)
 
     def norm(self) -> Counted:
         return (self * self).sum().sqrt()
@@ -101,7 +119,8 @@ class Counted:
     # ---- shape ------------------------------------------------------------------------------------------------------
 
     def _each(self, change) -> Counted:
-        return Counted(*(change(t) for t in (self.value, self.size, self.error)), self.depth)
+        parts = (None if t is None else change(t) for t in (self.value, self.size, self.error))
+        return Counted(*parts, self.depth)
 
     def __getitem__(self, key) -> Counted:
         return self._each(lambda t: t[key])
@@ -133,8 +152,16 @@ class Counted:
     def __torch_function__(cls, function, types, args=(), kwargs=None) -> Counted:
         assert function is torch.stack, function
         numbers = args[0]
-        each = (torch.stack([getattr(n, name) for n in numbers]) for name in ("value", "size", "error"))
-        return Counted(*each, max(n.depth for n in numbers))
+        assert all(n.error is None for n in numbers)
+        each = (torch.stack([getattr(n, name) for n in numbers]) for name in ("value", "size"))
+        return Counted(*each, None, max(n.depth for n in numbers))
+
+
+def total(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Of two errors, either of which may be none."""
+    if a is None or b is None:
+        return a if b is None else b
+    return a + b
 
 
 def known(tensor: Tensor) -> Counted:
@@ -165,8 +192,8 @@ def layer_norm(x: Counted, scale: Counted, shift: Counted, dtype: torch.dtype, e
     """Mean and variance by any stable algorithm (n kappa u, Chan, Golub, LeVeque 1983), then a sum of two products."""
     n = x.value.shape[-1]
     mean = x.value.mean(-1, keepdim=True)
-    mean_error = x.error.mean(-1, keepdim=True) + n * UNIT * x.size.mean(-1, keepdim=True)
-    off, moved = x.value - mean, x.error + mean_error
+    mean_error = x.off.mean(-1, keepdim=True) + n * UNIT * x.size.mean(-1, keepdim=True)
+    off, moved = x.value - mean, x.off + mean_error
     variance = off.square().mean(-1, keepdim=True)
     variance_error = (2 * off.abs() * moved + moved.square()).mean(-1, keepdim=True)
     variance_error += 4 * n * UNIT * x.value.square().mean(-1, keepdim=True)

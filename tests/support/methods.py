@@ -6,6 +6,7 @@ the last bits of an SVD; they are compared with those of the gradient that the n
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -26,7 +27,7 @@ from pgap_kernels.optim.lozo_m import LOZOM
 from pgap_kernels.optim.pizo import PIZO
 from pgap_kernels.subspace import gradient_basis
 
-from .counted import Counted, known
+from .counted import Counted, known, total
 
 Weights = dict[str, Counted]
 
@@ -92,7 +93,7 @@ class Step:
         return noise.derive(self.options["seed"], self.number, role, probe)
 
     def draw(self, name: str, shape: Iterable[int], role: Role, probe: int = 0) -> Counted:
-        return known(draw(tuple(shape), self.key(role, probe), noise.tensor_id(name)))
+        return drawn(tuple(shape), self.key(role, probe), name)
 
     def z(self, role: Role = Role.DENSE, probe: int = 0, without: Collection[str] = ()) -> Weights:
         """Dense noise on the weights."""
@@ -101,6 +102,12 @@ class Step:
     def factors(self, role: Role, side: int) -> Weights:
         """A of the matrices (side 0), or B (side 1)."""
         return {n: self.draw(n, (self.weights[n].shape[side], self.rank(n)), role) for n in self.matrices()}
+
+
+@functools.cache
+def drawn(shape: tuple[int, ...], key: int, name: str) -> Counted:
+    """Noise of the contract; every mode of a method draws the same."""
+    return known(draw(shape, key, noise.tensor_id(name)))
 
 
 def naive_mezo(s: Step):
@@ -210,7 +217,7 @@ def unsure(w: Counted, start: Counted, tau: float, iteration: int) -> Counted:
     of z / |Delta| in each iteration; where it is not cut off, that is at most 2 tau.
     """
     relative = (w.numel() + 3) * UNIT * tau * (2 * iteration + 3)
-    return Counted(w.value, w.size, w.error + relative * (w.size + start.size), w.depth)
+    return Counted(w.value, w.size, total(w.error, relative * (w.size + start.size)), w.depth)
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------
