@@ -130,7 +130,8 @@ class ModelOptimizer(torch.optim.Optimizer):
         # "step" is in there once a scheduler has bound its counter to this very object.
         fresh: dict[str, Any] = dict.fromkeys(("_weights", "_buckets", "_seen", "_planned", "_forward_state"))
         # The copies of parameters lie elsewhere, but are what they were.
-        fresh["_copied"] = self._seen is not None and self._seen.is_current(self.param_groups, self.model)
+        current = self._seen is not None and self._seen.is_current(self.param_groups, self.model)
+        fresh["_copied"] = self._copied or current
         return {k: v for k, v in self.__dict__.items() if k != "step"} | fresh
 
     def check_state(self, weight: Weight, state: Mapping[str, Any]) -> None:
