@@ -1871,3 +1871,93 @@ def test_a_compiled_function_around_the_model(case):
         optimizer.merge()
         assert changed(model, snapshot(expected)) == []
     torch._dynamo.reset()
+
+
+@every_case
+@pytest.mark.parametrize(
+    "call", ["step", "merge", "state_dict", "model.state_dict", "detach", "mode", "load_state_dict"]
+)
+def test_calling_the_optimizer_inside_its_closure(case, call):
+    """The rest of the forward would run at another point than its beginning: refused, or without effect."""
+    model, plain = seeded(Net), seeded(Net)
+    optimizer, expected = make(case, model), make(case, plain)
+    for o, m in ((optimizer, model), (expected, plain)):
+        take_steps(o, m, 3)
+        state = o.state_dict()
+        take_steps(o, m)  # in a window of its own
+    calls = {
+        "step": lambda: take_steps(optimizer, model),
+        "merge": optimizer.merge,
+        "state_dict": optimizer.state_dict,
+        "model.state_dict": model.state_dict,
+        "detach": optimizer.detach,
+        "mode": lambda: setattr(optimizer, "mode", "inplace"),
+        "load_state_dict": lambda: optimizer.load_state_dict(state),
+    }
+
+    def closure():
+        calls[call]()
+        return loss_of(model)
+
+    clean = optimizer.mode != "inplace" and not optimizer.pending  # the parameters are the model
+    harmless = clean and call in ("merge", "state_dict", "model.state_dict")
+    if call == "model.state_dict" and optimizer.mode == "inplace" and case not in DEFERRED:
+        return  # nothing watches the model: it has the perturbed weights
+    if harmless:
+        optimizer.step(closure)
+        take_steps(expected, plain)
+    else:
+        message = r": called in the closure of a step, at perturbed weights"
+        refused(RuntimeError, message, lambda: optimizer.step(closure))
+        with torch.no_grad():
+            assert loss_of(model).item() == pytest.approx(loss_of(plain).item(), abs=1e-6)
+    for o, m in ((optimizer, model), (expected, plain)):
+        take_steps(o, m, 2)
+        o.merge()
+    assert distance(model, snapshot(plain)) < 1e-4
+
+
+BAD_GROUPS = {
+    "float64": [("x", nn.Parameter(torch.zeros(2, dtype=torch.float64)))],
+    "meta": [("x", nn.Parameter(torch.zeros(2, device="meta")))],
+    "of_another_model": [("x", nn.Parameter(torch.zeros(2)))],
+    "negative_rate": None,
+}
+
+
+@every_case
+@pytest.mark.parametrize("bad", BAD_GROUPS)
+def test_adding_a_group_that_is_refused(case, bad):
+    models = [seeded(Net) for _ in range(2)]
+    optimizers = [make(case, list(model.named_parameters())[:-2], model=model) for model in models]
+    for o, model in zip(optimizers, models, strict=True):
+        take_steps(o, model, 2)
+        o.merge()
+    if bad == "of_another_model" and optimizers[0].mode == "inplace" and case not in DEFERRED:
+        return  # in place nobody asks whose they are
+    group = {"params": BAD_GROUPS[bad] or list(models[0].named_parameters())[-2:]} | (
+        {} if BAD_GROUPS[bad] else {"lr": -1}
+    )
+    refused((TypeError, ValueError), r"(params|lr|mode|model): ", lambda: optimizers[0].add_param_group(group))
+    assert len(optimizers[0].param_groups) == 1
+    for o, model in zip(optimizers, models, strict=True):
+        take_steps(o, model, 2)
+        o.add_param_group({"params": list(model.named_parameters())[-2:]})
+        take_steps(o, model, 2)
+        o.merge()
+    assert changed(models[0], snapshot(models[1])) == []
+
+
+class Marked(nn.Parameter):
+    """A subclass that adds nothing."""
+
+
+@every_case
+def test_parameters_of_a_subclass(case):
+    model, plain = seeded(Net), seeded(Net)
+    model.middle.weight = Marked(model.middle.weight.detach())
+    for m in (model, plain):
+        optimizer = make(case, m)
+        take_steps(optimizer, m, 4)
+        optimizer.merge()
+    assert changed(model, snapshot(plain)) == []

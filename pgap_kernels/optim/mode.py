@@ -117,12 +117,12 @@ class ModeOptimizer(ModelOptimizer, metaclass=_EnterMode):
     @mode.setter
     def mode(self, mode: str) -> None:
         checks.choice("mode", mode, MODES)
+        self.perturbation.refuse_if_released("mode")
         if self.pending:
             raise ValueError(
                 f"mode: got {mode!r} while mode {self.mode!r} has updates or perturbations that are not in the "
                 "weights; call merge() first"
             )
-        self.perturbation.refuse_if_released("mode")
         with ambient_state_aside():
             self.follow_model()
             self._enter_mode(mode)
@@ -149,11 +149,14 @@ class ModeOptimizer(ModelOptimizer, metaclass=_EnterMode):
         Nothing to do otherwise. ``state_dict`` of the optimizer and of a hooked model do it first.
         """
         if self._perturbation is not None:
+            if self.pending:
+                self._perturbation.refuse_inside_forward("merge")
             with ambient_state_aside(), uninterrupted():
                 self._perturbation.merge()
 
     def detach(self) -> None:
         """Merge, and take the hooks off the model: the optimizer has done its work."""
+        self.perturbation.refuse_inside_forward("detach")
         with ambient_state_aside(), uninterrupted():
             self.perturbation.release()
 

@@ -86,6 +86,7 @@ class Perturbation:
     A step is ``begin``, any number of ``perturb_to`` and ``forward``, and ``apply``; on an exception ``restore``.
 
     Attributes:
+        active: a forward of a step is running.
         passes: reads and writes of all weights so far, counted by elements.
         seconds: spent on perturbing inside forwards, if they were not compiled.
         passes_this_step: number of ``perturb_to`` and ``apply`` of this step that wrote weights; it numbers the keys of
@@ -102,7 +103,7 @@ class Perturbation:
         self.seconds = 0.0
         self.workspace_bytes = 0  # the most that was lent beyond the memory of the forwards
         self.residual: Residual | None = None
-        self.dry = self.rehearsed = False
+        self.active = self.dry = self.rehearsed = False
         self.released: str | None = None  # why it serves no more
         self.adopt(weights)
 
@@ -177,9 +178,17 @@ class Perturbation:
     # ---- a step -----------------------------------------------------------------------------------------------------
 
     def refuse_if_released(self, call: str) -> None:
-        """Raise RuntimeError if the mode serves no more."""
+        """Raise RuntimeError if the mode serves no more, or is in the middle of a forward."""
         if self.released is not None:
             raise RuntimeError(f"{call}: {self.released}; make a new optimizer to go on")
+        self.refuse_inside_forward(call)
+
+    def refuse_inside_forward(self, call: str) -> None:
+        """Raise RuntimeError in a closure: the rest of the forward would run at another point than its beginning."""
+        if self.active:
+            raise RuntimeError(
+                f"{call}: called in the closure of a step, at perturbed weights; accepted: between steps"
+            )
 
     def begin(self, merge_key: int) -> None:
         """A step begins; ``merge_key`` rounds what is merged until the next begins."""

@@ -145,6 +145,11 @@ class HookClient(Protocol):
 
     def leave(self, number: int, args: tuple, kwargs: dict, output: Any) -> Any: ...
 
+    @property
+    def pending(self) -> bool: ...
+
+    def refuse_inside_forward(self, call: str) -> None: ...
+
     def merge(self) -> None: ...
 
     def release(self, why: str) -> None: ...
@@ -167,6 +172,8 @@ class _After(_Before):
 
 class _BeforeState(_Before):
     def __call__(self, *args: Any, **kwargs: Any) -> None:
+        if self.client.pending:
+            self.client.refuse_inside_forward("state_dict")
         with ambient_state_aside(), uninterrupted():
             self.client.merge()
 

@@ -30,7 +30,6 @@ class InPlace(Perturbation):
         super().__init__(weights)
         self.two_pass = two_pass
         self.added: list[Part] = []  # what the weights have added at the moment
-        self.active = False
 
     @property
     def pending(self) -> bool:
