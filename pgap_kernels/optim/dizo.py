@@ -11,6 +11,7 @@ import torch
 from .. import ops
 from ..directions import Anchored, Direction, Weight, bucket
 from ..noise import Role
+from . import scores
 from .base import Evaluation, Params, ZOOptimizer
 from .options import at_least_one, patterns, positive
 
@@ -100,7 +101,7 @@ class DiZO(ZOOptimizer):
         moves = [self.eps_p * zi / (state["distance"] + 1e-8) for zi, state in zip(z, states, strict=True)]
         tried = [[state["ratio"] + sign * m for state, m in zip(states, moves, strict=True)] for sign in (1, -1)]
         plus, minus = evaluate.population([(self._line(weights), self._amounts(weights, c)) for c in tried])
-        g = (plus - minus) / (2 * self.eps_p)
+        g = scores.spsa(plus, minus, self.eps_p)
         last = self.iteration == self.iterations - 1
         ratios = [state["ratio"] - self.s * g * zi for state, zi in zip(states, z, strict=True)]
         ratios = [min(max(c, 1 - self.tau), 1 + self.tau) for c in ratios]

@@ -13,6 +13,7 @@ from .. import ops
 from ..directions import Weight, bucket
 from ..noise import Role
 from ..perturbation import StateRule
+from . import scores
 from .base import Evaluation, Params, ZOOptimizer
 from .options import at_least_one, fraction, patterns, positive
 
@@ -83,7 +84,7 @@ class HELENE(ZOOptimizer):
         same = bucket(self.weights(), also=lambda w: tuple(w.group[name] for name in ("beta1", "beta2", "gamma")))
         z = self.noise(self.key(Role.DENSE), same)
         plus, minus = evaluate.two_sided(z)
-        rho = [(plus - minus) / (2 * eps) for eps in self.radius()]
+        rho = [scores.spsa(plus, minus, eps) for eps in self.radius()]
         self.apply_update([(z, rho)], rule=StateRule(self.rule_of, self.state_of))
         return (plus + minus) / 2
 
