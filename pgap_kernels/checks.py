@@ -111,19 +111,19 @@ def _refuse_overlaps(name: str, values: Sequence[Tensor], elements: Sequence[tup
         if rows and columns:
             spans.append((begin, begin + ((rows - 1) * ld + columns) * size, i))
     spans.sort()
-    reach, owner = -1, -1
+    reach = -1
     for begin, end, i in spans:
-        if begin < reach and not _interleaved(spans, begin, layouts, i):
+        other = _sharing(spans, begin, layouts, i) if begin < reach else None
+        if other is not None:
             raise ValueError(
-                f"{name}[{i}] overlaps {name}[{owner}]; accepted: tensors that share no element "
+                f"{name}[{i}] overlaps {name}[{other}]; accepted: tensors that share no element "
                 "(tied weights once, duplicates removed)"
             )
-        if end > reach:
-            reach, owner = end, i
+        reach = max(reach, end)
 
 
-def _interleaved(spans: list, begin: int, layouts: Sequence[tuple[int, int, int]], i: int) -> bool:
-    """Whether tensor i, whose extent meets others', still shares no element: column slices of one matrix."""
+def _sharing(spans: list, begin: int, layouts: Sequence[tuple[int, int, int]], i: int) -> int | None:
+    """The tensor, if any, that shares an element with tensor i, whose extent meets others'."""
     rows, columns, own_ld = layouts[i]
     end = begin + (rows - 1) * own_ld + columns
     for other_begin, other_end, j in spans:
@@ -132,9 +132,21 @@ def _interleaved(spans: list, begin: int, layouts: Sequence[tuple[int, int, int]
         other_rows, other_columns, other_ld = layouts[j]
         ld = other_ld if rows == 1 else own_ld  # a single row fits any row stride
         distance = (begin - other_begin) % ld
-        if (other_rows > 1 and other_ld != ld) or distance < other_columns or distance + columns > ld:
-            return False
-    return True
+        # Column slices of one matrix, seen at once however many rows they have; anything else row by row.
+        interleaved = (other_rows == 1 or other_ld == ld) and other_columns <= distance <= ld - columns
+        if not interleaved and _rows_meet((begin, *layouts[i]), (other_begin, *layouts[j])):
+            return j
+    return None
+
+
+def _rows_meet(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
+    """Whether two matrices, each (begin, rows, columns, row stride) in bytes, share an element."""
+    (begin, rows, columns, ld), (other_begin, other_rows, other_columns, other_ld) = sorted((a, b), key=lambda m: m[1])
+    for row in range(begin, begin + rows * ld, ld):
+        k = max((row - other_begin - other_columns) // other_ld + 1, 0)  # the first row that ends after this one begins
+        if k < other_rows and other_begin + k * other_ld < row + columns:
+            return True
+    return False
 
 
 def tensor_ids(name: str, value: Sequence[int], count: int) -> list[int]:

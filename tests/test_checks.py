@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_same_bits
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pgap_kernels import checks, extension
@@ -48,6 +48,8 @@ built = pytest.mark.skipif(extension.unavailable is not None, reason="the C++ ex
 
 
 @pytest.mark.parametrize("reason", [pytest.param(None, marks=built), "not wanted"])
+@example(tensors=[BUFFER.as_strided((2, 1), (1, 0), 1), BUFFER.as_strided((2, 1), (4, 0), 0)])  # between two rows
+@example(tensors=[BUFFER.as_strided((2, 1), (2, 1), 0), BUFFER.as_strided((2, 1), (4, 1), 1)])  # two row strides
 @given(tensors=st.lists(views(), min_size=1, max_size=4))
 def test_what_is_refused(reason, tensors):
     """Lists are refused exactly where a row is not contiguous, rows overlap, or two tensors share an element."""
