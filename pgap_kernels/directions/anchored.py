@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .part import Operands, Part, add_rows, call_into, pick, scale_row
+from .part import Operands, Part, add_rows, pick, scale_row
 from .weight import Amounts, Weight, uniform
 
 
@@ -93,8 +93,10 @@ class AnchoredOperands(Operands):
         self.anchors: list[Tensor] = []
         self.deltas: list[Tensor] = []
         self.coefficients = torch.ones(len(part.weights), 1, 1, dtype=torch.float32, device=device)
-        self.rows = self.coefficients.unbind()
-        self.options = [{"tensor_ids": [w.id], "slices": list(w.span or ())} for w in part.weights]
+        self.options = [
+            dict[str, Any](coefficient=row, tensor_ids=[w.id], slices=list(w.span or ()))
+            for w, row in zip(part.weights, self.coefficients.unbind(), strict=True)
+        ]
 
     @property
     def nbytes(self) -> int:
@@ -110,13 +112,12 @@ class AnchoredOperands(Operands):
         self.anchors, self.deltas = [], []
 
     def fill(self, position: int, tensor: Tensor, out: Tensor, decay: Tensor) -> None:
-        call_into(
-            ops.torch_ops.anchor_affine_,
+        ops.write_into(
+            "anchor_affine_",
             tensor,
             out,
             anchors=[self.anchors[position]],
             deltas=[self.deltas[position]],
-            coefficient=self.rows[position],
             **self.options[position],
         )
 

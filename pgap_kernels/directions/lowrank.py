@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .part import Operands, Part, add_rows, call_into, pick, scale_row
+from .part import Operands, Part, add_rows, pick, scale_row
 from .weight import Amounts, Weight, uniform
 
 
@@ -234,9 +234,20 @@ class LowRankOperands(Operands):
         self.cores = list(cores.unbind())
         self.memory = [[self._memory_for(part, side, w) for w in part.weights] for side in (0, 1)]
         self.factors: list[list[Tensor]] = [[], []]
-        self.no_keys = torch.zeros(3, dtype=torch.int64, device=device)
-        self.one = torch.ones(1, dtype=torch.float32, device=device)
-        self.options = [{"tensor_ids": [w.id], "slices": list(w.span or ()), "rank": rank} for w in part.weights]
+        no_keys = torch.zeros(3, dtype=torch.int64, device=device)
+        one = torch.ones(1, dtype=torch.float32, device=device)
+        self.options = [
+            dict[str, Any](
+                core=[core],
+                core_kind="full",
+                keys=no_keys,
+                coefficient=one,
+                tensor_ids=[w.id],
+                slices=list(w.span or ()),
+                rank=rank,
+            )
+            for w, core in zip(part.weights, self.cores, strict=True)
+        ]
 
     @staticmethod
     def _memory_for(part: LowRank, side: int, weight: Weight) -> Tensor | None:
@@ -267,20 +278,8 @@ class LowRankOperands(Operands):
         torch._foreach_copy_(self.cores, part._cores())
 
     def fill(self, position: int, tensor: Tensor, out: Tensor, decay: Tensor) -> None:
-        left, right, core = self.fold(position)
-        call_into(
-            ops.torch_ops.lowrank_perturb_,
-            tensor,
-            out,
-            left=[left],
-            right=[right],
-            core=[core],
-            core_kind="full",
-            keys=self.no_keys,
-            coefficient=self.one,
-            decay=decay[0],
-            **self.options[position],
-        )
+        factors = {"left": [self.factors[0][position]], "right": [self.factors[1][position]]}
+        ops.write_into("lowrank_perturb_", tensor, out, **factors, decay=decay[0], **self.options[position])
 
     def fold(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
         return self.factors[0][position], self.factors[1][position], self.cores[position]

@@ -133,14 +133,6 @@ class Operands(ABC):
         return None
 
 
-def call_into(op: Any, tensor: Tensor, out: Tensor, *lists: list[Tensor], **options: Any) -> None:
-    """Call an op that reads one tensor and writes another, or in place where they are one."""
-    if tensor is out:
-        op.default([out], *lists, **options)
-    else:
-        op.out([tensor], *lists, out=[out], **options)
-
-
 def pick(values: Sequence, chosen: Sequence[int]) -> list:
     """The values at some positions."""
     return [values[i] for i in chosen]
