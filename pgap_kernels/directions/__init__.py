@@ -5,10 +5,10 @@
     Direction   a vector of parts
     Pass        a part, a decay and a rounding key: runs, has an inverse, is counted
 
-Imports: passes -> direction, noise, lowrank, anchored -> part -> weight.
+Imports: passes, anchored -> direction, noise, lowrank -> part -> weight.
 """
 
-from .anchored import Anchored
+from .anchored import Anchored, line_through
 from .direction import Direction, add_parts
 from .lowrank import Factor, LowRank, Term
 from .noise import Mask, Noise
@@ -35,6 +35,7 @@ __all__ = [
     "bucket",
     "bytes_of",
     "extent",
+    "line_through",
     "run_all_or_none",
     "storage",
     "uniform",

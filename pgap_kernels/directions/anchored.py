@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .direction import Direction
 from .part import Operands, Part, add_rows, pick, scale_row
-from .weight import Amounts, Weight, uniform
+from .weight import Amounts, Weight, bucket, uniform
 
 
 class Anchored(Part):
@@ -83,6 +84,16 @@ class Anchored(Part):
 
     def operands(self) -> AnchoredOperands:
         return AnchoredOperands(self)
+
+
+def line_through(weights: Sequence[Weight], anchors: Sequence[Tensor], deltas: Sequence[Tensor]) -> Direction:
+    """Delta of each weight, whatever its device and dtype: W + a Delta is W0 + (1 + a) Delta."""
+    origin = {w.index: pair for w, *pair in zip(weights, anchors, deltas, strict=True)}
+    parts = []
+    for same in bucket(weights):
+        own_anchors, own_deltas = zip(*(origin[w.index] for w in same), strict=True)
+        parts.append(Anchored(same, own_anchors, own_deltas, [1.0] * len(same)))
+    return Direction(parts)
 
 
 class AnchoredOperands(Operands):
