@@ -113,6 +113,7 @@ class ForwardConfig(NamedTuple):
         return -(-rank // self.expand.step) * self.expand.step
 
 
+DRAW, DRAW_CONFIG = 1024, Config()  # elements of a program that draws factors
 FORWARD_BUCKETS = (16, 32, 64, 512)
 # Loads of x run ahead by num_stages - 1, which takes shared memory but no registers. Rows are few, so that some
 # thousand tokens are a program for every processor. The core is mixed in while that does not spill (docs/kernels.md).
