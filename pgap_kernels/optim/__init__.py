@@ -6,8 +6,10 @@ and knows no mode.
 Imports: recipes -> lowrank -> base -> (evaluation, checkpoint, cost) -> mode -> model -> weights, options.
 """
 
+from .agzo import AGZO
 from .base import Cost, Evaluation, NonFiniteLossError, ZOOptimizer
 from .dizo import DiZO
+from .eggroll import EGGROLL
 from .helene import HELENE
 from .lowrank import LowRankOptimizer
 from .lozo import LOZO
@@ -17,6 +19,8 @@ from .pgap import PGAP
 from .pizo import PIZO
 
 __all__ = [
+    "AGZO",
+    "EGGROLL",
     "HELENE",
     "LOZO",
     "LOZOM",
