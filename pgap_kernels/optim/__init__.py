@@ -17,6 +17,9 @@ from .lozo_m import LOZOM
 from .mezo import MeZO
 from .pgap import PGAP
 from .pizo import PIZO
+from .registry import available_methods, make_optimizer, method_options
+from .sampling import Sampling
+from .signal import Signal, SignalRule
 
 __all__ = [
     "AGZO",
@@ -32,5 +35,11 @@ __all__ = [
     "LowRankOptimizer",
     "MeZO",
     "NonFiniteLossError",
+    "Sampling",
+    "Signal",
+    "SignalRule",
     "ZOOptimizer",
+    "available_methods",
+    "make_optimizer",
+    "method_options",
 ]

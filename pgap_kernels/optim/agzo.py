@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .. import ops
-from ..directions import Direction, Factor, Part, Weight, address
+from .. import noise, ops
+from ..directions import Direction, Factor, Part, Weight
 from ..noise import Role
 from ..subspace import orthonormal
 from .base import Evaluation, Params
@@ -69,9 +69,9 @@ class AGZO(LowRankOptimizer):
 
     def may_be_lowrank(self, weights: Sequence[Weight]) -> list[Weight]:
         """The weights of linear layers."""
-        modules = [] if self.model is None else self.model.modules()
-        linear = {address(module.weight) for module in modules if isinstance(module, nn.Linear)}
-        return [w for w in super().may_be_lowrank(weights) if address(w.tensor) in linear]
+        modules = [] if self.model is None else self.model.named_modules()
+        linear = {noise.canonical_name(f"{name}.weight") for name, module in modules if isinstance(module, nn.Linear)}
+        return [w for w in super().may_be_lowrank(weights) if not linear.isdisjoint(w.names)]
 
     def estimate_and_update(self, evaluate: Evaluation) -> float:
         self._clean = None
