@@ -2,7 +2,7 @@
 
     python -m benchmarks.noise_v1 error [--angles 1024]     every u with some angles, every angle with some u
 
-Slots of compiled code are counted by benchmarks.compiled, CPU time is measured by benchmarks.kernels.
+Slots of compiled code are counted by tools.compiled, CPU time is measured by benchmarks.kernels.
 """
 
 from __future__ import annotations
