@@ -31,6 +31,7 @@ def error(angles: int) -> list[dict]:
     some = [i * ((1 << 24) // angles | 1) % (1 << 24) for i in range(angles)]
     some += [0, 1, (1 << 22) - 1, 1 << 22, (1 << 23) - 1, 1 << 23, (3 << 22) - 1, 3 << 22, (1 << 24) - 1]
     rows = [_worst("every u", ((_int32(k << 9), _int32(torch.full_like(k, t << 8)), radius, t) for t in some))]
+    every = _int32(angle << 8)
     few = [0, 1, 5, 1 << 10, 1 << 16, 1 << 20, 3 << 20, 1 << 22, 5 << 20, 6 << 20, 7 << 20]
     few += [(1 << 23) - 2, (1 << 23) - 1]
     rows.append(_worst("every angle", ((_int32(torch.full_like(angle, u << 9)), every, radius[u], angle) for u in few)))
