@@ -115,7 +115,7 @@ class ForwardConfig(NamedTuple):
 
 FORWARD_BUCKETS = (16, 32, 64, 512)
 # Loads of x run ahead by num_stages - 1, which takes shared memory but no registers. Rows are few, so that some
-# thousand tokens are a program for every processor. The core is mixed in while that does not spill (docs/kernels.md).
+# thousand tokens are a program for every processor. The core is mixed in while that does not spill (docs/notebook.md).
 _FORWARD_FLOAT32 = (
     ForwardConfig(
         True,

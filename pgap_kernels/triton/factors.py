@@ -3,7 +3,7 @@
     A[i, k] = normal number (row i) r + k under its key;   C[k, j] = normal number k r + j
 
 One program of a low-rank pass makes P of its rows once and keeps it; above a rank that the configuration states
-`product_kernel` makes P of all matrices first (docs/kernels.md has the model behind the crossover).
+`product_kernel` makes P of all matrices first (docs/notebook.md has the model behind the crossover).
 """
 
 from collections.abc import Sequence
