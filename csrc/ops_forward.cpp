@@ -19,7 +19,7 @@ struct ForwardCall {
     ForwardPass pass;
     Factor factor_in, factor_out;
     int64_t tokens;
-    std::vector<const float*> cores;  // each is for an equal share of the tokens, in order
+    std::vector<const float*> cores;  // each for an equal share of the tokens, in order
     std::vector<int64_t> indices;
 };
 
@@ -116,7 +116,7 @@ ForwardCall parse_arguments(const Tensor& outputs, const Tensor& inputs, const T
 
 // ---- packing ----------------------------------------------------------------------------------------------------
 
-// Floats aligned to a cache line, not initialised: packing writes them all, and zeroing them would cost as much again.
+// Floats aligned to a cache line, not initialised: packing writes all of them, and zeroing would cost as much again.
 struct Buffer {
     std::unique_ptr<float[]> memory;
     float* data;
@@ -150,13 +150,13 @@ void pack_out_panel(const Factor& f, int64_t begin, int64_t panel, float* to) {
     transpose(converted.data(), rows, f.rank, f.rank, to, panel);
 }
 
-// Rows begin .. end - 1 of F_in with zeros behind each.
+// Rows begin .. end - 1 of F_in, each followed by zeros.
 void pack_in_rows(const Factor& f, int64_t begin, int64_t end, int64_t padded_rank, float* to) {
     if (padded_rank > f.rank) std::fill(to, to + (end - begin) * padded_rank, 0.0f);
     convert_rows(f, begin, end, to, padded_rank);
 }
 
-// M = core, or core^T, with zeros behind each row.
+// M = core, or core^T, each row followed by zeros.
 void pack_core(const float* core, int64_t rank, int64_t padded_rank, bool transposed, float* to) {
     std::fill(to, to + rank * padded_rank, 0.0f);
     if (!transposed) return transpose(core, rank, rank, rank, to, padded_rank);
@@ -174,7 +174,7 @@ void forward(Tensor outputs, Tensor inputs, Tensor left, Tensor right, std::vect
     const int64_t rank = pass.rank, padded_rank = pass.padded_rank, parts = int64_t(call.cores.size());
     const int64_t panel = kernels().forward_panel;
 
-    // F_in needs no packing if its rows are float32 and of padded size, or with indices, as the kernel converts rows.
+    // F_in needs no packing if its rows are float32 and of padded size. With indices the kernel converts rows itself.
     const bool in_as_given = pass.indices || (factor_in.dtype == DType::f32 && padded_rank == rank);
     const int64_t out_items = (factor_out.rows + panel - 1) / panel;
     const int64_t in_items = in_as_given ? 0 : (factor_in.rows + panel - 1) / panel;
@@ -198,7 +198,7 @@ void forward(Tensor outputs, Tensor inputs, Tensor left, Tensor right, std::vect
     if (!in_as_given) pass.factor_in = packed_in.data;
     pass.factor_out = packed_out.data;
 
-    // Threads share units of 4 tokens, the lowest tile. The share of one may reach from one core's part into the next.
+    // Threads share units of 4 tokens, the height of the smallest tile. A thread's share may span the parts of both cores.
     constexpr int64_t kFour = 4;
     constexpr int64_t kProducts = 1 << 18;  // worth starting a thread for
     const int64_t part = call.tokens / parts, fours = (part + kFour - 1) / kFour;
