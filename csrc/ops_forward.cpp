@@ -198,7 +198,7 @@ void forward(Tensor outputs, Tensor inputs, Tensor left, Tensor right, std::vect
     if (!in_as_given) pass.factor_in = packed_in.data;
     pass.factor_out = packed_out.data;
 
-    // Threads share units of 4 tokens, the height of the smallest tile. A thread's share may span the parts of both cores.
+    // Threads share units of 4 tokens, the height of the smallest tile; a share may span the tokens of both cores.
     constexpr int64_t kFour = 4;
     constexpr int64_t kProducts = 1 << 18;  // worth starting a thread for
     const int64_t part = call.tokens / parts, fours = (part + kFour - 1) / kFour;
