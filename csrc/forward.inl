@@ -2,7 +2,7 @@
 //
 //   t = x F_in           a chain of fma from 0 for every kForwardDepth inputs, and the chains' sums added in order
 //   t = F_in[index]      for an embedding, whose x is a list of indices
-//   u = t M              as the first, over the rank
+//   u = t M              as the first, over the rank; without a core u = c t
 //   y = y + u F_out^T    one chain of fma from 0; its sum with y is rounded once, to y's type
 //
 // A token's bits depend neither on the tokens beside it, nor on tile, thread or instruction set. Written over V and
@@ -131,14 +131,21 @@ template <class T> static void gather_block(const ForwardPass& pass, int64_t beg
 }
 
 // u = t M
-static void mix_block(const ForwardPass& pass, const float* core, int64_t tokens, const float* t, float* u) {
+static void mix_block(const ForwardPass& pass, int64_t tokens, const float* t, float* u) {
     for_each_tile(tokens, [&](int64_t i, int64_t, auto rows) {
         for (int64_t k = 0; k < pass.rank; k += kForwardDepth) {
             const int64_t depth = pass.rank - k < kForwardDepth ? pass.rank - k : kForwardDepth;
-            project_tile<rows.value, kForwardStride>(t + i * kForwardStride + k, core + k * pass.padded_rank,
+            project_tile<rows.value, kForwardStride>(t + i * kForwardStride + k, pass.core + k * pass.padded_rank,
                                                      pass.padded_rank, depth, u + i * kForwardStride, k == 0);
         }
     });
+}
+
+// t = c t
+static void scale_block(const ForwardPass& pass, int64_t tokens, float* t) {
+    const H::F c = H::set(pass.coefficient);
+    for (int64_t i = 0; i < tokens; ++i, t += kForwardStride)
+        for (int64_t k = 0; k < pass.rank; k += H::N) H::store(t + k, H::mul(c, H::load(t + k)));
 }
 
 template <class T> static void expand_block(const ForwardPass& pass, int64_t begin, int64_t tokens, const float* u) {
@@ -151,8 +158,8 @@ template <class T> static void expand_block(const ForwardPass& pass, int64_t beg
         });
 }
 
-// Tokens begin .. end - 1, all under one core.
-static void forward(const ForwardPass& pass, const float* core, int64_t begin, int64_t end, float* scratch) {
+// Tokens begin .. end - 1 of a slice.
+static void forward(const ForwardPass& pass, int64_t begin, int64_t end, float* scratch) {
     float* t = scratch;
     float* u = t + kForwardBlock * kForwardStride;
     float* widened = u + kForwardBlock * kForwardStride;
@@ -163,7 +170,9 @@ static void forward(const ForwardPass& pass, const float* core, int64_t begin, i
         else
             dispatch_dtype(pass.inputs_type,
                            [&](auto x) { project_block<decltype(x)>(pass, begin, tokens, t, widened); });
-        mix_block(pass, core, tokens, t, u);
-        dispatch_dtype(pass.outputs_type, [&](auto y) { expand_block<decltype(y)>(pass, begin, tokens, u); });
+        if (pass.core) mix_block(pass, tokens, t, u);
+        else scale_block(pass, tokens, t);
+        const float* moved = pass.core ? u : t;
+        dispatch_dtype(pass.outputs_type, [&](auto y) { expand_block<decltype(y)>(pass, begin, tokens, moved); });
     }
 }

@@ -99,7 +99,8 @@ struct LowrankPass {
     bool pairs;  // items of P and B^T are not floats but two bf16: k = 2 i in the high half, 2 i + 1 in the low one
 };
 
-// The tokens of a layer's input and output, and the factors F_in and F_out.
+// The tokens of a layer's input and output, and the direction that a slice of them sees: the factors F_in and F_out, and
+// M between them.
 struct ForwardPass {
     DType inputs_type, factor_in_type, outputs_type;
     const void* inputs;      // x, [tokens][in_features] with rows ld_inputs apart; unused with indices
@@ -109,7 +110,9 @@ struct ForwardPass {
     // F_in: zero-padded float32 rows of padded_rank; with indices, rows of rank in factor_in_type (the op's argument).
     const void* factor_in;
     const float* factor_out;  // F_out^T in panels: [panel][rank][forward_panel], zero-padded
-    void* outputs;            // y, [tokens][out_features]
+    const float* core;        // M, [rank][padded_rank], zero-padded; null: coefficient times the identity
+    float coefficient;
+    void* outputs;  // y, [tokens][out_features]
 };
 constexpr int64_t kForwardMaxRank = 512;
 constexpr int64_t kForwardBlock = 48;  // tokens whose x F_in and x F_in M stay in L2
@@ -132,8 +135,8 @@ struct Kernels {
     // Writes one partial sum per group.
     void (*reduction)(const ReductionPass&, const Piece&, int64_t group_begin, int64_t group_end, double* partials);
     void (*lowrank)(const LowrankPass&, int64_t begin, int64_t end);
-    // core: M, [rank][padded_rank], zero-padded. scratch: kForwardScratch floats.
-    void (*forward)(const ForwardPass&, const float* core, int64_t begin, int64_t end, float* scratch);
+    // scratch: kForwardScratch floats.
+    void (*forward)(const ForwardPass&, int64_t begin, int64_t end, float* scratch);
     void (*to_float)(DType from, const void* in, float* out, int64_t count);
     void (*round_to)(DType to, float* values, int64_t count);  // to the nearest value of that type, in place
     void (*box_muller)(const uint32_t* a, const uint32_t* b, float* even, float* odd, int64_t count);

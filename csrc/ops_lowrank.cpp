@@ -2,7 +2,7 @@
 //
 // Three parallel steps for every batch of weights: pack C; pack P = A C and B^T, both rounded to the weights' dtype;
 // pass over the weights.
-#include "pieces.h"
+#include "factors.h"
 
 #include <cmath>
 #include <cstring>
@@ -23,53 +23,11 @@ Core parse_core(const std::string& name) {
 
 // ---- factors ----------------------------------------------------------------------------------------------------
 
-// A, B or C as a flat array: stored, or the normals of a key from logical index `base` on.
-struct Factor {
-    DType dtype;
-    const void* data;  // null: drawn
-    int64_t base;
-    uint32_t tensor_id;
-    uint64_t key;
-};
-
 Factor make_factor(const std::vector<Tensor>& stored, size_t t, int64_t base, uint32_t tensor_id, uint64_t key) {
     if (stored.empty())
         return {.dtype = DType::f32, .data = nullptr, .base = base, .tensor_id = tensor_id, .key = key};
     STD_TORCH_CHECK(stored[t].is_cpu() && stored[t].is_contiguous(), "factors: accepted: contiguous CPU tensors");
     return {.dtype = parse_dtype(stored[t], "factors"), .data = stored[t].const_data_ptr()};
-}
-
-void draw_normal(int64_t base, int64_t count, uint32_t tensor_id, uint64_t key, float* out) {
-    if (count == 0) return;
-    const float one = 1.0f, zero = 0.0f;
-    const int64_t draws = 1;
-    const DensePass pass = {.dtype = DType::f32,
-                            .draws = {.distribution = Distribution::normal,
-                                      .count = 1,
-                                      .columns = 1,
-                                      .keys = &key,
-                                      .coefficients = &one},
-                            .stages = 1,
-                            .draws_per_stage = &draws,
-                            .decay = &zero};
-    const Piece p = {.out = out,
-                     .rows = 1,
-                     .cols = count,
-                     .ld_in = count,
-                     .ld_out = count,
-                     .base = base,
-                     .row_stride = count,
-                     .tensor_id = tensor_id};
-    kernels().dense(pass, p, first_group(p), end_group(p));
-}
-
-// Elements begin .. begin + count - 1 as float32: where they are stored, or converted or drawn into the buffer.
-const float* read_factor(const Factor& f, int64_t begin, int64_t count, std::vector<float>& buffer) {
-    if (f.data && f.dtype == DType::f32) return (const float*)f.data + begin;
-    buffer.resize(size_t(count));
-    if (f.data) kernels().to_float(f.dtype, (const char*)f.data + begin * itemsize(f.dtype), buffer.data(), count);
-    else draw_normal(f.base + begin, count, f.tensor_id, f.key, buffer.data());
-    return buffer.data();
 }
 
 // Writes a matrix of `depth` rows, with these strides between rows and columns, as panels of [depth][lowrank_panel].

@@ -73,6 +73,29 @@ class LowRankArguments(NamedTuple):
     slices: Sequence[int] = ()
 
 
+class ForwardArguments(NamedTuple):
+    """Of ``lowrank_forward_``. A side holds one factor for all slices of the rows, one for each, or none: then each
+    slice's is drawn, by the two keys (A's, B's) that ``keys`` has for it. The cores of the slices, or where there are
+    none their ``coefficients``, one element each. ``shape`` is the weight's; ``span`` is empty, or (base, row stride)
+    of a shard."""
+
+    left: list[Tensor]
+    right: list[Tensor]
+    cores: list[Tensor]
+    coefficients: list[Tensor]
+    keys: list[Tensor]
+    shape: list[int]
+    rank: int
+    tensor_id: int
+    span: Sequence[int] = ()
+    transposed: bool = False
+
+    @property
+    def slices(self) -> int:
+        """How many slices the rows have."""
+        return len(self.cores) or len(self.coefficients)
+
+
 class PreconditionedArguments(NamedTuple):
     """Of ``preconditioned_update_``; ``scalars`` are the rule's, in its order."""
 
@@ -132,9 +155,9 @@ _TYPES = {
     list[int]: "int[]",
     Sequence[int]: "int[]",
     int: "int",
+    bool: "bool",
     str: "str",
 }
-_DEFAULTS = {None: "None", (): "[]"}
 
 
 def schema(record: Any) -> str:
@@ -142,5 +165,6 @@ def schema(record: Any) -> str:
     arguments = [f"{_TYPES[kind]} {name}" for name, kind in get_type_hints(record).items()]
     first = len(arguments) - len(record._field_defaults)
     for i, value in enumerate(record._field_defaults.values(), first):
-        arguments[i] += "=" + _DEFAULTS.get(value, f'"{value}"')
+        text = f'"{value}"' if isinstance(value, str) else "[]" if value == () else str(value)
+        arguments[i] += f"={text}"
     return ", ".join(arguments)

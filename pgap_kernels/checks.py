@@ -259,28 +259,35 @@ def slices(name: str, value: Sequence[tuple[int, int]] | None, values: Sequence[
     if len(value) != len(values):
         raise ValueError(f"{name}: got {len(value)} for {len(values)} tensors; accepted: one (base, row_stride) each")
     flat = []
-    for i, (span, tensor) in enumerate(zip(value, values, strict=True)):
+    for i, (one, tensor) in enumerate(zip(value, values, strict=True)):
         rows, columns, _ = matrix_layout(name, tensor, written=False)
-        if not isinstance(span, (list, tuple)):
-            raise TypeError(f"{name}[{i}]: got {span!r}; accepted: (base, row_stride)")
-        if len(span) != 2:
-            raise ValueError(f"{name}[{i}]: got {span!r}; accepted: (base, row_stride)")
-        base, row_stride = span
-        check_uint(f"{name}[{i}] base", base, 63)
-        check_uint(f"{name}[{i}] row_stride", row_stride, 63)
-        row_stride = max(row_stride, 1)
-        if rows * columns and base % row_stride + columns > row_stride:
-            raise ValueError(
-                f"{name}[{i}]: got base {base} and row_stride {row_stride} for rows of {columns}; accepted: shards "
-                f"that end within an unsharded row (column {base % row_stride} + {columns} > {row_stride})"
-            )
-        if base + max(rows - 1, 0) * row_stride + columns > _INDEX_LIMIT:
-            raise ValueError(
-                f"{name}[{i}]: got base {base}, row_stride {row_stride} for shape {rows} x {columns}; accepted: "
-                "base + (rows - 1) * row_stride + columns below 2**63"
-            )
-        flat += [base, row_stride]
+        flat += span(f"{name}[{i}]", one, rows, columns)
     return flat
+
+
+def span(name: str, value: tuple[int, int] | None, rows: int, columns: int) -> list[int]:
+    """[base, row_stride] of a shard of so many rows and columns; empty for a whole tensor."""
+    if value is None:
+        return []
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{name}: got {value!r}; accepted: (base, row_stride)")
+    if len(value) != 2:
+        raise ValueError(f"{name}: got {value!r}; accepted: (base, row_stride)")
+    base, row_stride = value
+    check_uint(f"{name} base", base, 63)
+    check_uint(f"{name} row_stride", row_stride, 63)
+    row_stride = max(row_stride, 1)
+    if rows * columns and base % row_stride + columns > row_stride:
+        raise ValueError(
+            f"{name}: got base {base} and row_stride {row_stride} for rows of {columns}; accepted: shards that end "
+            f"within an unsharded row (column {base % row_stride} + {columns} > {row_stride})"
+        )
+    if base + max(rows - 1, 0) * row_stride + columns > _INDEX_LIMIT:
+        raise ValueError(
+            f"{name}: got base {base}, row_stride {row_stride} for shape {rows} x {columns}; accepted: "
+            "base + (rows - 1) * row_stride + columns below 2**63"
+        )
+    return [base, row_stride]
 
 
 def companions(

@@ -84,7 +84,7 @@ def lowrank_perturb_(weights, out, arguments):
     torch.ops.pgap_kernels_cpu.lowrank.default(weights, out, **_keywords(arguments))
 
 
-def lowrank_forward_(outputs, inputs, left, right, cores, transposed):
+def lowrank_forward_(outputs, inputs, arguments):
     if inputs.stride(-1) != 1:
         inputs = inputs.contiguous()
-    torch.ops.pgap_kernels_cpu.forward(outputs, inputs, left, right, cores, transposed)
+    torch.ops.pgap_kernels_cpu.forward.default(outputs, inputs, **arguments._asdict())

@@ -10,6 +10,7 @@ import torch
 from helpers import DTYPES, assert_same_bits, clones, ops, serving, weights
 from refusals import refused
 
+from pgap_kernels.arguments import ForwardArguments
 from pgap_kernels.ops.forward import add_lowrank_
 
 BACKENDS = ("reference", "cpu")
@@ -166,7 +167,8 @@ def test_a_core_for_each_slice_of_the_rows(backend, dtype, transposed):
 def test_the_fast_path_is_the_op():
     y, x, left, right, c = problem(3, rows=(6, 5))
     want = moved(y, x, left, right, c, 2 * c, -c)
-    add_lowrank_(y, x, left=left, right=right, cores=[c, 2 * c, -c], transposed=False)
+    shape, rank = [len(left), len(right)], left.shape[1]
+    add_lowrank_(y, x, ForwardArguments([left], [right], [c, 2 * c, -c], [], [], shape, rank, tensor_id=0))
     assert_same_bits(y, want)
 
 

@@ -151,6 +151,7 @@ def _low_rank(w: Tensor, rank: int) -> Case:
 
 def _forward(w: Tensor, rank: int, tokens: int) -> Case:
     """A layer's output plus what U Z V^T adds to it: each call straight after the layer, as hooks make it."""
+    from pgap_kernels.arguments import ForwardArguments
     from pgap_kernels.ops.forward import add_lowrank_  # what mode folded calls: the op without its checks
 
     out, into = w.shape
@@ -164,10 +165,10 @@ def _forward(w: Tensor, rank: int, tokens: int) -> Case:
         """Reads x, writes y, and leaves the caches as they are in a model."""
         torch.mm(x, w.T, out=y)
 
-    ours = partial(add_lowrank_, y, x, left=u, right=v, cores=[z], transposed=False)
+    given = ForwardArguments([u], [v], [z], coefficients=[], keys=[], shape=[out, into], rank=rank, tensor_id=0)
     return Case(
         y,
-        ours,
+        partial(add_lowrank_, y, x, given),
         **_with_compiled(idioms.forward, y, x, left, core, right),
         own={"in_place": partial(ops.lowrank_perturb_, [w], [u], [v], core=[z], coefficient=A)},
         extra=x.nbytes + u.nbytes + v.nbytes,

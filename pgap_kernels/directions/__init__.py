@@ -5,14 +5,14 @@
     Direction   a vector of parts
     Pass        a part, a decay and a rounding key: runs, has an inverse, is counted
 
-Imports: passes -> direction, noise, lowrank, anchored -> part -> weight.
+Imports: passes, anchored -> direction, noise, lowrank -> part -> weight.
 """
 
-from .anchored import Anchored
+from .anchored import Anchored, line_through
 from .direction import Direction, add_parts
-from .lowrank import Factor, LowRank, Term
+from .lowrank import Factor, LowRank, Term, draw_factor
 from .noise import Mask, Noise
-from .part import Operands, Part
+from .part import Fold, Operands, Part
 from .passes import Pass, RulePass, bytes_of, run_all_or_none, with_padding_kept, writing
 from .weight import Amounts, Weight, address, bucket, extent, storage, uniform
 
@@ -21,6 +21,7 @@ __all__ = [
     "Anchored",
     "Direction",
     "Factor",
+    "Fold",
     "LowRank",
     "Mask",
     "Noise",
@@ -34,7 +35,9 @@ __all__ = [
     "address",
     "bucket",
     "bytes_of",
+    "draw_factor",
     "extent",
+    "line_through",
     "run_all_or_none",
     "storage",
     "uniform",

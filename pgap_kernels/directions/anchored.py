@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .part import Operands, Part, add_rows, call_into, pick, scale_row
-from .weight import Amounts, Weight, uniform
+from .direction import Direction
+from .part import Operands, Part, add_rows, pick, scale_row
+from .weight import Amounts, Weight, bucket, uniform
 
 
 class Anchored(Part):
@@ -85,6 +86,16 @@ class Anchored(Part):
         return AnchoredOperands(self)
 
 
+def line_through(weights: Sequence[Weight], anchors: Sequence[Tensor], deltas: Sequence[Tensor]) -> Direction:
+    """Delta of each weight, whatever its device and dtype: W + a Delta is W0 + (1 + a) Delta."""
+    origin = {w.index: pair for w, *pair in zip(weights, anchors, deltas, strict=True)}
+    parts = []
+    for same in bucket(weights):
+        own_anchors, own_deltas = zip(*(origin[w.index] for w in same), strict=True)
+        parts.append(Anchored(same, own_anchors, own_deltas, [1.0] * len(same)))
+    return Direction(parts)
+
+
 class AnchoredOperands(Operands):
     """1 + a of each weight, (T, 1, 1)."""
 
@@ -93,8 +104,10 @@ class AnchoredOperands(Operands):
         self.anchors: list[Tensor] = []
         self.deltas: list[Tensor] = []
         self.coefficients = torch.ones(len(part.weights), 1, 1, dtype=torch.float32, device=device)
-        self.rows = self.coefficients.unbind()
-        self.options = [{"tensor_ids": [w.id], "slices": list(w.span or ())} for w in part.weights]
+        self.options = [
+            dict[str, Any](coefficient=row, tensor_ids=[w.id], slices=list(w.span or ()))
+            for w, row in zip(part.weights, self.coefficients.unbind(), strict=True)
+        ]
 
     @property
     def nbytes(self) -> int:
@@ -110,13 +123,12 @@ class AnchoredOperands(Operands):
         self.anchors, self.deltas = [], []
 
     def fill(self, position: int, tensor: Tensor, out: Tensor, decay: Tensor) -> None:
-        call_into(
-            ops.torch_ops.anchor_affine_,
+        ops.write_into(
+            "anchor_affine_",
             tensor,
             out,
             anchors=[self.anchors[position]],
             deltas=[self.deltas[position]],
-            coefficient=self.rows[position],
             **self.options[position],
         )
 

@@ -12,8 +12,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import ops
-from .part import Operands, Part, add_rows, call_into, pick, scale_row
+from .. import checks, ops
+from .part import Fold, Operands, Part, add_rows, pick, scale_row
 from .weight import Amounts, Weight, uniform
 
 
@@ -62,11 +62,11 @@ class Factor(NamedTuple):
         if self.tensors is not None:
             return self.tensors
         assert self.key is not None
-        return [_draw_factor(w, side, self.columns, self.key) for w in weights]
+        return [draw_factor(w, side, self.columns, self.key) for w in weights]
 
 
-def _draw_factor(weight: Weight, side: int, rank: int, key: int) -> Tensor:
-    """Rows of the unsharded factor that belong to this shard."""
+def draw_factor(weight: Weight, side: int, rank: int, key: int | Tensor) -> Tensor:
+    """A (side 0) or B (1) of a weight; of a shard, its rows of the unsharded one's."""
     base, row_stride = weight.span or (0, weight.tensor.shape[1])
     first = (base // row_stride, base % row_stride)[side]
     shape = (weight.tensor.shape[side], rank)
@@ -226,64 +226,77 @@ def _added(terms: Sequence[Term], others: Sequence[Term]) -> list[Term]:
 
 
 class LowRankOperands(Operands):
-    """A, B and the core of each weight of a part; its coefficients are multiplied into the core."""
+    """Factors and the core of each weight of a part, its coefficients multiplied into the core if there is one.
+
+    A factor that is drawn is drawn wherever it is used; memory is taken for one that is new in every step for want of a
+    core, or whose padding row is to be cleared. Others are read where the method has them.
+    """
 
     def __init__(self, part: LowRank) -> None:
-        device, rank = part.weights[0].tensor.device, part.rank
-        cores = torch.empty(len(part.weights), rank, rank, dtype=torch.float32, device=device)
-        self.cores = list(cores.unbind())
+        self.device, self.rank, count = part.weights[0].tensor.device, part.rank, len(part.weights)
+        self.coefficients = torch.ones(count, 1, dtype=torch.float32, device=self.device)
+        self.keys = torch.zeros(3, dtype=torch.int64, device=self.device)
+        shape = (0 if part._is_bare() else count, part.rank, part.rank)
+        self.cores = list(torch.empty(shape, dtype=torch.float32, device=self.device).unbind())
         self.memory = [[self._memory_for(part, side, w) for w in part.weights] for side in (0, 1)]
-        self.factors: list[list[Tensor]] = [[], []]
-        self.no_keys = torch.zeros(3, dtype=torch.int64, device=device)
-        self.one = torch.ones(1, dtype=torch.float32, device=device)
-        self.options = [{"tensor_ids": [w.id], "slices": list(w.span or ()), "rank": rank} for w in part.weights]
+        self.factors: list[list[Tensor | None]] = [[], []]
+        self.options = [
+            dict[str, Any](
+                core=self.cores[i : i + 1],
+                core_kind="full" if self.cores else "none",
+                keys=self.keys,
+                coefficient=coefficient,
+                tensor_ids=[w.id],
+                slices=list(w.span or ()),
+                rank=part.rank,
+            )
+            for i, (w, coefficient) in enumerate(zip(part.weights, self.coefficients.unbind(), strict=True))
+        ]
 
     @staticmethod
     def _memory_for(part: LowRank, side: int, weight: Weight) -> Tensor | None:
-        """Memory for a factor that is drawn, is new in every step for want of a core, or has a padding row to clear.
-
-        Others are read where the method has them.
-        """
         stored = (part.left, part.right)[side].tensors is not None
-        if stored and (side == 1 or (weight.padding_row is None and not part._is_bare())):
+        padded = side == 0 and weight.padding_row is not None
+        if not padded and not (stored and side == 0 and part._is_bare()):
             return None
         shape = (weight.tensor.shape[side], part.rank)
         return torch.empty(shape, dtype=torch.float32, device=weight.tensor.device)
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (*self.cores, *(m for side in self.memory for m in side if m is not None)))
+        held = (*self.cores, *(m for side in self.memory for m in side if m is not None))
+        return sum(t.nbytes for t in held) + self.coefficients.nbytes + self.keys.nbytes
 
     def load(self, part: Part) -> None:
         assert isinstance(part, LowRank)
-        for side, factor in enumerate((part.left, part.right)):
-            tensors = list(factor.materialised(part.weights, side))
-            for i, (memory, weight) in enumerate(zip(self.memory[side], part.weights, strict=True)):
-                if memory is not None:
-                    tensors[i] = memory.copy_(tensors[i])
-                    if side == 0 and weight.padding_row is not None:
-                        memory[weight.padding_row] = 0.0
-            self.factors[side] = tensors
-        torch._foreach_copy_(self.cores, part._cores())
+        sides = (part.left, part.right)
+        keys = [checks.key_bits("key", side.key or 0) for side in sides]
+        self.keys[:2].copy_(torch.tensor(keys, dtype=torch.int64, device="cpu"))
+        for side, factor in enumerate(sides):
+            own: list[Tensor | None] = []
+            for i, (w, memory) in enumerate(zip(part.weights, self.memory[side], strict=True)):
+                if memory is None:
+                    own.append(None if factor.tensors is None else factor.tensors[i])
+                    continue
+                own.append(memory.copy_(factor.of([i]).materialised([w], side)[0]))
+                if w.padding_row is not None:
+                    memory[w.padding_row] = 0.0
+            self.factors[side] = own
+        if self.cores:
+            torch._foreach_copy_(self.cores, part._cores())
+        else:
+            rows = [sum(values) for values in zip(*part.coefficients(), strict=True)]
+            self.coefficients.copy_(torch.tensor(rows, dtype=torch.float32, device="cpu")[:, None])
 
     def fill(self, position: int, tensor: Tensor, out: Tensor, decay: Tensor) -> None:
-        left, right, core = self.fold(position)
-        call_into(
-            ops.torch_ops.lowrank_perturb_,
-            tensor,
-            out,
-            left=[left],
-            right=[right],
-            core=[core],
-            core_kind="full",
-            keys=self.no_keys,
-            coefficient=self.one,
-            decay=decay[0],
-            **self.options[position],
-        )
+        left, right = ([f] if (f := side[position]) is not None else [] for side in self.factors)
+        options = self.options[position]
+        ops.write_into("lowrank_perturb_", tensor, out, left=left, right=right, decay=decay[0], **options)
 
-    def fold(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
-        return self.factors[0][position], self.factors[1][position], self.cores[position]
+    def fold(self, position: int) -> Fold:
+        left, right = (side[position] for side in self.factors)
+        core = self.cores[position] if self.cores else None
+        return Fold(left, right, core, self.coefficients[position], self.keys[:2], self.rank)
 
     def graph_key(self) -> Hashable:
         return tuple(id(t) for side in self.factors for t in side)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, ops
-from .part import Operands, Part, add_rows, call_into, pick, scale_row
+from .part import Operands, Part, add_rows, pick, scale_row
 from .weight import Amounts, Weight, uniform
 
 
@@ -118,18 +118,27 @@ class NoiseOperands(Operands):
         device, count = part.weights[0].tensor.device, len(part.draws)
         self.keys = torch.zeros(count, dtype=torch.int64, device=device)
         self.coefficients = torch.zeros(len(part.weights), count, 1, dtype=torch.float32, device=device)
-        self.rows = self.coefficients.unbind()  # views are made once: fill runs before every layer
+        self.op = "dense_perturb_"
+        # Put together once: fill runs before every layer.
         self.options = [
-            dict[str, Any](tensor_ids=[w.id], slices=list(w.span or ()), distribution=part.distribution)
-            for w in part.weights
+            dict[str, Any](
+                keys=self.keys,
+                coefficients=row,
+                tensor_ids=[w.id],
+                slices=list(w.span or ()),
+                distribution=part.distribution,
+            )
+            for w, row in zip(part.weights, self.coefficients.unbind(), strict=True)
         ]
-        self.mask, self.curvature = part.mask, part.curvature
-        if part.mask is not None:
-            none = torch.zeros(1, dtype=torch.int64, device="cpu")
-            masks = [ops.mask_arguments([w.tensor], **part.mask.of([i])._asdict()) for i, w in enumerate(part.weights)]
-            for options, (kind, key, level, bits) in zip(self.options, masks, strict=True):
-                options |= {"mask": kind, "mask_key": none if key is None else key, "mask_level": level}
-                options["mask_bits"] = bits
+        for i, options in enumerate(self.options):
+            if part.mask is not None:
+                self.op = "masked_perturb_"
+                options |= _mask_options(part.weights[i].tensor, part.mask.of([i]))
+            elif part.curvature is not None:
+                self.op = "preconditioned_perturb_"
+                options["curvature"] = [part.curvature[i]]
+            else:
+                options["stages"] = [count]
 
     @property
     def nbytes(self) -> int:
@@ -143,19 +152,13 @@ class NoiseOperands(Operands):
         self.coefficients.copy_(rows.T[..., None])
 
     def fill(self, position: int, tensor: Tensor, out: Tensor, decay: Tensor) -> None:
-        options: dict[str, Any] = {
-            "keys": self.keys,
-            "coefficients": self.rows[position],
-            "decay": decay,
-            **self.options[position],
-        }
-        if self.mask is not None:
-            call_into(ops.torch_ops.masked_perturb_, tensor, out, **options)
-        elif self.curvature is not None:
-            options["curvature"] = [self.curvature[position]]
-            call_into(ops.torch_ops.preconditioned_perturb_, tensor, out, **options)
-        else:
-            call_into(ops.torch_ops.dense_perturb_, tensor, out, stages=[len(self.keys)], **options)
+        ops.write_into(self.op, tensor, out, decay=decay, **self.options[position])
+
+
+def _mask_options(tensor: Tensor, mask: Mask) -> dict[str, Any]:
+    kind, key, level, bits = ops.mask_arguments([tensor], **mask._asdict())
+    key = torch.zeros(1, dtype=torch.int64, device="cpu") if key is None else key
+    return {"mask": kind, "mask_key": key, "mask_level": level, "mask_bits": bits}
 
 
 def _identity(tensors: Sequence[Tensor] | None) -> tuple[int, ...] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -105,6 +105,29 @@ class Part(ABC):
         """Device memory for what hooks and captured graphs read, not loaded yet."""
 
 
+class Fold(NamedTuple):
+    """A C B^T of one weight in device memory that keeps its place.
+
+    Attributes:
+        left, right: A and B; None where they are drawn.
+        core: C; None for the identity.
+        coefficient: what multiplies it where there is no core, (1,).
+        keys: of A and B, for those that are drawn.
+    """
+
+    left: Tensor | None
+    right: Tensor | None
+    core: Tensor | None
+    coefficient: Tensor
+    keys: Tensor
+    rank: int
+
+    @property
+    def kind(self) -> Hashable:
+        """Equal for folds that one op can make, each on its own rows."""
+        return self.left is None, self.right is None, self.core is None, self.rank
+
+
 class Operands(ABC):
     """A part's keys, coefficients and cores in device memory that keeps its place from step to step."""
 
@@ -124,21 +147,13 @@ class Operands(ABC):
     def fill(self, position: int, tensor: Tensor, out: Tensor, decay: Tensor) -> None:
         """out <- tensor - decay * tensor + the part, for the weight at a position; decay is a (1, 1) device tensor."""
 
-    def fold(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
-        """A, B and the core of one weight, for parts that act on outputs."""
+    def fold(self, position: int) -> Fold:
+        """The factors and the core of one weight, for parts that act on outputs."""
         raise NotImplementedError
 
     def graph_key(self) -> Hashable:
         """What a captured graph depends on beyond the layout: addresses that ``load`` may have changed."""
         return None
-
-
-def call_into(op: Any, tensor: Tensor, out: Tensor, *lists: list[Tensor], **options: Any) -> None:
-    """Call an op that reads one tensor and writes another, or in place where they are one."""
-    if tensor is out:
-        op.default([out], *lists, **options)
-    else:
-        op.out([tensor], *lists, out=[out], **options)
 
 
 def pick(values: Sequence, chosen: Sequence[int]) -> list:

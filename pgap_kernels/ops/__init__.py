@@ -8,7 +8,7 @@ Under ``torch.compile`` the public functions run as they are, between graphs: th
 themselves, ``torch.ops.pgap_kernels.*``, can be traced; they take the fields of the record as keywords.
 """
 
-from ._library import torch_ops
+from ._library import torch_ops, write_into
 from .anchor import anchor_affine_
 from .dense import assemble_gradient_, dense_perturb_, draw, mask_arguments, masked_perturb_, threshold_bits
 from .forward import add_lowrank_, lowrank_forward_
@@ -49,4 +49,5 @@ __all__ = [
     "squared_norms",
     "threshold_bits",
     "torch_ops",
+    "write_into",
 ]

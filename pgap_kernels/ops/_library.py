@@ -14,6 +14,7 @@ from ..arguments import schema
 
 library = torch.library.Library("pgap_kernels", "DEF")
 torch_ops = torch.ops.pgap_kernels
+_passes: dict[str, Callable] = {}  # what serves each op that writes weights
 
 
 def _fake_nothing(*args, **kwargs):
@@ -31,6 +32,7 @@ def define(signature: str, impl: Callable, fake: Callable = _fake_nothing) -> No
 def define_with_out(name: str, record: Any, impl: Callable) -> None:
     """Register an op that writes its ``weights``, and its ``.out`` twin that writes other tensors."""
     arguments = schema(record)
+    _passes[name] = impl
     define(f"{name}(Tensor(a!)[] weights, *, {arguments}) -> ()", impl)
     define(f"{name}.out(Tensor[] weights, *, {arguments}, Tensor(a!)[] out) -> ()", impl)
 
@@ -54,6 +56,21 @@ def call_pass(op: Any, weights: list[Tensor], arguments: Any, out: list[Tensor] 
             op.default(weights, **arguments._asdict())
         else:
             op.out(weights, **arguments._asdict(), out=out)
+
+
+def write_into(name: str, tensor: Tensor, out: Tensor, **arguments: Any) -> None:
+    """Unchecked fast path for hooks: called before every layer's forward. ``out``, which may be ``tensor``, is written.
+
+    The dispatcher takes longer over the arguments than a small call over all the rest: only tracing goes through it.
+    """
+    written = [out]
+    read = written if tensor is out else [tensor]
+    if not torch.compiler.is_compiling():
+        _passes[name](read, out=written, **arguments)
+    elif tensor is out:
+        getattr(torch_ops, name).default(written, **arguments)
+    else:
+        getattr(torch_ops, name).out(read, **arguments, out=written)
 
 
 def bump_versions(*lists: Sequence[Tensor]) -> None:

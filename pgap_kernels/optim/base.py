@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +30,6 @@ from .mode import MERGE, ModeOptimizer
 from .model import Params
 
 __all__ = ["Closure", "Cost", "Evaluation", "NonFiniteLossError", "Params", "ZOOptimizer"]
-_FLAT_STEPS = 10  # steps in a row whose losses do not depend on the point, before it is said
 
 
 class ZOOptimizer(ModeOptimizer):
@@ -88,14 +86,6 @@ class ZOOptimizer(ModeOptimizer):
         """The direction z(key) on weights in lists that can share a pass, by default on all."""
         lists = self.buckets() if buckets is None else buckets
         return Direction([Noise(weights, {key: [1.0] * len(weights)}, distribution) for weights in lists])
-
-    def radius(self) -> list[float]:
-        """The smoothing radius of each weight."""
-        return self.amounts("eps")
-
-    def rates(self) -> list[float]:
-        """The learning rate of each weight."""
-        return self.amounts("lr")
 
     def sgd(self, difference: float, count: int = 1) -> list[float]:
         """-lr/count * rho of each weight, rho = (L+ - L-) / (2 eps): the step of a two-sided direction."""
@@ -199,7 +189,7 @@ class ZOOptimizer(ModeOptimizer):
             finally:
                 torch.clear_autocast_cache()
                 evaluate.state.release()
-            self._notice_flat(evaluate.losses)
+            self._flat.note(evaluate.losses)
             return loss
 
     def _begin(self, closure: Closure, ambient: Ambient) -> Evaluation:
@@ -226,18 +216,6 @@ class ZOOptimizer(ModeOptimizer):
             points_per_forward=2 if self.paired else 1,
             checked_slices=self._checked_slices,
         )
-
-    def _notice_flat(self, losses: Sequence[float]) -> None:
-        """Say that nothing reaches the forward, if all losses of many steps in a row were bit-equal."""
-        flat = len(losses) > 1 and all(loss == losses[0] for loss in losses)
-        self._flat_steps = self._flat_steps + 1 if flat else 0
-        if self._flat_steps == _FLAT_STEPS:
-            warnings.warn(
-                f"the losses at all points of each of the last {_FLAT_STEPS} steps were bit-equal: no perturbation "
-                "reaches the loss. Does the closure run the model whose parameters are trained (not a copy, merged "
-                "adapters or functional_call), and is eps large enough for the loss's precision?",
-                stacklevel=4,  # above torch's wrapper of ``step``
-            )
 
     def cost(self) -> Cost:
         """What a step costs beyond its forwards, counted over one dry period: nothing is computed or written."""

@@ -6,10 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
-
 from .. import ops
-from ..directions import Anchored, Direction, Weight, bucket
+from ..directions import Weight, bucket, line_through
 from ..noise import Role
 from . import scores
 from .base import Evaluation, Params, ZOOptimizer
@@ -38,6 +36,7 @@ class DiZO(ZOOptimizer):
     """
 
     method: ClassVar[str] = "DiZO"
+    takes_residual: ClassVar[bool] = False  # distances from W0 are those of the stored weights
     elementwise_state: ClassVar[tuple[str, ...]] = ("anchor", "delta")
 
     def __init__(
@@ -55,10 +54,6 @@ class DiZO(ZOOptimizer):
         **options: Any,
     ) -> None:
         super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": 0.0}, **options)
-        if self.residual:
-            raise ValueError(
-                "residual: got True; accepted: False, as distances from W0 are those of the stored weights"
-            )
         self.select = patterns("select", select, [name for w in self.weights() for name in w.names])
         self.kappa, self.iterations = at_least_one("kappa", kappa), at_least_one("iterations", iterations)
         self.period = self.kappa + self.iterations
@@ -73,39 +68,39 @@ class DiZO(ZOOptimizer):
         """The weights that are projected."""
         return [w for w in self.weights() if any(map(w.matches, self.select)) and w.tensor.numel()]
 
-    @property
-    def iteration(self) -> int:
-        """The number of the projecting step that comes next; negative before a MeZO step."""
-        return self.steps % self.period - self.kappa
-
     def estimate_and_update(self, evaluate: Evaluation) -> float:
         for w in self.selected():
             anchor = self.state[w.tensor].get("anchor", w.tensor.detach())
             if "anchor" not in self.state[w.tensor] or anchor.dtype != w.tensor.dtype:  # somebody has cast the weight
                 self.state[w.tensor]["anchor"] = anchor.to(w.tensor.dtype, copy=True)
-        if self.iteration >= 0:
-            return self._project(evaluate)
+        turn = self.steps % self.period - self.kappa
+        if turn >= 0:
+            return self._project(evaluate, turn)
         z = self.noise(self.key(Role.DENSE))
         plus, minus = evaluate.two_sided(z)
         self.apply_update([(z, self.sgd(plus - minus))])
         return (plus + minus) / 2
 
-    def _project(self, evaluate: Evaluation) -> float:
+    def _project(self, evaluate: Evaluation, turn: int) -> float:
         weights, key = self.selected(), self.key(Role.DATA)
         states = [self.state[w.tensor] for w in weights]
-        if self.iteration == 0 or any("delta" not in state for state in states):
+        if turn == 0 or any("delta" not in state for state in states):
             self._measure(weights)
-        draws = [ops.draw(1, key, w.id, device="cpu").item() for w in weights]
+        line = line_through(weights, *([state[name] for state in states] for name in ("anchor", "delta")))
         bounds = [self.tau * state["distance"] / self.eps_p for state in states]
+        draws = [ops.draw(1, key, w.id, device="cpu").item() for w in weights]
         z = [min(max(draw, -bound), bound) for draw, bound in zip(draws, bounds, strict=True)]
         moves = [self.eps_p * zi / (state["distance"] + 1e-8) for zi, state in zip(z, states, strict=True)]
-        tried = [[state["ratio"] + sign * m for state, m in zip(states, moves, strict=True)] for sign in (1, -1)]
-        plus, minus = evaluate.population([(self._line(weights), self._amounts(weights, c)) for c in tried])
-        g = scores.spsa(plus, minus, self.eps_p)
-        last = self.iteration == self.iterations - 1
-        ratios = [state["ratio"] - self.s * g * zi for state, zi in zip(states, z, strict=True)]
+
+        def offsets(by: Sequence[float]) -> dict[int, float]:
+            """c + by - 1 of each selected weight: what the line is moved along by."""
+            return {w.index: s["ratio"] + b - 1 for w, s, b in zip(weights, states, by, strict=True)}
+
+        plus, minus = evaluate.population([(line, offsets(moves)), (line, offsets([-m for m in moves]))])
+        g, last = scores.spsa(plus, minus, self.eps_p), turn == self.iterations - 1
+        ratios = [s["ratio"] - self.s * g * zi for s, zi in zip(states, z, strict=True)]
         ratios = [min(max(c, 1 - self.tau), 1 + self.tau) for c in ratios]
-        self.apply_update([(self._line(weights), self._amounts(weights, ratios))] if last else [])
+        self.apply_update([(line, {w.index: c - 1 for w, c in zip(weights, ratios, strict=True)})] if last else [])
         for state, c in zip(states, ratios, strict=True):
             state["ratio"] = c
             if last:
@@ -118,21 +113,5 @@ class DiZO(ZOOptimizer):
             anchors = [self.state[w.tensor]["anchor"] for w in same]
             squares = self.to_host(ops.squared_norms([w.tensor for w in same], anchors))
             for w, anchor, square in zip(same, anchors, squares, strict=True):
-                delta = w.tensor.detach().to(torch.float32, copy=True).sub_(anchor)
+                delta = w.tensor.detach().float() - anchor
                 self.state[w.tensor] |= {"delta": delta, "distance": math.sqrt(square), "ratio": 1.0}
-
-    def _line(self, weights: list[Weight]) -> Direction:
-        """Delta of each weight, seen from its anchor."""
-        parts = []
-        for same in bucket(weights):
-            states = [self.state[w.tensor] for w in same]
-            anchors, deltas = ([state[name] for state in states] for name in ("anchor", "delta"))
-            parts.append(Anchored(same, anchors, deltas, [1.0] * len(same)))
-        return Direction(parts)
-
-    def _amounts(self, weights: list[Weight], ratios: list[float]) -> list[float]:
-        """c - 1 of the selected weights, 0 of the others."""
-        amounts = [0.0] * len(self.weights())
-        for w, c in zip(weights, ratios, strict=True):
-            amounts[w.index] = c - 1
-        return amounts

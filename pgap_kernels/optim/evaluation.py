@@ -18,10 +18,30 @@ from ..perturbation import Ambient, Autocast, ForwardState, Perturbation, observ
 Closure = Callable[[], "Tensor | float"]
 # A direction and the radius of each weight; the point is W + radius * direction.
 PointSpec = tuple[Direction, Amounts]
+_FLAT_STEPS = 10  # steps in a row whose losses do not depend on the point, before it is said
 
 
 class NonFiniteLossError(RuntimeError):
     """The closure returned NaN or infinity. The weights have been restored to what they were before the step."""
+
+
+class FlatLosses:
+    """Notices that no perturbation reaches the loss: all losses of many steps in a row were bit-equal."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def note(self, losses: Sequence[float]) -> None:
+        """Count a step's losses, and warn once if there were enough such steps."""
+        flat = len(losses) > 1 and all(loss == losses[0] for loss in losses)
+        self.steps = self.steps + 1 if flat else 0
+        if self.steps == _FLAT_STEPS:
+            warnings.warn(
+                f"the losses at all points of each of the last {_FLAT_STEPS} steps were bit-equal: no perturbation "
+                "reaches the loss. Does the closure run the model whose parameters are trained (not a copy, merged "
+                "adapters or functional_call), and is eps large enough for the loss's precision?",
+                stacklevel=4,  # above torch's wrapper of ``step``
+            )
 
 
 @dataclass

@@ -44,6 +44,7 @@ class HELENE(ZOOptimizer):
     """
 
     method: ClassVar[str] = "HELENE"
+    takes_residual: ClassVar[bool] = False
     elementwise_state: ClassVar[tuple[str, ...]] = ("momentum", "curvature")
 
     def __init__(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..directions import Direction, Factor, LowRank, Term, Weight
+from ..directions import Direction, Factor, LowRank, Term, Weight, bucket
 from ..noise import Role
 from ..perturbation import StateRule
 from .base import Params
@@ -31,14 +31,19 @@ class LOZOM(LOZO):
 
     Args:
         params, lr, eps, weight_decay, **options: as in ``LOZO``.
-        beta: decay rate of the moments.
+        beta: decay rate of the moments, of a group.
     """
 
     method: ClassVar[str] = "LOZOM"
+    takes_residual: ClassVar[bool] = False
 
     def __init__(self, params: Params, lr: float = 1e-6, *args: Any, beta: float = 0.9, **options: Any) -> None:
+        self._default_beta = beta
         super().__init__(params, lr, *args, **options)
-        self.beta = fraction("beta", beta)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        super().check_group(group)
+        fraction("beta", group.setdefault("beta", self._default_beta))
 
     def update_along(self, direction: Direction, difference: float, flush: bool) -> None:
         fresh = self._fresh(difference)
@@ -49,7 +54,7 @@ class LOZOM(LOZO):
             moved += zip(weights, moments, strict=True)
             one = Term(None, [1.0] * len(weights))
             parts.append(LowRank(weights, Factor.stored(moments), self.right(weights), [one]))
-        others = self.others()
+        others = bucket([w for same in self.others() for w in same], also=lambda w: w.group["beta"])  # a rule has one
         terms = [
             (Direction(parts), self.by_rank_if_asked([-lr for lr in self.rates()])),
             (self.noise(self.key(Role.DENSE), others), fresh),
@@ -65,16 +70,17 @@ class LOZOM(LOZO):
 
     def _fresh(self, difference: float) -> list[float]:
         """The share of a step's own direction in each moment: rho at first, then (1 - beta) rho."""
-        share = [1.0 - self.beta if "momentum" in self.state[w.tensor] else 1.0 for w in self.weights()]
+        share = [1.0 - beta for beta in self.amounts("beta")]
+        share = [s if "momentum" in self.state[w.tensor] else 1.0 for w, s in zip(self.weights(), share, strict=True)]
         return [s * difference / (2 * eps) for s, eps in zip(share, self.radius(), strict=True)]
 
     def _moments(self, weights: list[Weight], fresh: list[float]) -> list[Tensor]:
         """N of matrices of one rank after this step."""
-        moments = []
+        moments, betas = [], self.amounts("beta")
         for w, u in zip(weights, self.left(weights, self.steps).materialised(weights, 0), strict=True):
             before = self.state[w.tensor].get("momentum")
             new = u * fresh[w.index]
-            moments.append(new if before is None else new.add_(before, alpha=self.beta))
+            moments.append(new if before is None else new.add_(before, alpha=betas[w.index]))
         return moments
 
     def replace_right(self, weight: Weight, v: Tensor) -> None:
@@ -85,7 +91,7 @@ class LOZOM(LOZO):
 
     def _rule_of(self, weights: Sequence[Weight]) -> ops.MomentumRule:
         rates = self.rates()
-        return ops.MomentumRule(lr=[rates[w.index] for w in weights], beta=self.beta)
+        return ops.MomentumRule(lr=[rates[w.index] for w in weights], beta=fraction("beta", weights[0].group["beta"]))
 
     def _dense_moment(self, weight: Weight) -> Tensor:
         moment = self.state[weight.tensor].get("momentum")

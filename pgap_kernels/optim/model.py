@@ -12,6 +12,7 @@ from .. import checks, noise
 from ..directions import Direction, Weight, bucket
 from ..perturbation import MERGES, MODES, ForwardState, Perturbation
 from .clock import Clock
+from .evaluation import FlatLosses
 from .options import near_names, number, positive
 from .weights import Seen, collect
 
@@ -26,6 +27,8 @@ class ModelOptimizer(torch.optim.Optimizer):
     # Plain attributes that go into a state_dict, with their values before the first step.
     saved_attributes: ClassVar[dict[str, Any]] = {}
     elementwise_state: ClassVar[tuple[str, ...]] = ()  # entries of the state that have their weight's shape
+    # Whether updates are passes along a direction and nothing else, which is what residual planes can add to.
+    takes_residual: ClassVar[bool] = True
     period: int = 1  # steps after which what a step does repeats; ``cost`` counts one period
 
     def __init__(
@@ -51,6 +54,11 @@ class ModelOptimizer(torch.optim.Optimizer):
         self.steps = self.skipped = 0
         self.two_pass, self.residual = bool(two_pass), bool(residual)
         self.allow_unused, self.paired = bool(allow_unused), bool(paired)
+        if self.residual and not self.takes_residual:
+            raise ValueError(
+                f"residual: got True; accepted: False with {self.method}, whose updates depend on state or on the "
+                "stored weights, not on a direction alone"
+            )
         self.asked_mode = checks.choice("mode", mode, MODES)
         self.merges = checks.choice("merge", merge, MERGES)
         self.clock = Clock()
@@ -60,7 +68,7 @@ class ModelOptimizer(torch.optim.Optimizer):
         self._copied = False
         self._planned: tuple[int, Direction] | None = None
         self._buckets: list[list[Weight]] | None = None
-        self._flat_steps = 0
+        self._flat = FlatLosses()
         self._checked_slices: set[tuple[bool, ...]] = set()
         self._forward_state: ForwardState | None = None
         for name, value in self.saved_attributes.items():
@@ -115,14 +123,20 @@ class ModelOptimizer(torch.optim.Optimizer):
         values = {id(group): number(name, group[name]) for group in self.param_groups}
         return [values[id(w.group)] for w in weights]
 
+    def radius(self) -> list[float]:
+        """The smoothing radius of each weight."""
+        return self.amounts("eps")
+
+    def rates(self) -> list[float]:
+        """The learning rate of each weight."""
+        return self.amounts("lr")
+
     def decay(self) -> list[float]:
         """lr * weight_decay of each weight; tensors of one dimension (biases, norm scales) do not decay."""
         if not any(group["weight_decay"] for group in self.param_groups):
             return [0.0] * len(self.weights())
         pairs = zip(self.weights(), self.amounts("lr"), self.amounts("weight_decay"), strict=True)
         return [lr * decay if w.tensor.dim() > 1 else 0.0 for w, lr, decay in pairs]
-
-    # ---- state ------------------------------------------------------------------------------------------------------
 
     # ---- copies -----------------------------------------------------------------------------------------------------
 

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from .. import ops
-from ..directions import Direction, Part, Pass, Weight, add_parts
+from ..directions import Direction, Fold, Part, Pass, Weight, add_parts
 from .base import Update
+from .folds import add_lowrank, fold_differentiably, forward_arguments
 from .hooks import EMBEDDING, LINEAR, ModuleUse, ParamRef
 from .scratch import Scratch, Shown
 from .stacked import check_rows
@@ -77,7 +77,9 @@ class Folded(Scratch):
 
     def perturb_to(self, points: Sequence[Direction]) -> None:
         super().perturb_to([self._with_window(point) for point in points])
-        self.folded = [[self.folds_of(i, point) for point in range(self.count)] for i in range(len(self.weights))]
+        # Of each weight, the folds of each point, and the calls that make them: put together once, not at every layer.
+        self.folds = [[self.folds_of(w.index, point) for point in range(self.count)] for w in self.weights]
+        self.calls_of = [forward_arguments(w, folds) for w, folds in zip(self.weights, self.folds, strict=True)]
         self.fades = any(s != 1.0 for s in self.keep)
         for faded in self.faded.values():
             faded.copy_(torch.tensor([1.0 - s for s in self.keep], dtype=torch.float32, device="cpu")[:, None, None])
@@ -107,9 +109,10 @@ class Folded(Scratch):
         shown = self.shown[index][point]
         return [s for s in shown if not s.part.acts_on_outputs] if index in self.foldable else shown
 
-    def folds_of(self, index: int, point: int) -> list[Shown]:
+    def folds_of(self, index: int, point: int) -> list[Fold]:
         """What is added to a weight by moving its layer's output."""
-        return [s for s in self.shown[index][point] if s.part.acts_on_outputs] if index in self.foldable else []
+        shown = self.shown[index][point] if index in self.foldable else []
+        return [s.operands.fold(s.position) for s in shown if s.part.acts_on_outputs]
 
     def decay_of(self, index: int) -> Tensor:
         return self.faded[self.weights[index].tensor.device][index]
@@ -121,7 +124,7 @@ class Folded(Scratch):
         begin = 0.0 if compiling else time.perf_counter()
         use = self.uses[number]
         for ref in use.refs:
-            if any(self.folded[ref.index]):
+            if self.calls_of[ref.index]:
                 x = args[0] if args else next(iter(kwargs.values()))
                 if not compiling and (x.layout != torch.strided or x.is_nested or is_functorch_wrapped_tensor(x)):
                     name = self.weights[ref.index].name
@@ -136,19 +139,18 @@ class Folded(Scratch):
         return output if kept is None else kept
 
     def _fold(self, use: ModuleUse, ref: ParamRef, x: Tensor, output: Tensor) -> Tensor:
-        folds = self.folded[ref.index]
         if self.fades and not any(self.fills_of(ref.index, point) for point in range(self.count)):
             output = self._faded_output(use, ref, x, output)
         output = output.contiguous()
         if self.count > 1:
             check_rows(self, type(use.module).__name__, output.shape[0])
         if torch.is_grad_enabled() and output.requires_grad:  # between steps, or by the closure's own wish
+            weight, folds = self.weights[ref.index], self.folds[ref.index]
             parts = zip(folds, x.chunk(self.count), output.chunk(self.count), strict=True)
-            moved = [_fold_differentiably(use.kind, own, inputs, y) for own, inputs, y in parts]
+            moved = [fold_differentiably(use.kind, weight, own, inputs, y) for own, inputs, y in parts]
             return moved[0] if self.count == 1 else torch.cat(moved)
-        for operands in _by_factors(folds):
-            left, right, _ = operands[0]
-            add_lowrank(output, x, left, right, [core for _, _, core in operands], use.kind != LINEAR)
+        for arguments in self.calls_of[ref.index]:
+            add_lowrank(output, x, arguments if use.kind == LINEAR else arguments._replace(transposed=True))
         return output
 
     def _faded_output(self, use: ModuleUse, ref: ParamRef, x: Tensor, output: Tensor) -> Tensor:
@@ -228,48 +230,3 @@ def foldable_weights(uses: Sequence[ModuleUse]) -> set[int]:
     """Indices of the weights whose every use is a layer that low-rank directions can act on the output of."""
     known = {ref.index for use in uses for ref in use.refs}
     return known - {ref.index for use in uses for ref in use.refs if not use.foldable(ref)}
-
-
-Fold = tuple[Tensor, Tensor, Tensor]  # A, B and the core
-
-
-def _by_factors(folds: Sequence[Sequence[Shown]]) -> list[list[Fold]]:
-    """The folds of one weight as ops: each has one pair of factors, and a core for each point.
-
-    Where points differ in factors, each op has a zero core for the points that it is not for.
-    """
-    count = len(folds)
-    if count == 1 and len(folds[0]) == 1:
-        return [[folds[0][0].operands.fold(folds[0][0].position)]]
-    found: dict[tuple[int, int], list[tuple[Tensor, Tensor, Tensor | None]]] = {}
-    for point, shown in enumerate(folds):
-        for s in shown:
-            left, right, core = s.operands.fold(s.position)
-            cores = found.setdefault((id(left), id(right)), [(left, right, None)] * count)
-            before = cores[point][2]
-            cores[point] = (left, right, core if before is None else before + core)
-    return [
-        [(left, right, torch.zeros_like(_first(fold)) if core is None else core) for left, right, core in fold]
-        for fold in found.values()
-    ]
-
-
-def _first(fold: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> Tensor:
-    return next(core for _, _, core in fold if core is not None)
-
-
-def add_lowrank(output: Tensor, x: Tensor, left: Tensor, right: Tensor, cores: list[Tensor], transposed: bool) -> None:
-    """output <- output + x (A C B^T)^T, or x (A C B^T) if transposed, with a core for each slice of the rows."""
-    if torch.compiler.is_compiling():  # the op itself can be traced, its checked and its unchecked entry cannot
-        ops.torch_ops.lowrank_forward_(output, x, left=left, right=right, cores=cores, transposed=transposed)
-    else:
-        ops.add_lowrank_(output, x, left=left, right=right, cores=cores, transposed=transposed)
-
-
-def _fold_differentiably(kind: str | None, folds: Sequence[Shown], x: Tensor, output: Tensor) -> Tensor:
-    for s in folds:
-        left, right, core = s.operands.fold(s.position)
-        into, m, out_of = (left, core, right) if kind != LINEAR else (right, core.T, left)
-        t = into[x] if kind == EMBEDDING else x.float() @ into
-        output = output + (t @ m @ out_of.T).to(output.dtype)
-    return output

@@ -113,6 +113,7 @@ class ForwardConfig(NamedTuple):
         return -(-rank // self.expand.step) * self.expand.step
 
 
+DRAW, DRAW_CONFIG = 1024, Config()  # elements of a program that draws factors
 FORWARD_BUCKETS = (16, 32, 64, 512)
 # Loads of x run ahead by num_stages - 1, which takes shared memory but no registers. A program has few rows, so that a
 # few thousand tokens occupy every processor. It multiplies by the core, too, as long as that does not spill

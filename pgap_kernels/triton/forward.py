@@ -1,11 +1,13 @@
-"""A low-rank direction in the forward: y changes by what D = A C B^T would add; W itself is only read by its layer.
+"""Low-rank directions in the forward: y changes by what D = A C B^T would add; W itself is only read by its layer.
 
     t = round(x F N),   y <- round(y + t G^T)        F, G, N = B, A, C^T;  transposed A, B, C;  x F = F[x] for indices x
+                                                     N = c if there is no core
 
 F, G and t are rounded to the dtype of a 16-bit y; sums are float32. An x of another dtype is represented by two numbers
 of y's dtype, the nearest and the remainder. `project_kernel` makes t if N fits into registers beside x F. Else it
 writes x F, from which `mix_kernel` makes t, as it does from F[x]. `expand_kernel` reads and writes y once. Tokens are
-split into as many equal slices as there are cores. A token's sums do not depend on the other tokens.
+split into equal slices, each with a core or a coefficient; factors are shared by all slices, or one for each slice.
+Drawn factors are made first, by `draw_kernel`. A token's sums do not depend on the other tokens.
 """
 
 from itertools import pairwise
@@ -15,10 +17,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import forward_config
+from .config import DRAW, DRAW_CONFIG, forward_config
 from .factors import precision_on
 from .launch import launch
 from .lowrank import dot
+from .noise import element_normal
 from .rounding import TYPES, round_to
 
 
@@ -30,6 +33,26 @@ class Shape(NamedTuple):
     dtype: tl.dtype  # of y
     precision: str  # of tl.dot on float32: ieee or tf32x3
     transposed: bool
+    cored: bool  # a core for each slice, else a coefficient
+
+
+@triton.jit(do_not_specialize=["tensor_id", "base"])
+def draw_kernel(
+    keys_ptr,  # of each slice, STRIDE apart
+    out_ptr,  # (slices, size)
+    tensor_id: tl.int64,
+    base: tl.int64,  # logical index of the first element
+    size: tl.int64,  # of a factor
+    STRIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A factor of each slice: normal numbers base, base + 1, .. of its key, rounded to out's dtype."""
+    program = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(size, BLOCK)
+    part = program // blocks
+    i = (program - part * blocks) * BLOCK + tl.arange(0, BLOCK)
+    z = element_normal(base + i, tensor_id.to(tl.uint32), tl.load(keys_ptr + part * STRIDE))
+    tl.store(out_ptr + part * size + i, round_to(z, out_ptr.dtype.element_ty), mask=i < size)
 
 
 @triton.jit
@@ -42,6 +65,17 @@ def token_block(block, tokens, BM: tl.constexpr):
     part = block // blocks
     i = (block - part * blocks) * BM + tl.arange(0, BM)
     return part.to(tl.int64) * tokens + tl.minimum(i, tokens - 1), i < tokens, part
+
+
+@triton.jit
+def mixed(t, core_ptr, j, SHAPE: tl.constexpr, K: tl.constexpr):
+    """x F N of (BM, K) columns of x F that hold the whole rank, rounded."""
+    if SHAPE.cored:
+        n = core_tile(core_ptr, tl.arange(0, K)[:, None], j[None, :], SHAPE)
+        t = tl.dot(t, n, input_precision=SHAPE.precision)
+    else:
+        t = t * tl.load(core_ptr)
+    return round_to(t, SHAPE.dtype)
 
 
 @triton.jit
@@ -60,8 +94,9 @@ def load_inputs(pointer, k, columns):
 @triton.jit(do_not_specialize=["tokens"])
 def project_kernel(
     x_ptr,
-    factor_ptr,  # F (columns, rank)
-    core_ptr,  # of the first slice
+    factor_ptr,  # F (columns, rank) of the first slice
+    factor_stride: tl.int64,
+    core_ptr,  # of the first slice; its coefficient where there is no core
     core_stride: tl.int64,
     t_ptr,
     tokens,  # of a slice
@@ -79,6 +114,7 @@ def project_kernel(
     j = program % ACROSS * TILE.columns + tl.arange(0, TILE.columns)
     k = tl.arange(0, TILE.step)
     x_pointer = x_ptr + (i[:, None] * stride + k[None, :])
+    factor_ptr += part * factor_stride
     f_pointer = factor_ptr + (k[:, None] * SHAPE.rank + j[None, :])
     t = tl.zeros((TILE.rows, TILE.columns), tl.float32)
     for first in range(0, columns, TILE.step):
@@ -91,16 +127,26 @@ def project_kernel(
         if SPLIT:
             t = dot(round_to(x.to(tl.float32) - high.to(tl.float32), SHAPE.dtype), f, t, SHAPE.precision)
     if MIXES:
-        n = core_tile(core_ptr + part * core_stride, tl.arange(0, TILE.columns)[:, None], j[None, :], SHAPE)
-        t = round_to(tl.dot(t, n, input_precision=SHAPE.precision), SHAPE.dtype)
+        t = mixed(t, core_ptr + part * core_stride, j, SHAPE, TILE.columns)
     t_pointer = t_ptr + (i[:, None] * SHAPE.width + j[None, :])
     tl.store(t_pointer, t, mask=inside[:, None] & (j < SHAPE.width)[None, :])
+
+
+@triton.jit
+def load_rows(rows_ptr, row, k, ROUNDS: tl.constexpr, STRIDE: tl.constexpr, SHAPE: tl.constexpr):
+    """x F[row, k] in float32, of a factor in y's precision; 0 beyond the rank."""
+    p = tl.load(rows_ptr + (row[:, None] * STRIDE + k[None, :]), mask=(k < SHAPE.rank)[None, :], other=0.0)
+    p = p.to(tl.float32)
+    if ROUNDS:
+        p = round_to(p, SHAPE.dtype).to(tl.float32)
+    return p
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def mix_kernel(
     indices_ptr,  # of rows of F; None: row i is token i's x F
-    rows_ptr,  # x F (tokens, STRIDE) float32, or F
+    rows_ptr,  # x F (tokens, STRIDE) float32, or F of the first slice
+    rows_stride: tl.int64,  # from one slice's F to the next
     core_ptr,
     core_stride: tl.int64,
     t_ptr,
@@ -118,15 +164,15 @@ def mix_kernel(
     row = i
     if indices_ptr is not None:
         row = tl.load(indices_ptr + i).to(tl.int64)
-    t = tl.zeros((TILE.rows, TILE.columns), tl.float32)
-    for first in range(0, SHAPE.rank, TILE.step):
-        k = first + tl.arange(0, TILE.step)
-        p = tl.load(rows_ptr + (row[:, None] * STRIDE + k[None, :]), mask=(k < SHAPE.rank)[None, :], other=0.0)
-        p = p.to(tl.float32)
-        if indices_ptr is not None:
-            p = round_to(p, SHAPE.dtype).to(tl.float32)
-        n = core_tile(core_ptr, k[:, None], j[None, :], SHAPE)
-        t = tl.dot(p, n, acc=t, input_precision=SHAPE.precision)
+        rows_ptr += part * rows_stride
+    if SHAPE.cored:
+        t = tl.zeros((TILE.rows, TILE.columns), tl.float32)
+        for first in range(0, SHAPE.rank, TILE.step):
+            k = first + tl.arange(0, TILE.step)
+            p = load_rows(rows_ptr, row, k, indices_ptr is not None, STRIDE, SHAPE)
+            t = tl.dot(p, core_tile(core_ptr, k[:, None], j[None, :], SHAPE), acc=t, input_precision=SHAPE.precision)
+    else:
+        t = load_rows(rows_ptr, row, j, indices_ptr is not None, STRIDE, SHAPE) * tl.load(core_ptr)
     t_pointer = t_ptr + (i[:, None] * SHAPE.width + j[None, :])
     tl.store(t_pointer, round_to(t, SHAPE.dtype), mask=inside[:, None] & (j < SHAPE.width)[None, :])
 
@@ -140,9 +186,10 @@ def load_outputs(pointer, inside):
 @triton.jit(do_not_specialize=["tokens"])
 def expand_kernel(
     t_ptr,
-    factor_ptr,  # G (columns, rank)
+    factor_ptr,  # G (columns, rank) of the first slice
+    factor_stride: tl.int64,
     y_ptr,
-    tokens,
+    tokens,  # of a slice; of all where they share G
     columns,
     SHAPE: tl.constexpr,
     TILE: tl.constexpr,
@@ -150,10 +197,11 @@ def expand_kernel(
     """y <- round(y + t G^T): a tile of y."""
     program = tl.program_id(0)
     across = tl.cdiv(columns, TILE.columns)
-    i = (program // across).to(tl.int64) * TILE.rows + tl.arange(0, TILE.rows)
+    i, inside_rows, part = token_block(program // across, tokens, TILE.rows)
+    factor_ptr += part * factor_stride
     j = (program % across).to(tl.int64) * TILE.columns + tl.arange(0, TILE.columns)
     k = tl.arange(0, TILE.step)
-    t_pointer = t_ptr + (tl.minimum(i, tokens - 1)[:, None] * SHAPE.width + k[None, :])
+    t_pointer = t_ptr + (i[:, None] * SHAPE.width + k[None, :])
     g_pointer = factor_ptr + (tl.minimum(j, columns - 1)[None, :] * SHAPE.rank + k[:, None])
     acc = tl.zeros((TILE.rows, TILE.columns), tl.float32)
     for first in range(0, SHAPE.width, TILE.step):
@@ -161,45 +209,74 @@ def expand_kernel(
         g = tl.load(g_pointer + first, mask=(first + k < SHAPE.rank)[:, None], other=0.0)
         acc = dot(t, round_to(g.to(tl.float32), SHAPE.dtype), acc, "ieee")
     y_pointer = y_ptr + (i[:, None] * columns + j[None, :])
-    inside = (i < tokens)[:, None] & (j < columns)[None, :]
+    inside = inside_rows[:, None] & (j < columns)[None, :]
     y = load_outputs(y_pointer, inside).to(tl.float32)
     tl.store(y_pointer, round_to(y + acc, SHAPE.dtype), mask=inside)
 
 
-def spaced(cores):
-    """The first core and the distance between cores, in elements; cores at unequal distances are copied."""
-    addresses = [core.data_ptr() for core in cores]
+def spaced(tensors):
+    """The first tensor and the distance between tensors, in elements; if the distances differ, they are copied."""
+    addresses = [t.data_ptr() for t in tensors]
     distances = {after - before for before, after in pairwise(addresses)} or {0}
-    if len(distances) > 1:
-        stacked = torch.stack(cores)
+    distance, size = distances.pop(), tensors[0].element_size()
+    if distances or distance % size:
+        stacked = torch.stack(tensors)
         return stacked, stacked.stride(0)
-    return cores[0], distances.pop() // cores[0].element_size()
+    return tensors[0], distance // size
 
 
-def lowrank_forward_(outputs, inputs, left, right, cores, transposed):
+def factor_of_slices(a, side, dtype, device):
+    """A or B: the first slice's, and the distance to the next one's; drawn ones are made now, in y's dtype."""
+    stored = (a.left, a.right)[side]
+    if stored:
+        return spaced(stored)
+    base, row_stride = a.span or (0, 1)
+    first, size = (base // row_stride, base % row_stride)[side], a.shape[side] * a.rank
+    keys = torch.stack([pair[:2] for pair in a.keys])
+    drawn = torch.empty(a.slices, size, dtype=dtype, device=device)
+    launch(
+        draw_kernel,
+        a.slices * triton.cdiv(size, DRAW),
+        device,
+        DRAW_CONFIG,
+        keys_ptr=keys[:, side:],
+        out_ptr=drawn,
+        tensor_id=a.tensor_id,
+        base=first * a.rank,
+        size=size,
+        STRIDE=2,
+        BLOCK=DRAW,
+    )
+    return drawn, size if a.slices > 1 else 0
+
+
+def lowrank_forward_(outputs, inputs, a):
     """``ops.lowrank_forward_``: project and expand, mix and expand for row indices, or all three.
 
-    There is no table, and nothing comes from the host: a captured graph replays with what the tensors hold then.
+    No table and nothing from the host: a captured graph replays with what the tensors hold then.
     """
-    device, dtype, rank, tokens = outputs.device, outputs.dtype, left.shape[1], len(outputs)
-    into, out_of = (left, right) if transposed else (right, left)
+    device, dtype, tokens = outputs.device, outputs.dtype, len(outputs)
+    left, right = (factor_of_slices(a, side, dtype, device) for side in (0, 1))
+    (into, into_stride), (out_of, out_of_stride) = (left, right) if a.transposed else (right, left)
     gather = not inputs.is_floating_point()
     split = not gather and inputs.dtype != dtype != torch.float32
-    config = forward_config(dtype, rank, split)
-    width, mixes = config.width(rank), config.mixes and not gather
-    shape = Shape(rank, width, TYPES[dtype], precision_on(device, dtype, width), transposed)
+    config = forward_config(dtype, a.rank, split)
+    width, mixes = config.width(a.rank), config.mixes and not gather
+    precision = precision_on(device, dtype, width)
+    shape = Shape(a.rank, width, TYPES[dtype], precision, a.transposed, bool(a.cores))
     t = torch.empty(tokens, width, dtype=dtype, device=device)
-    core, core_stride = spaced(cores)
-    per_slice = tokens // len(cores)
+    core, core_stride = spaced(a.cores or a.coefficients)
+    per_slice = tokens // a.slices
     common = {"core_ptr": core, "core_stride": core_stride, "tokens": per_slice, "SHAPE": shape}
 
     def programs(tile):
-        return len(cores) * triton.cdiv(per_slice, tile.rows) * triton.cdiv(width, tile.columns)
+        return a.slices * triton.cdiv(per_slice, tile.rows) * triton.cdiv(width, tile.columns)
 
-    rows = into
+    rows, rows_stride, stride = into, into_stride, a.rank
     if not gather:
         x = inputs if inputs.stride(-1) == 1 else inputs.contiguous()
         rows = t if mixes else torch.empty(tokens, width, dtype=torch.float32, device=device)
+        stride = width
         launch(
             project_kernel,
             programs(config.project),
@@ -207,6 +284,7 @@ def lowrank_forward_(outputs, inputs, left, right, cores, transposed):
             config.project.config,
             x_ptr=x,
             factor_ptr=into,
+            factor_stride=into_stride,
             t_ptr=rows,
             columns=x.shape[1],
             stride=x.stride(0),
@@ -223,21 +301,24 @@ def lowrank_forward_(outputs, inputs, left, right, cores, transposed):
             config.mix.config,
             indices_ptr=inputs.contiguous() if gather else None,
             rows_ptr=rows,
+            rows_stride=rows_stride,
             t_ptr=t,
-            STRIDE=rows.shape[1],
+            STRIDE=stride,
             TILE=config.mix,
             **common,
         )
-    columns = outputs.shape[1]
+    # Where all share G a program's tokens may be of several slices.
+    slices, own, columns = (a.slices, per_slice, outputs.shape[1]) if out_of_stride else (1, tokens, outputs.shape[1])
     launch(
         expand_kernel,
-        triton.cdiv(tokens, config.expand.rows) * triton.cdiv(columns, config.expand.columns),
+        slices * triton.cdiv(own, config.expand.rows) * triton.cdiv(columns, config.expand.columns),
         device,
         config.expand.config,
         t_ptr=t,
         factor_ptr=out_of,
+        factor_stride=out_of_stride,
         y_ptr=outputs,
-        tokens=tokens,
+        tokens=own,
         columns=columns,
         SHAPE=shape,
         TILE=config.expand,

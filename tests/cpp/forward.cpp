@@ -7,7 +7,7 @@ namespace {
 struct ForwardShape {
     int64_t rank, tokens, in_features, out_features;
     DType inputs_type, factor_in_type, outputs_type;
-    bool has_indices;
+    bool has_indices, has_core;
 };
 
 // The matrix, with zeros behind the first `rank` of every `padded_rank` floats.
@@ -43,10 +43,12 @@ void forward_case(Run& run, const std::string& name, const ForwardShape& s) {
                                   .padded_rank = padded_rank,
                                   .factor_in = factor_in.at(0),
                                   .factor_out = factor_out.floats(),
+                                  .core = s.has_core ? core.floats() : nullptr,
+                                  .coefficient = -0.75f,
                                   .outputs = y.at(0)};
         const int64_t step = cut == Cut::none ? s.tokens : cut == Cut::singles ? 1 : cut == Cut::rows ? 4 : 13;
         for (int64_t begin = 0; begin < s.tokens; begin += step)
-            run.k.forward(pass, core.floats(), begin, begin + step < s.tokens ? begin + step : s.tokens,
+            run.k.forward(pass, begin, begin + step < s.tokens ? begin + step : s.tokens,
                           scratch.floats());
         Digest digest;
         y.add_to(digest);
@@ -70,7 +72,8 @@ void test_forward(Run& run) {
                       .inputs_type = DType(rank % 3),
                       .factor_in_type = DType(rank / 3 % 3),
                       .outputs_type = DType(rank / 5 % 3),
-                      .has_indices = rank % 4 == 0});
+                      .has_indices = rank % 4 == 0,
+                      .has_core = rank % 7 != 0});
     }
 }
 

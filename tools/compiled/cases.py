@@ -288,22 +288,31 @@ def lowrank_cases() -> list[Case]:
 
 # ---- low rank in the forward ----------------------------------------------------------------------------------------
 
-# Configuration, ranks, dtype of x: None is that of y, whose elements and x's are the weights here.
+# Configuration, ranks, dtype of x: None is that of y, whose elements and x's are the weights here. "own": two slices,
+# each with its own factors and a coefficient.
 FORWARD: list[tuple[str, tuple[int, ...], torch.dtype | None]] = [
     ("project", (8, 16, 32, 64, 128), None),
+    ("project own", (1, 16), None),
     ("project float32", (16, 32, 64, 128), torch.float32),
     ("mix", (128,), None),
     ("mix rows", (16, 128), torch.int64),
     ("expand", (8, 16, 64, 128), None),
+    ("expand own", (1, 16), None),
+    ("draw own", (16,), None),
 ]
 
 
-def _forward(rank: int, x_dtype: torch.dtype | None, dtype: torch.dtype) -> None:
+def _forward(rank: int, x_dtype: torch.dtype | None, config: str, dtype: torch.dtype) -> None:
     """Factors of y's dtype, as many tokens as columns."""
     numbers = x_dtype == torch.int64
     x = torch.zeros(SIDE, dtype=x_dtype) if numbers else _matrix(x_dtype or dtype)
     left, right = _matrix(dtype, rank), _matrix(dtype, rank)
-    lowrank_forward_(_matrix(dtype), x, left, right, [torch.empty(rank, rank)], transposed=numbers)
+    if not config.endswith("own"):
+        lowrank_forward_(_matrix(dtype), x, left, right, [torch.empty(rank, rank)], transposed=numbers)
+        return
+    ours = [1, 2] if config.startswith("draw") else [left, left.clone()]
+    other = {"coefficients": [1.0, -1.0], "shape": (SIDE, SIDE), "tensor_id": 7}
+    lowrank_forward_(_matrix(dtype), x, ours, [right, right.clone()], **other)
 
 
 def _steps(over: str, arguments: dict, _: int) -> tuple[int, ...]:
@@ -313,7 +322,7 @@ def _steps(over: str, arguments: dict, _: int) -> tuple[int, ...]:
 
 
 def _forward_case(config: str, rank: int, x_dtype: torch.dtype | None, dtype: str) -> Case:
-    launches, kernel = partial(recorded, partial(_forward, rank, x_dtype, DTYPES[dtype])), config.split()[0]
+    launches, kernel = partial(recorded, partial(_forward, rank, x_dtype, config, DTYPES[dtype])), config.split()[0]
     case = Case(
         "forward",
         config,
@@ -327,6 +336,9 @@ def _forward_case(config: str, rank: int, x_dtype: torch.dtype | None, dtype: st
         numbers=SIDE * rank,
         function=f"{kernel}_kernel",
     )
+    if kernel == "draw":
+        size = BYTES[dtype]
+        return replace(case, tile=lambda x: x["BLOCK"], written=size, loops=lambda *_: (), numbers=2 * SIDE * rank)
     if kernel == "expand":
         size, loops = BYTES[dtype], partial(_steps, "width")
         return replace(case, read=size, written=size, loops=loops, readers=("load_outputs",), numbers=SIDE * SIDE)

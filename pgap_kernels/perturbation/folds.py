@@ -1,0 +1,76 @@
+"""Low-rank directions on a layer's output: what the points of a forward add to one weight, as calls of one op."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..arguments import ForwardArguments
+from ..directions import Fold, Weight, draw_factor
+from .hooks import EMBEDDING, LINEAR
+
+
+def forward_arguments(weight: Weight, points: Sequence[Sequence[Fold]]) -> list[ForwardArguments]:
+    """The calls that add the folds of each point to its own slice of the rows."""
+    return [_joined(weight, column) for column in _columns(points)]
+
+
+def _columns(points: Sequence[Sequence[Fold]]) -> Iterator[list[Fold | None]]:
+    """One fold of each point, all of one kind; None for points that have none left of that kind."""
+    for j in range(max(map(len, points), default=0)):
+        column = [folds[j] if j < len(folds) else None for folds in points]
+        for kind in dict.fromkeys(fold.kind for fold in column if fold is not None):
+            yield [fold if fold is not None and fold.kind == kind else None for fold in column]
+
+
+def _joined(weight: Weight, column: Sequence[Fold | None]) -> ForwardArguments:
+    some = next(fold for fold in column if fold is not None)
+    still = some._replace(
+        core=None if some.core is None else torch.zeros_like(some.core),
+        coefficient=torch.zeros_like(some.coefficient),
+    )
+    folds = [still if fold is None else fold for fold in column]
+    return ForwardArguments(
+        left=_shared([fold.left for fold in folds]),
+        right=_shared([fold.right for fold in folds]),
+        cores=[fold.core for fold in folds if fold.core is not None],
+        coefficients=[] if some.core is not None else [fold.coefficient for fold in folds],
+        keys=[fold.keys for fold in folds],
+        shape=list(weight.tensor.shape),
+        rank=some.rank,
+        tensor_id=weight.id,
+        span=weight.span or (),
+    )
+
+
+def _shared(factors: Sequence[Tensor | None]) -> list[Tensor]:
+    """One factor where all slices have the same; none where they are drawn."""
+    stored = [factor for factor in factors if factor is not None]
+    return stored[:1] if len({*map(id, stored)}) == 1 else stored
+
+
+def add_lowrank(output: Tensor, x: Tensor, arguments: ForwardArguments) -> None:
+    """output <- output + x (A C B^T)^T, or x (A C B^T) if transposed, slice by slice of the rows."""
+    if torch.compiler.is_compiling():  # the op itself can be traced, its checked and its unchecked entry cannot
+        ops.torch_ops.lowrank_forward_(output, x, **arguments._asdict())
+    else:
+        ops.add_lowrank_(output, x, arguments)
+
+
+def fold_differentiably(kind: str | None, weight: Weight, folds: Sequence[Fold], x: Tensor, output: Tensor) -> Tensor:
+    """The same with torch's operations, for closures that differentiate by their inputs."""
+    for fold in folds:
+        left, right = (_materialised(weight, fold, side) for side in (0, 1))
+        core = fold.core if fold.core is not None else fold.coefficient * torch.eye(fold.rank, device=output.device)
+        into, m, out_of = (left, core, right) if kind != LINEAR else (right, core.T, left)
+        t = into[x] if kind == EMBEDDING else x.float() @ into
+        output = output + (t @ m @ out_of.T).to(output.dtype)
+    return output
+
+
+def _materialised(weight: Weight, fold: Fold, side: int) -> Tensor:
+    stored = (fold.left, fold.right)[side]
+    return draw_factor(weight, side, fold.rank, fold.keys[side]) if stored is None else stored
