@@ -75,9 +75,9 @@ def lowrank_perturb_(
 ) -> None:
     """Add a low-rank product to weight matrices, in place, in one pass:  W <- round((1 - d) W + a A C B^T).
 
-    P-GAP and SubZero (U Z V^T), TeZO (diagonal core) and LOZO (no core) are this op. Products
-    accumulate in float32. For 16-bit W, P = A C and B are rounded once to W's dtype; for float32 W the products are
-    IEEE. Results do not depend on threads, list or instruction set.
+    P-GAP and SubZero (U Z V^T), TeZO (diagonal core) and LOZO (no core) are this op. Products accumulate
+    in float32. For 16-bit W, P = A C and B are rounded once to W's dtype; for float32 W the products are IEEE. Results
+    do not depend on threads, list or instruction set.
 
     Args:
         weights: matrices (m, n) as in ``dense_perturb_``.
