@@ -1,6 +1,6 @@
 // Conversions of whole arrays, and Box-Muller on arrays of words, for tests of the transform alone.
 
-// f(0 of the C++ type that a dtype is stored as)
+// Calls f with a zero of the C++ type in which a dtype is stored.
 template <class F> static void dispatch_dtype(DType dtype, F f) {
     switch (dtype) {
         case DType::f32: return f(float());

@@ -51,7 +51,7 @@ template <class T> static void dense_groups(const DensePass& pass, const Piece& 
             for_each_row(p, g, [&](int64_t row, int64_t column, int64_t lo, int64_t n) {
                 T* out = (T*)p.out + row * p.ld_out + column;
                 const T* in = source ? source + row * ld_source + column : nullptr;
-                // Of several stages, all but the last write what the next one reads.
+                // Every stage but the last writes what the next one reads.
                 apply_delta(out, in, delta + lo, stochastic ? words + lo : nullptr, n, decay,
                             p.stream && pass.stages == 1);
             });

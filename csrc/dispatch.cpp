@@ -1,4 +1,4 @@
-// Chooses the kernels: of the best instruction set that the CPU has, or of the one that PGAP_ISA names.
+// Chooses the kernels: those of the best instruction set that the CPU has, or of the one that PGAP_ISA names.
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -29,7 +29,7 @@ bool cpu_supports(const Kernels* candidate) {
     if (candidate == &kernels_avx512_bf16)
         return avx512 && __builtin_cpu_supports("avx512bf16") && isa_avx512_bf16::adds_in_order();
 #endif
-    return candidate != nullptr;  // any CPU runs generic, and any aarch64 neon
+    return candidate != nullptr;  // every CPU runs generic, and every aarch64 CPU runs neon
 }
 
 const Kernels* find_kernels(const char* name) {

@@ -16,7 +16,7 @@ template <bool FIRST> static void add_normal(float* delta, const Group& g, uint3
     const Philox7 philox = group_philox(g, tensor_id, key);
     const uint32_t counter = first_counter(g);
     const V2::F a = V2::set(coefficient);
-    // Drawing noise leaves memory idle, so the first draw prefetches the group's weights.
+    // Memory is idle while noise is drawn, so the first draw prefetches the group's weights.
     const char* fetch = g.whole;
     const int64_t fetch_step = FIRST && g.whole ? g.whole_bytes * V2::N / kBlocks : 0;
     for (int64_t r = g.block_begin; r < g.block_end; r += V2::N, fetch += fetch_step) {

@@ -11,7 +11,7 @@
 constexpr int kForwardTile = 12;                    // tokens of a tile; the last of a block has 4, 8 or 12
 constexpr int64_t kForwardDepth = 128;              // inputs at a time: converted together, and short chains round less
 constexpr int kWidenedStride = kForwardDepth + 16;  // floats between tokens of converted x; see kForwardStride
-constexpr int64_t kOutBlock = 1 << 16;              // floats of F_out^T that stay in L2 while a block's tokens pass by
+constexpr int64_t kOutBlock = 1 << 16;              // floats of F_out^T that stay in L2 for all tokens of a block
 
 // f(i, v, sum over k < depth of x[i][k] f[k][v]) for ROWS tokens and VECTORS vectors; all sums stay in registers.
 template <class X, int ROWS, int VECTORS, int LDX, class F>

@@ -16,7 +16,7 @@ struct Group {
     int64_t whole_bytes;
 };
 
-// False if no row of the piece reaches into the group, as can happen where rows are far apart.
+// False if no row of the piece reaches into the group, which happens if rows are far apart.
 template <class T> static bool enter_group(const Piece& p, int64_t index, Group& g) {
     const int64_t group_start = index * kGroup;
     const int64_t after_row0 = group_start - p.base - p.cols;  // elements between row 0 and the group

@@ -149,7 +149,7 @@ extern const Kernels kernels_avx512_bf16;
 extern const Kernels kernels_neon;
 namespace isa_avx512_bf16 { bool adds_in_order(); }
 
-const Kernels& kernels();                         // in use: the best for this CPU, or the one that PGAP_ISA names
+const Kernels& kernels();                         // in use: the best for this CPU, or those that PGAP_ISA names
 void select_isa(const char* name);                // use these from now on; not during an op, which packs for one ISA
 const Kernels* supported_kernels(int64_t index);  // that this CPU runs, best first; null past the last
 

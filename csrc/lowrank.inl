@@ -28,7 +28,7 @@ void lowrank_product(const LowrankPass& pass, int64_t row, const float* right,
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 16
         for (int v = 0; v < kLowrankPanelVectors; ++v) sums[i][v] = V::set(0.0f);
-    // By two: with 16 items or fewer, one turn per item is up to 40 % slower at some addresses of the loop.
+    // Unrolled by two: without, 16 items or fewer take up to 40 % longer at some alignments of the loop.
 #pragma GCC unroll 2
     for (int64_t k = 0; k < depth; ++k, right += kLowrankPanel, ++left) {
         V::F b[kLowrankPanelVectors];
@@ -45,8 +45,8 @@ void lowrank_product(const LowrankPass& pass, int64_t row, const float* right,
     }
 }
 
-// A tile, rounded to nearest. The tile `ahead` elements further on is fetched meanwhile: into L2, since rows often lie
-// a power of two apart and would evict each other from the few sets of L1 that they share.
+// A tile, rounded to nearest. Meanwhile the tile `ahead` elements further on is prefetched: into L2, because rows are
+// often a power of two apart and would evict each other from the few sets of L1 that they share.
 template <int ROWS, bool PAIRS, class T> static void lowrank_tile(const LowrankPass& pass, int64_t row, int64_t col,
                                                                   const float* right, int64_t ahead) {
     const Piece& p = pass.piece;
@@ -96,12 +96,12 @@ template <int ROWS, bool PAIRS, class T> static void lowrank_nearest(const Lowra
     const int64_t reach = kPanelsAhead * kLowrankPanel < width ? kPanelsAhead * kLowrankPanel : width;
     int64_t col = first;
     for (; col + kLowrankPanel <= last; col += kLowrankPanel, right += panel) {
-        // Past the end of these rows, the beginning of the rows below comes next.
+        // At the end of these rows, prefetch the beginning of the rows below: that tile comes next.
         const int64_t ahead = col + reach < last ? reach : reach - width + ROWS * p.ld_in;
         lowrank_tile<ROWS, PAIRS, T>(pass, row, col, right, ahead);
     }
     if (col == last) return;
-    alignas(64) float delta[ROWS * kLowrankPanel];  // a last panel that is not full
+    alignas(64) float delta[ROWS * kLowrankPanel];  // for a last panel that is not full
     lowrank_delta<ROWS, PAIRS>(pass, row, right, delta, kLowrankPanel);
     for (int64_t i = row; i < row + ROWS; ++i) {
         const T* in = p.in ? (const T*)p.in + i * p.ld_in + col : nullptr;

@@ -1,5 +1,4 @@
-// The extension, on the LibTorch stable ABI. Here are the ops that belong to no kernel family; ops_*.cpp have the
-// others.
+// The extension, on the LibTorch stable ABI. These ops belong to no kernel family; the others are in ops_*.cpp.
 #include "pieces.h"
 
 namespace {

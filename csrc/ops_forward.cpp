@@ -11,7 +11,7 @@ namespace {
 
 using namespace pgap;
 
-// F_in or F_out of every slice, (rows, rank); one for all slices where they share it.
+// F_in or F_out of every slice, (rows, rank); one if all slices share it.
 struct Side {
     DType dtype;
     int64_t rows;
@@ -28,7 +28,7 @@ struct ForwardCall {
     int64_t tokens, slices;
     uint32_t tensor_id;
     std::vector<const float*> cores;  // of each slice, or none
-    std::vector<float> coefficients;  // of each slice, where there are no cores
+    std::vector<float> coefficients;  // of each slice, if there are no cores
     std::vector<int64_t> indices;
 };
 
@@ -154,7 +154,7 @@ ForwardCall parse_arguments(const Tensor& outputs, const Tensor& inputs, const s
 
 // ---- packing ----------------------------------------------------------------------------------------------------
 
-// Floats aligned to a cache line, not initialised: packing writes them all, and zeroing them would cost as much again.
+// Floats aligned to a cache line, not initialised: packing writes all of them, and zeroing would cost as much again.
 struct Buffer {
     std::unique_ptr<float[]> memory;
     float* data;
@@ -205,7 +205,7 @@ void pack_out_panel(const Side& side, const void* factor, int64_t rank, int64_t 
     transpose(converted.data(), rows, rank, rank, to, panel);
 }
 
-// Rows begin .. end - 1 of F_in with zeros behind each.
+// Rows begin .. end - 1 of F_in, each followed by zeros.
 void pack_in_rows(const Side& side, const void* factor, int64_t rank, int64_t begin, int64_t end, int64_t padded_rank,
                   float* to) {
     if (padded_rank > rank) std::fill(to, to + (end - begin) * padded_rank, 0.0f);
@@ -234,7 +234,7 @@ void forward(Tensor outputs, Tensor inputs, std::vector<Tensor> left, std::vecto
     const auto drawn_in = draw_side(in, rank, slices, call.tensor_id);
     const auto drawn_out = draw_side(out, rank, slices, call.tensor_id);
 
-    // F_in needs no packing if its rows are float32 and of padded size, or with indices, as the kernel converts rows.
+    // F_in needs no packing if its rows are float32 and of padded size. With indices the kernel converts rows itself.
     const bool in_as_given = pass.indices || (in.dtype == DType::f32 && padded_rank == rank);
     const int64_t in_count = int64_t(in.data.size()), out_count = int64_t(out.data.size());
     const int64_t in_items = in_as_given ? 0 : (in.rows + panel - 1) / panel, out_items = (out.rows + panel - 1) / panel;
@@ -268,7 +268,7 @@ void forward(Tensor outputs, Tensor inputs, std::vector<Tensor> left, std::vecto
         own.coefficient = call.cores.empty() ? call.coefficients[size_t(i)] : 1.0f;
     }
 
-    // Threads share units of 4 tokens, the lowest tile. The share of one may reach from one slice into the next.
+    // Threads share units of 4 tokens, the height of the smallest tile; a share may span several slices.
     constexpr int64_t kFour = 4;
     constexpr int64_t kProducts = 1 << 18;  // worth starting a thread for
     const int64_t part = call.tokens / slices, fours = (part + kFour - 1) / kFour;

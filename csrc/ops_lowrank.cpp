@@ -48,7 +48,7 @@ struct MagnitudeRange {
     void add(const float* values, int64_t count) {
         for (int64_t i = 0; i < count; ++i) {
             const double magnitude = std::fabs(values[i]);
-            if (!(magnitude <= greatest)) greatest = magnitude;  // a NaN stays
+            if (!(magnitude <= greatest)) greatest = magnitude;  // negated, so that a NaN is kept
             if (magnitude != 0.0 && magnitude < least) least = magnitude;
         }
     }
@@ -126,7 +126,7 @@ private:
     int64_t left_items(const PackedWeight& w) const { return (w.piece.rows + kLeftRows - 1) / kLeftRows; }
     int64_t depth() const { return pairs_ ? (rank_ + 1) / 2 : rank_; }
 
-    // Rounds rows of P or B to a 16-bit dtype, and joins pairs where these are wanted.
+    // Rounds rows of P or B to a 16-bit dtype, and joins pairs if the pass takes pairs.
     void round_and_pair(std::vector<float>& rows, MagnitudeRange& range) const {
         const int64_t count = int64_t(rows.size());
         if (dtype_ != DType::f32) kernels().round_to(dtype_, rows.data(), count);

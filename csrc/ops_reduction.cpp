@@ -5,7 +5,7 @@ namespace {
 
 using namespace pgap;
 
-// Threads leave a partial sum per group. Their sum in index order depends neither on threads nor on the rest of the
+// Threads write a partial sum per group. Their sum in index order depends neither on threads nor on the rest of the
 // list.
 void reduction(std::vector<Tensor> tensors, std::vector<Tensor> anchors, Tensor keys, std::vector<int64_t> tensor_ids,
                std::vector<int64_t> slices, std::string distribution, Tensor totals) {

@@ -52,7 +52,7 @@ template <int LANES> struct Generic {
     static F load(const float* p) { F r; PGAP_EACH r.v[i] = p[i]; return r; }
     template <class T> static F load(const T* p) { F r; PGAP_EACH r.v[i] = to_float(p[i]); return r; }
     template <class T> static void store(T* p, F a) { PGAP_EACH round_nearest(p[i], a.v[i]); }
-    template <class T> static void stream(T* p, F a) { store(p, a); }  // past the caches; p is aligned to a vector
+    template <class T> static void stream(T* p, F a) { store(p, a); }  // bypasses the caches; p is aligned to a vector
     static void fence() {}                                             // after the last stream()
     static U loadu(const uint32_t* p) { U r; PGAP_EACH r.v[i] = p[i]; return r; }
     static void storeu(uint32_t* p, U a) { PGAP_EACH p[i] = a.v[i]; }

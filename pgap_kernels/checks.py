@@ -132,7 +132,7 @@ def _sharing(spans: list, begin: int, layouts: Sequence[tuple[int, int, int]], i
         other_rows, other_columns, other_ld = layouts[j]
         ld = other_ld if rows == 1 else own_ld  # a single row fits any row stride
         distance = (begin - other_begin) % ld
-        # Column slices of one matrix, seen at once however many rows they have; anything else row by row.
+        # Column slices of one matrix are compared in one step, however many rows they have; anything else row by row.
         interleaved = (other_rows == 1 or other_ld == ld) and other_columns <= distance <= ld - columns
         if not interleaved and _rows_meet((begin, *layouts[i]), (other_begin, *layouts[j])):
             return j
@@ -194,12 +194,12 @@ def _packed(values: Sequence[float | Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _filled(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A host value beside device ones: a fill, unlike a copy, neither waits nor stops a graph capture."""
+    """A host value beside device ones, by a fill: a copy would wait, and end a graph capture."""
     return torch.full((), value, dtype=dtype, device=device)
 
 
 def number(name: str, value: Any) -> float:
-    """A real number that is finite in float32, as a Python float; of a 0-dim tensor too, which is waited for."""
+    """A real number that is finite in float32, as a Python float; reading a 0-dim tensor waits for its device."""
     if isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point():
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
@@ -218,7 +218,7 @@ def number(name: str, value: Any) -> float:
 def scalar_row(name: str, value: Any, count: int) -> Tensor:
     """A float, one float per tensor, or a tensor of either, as float32 of length 1 or ``count``.
 
-    Values on the host must be finite in float32; values on a device are not read here.
+    Values on the host must be finite in float32. Values on a device are not read, as that would wait for it.
     """
     if isinstance(value, Tensor):
         if not value.dtype.is_floating_point or value.numel() not in (1, count):

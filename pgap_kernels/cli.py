@@ -23,7 +23,7 @@ examples:
   pgap-kernels finetune
       P-GAP on the built-in model and data; writes runs/finetune/report.json and curves.png.
   pgap-kernels finetune --method mezo --lr 3e-5 --steps 500 --baseline
-      MeZO, then a few steps of MeZO as its authors wrote it, to compare seconds per step.
+      MeZO, then a few steps of MeZO in plain PyTorch, to compare seconds per step.
   pgap-kernels finetune --model ./my-model --data reviews.csv --text-column review --label-column stars \\
       --template "{text} All in all it was" --verbalizers "5= good,1= bad" --save-model
       Your own model and data; each word must be one token after the template, hence the leading spaces.
@@ -34,7 +34,7 @@ the built-in model is SmolLM2-135M-Instruct from a Q4_1 GGUF file, dequantised; 
 the cache folder is $PGAP_CACHE, else $XDG_CACHE_HOME/pgap_kernels, else ~/.cache/pgap_kernels.
 Ctrl-C ends a run after restoring the weights of the last completed step; the report holds what was measured so far.
 
-exit status: 0 completed, 1 the loss became not finite, 2 something to put right (one line on stderr says what),
+exit status: 0 completed, 1 the loss was not finite, 2 an error that you can correct (one line on stderr says how),
 130 interrupted.
 """
 
@@ -193,8 +193,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     _flag(
         group,
         "baseline",
-        "afterwards run a few steps of the method as its authors wrote it (torch.normal per "
-        "parameter, elementwise ops) from the same weights on the same batches, and compare the seconds",
+        "afterwards run a few steps of the method in plain PyTorch (torch.normal per parameter, "
+        "elementwise ops) from the same weights on the same batches, and compare the seconds",
     )
     _option(group, "baseline-steps", int, "steps of the baseline")
     _flag(

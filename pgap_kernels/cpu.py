@@ -28,12 +28,12 @@ def isas() -> list[str]:
 
 
 def use_isa(name: str) -> None:
-    """Runs another build from now on, as PGAP_ISA would from the start; for comparisons, between calls of ops."""
+    """Switch to another build, as PGAP_ISA does at the start. For comparisons; not while an op runs."""
     torch.ops.pgap_kernels_cpu.use_isa(name)
 
 
 def _keywords(arguments):
-    """A record as keywords of the C++ op of its family, which serves both tiers exactly."""
+    """A record as keywords of its family's C++ op, without the tier: both are served exactly."""
     keywords = arguments._asdict()
     keywords.pop("tier", None)
     return keywords

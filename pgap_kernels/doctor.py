@@ -61,14 +61,14 @@ def _no_gpu() -> str | None:
 def _served_by(op: str, device: torch.device, dtype: torch.dtype) -> str:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the reference is slow: the table says who serves
+            warnings.simplefilter("ignore")  # that the reference is slow, which the table shows anyway
             return backends.select(op, device, dtype).name
     except ValueError:
         return "none"
 
 
 def _why(served: str, refusals: dict[str, str | None]) -> list[str]:
-    """What kept an op from each of the other backends."""
+    """Why each of the other backends does not serve an op."""
     refused = [f"{name}: {reason}" for name, reason in refusals.items() if reason]
     forced = backends.forced()
     if forced is not None:
@@ -79,7 +79,7 @@ def _why(served: str, refusals: dict[str, str | None]) -> list[str]:
 
 
 def _choices() -> list[dict[str, Any]]:
-    """Who serves an op, and why no other does; for a GPU also where there is none."""
+    """Which backend serves an op, and why no other does; GPUs are listed on machines without one, too."""
     rows = []
     for op, kind, dtype in itertools.product(backends.OPS, ("cpu", "cuda"), WEIGHT_DTYPES):
         if op in _FLOAT32_ONLY and dtype != torch.float32:
@@ -113,7 +113,7 @@ def _known_draws(backend: str, device: torch.device) -> tuple[bool, bool]:
 
 
 def _self_test() -> dict[str, bool]:
-    """Known answers: of key derivation, and of every backend on every device where it draws."""
+    """Known answers of key derivation, and of every backend on every device on which it draws."""
     results = {
         f"philox4x32-{rounds}": noise.philox4x32(_PHILOX_COUNTER, _PHILOX_KEY, rounds) == answer
         for rounds, answer in _PHILOX_ANSWERS.items()
@@ -126,7 +126,7 @@ def _self_test() -> dict[str, bool]:
         where = f"{backend.name} on {device}"
         try:
             results[f"normal, {where}"], results[f"rademacher, {where}"] = _known_draws(backend.name, device)
-        except Exception as error:  # whatever a compiler or a driver throws is the finding
+        except Exception as error:  # whatever a compiler or a driver raises is what this test reports
             said = f"{type(error).__name__}: {error}".splitlines()[0]
             results[f"{where}: {said}"] = False
     return results

@@ -1,4 +1,4 @@
-"""The C++ extension: loaded once, by whoever needs it first. Absent, it has a reason instead of an error."""
+"""The C++ extension, loaded once, at first use. If it is absent, ``unavailable`` says why."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The noise contract, version 1: keys, tensor ids, and which counter an element has. No tensors here.
 
-``docs/noise_v1.md`` is the text of the contract; ``reference/noise.py``, ``csrc/noise.h`` and ``triton/noise.py`` draw
-it.
+``docs/noise_v1.md`` is the text of the contract; ``reference/noise.py``, ``csrc/noise.h`` and ``triton/noise.py``
+implement it.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def derive(seed: int, step: int, role: int, probe: int = 0) -> int:
     x0 | x1 << 32.
 
     Args:
-        seed: in [0, 2**64); 0 is a seed like any other.
+        seed: in [0, 2**64); 0 is as good as any other.
         step: in [0, 2**64).
         role: a ``Role``, in [0, 256).
         probe: in [0, 2**24).
@@ -108,7 +108,7 @@ def canonical_name(name: str) -> str:
 def tensor_id(name: str) -> int:
     """The 32-bit id of a parameter: FNV-1a of its canonical name in UTF-8.
 
-    Depends on the name alone, so subsets, another order or sharding never move a stream.
+    It depends on the name alone, so training a subset, another order or sharding never changes a weight's noise.
     """
     value = 0x811C9DC5
     for byte in canonical_name(name).encode():

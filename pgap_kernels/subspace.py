@@ -36,7 +36,7 @@ def randomized_svd(matrix: Tensor, rank: int, test_matrix: Tensor, power_iterati
         power_iterations: each multiplies the gap between singular values.
 
     Returns:
-        The ``rank`` leading singular triplets as far as the range of G Omega holds them.
+        The ``rank`` leading singular triplets, as far as the range of G Omega contains them.
 
     Raises:
         ValueError: rank or test_matrix do not fit.
@@ -52,11 +52,12 @@ def randomized_svd(matrix: Tensor, rank: int, test_matrix: Tensor, power_iterati
     for _ in range(power_iterations):
         q = torch.linalg.qr(matrix.T @ q).Q
         q = torch.linalg.qr(matrix @ q).Q
-    # SVD of Q^T G through the QR of its transpose: the dense SVD is of p x p only.
+    # SVD of Q^T G through the QR of its transpose, so that the dense SVD is only p x p.
     v, r = torch.linalg.qr(matrix.T @ q)
     inner_u, s, inner_vh = torch.linalg.svd(r.T)
     left, right = q @ inner_u[:, :rank], v @ inner_vh.T[:, :rank]
-    # A pair of singular vectors has a sign to choose: the largest element of u is positive, so that rounding does not.
+    # The sign of a pair of singular vectors is arbitrary: u's largest element is made positive, so that rounding does
+    # not choose it.
     sign = left.gather(0, left.abs().argmax(0, keepdim=True)).sign()
     return Basis((left * sign).contiguous(), s[:rank].clone(), (right * sign).contiguous())
 

@@ -198,26 +198,3 @@ def test_a_fact_that_does_not_hold_is_told(settings, monkeypatch, capsys):
     monkeypatch.setitem(exactness.RUNNERS, "drift", lambda args: (row | {"exact": True} for row in real(args)))
     assert exactness.main(["--quick", "--only", "drift"]) == 1
     assert "FAILS" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--steps", "0"], "--steps: got 0; accepted: an integer of at least 1"),
-        (["--ranks", "16", "0"], "--ranks: got 0; accepted: integers of at least 1"),
-        (["--json", "missing/rows.json"], "there is no folder 'missing'; create it first"),
-        (["--only", "speed"], "invalid choice: 'speed'"),
-    ],
-)
-def test_bad_options(options, message, capsys):
-    with pytest.raises(SystemExit) as ended:
-        exactness.arguments(options)
-    assert ended.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-def test_help_teaches(capsys):
-    with pytest.raises(SystemExit):
-        exactness.arguments(["--help"])
-    shown = capsys.readouterr().out
-    assert all(section in shown for section in exactness.SECTIONS) and "default" in shown

@@ -1,15 +1,15 @@
-"""benchmarks.kernels: every op runs, rows are complete, what cannot run says so, and targets are judged."""
+"""benchmarks.kernels: every op runs, rows are complete, and what cannot run says so."""
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
-from benchmarks import timing
+from benchmarks.harness import timer
 from benchmarks.kernels import __main__ as kernels
 from benchmarks.kernels import figure, idioms, targets
 from benchmarks.kernels.ops import OPS, shape_of, weights
@@ -17,6 +17,7 @@ from benchmarks.kernels.sweep import Point, Sweep
 from pgap_kernels import cpu, extension
 
 NUMBERS = ("seconds", "host_seconds", "repeats", "floor_ratio", "gb_per_s", "megabytes")
+ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(extension.unavailable is not None, reason="the C++ extension is not built")
 
 
@@ -37,11 +38,11 @@ def no_compiler(monkeypatch):
 
 
 def sweep(**options) -> Sweep:
-    return Sweep(torch.device("cpu"), timing.on_host, ("generic",), repeats=1, **options)
+    return Sweep(torch.device("cpu"), timer.on_host, ("generic",), repeats=1, **options)
 
 
 def points(*ops: str, dtype: str = "float32", shape=(64, 72)) -> list[Point]:
-    return [Point(1, op, dtype, shape, 8 if OPS[op].ranked else None, 1) for op in ops]
+    return [Point(1, op, dtype, shape, 8 if OPS[op].ranked else None, 1, 16 if OPS[op].layers else None) for op in ops]
 
 
 def test_command(command, tmp_path, capsys, no_compiler):
@@ -86,15 +87,15 @@ def test_every_op_runs_and_leaves_finite_weights(dtype, no_compiler):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_idioms_do_what_the_ops_do(dtype):
     """Noise apart: the same scale of change, in the same tensor."""
-    for op in ("dense", "rademacher", "two_draws", "masked", "stochastic", "lowrank", "list", "assemble"):
+    for op in ("dense", "rademacher", "two_draws", "masked", "stochastic", "lowrank", "forward", "list", "assemble"):
         if dtype not in OPS[op].dtypes:
             continue
-        rank = (4,) if OPS[op].ranked else ()
+        sizes = (4,) * OPS[op].ranked + (32,) * OPS[op].layers
         moved = []
         for call in ("ours", "idiom"):
             torch.manual_seed(0)
             w = weights((256, 256), dtype) / 64
-            case = OPS[op].case(w, *rank)
+            case = OPS[op].case(w, *sizes)
             start = case.whole.double()
             getattr(case, call)()
             moved.append((case.whole.double() - (0 if op == "assemble" else start)).square().mean().sqrt().item())
@@ -109,12 +110,14 @@ def test_compiled_idiom_runs():
 
 def test_as_on_a_gpu(capsys):
     """One build of our kernels, and a copy beside the floor."""
-    made = Sweep(torch.device("cpu"), timing.on_host, copy=True, repeats=1, providers=("ours", "idiom"))
-    for rows in made.rows(points("dense", "fast", "lowrank")):
+    made = Sweep(torch.device("cpu"), timer.on_host, copy=True, repeats=1, providers=("ours", "idiom"))
+    for point, rows in zip(
+        points("dense", "fast", "lowrank"), made.rows(points("dense", "fast", "lowrank")), strict=True
+    ):
         assert [(r["provider"], r["isa"]) for r in rows] == [(x, None) for x in ("floor", "copy", "ours", "idiom")]
         assert rows[1]["copy_share"] == pytest.approx(1)
         assert rows[2]["copy_share"] == pytest.approx(rows[2]["gb_per_s"] / rows[1]["gb_per_s"])
-        Console().print(kernels._table(rows, 1))
+        kernels.rows_table(point, rows, 1).print()
     assert "of copy" in capsys.readouterr().out
 
 
@@ -128,15 +131,40 @@ def test_what_is_too_slow_is_said_to_be():
 
 
 def test_bytes_of_a_pass():
-    def moved(op, *rank):
-        case = OPS[op].case(torch.ones(256, 264), *rank)
+    def moved(op, *sizes):
+        case = OPS[op].case(torch.ones(256, 264), *sizes)
         return 2 * case.whole.nbytes + case.extra
 
     matrix = 4 * 256 * 264
     assert moved("dense") == 2 * matrix
     assert moved("draw") == moved("dot") == matrix
     assert moved("adam") == 6 * matrix
+    assert moved("forward", 64, 32) == 4 * (32 * (2 * 256 + 264) + 64 * (256 + 264))
     assert moved("lowrank", 64) == 2 * matrix + 4 * 64 * (256 + 264)
+
+
+def test_the_forward_is_compared_with_its_layer(no_compiler):
+    """On the layers of models, unless others are given; the rows give the weight's shape, and the number of tokens."""
+    plan = kernels.points(kernels.arguments(["--op", "forward", "--quick", "--rank", "8", "--tokens", "4", "6"])[1])
+    settings = [("float32", 4), ("float32", 6), ("bfloat16", 4), ("bfloat16", 6)]
+    assert [(p.shape, p.dtype, p.tokens) for p in plan] == [((576, 576), *setting) for setting in settings]
+    given = ["--op", "forward", "--shape", "48", "32", "--rank", "8", "--tokens", "4", "--dtype", "float32"]
+    (point,) = kernels.points(kernels.arguments([*given, "--threads", "1"])[1])
+    (rows,) = sweep().rows([point])
+    found = {r["provider"]: r for r in rows}
+    assert set(found) == {"floor", "ours", "reference", "idiom", "torch.compile", "in_place"}
+    assert all((r["shape"], r["tokens"]) == ([48, 32], 4) for r in rows)
+
+
+def test_two_packages(command, tmp_path, capsys):
+    given = ["--op", "dense", "--dtype", "float32", "--shape", "64", "64", "--threads", "1", "--repeats", "1"]
+    file = tmp_path / "rows.json"
+    command(*given, "--isa", cpu.isa()[0], "--rounds", "1", "--package", str(ROOT), "--json", str(file))
+    rows = json.loads(file.read_text())["rows"]
+    ours = f"ours {cpu.isa()[0]}"
+    assert [(r["package"], r["case"]) for r in rows] == [(p, c) for p in ("this", "base") for c in ("floor", ours)]
+    shown = capsys.readouterr().out
+    assert "dense normal, float32, 64 x 64, threads 1" in shown and ours in shown
 
 
 def test_sizes():
@@ -147,7 +175,7 @@ def test_sizes():
 
 def test_fewer_threads_at_the_largest_size_only(monkeypatch):
     monkeypatch.setattr(kernels, "CORES", 2)
-    plan = kernels.points(kernels.arguments(["--op", "dense", "host", "--dtype", "float32", "--size", "2", "1"]))
+    plan = kernels.points(kernels.arguments(["--op", "dense", "host", "--dtype", "float32", "--size", "2", "1"])[1])
     at = [(p.op, p.shape, p.threads) for p in plan]
     large = (512, 1024)
     assert at == [
@@ -157,8 +185,8 @@ def test_fewer_threads_at_the_largest_size_only(monkeypatch):
 
 
 def test_targets_time_what_they_compare():
-    plan = kernels.points(kernels.arguments(["--targets"]))
-    assert {(p.op, p.dtype, p.rank) for p in plan} == {(t.op, t.dtype, t.rank) for t in targets.TARGETS}
+    plan = kernels.points(kernels.arguments(["--targets"])[1])
+    assert {(p.op, p.dtype, p.rank) for p in plan} == {(t.op, t.dtype, t.rank) for t in targets.COMPARISONS}
     assert {p.run for p in plan} == {1, 2, 3} and {p.threads for p in plan} == {1, 2}
     assert {p.shape for p in plan if p.op == "dense" and p.dtype == "float32"} == {(8192, 8192), (8192, 16384)}
     wanted = targets.wanted(["avx2", "generic"])
@@ -170,17 +198,16 @@ def row(provider: str, seconds: float, run: int = 1, isa: str | None = None) -> 
     return base | {"provider": provider, "isa": isa, "seconds": seconds, "run": run}
 
 
-def test_targets_are_judged_by_the_median_of_runs():
+def test_targets_are_of_large_weights_and_the_best_build():
     rows = [row("ours", s, run, "avx512") for run, s in enumerate((0.8, 1.0, 0.85))]
     rows += [row("ours", 9, run, "avx2") for run in range(3)]
     rows += [row("two_passes", 1, run, "avx512") for run in range(3)]
-    found = [o for o in targets.outcomes(rows) if o.values]
-    assert [str(o) for o in found] == ["0.85x (0.80 to 1.00)"] and found[0].verdict == "met"
-    assert {o.verdict for o in targets.outcomes(rows) if not o.values} == {"not measured"}
-    small = [r | {"megabytes": 2.0} for r in rows]
-    assert {o.verdict for o in targets.outcomes(small)} == {"not measured"}
-    at_least = targets.Target("two_draws", "two_passes", at_least=1.2)
-    assert targets.Outcome(at_least, (8, 8), 2, (1.1,)).verdict == "missed"
+    found = targets.targets(rows)
+    assert [(str(t), t.bound, t.verdict) for t in found if t.values] == [
+        ("0.85x (0.80 to 1.00)", "≤ 0.9x two_passes", "met")
+    ]
+    assert len(found) == len(targets.COMPARISONS)
+    assert not any(t.values for t in targets.targets([r | {"megabytes": 2.0} for r in rows]))
 
 
 def test_figures_of_few_rows():
@@ -189,46 +216,6 @@ def test_figures_of_few_rows():
     rows = [r for rows in sweep().rows(points("dense", "lowrank")) for r in rows]
     for draw in (figure.against_floor, figure.by_size):
         assert draw(rows).axes
-
-
-def test_medians_take_turns_after_a_warm_up():
-    order = []
-
-    def timer(call):
-        call()
-        return timing.Seconds(len(order), 0.0)
-
-    calls = [lambda: order.append("a"), lambda: order.append("b")]
-    times = timing.medians(calls, timer, repeats=3, warmups=2)
-    assert "".join(order) == "ab" * 5
-    assert [t.done for t in times] == [7, 8]  # of 5, 7, 9 and of 6, 8, 10
-
-
-def test_medians_of_a_long_call_and_what_is_done_before():
-    order = []
-    calls = [lambda: order.append("a"), lambda: order.append("b")]
-    timing.medians(calls, timing.on_host, [3, 1], before=[None, lambda: order.append("-")])
-    assert "".join(order) == "aa-baa"
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (["--size", "0"], "--size: got 0.0; accepted: numbers above 0"),
-        (
-            ["--shape", "64", "32", "--op", "lowrank", "--rank", "33"],
-            "--rank: got 33; accepted with a matrix of 64 x 32",
-        ),
-        (["--op", "fast"], "--op: got fast; accepted with --device cpu:"),
-        (["--json", "nowhere/rows.json"], "--json: there is no folder 'nowhere'"),
-        (["--targets", "--device", "cuda"], "--targets: got --device cuda; accepted: cpu"),
-    ],
-)
-def test_bad_arguments(given, message, capsys):
-    with pytest.raises(SystemExit) as ended:
-        kernels.arguments(given)
-    assert ended.value.code == 2
-    assert message in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

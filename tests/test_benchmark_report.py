@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import machine, markdown
+from benchmarks.harness import machine
 from benchmarks.kernels import __main__ as kernels
 from benchmarks.report import __main__ as report
 from pgap_kernels import extension
@@ -123,8 +123,3 @@ def test_refusals(folders, capsys):
     assert run(folders) == 2
     assert "the template has {{everything}}; accepted: targets, machine" in capsys.readouterr().err
     assert not (docs / "benchmarks.md").exists()
-
-
-def test_table_without_empty_columns():
-    assert markdown.table(["a", "b", "c"], [["1", "", "2"]]) == "| a | c |\n| --- | --- |\n| 1 | 2 |"
-    assert markdown.range_of([1.0]) == "1.00" and markdown.range_of([3, 1, 2], 1, "x") == "2.0x (1.0 to 3.0)"

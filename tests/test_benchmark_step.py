@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ pytest.importorskip("transformers")
 from finetune_tiny import tiny_model
 
 from benchmarks.step import __main__ as step
-from benchmarks.step import models
+from benchmarks.step import against, models
 from benchmarks.step.contenders import Contender, Sampled, Spec, specs
 from benchmarks.step.mezo import Forwards
 from benchmarks.step.models import Workload
@@ -35,6 +36,8 @@ def tiny(monkeypatch, tmp_path, set_threads):
     monkeypatch.setitem(models.MODELS, "smollm2", lambda dtype: load(folder, dtype=dtype))
     monkeypatch.setitem(models.MODELS, "opt13b", lambda dtype: load(folder, dtype=dtype))
     monkeypatch.setattr(models, "BATCH", 2)
+    against._workload.cache_clear()
+    against._contender.cache_clear()
 
 
 def weights(workload: Workload) -> torch.Tensor:
@@ -76,29 +79,24 @@ def test_forwards_change_nothing():
     assert [s["perturb"] for s in own.seconds] == [0, 0]
 
 
-def test_compiled_is_published_but_for_rounding():
+@pytest.mark.parametrize(
+    ("pair", "name"),
+    [(OTHERS, "lr"), (OURS[:2], "param_groups")],
+    ids=["compiled as published", "two_pass as in place"],
+)
+def test_updates_are_the_same_but_for_rounding(pair, name):
     moved = []
-    for spec in OTHERS:
+    for spec in pair:
         workload = Workload("smollm2", torch.float32)
         before = weights(workload)
         own = contender(spec, workload)
         own._make()
-        own.optimizer.lr = 1e-3
-        own.block(range(2))
-        moved.append(weights(workload) - before)
-    torch.testing.assert_close(moved[0], moved[1], rtol=0.05, atol=1e-6)
-
-
-def test_two_pass_is_in_place_but_for_rounding():
-    moved = []
-    for spec in OURS[:2]:
-        workload = Workload("smollm2", torch.float32)
-        before = weights(workload)
-        own = contender(spec, workload)
-        own._make()
-        own.optimizer.param_groups[0]["lr"] = 1e-3
-        for step_number in range(3):  # one entering step more than the other
-            own._take(own.closure(step_number))
+        if name == "lr":
+            own.optimizer.lr = 1e-3
+        else:
+            own.optimizer.param_groups[0]["lr"] = 1e-3
+        for number in range(3):
+            own._take(own.closure(number))
         own.rest()
         moved.append(weights(workload) - before)
     torch.testing.assert_close(moved[0], moved[1], rtol=0.05, atol=1e-6)
@@ -167,13 +165,42 @@ def test_rows_are_complete(tmp_path, capsys):
 
 def test_filters(capsys):
     options = ["--quick", "--model", "smollm2", "--tokens", "4", "--providers", "ours", "--modes", "scratch"]
-    args = step.arguments([*options, "--ranks", "4", "--probes", "2"])
-    rows = list(step.rows(args, step.Console(quiet=True)))
+    _, args = step.arguments([*options, "--ranks", "4", "--probes", "2"])
+    rows = list(step.rows(args))
     assert [(r["provider"], r["method"], r["mode"]) for r in rows] == [
         ("forwards", None, None),
         ("ours", "mezo", "scratch"),
         ("ours", "pgap", "scratch"),
     ]
+
+
+def test_two_packages_take_the_same_steps(capsys):
+    class Worker:
+        ask = staticmethod(against.answer)
+
+    options = [
+        "--model",
+        "smollm2",
+        "--tokens",
+        "4",
+        "--modes",
+        "folded",
+        "--ranks",
+        "2",
+        "--probes",
+        "1",
+        "--rounds",
+        "2",
+    ]
+    _, args = step.arguments([*options, "--package", str(Path(__file__).parents[1])])
+    rows = against.rows({"this": Worker(), "base": Worker()}, args, {})
+    cases = ["forwards", "ours pgap folded 2", "ours pgap folded, window 2"]
+    turns = [("this", 1), ("base", 1), ("base", 2), ("this", 2)]
+    assert [(r["case"], r["package"], r["round"]) for r in rows] == [(case, *turn) for case in cases for turn in turns]
+    for row in rows:
+        assert len(row["seconds_of_steps"]) == 1 and row["total"] >= row["forward"] > 0
+        assert (row["refresh"] is not None) == (row["case"] != "forwards")
+    assert "this/base" in capsys.readouterr().out
 
 
 def test_folded_is_with_and_without_a_window():
@@ -194,37 +221,13 @@ def test_targets_take_medians_over_runs_and_the_best_mode():
     rows += [row(mode="scratch", ratio_own=1.0), row(tokens=8, ratio_own=1.0), row(model="opt13b", ratio_own=1.0)]
     rows += [row(provider="published", mode=None, ratio_own=1.0), row(dtype="bfloat16", ratio_own=1.0)]
     found = targets(rows)
-    assert [(statistics.median(t.values), t.limit, t.met) for t in found] == [
+    assert [(statistics.median(t.values), t.at_most, t.met) for t in found] == [
         (1.12, 1.15, True),
         (1.09, 1.08, False),
         (0.16, 0.15, False),
     ]
-    assert "folded, rank 16, 2 threads" in found[1].text
+    assert "folded, rank 16, 2 threads" in found[1].what
 
 
 def test_without_the_setting_of_the_targets_there_are_none():
     assert targets([row(tokens=8)]) == []
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--steps", "0"], "--steps: got 0; accepted: integers of at least 1"),
-        (["--tokens", "8", "0"], "--tokens: got 0; accepted: integers of at least 1"),
-        (["--refresh-forwards", "0"], "--refresh-forwards: got 0; accepted"),
-        (["--json", "missing/rows.json"], "there is no folder 'missing'; create it first"),
-        (["--model", "gpt"], "invalid choice: 'gpt'"),
-    ],
-)
-def test_bad_options(options, message, capsys):
-    with pytest.raises(SystemExit) as ended:
-        step.arguments(options)
-    assert ended.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-def test_help_teaches(capsys):
-    with pytest.raises(SystemExit):
-        step.arguments(["--help"])
-    shown = capsys.readouterr().out
-    assert all(word in shown for word in ("smollm2", "opt13b", "published", "torch.compile", "folded", "default"))

@@ -12,8 +12,8 @@ pytest.importorskip("triton")
 
 from filelock import FileLock
 
-from benchmarks.compiled.common_path import CommonPath, Work, common_path
-from benchmarks.compiled.disassembly import parse_amdgcn, parse_sass, reading
+from tools.compiled.common_path import CommonPath, Work, common_path
+from tools.compiled.disassembly import parse_amdgcn, parse_sass, reading
 
 # ---- the path, NVIDIA -----------------------------------------------------------------------------------------------
 
@@ -349,7 +349,7 @@ def rows(tmp_path_factory):
         for i, run in enumerate(RUNS):
             path = shared / f"compiled_{i}.json"
             if not path.exists():
-                command = [sys.executable, "-m", "benchmarks.compiled", "--kernel", *OURS, *run, "--json", str(path)]
+                command = [sys.executable, "-m", "tools.compiled", "--kernel", *OURS, *run, "--json", str(path)]
                 done = subprocess.run(command, capture_output=True, text=True, env=env)
                 assert path.exists(), done.stderr
             found += json.loads(path.read_text())
@@ -406,6 +406,6 @@ def test_slot_budgets(rows, key, budget):
 
 def test_the_kernel_of_torch_compile_can_still_be_had():
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.compiled.inductor", "--dtype", "bf16"]
+    command = [sys.executable, "-m", "tools.compiled.inductor", "--dtype", "bf16"]
     source = subprocess.run(command, capture_output=True, text=True, env=env, check=True).stdout
     assert source.count("@triton.jit") == source.count("tl.store") == 1 and "randn" in source

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import sys
 
 import pytest
 import torch
 from helpers import DTYPES, assert_same_bits, clones, ops, serving, weights
 from refusals import refused
 
-from benchmarks import forward
 from pgap_kernels.arguments import ForwardArguments
 from pgap_kernels.ops.forward import add_lowrank_
 
@@ -292,22 +289,6 @@ def test_compiled_op():
     TABLE.lowrank_forward_(want, x, **keywords)
     assert_same_bits(got, want)
     assert_same_bits(result, want + 1)
-
-
-# ---- benchmarks.forward --------------------------------------------------------------------------------------------
-
-
-def test_benchmark(monkeypatch, tmp_path, capsys, set_threads):
-    path = tmp_path / "rows.json"
-    arguments = "--shape 48 32 --shape 32 40 --tokens 6 --rank 4 8 --threads 1 --repeats 2 --json"
-    monkeypatch.setattr(sys, "argv", ["forward", *arguments.split(), str(path)])
-    forward.main()
-    rows = json.loads(path.read_text())
-    assert len(rows) == 2 * 2 * 2 == len(capsys.readouterr().out.splitlines()) - 2
-    for row in rows:
-        assert all(row[name] > 0 for name in ("linear", "ours", "naive", "in_place"))
-        assert row["ours_share"] == row["ours"] / row["linear"]
-        assert row["threads"] == 1 and row["repeats"] == 2 and row["isa"]
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def test_every_kernel_compiles_on_the_oldest_triton(tmp_path, dtype):
     assert tuple(map(int, version.split(".")[:2])) == backends.triton.OLDEST
     rows = tmp_path / "rows.json"
     options = ["--target", "sm_90", "--dtype", dtype, "--jobs", "1", "--json", str(rows)]
-    done = run("-m", "benchmarks.compiled", "--kernel", *OURS, *FLOAT32, *options)
+    done = run("-m", "tools.compiled", "--kernel", *OURS, *FLOAT32, *options)
     assert rows.exists(), done.stderr
     found = json.loads(rows.read_text())
     assert {row["kernel"] for row in found} == (OURS | FLOAT32 if dtype == "fp32" else OURS)

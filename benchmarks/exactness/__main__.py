@@ -18,15 +18,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
-from benchmarks import machine
 from benchmarks.exactness import drift, movement, tables
+from benchmarks.harness import machine, options
 
 Rows = Callable[[argparse.Namespace], Iterator[dict]]
 SECTIONS = ("drift", "movement", "smollm2")
@@ -80,11 +78,7 @@ RUNNERS: dict[str, Rows] = {
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     """The command line, with every setting that it leaves out."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.exactness",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = options.parser("benchmarks.exactness", __doc__)
     parser.add_argument("--only", choices=SECTIONS, nargs="+", help="these sections; default: all")
     parser.add_argument("--quick", action="store_true", help="smaller models, fewer steps: seconds to minutes")
     parser.add_argument(
@@ -97,19 +91,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write rows, machine and settings there")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw drift and movement there (.png, .svg, .pdf)")
     args = parser.parse_args(given)
-    for name, default in (QUICK if args.quick else FULL).items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, default)
-    for name in ("steps", "batch", "threads"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name}: got {value}; accepted: an integer of at least 1")
-    if min(args.ranks) < 1:
-        parser.error(f"--ranks: got {min(args.ranks)}; accepted: integers of at least 1")
-    for name in ("json", "figure"):
-        file = getattr(args, name)
-        if file and not file.parent.is_dir():
-            parser.error(f"--{name}: there is no folder {str(file.parent)!r}; create it first")
+    options.fill(args, QUICK if args.quick else FULL)
+    options.check_counts(parser, args, ("steps", "batch", "threads", "ranks"))
+    options.check_files(parser, args, ("json", "figure"))
     if args.figure:
         try:
             import matplotlib  # noqa: F401
@@ -120,7 +104,6 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
 
 def main(given: list[str] | None = None) -> int:
     args = arguments(given)
-    console = Console() if sys.stdout.isatty() else Console(width=140)
     if args.threads:
         torch.set_num_threads(args.threads)
     rows: list[dict] = []
@@ -128,13 +111,12 @@ def main(given: list[str] | None = None) -> int:
         own = list(RUNNERS[section](args))
         rows += own
         for table in tables.tables(section, own):
-            console.print(table)
+            table.print()
     held = facts(rows)
     for text, holds in held:
-        console.print(f"[green]holds[/]  {text}" if holds else f"[red]FAILS[/]  {text}", highlight=False)
+        print("holds " if holds else "FAILS ", text)
     if args.json:
-        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-        report = {"machine": machine.facts(), "arguments": settings}
+        report = {"machine": machine.facts(), "arguments": options.settings(args)}
         report |= {"facts": [{"fact": text, "holds": holds} for text, holds in held], "rows": rows}
         args.json.write_text(json.dumps(report, indent=1) + "\n")
     if args.figure:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks import turns
+from benchmarks.harness.optimizers import mode_options
 from pgap_kernels import draw, noise
 from pgap_kernels.finetune.baseline import BaselineMeZO
 from pgap_kernels.optim import PGAP, MeZO
@@ -52,11 +52,11 @@ class Scheme(NamedTuple):
 
 
 def _mezo(mode: str) -> Callable[[nn.Module, dict], MeZO]:
-    return lambda model, _: MeZO(model, lr=0.0, eps=EPS, seed=SEED, **turns.mode_options(mode))
+    return lambda model, _: MeZO(model, lr=0.0, eps=EPS, seed=SEED, **mode_options(mode))
 
 
 def _pgap(mode: str) -> Callable[[nn.Module, dict], PGAP]:
-    return lambda model, options: PGAP(model, lr=0.0, eps=EPS, seed=SEED, **turns.mode_options(mode), **options)
+    return lambda model, options: PGAP(model, lr=0.0, eps=EPS, seed=SEED, **mode_options(mode), **options)
 
 
 SCHEMES = [

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks import turns
+from benchmarks.harness import timer
+from benchmarks.harness.optimizers import mode_options, timed_step
 from pgap_kernels.finetune import Config, data, models
 from pgap_kernels.finetune.scoring import Encoded, Scorer
 from pgap_kernels.optim import PGAP, MeZO
@@ -31,7 +32,7 @@ class Contender:
         model, tokenizer, _ = models.load("default", torch.float32, torch.device("cpu"))
         self.dataset = dataset_of(tokenizer)
         self.scorer = Scorer(model, self.dataset.label_tokens, tokenizer.pad_token_id)
-        self.optimizer: PGAP | MeZO = METHODS[method](model, seed=0, **turns.mode_options(mode), **options)
+        self.optimizer: PGAP | MeZO = METHODS[method](model, seed=0, **mode_options(mode), **options)
         self.seconds: list[dict[str, float]] = []
         self.losses: list[list[float]] = []
 
@@ -47,7 +48,7 @@ class Contender:
             seen.append(loss.item())
             return loss
 
-        self.seconds.append(turns.timed_step(self.optimizer, closure))
+        self.seconds.append(timed_step(self.optimizer, closure))
         self.losses.append(seen)
 
     def row(self, timed: int, steps: int) -> dict:
@@ -112,28 +113,30 @@ def _group(args: argparse.Namespace, rank: int, methods: tuple[str, ...]) -> Ite
         return datasets[0]
 
     contenders = [Contender(m, mode, _options(args, m, rank), dataset_of) for m in methods for mode in MODES[m]]
-    timed, window = args.steps, max(args.window, args.steps)
-    rest = sum(window - timed for c in contenders if c.method == "pgap")
-    with tqdm(total=timed * len(contenders) + rest, desc=f"smollm2, rank {rank}", unit="step") as bar:
-        for contender, block in turns.blocks(contenders, timed, args.block):
+    compared, window = args.steps, max(args.window, args.steps)
+    rest = sum(window - compared for c in contenders if c.method == "pgap")
+    with tqdm(total=compared * len(contenders) + rest, desc=f"smollm2, rank {rank}", unit="step") as bar:
+        for i, block in timer.turns([compared] * len(contenders), args.block):
             for step in block:
-                contender.step(contender.batch(args.batch, step))
+                contenders[i].step(contenders[i].batch(args.batch, step))
                 bar.update()
         references: dict[str, dict] = {}
         for contender in contenders:
-            steps = timed
+            steps = compared
             basis = _basis_difference(contender.optimizer, contenders)
             # Passes do not depend on the batch: one sentence will do for the rest of a window.
             while contender.method == "pgap" and steps < window:
                 contender.step(contender.batch(1, steps))
                 steps += 1
                 bar.update()
-            row = contender.row(timed, steps)
+            row = contender.row(compared, steps)
             against = references.setdefault(contender.method, row)
             row["max_loss_difference"] = _difference(row["losses"], against["losses"])
             # Its probes and those of folded see the same bits, so that both have one subspace.
             scratch = next(c for c in contenders if (c.method, c.mode) == (contender.method, "scratch"))
-            row["max_loss_difference_to_scratch"] = _difference(row["losses"], [x[-2:] for x in scratch.losses[:timed]])
+            row["max_loss_difference_to_scratch"] = _difference(
+                row["losses"], [x[-2:] for x in scratch.losses[:compared]]
+            )
             row["max_probe_loss_difference"] = _difference(row["probe_losses"], against["probe_losses"])
             row["perturb_speedup"] = against["seconds"]["perturb"] / row["seconds"]["perturb"]
             row["step_speedup"] = against["seconds"]["total"] / row["seconds"]["total"]

@@ -32,7 +32,8 @@ def against_floor(rows: Sequence[dict]) -> Figure:
     """Time over that of ``W.add_(1.0)``, of every op at its largest size and most threads; a panel per dtype."""
     rows = largest(rows)
     dtypes = [dtype for dtype in ALL if any(r["dtype"] == dtype for r in rows)]
-    ops = [(op, rank) for op in OPS if op != "host" for rank in _ranks(rows, op)]
+    floor = OPS["dense"].floor
+    ops = [(op, rank) for op in OPS if OPS[op].sized and OPS[op].floor == floor for rank in _ranks(rows, op)]
     figure = _figure(1.5 + 3.6 * max(len(dtypes), 1), 2 + 0.3 * len(ops))
     for i, dtype in enumerate(dtypes):
         axes = figure.add_subplot(1, len(dtypes), i + 1)
@@ -42,10 +43,10 @@ def against_floor(rows: Sequence[dict]) -> Figure:
             if places:
                 ys, xs = zip(*places, strict=True)
                 axes.plot(xs, ys, marker, color=colour, label=_label(style), zorder=9 if style[0] == "ours" else 5)
-        axes.axvline(1, color="black", label="W.add_(1.0)", zorder=0)
+        axes.axvline(1, color="black", label=floor, zorder=0)
         axes.set(xscale="log", ylim=(len(ops) - 0.5, -0.5), title=dtype)
         axes.set_yticks(range(len(ops)), [_name(*key) for key in ops] if i == 0 else [""] * len(ops), fontsize=8)
-        axes.set_xlabel("time / W.add_(1.0)")
+        axes.set_xlabel(f"time / {floor}")
         axes.grid(alpha=0.3)
     _legend(figure)
     return figure
@@ -62,7 +63,7 @@ def by_size(rows: Sequence[dict]) -> Figure:
     for i, (op, rank) in enumerate(panels):
         axes = figure.add_subplot(down, across, i + 1)
         own = [r for r in rows if (r["op"], r["rank"]) == (op, rank)]
-        _line(axes, [r for r in own if r["provider"] == "floor"], "black", "", "W.add_(1.0)")
+        _line(axes, [r for r in own if r["provider"] == "floor"], "black", "", OPS[op].floor)
         for style, (colour, marker) in STYLES.items():
             _line(axes, [r for r in own if (r["provider"], r["isa"]) == style], colour, marker, _label(style))
         axes.set(xscale="log", yscale="log", title=_name(op, rank), xlabel="MB of weights", ylabel="ns per weight")
@@ -72,13 +73,13 @@ def by_size(rows: Sequence[dict]) -> Figure:
 
 
 def largest(rows: Sequence[dict]) -> list[dict]:
-    """A row per op, dtype, rank, provider and instruction set, at the largest size on most threads.
+    """A row per op, dtype, rank, tokens, provider and instruction set, at the largest size on most threads.
 
     Its ratios are medians of the runs. A provider that was too slow for that size is left out.
     """
     groups: dict[tuple, list[dict]] = {}
     for r in rows:
-        groups.setdefault((r["op"], r["dtype"], r["rank"]), []).append(r)
+        groups.setdefault((r["op"], r["dtype"], r["rank"], r.get("tokens")), []).append(r)
     found = []
     for own in groups.values():
         size, threads = max((r["megabytes"], r["threads"]) for r in own)

@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import timing
+from benchmarks.harness.timer import Call, Timer, medians, on_gpu, on_host
 from benchmarks.kernels.ops import OPS, Case, weights
-from benchmarks.timing import Call
 from pgap_kernels import cpu, use_backend
 
 ISAS = ("avx512_bf16", "avx512", "avx2", "neon", "generic")  # from the best
-PROVIDERS = ("ours", "reference", "idiom", "torch.compile", "addmm_", "lerp", "two_passes", "to_nearest", "one_by_one")
+OWN = ("ours", "two_passes", "to_nearest", "one_by_one", "in_place")  # made of our kernels
+PROVIDERS = (*OWN[:1], "reference", "idiom", "torch.compile", "addmm_", "lerp", *OWN[1:])
 FLOORS = ("floor", "copy")
 PROBE = (1024, 1024)  # a matrix on which one turn of anything is affordable
 PROBING = 0.02  # seconds
@@ -36,6 +36,14 @@ class Point(NamedTuple):
     shape: tuple[int, int]
     rank: int | None
     threads: int
+    tokens: int | None = None
+
+    @property
+    def title(self) -> str:
+        """To read: "low rank, rank 16, float32, 512 x 512"."""
+        parts = [OPS[self.op].title, self.rank and f"rank {self.rank}", self.tokens and f"{self.tokens} tokens"]
+        parts.append(self.dtype)
+        return ", ".join(str(part) for part in parts if part)
 
 
 class Contender(NamedTuple):
@@ -54,15 +62,22 @@ class Sweep:
     """Who is timed, where, and how long at most."""
 
     device: torch.device
-    timer: timing.Timer
+    timer: Timer
     isas: Sequence[str] = ()  # of our CPU kernels, from the best; none on another device
     providers: Collection[str] = PROVIDERS
-    wanted: Collection[tuple] | None = None  # (op, dtype, rank, provider, isa): only these, the floor apart
+    wanted: Collection[tuple] | None = None  # (op, dtype, rank, provider, isa): only these, and the floor
     copy: bool = False  # also time ``spare.copy_(W)``, which is a GPU's floor
     repeats: int | None = None  # turns of a contender that is fast enough; None: REPEATS
     warmups: int = 1
     budget: float = 0.25  # seconds for the turns of one contender at one point
     _rates: dict[tuple, float] = field(default_factory=dict)  # seconds per weight, of what was timed before
+
+    @classmethod
+    def of(cls, device: torch.device, isas: Sequence[str] | None) -> Sweep:
+        """The usual one of a device."""
+        if device.type == "cuda":
+            return cls(device, on_gpu(device), copy=True, warmups=3)
+        return cls(device, on_host, isas or ())
 
     def rows(self, points: Sequence[Point]) -> Iterator[list[dict]]:
         """The rows of each point, in the given order."""
@@ -75,10 +90,11 @@ class Sweep:
                     case = None
                     w = torch.empty(0)  # before the next is made: two may not fit
                     w = weights(point.shape, point.dtype, self.device)
-                if case is None or made != (point.dtype, point.shape, point.op, point.rank):
+                setting = (point.dtype, point.shape, point.op, point.rank, point.tokens)
+                if case is None or made != setting:
                     case = None
                     case = make_case(point, w)
-                made = (point.dtype, point.shape, point.op, point.rank)
+                made = setting
                 torch.set_num_threads(point.threads)
                 yield self.measure(point, case)
         finally:
@@ -109,7 +125,7 @@ class Sweep:
                 least = FEWEST if seconds < self.budget else 1
                 turns[contender] = min(max(int(self.budget / max(seconds, 1e-9)), least), most)
         calls, before = [c.call for c in turns], [c.before for c in turns]
-        times = timing.medians(calls, self.timer, list(turns.values()), self.warmups, before)
+        times = medians(calls, self.timer, list(turns.values()), self.warmups, before)
         measured = dict(zip(turns, times, strict=True))
         for contender, median in measured.items():
             self._rates[_key(point, contender)] = median.done / whole.numel()
@@ -118,16 +134,16 @@ class Sweep:
     def contenders(self, point: Point, case: Case) -> Iterator[Contender]:
         """Whoever takes part, the floor first."""
         whole = case.whole
-        yield Contender("floor", None, lambda: whole.add_(1.0))
+        yield Contender("floor", None, case.floor or partial(whole.add_, 1.0))
         if self.copy:
             spare = torch.empty_like(whole)
             yield Contender("copy", None, lambda: spare.copy_(whole))
         isas = self.isas or (None,)
-        found = [_ours("ours", isa, case.ours) for isa in isas]
-        found.append(Contender("reference", None, partial(_by_reference, case.ours)))
-        found.append(Contender("idiom", None, case.idiom))
-        found += [Contender(name, None, call) for name, call in case.others.items()]
-        found += [_ours(name, isas[0], call) for name, call in case.own.items()]
+        found = [_ours("ours", isa, case.ours, case.before) for isa in isas]
+        found.append(Contender("reference", None, partial(_by_reference, case.ours), case.before))
+        found.append(Contender("idiom", None, case.idiom, case.before))
+        found += [Contender(name, None, call, case.before) for name, call in case.others.items()]
+        found += [_ours(name, isas[0], call, case.before) for name, call in case.own.items()]
         for contender in found:
             key = (point.op, point.dtype, point.rank, contender.provider, contender.isa)
             if contender.provider in self.providers and (self.wanted is None or key in self.wanted):
@@ -160,8 +176,7 @@ class Sweep:
 
 def make_case(point: Point, w: torch.Tensor) -> Case:
     """The op's at that point, of these weights."""
-    rank = () if point.rank is None else (point.rank,)
-    return OPS[point.op].case(w, *rank)
+    return OPS[point.op].case(w, *(x for x in (point.rank, point.tokens) if x is not None))
 
 
 def _by_reference(call: Call) -> None:
@@ -169,12 +184,18 @@ def _by_reference(call: Call) -> None:
         call()
 
 
-def _ours(provider: str, isa: str | None, call: Call) -> Contender:
-    return Contender(provider, isa, call, partial(cpu.use_isa, isa) if isa else None)
+def _ours(provider: str, isa: str | None, call: Call, before: Call | None) -> Contender:
+    def prepare() -> None:
+        if isa:
+            cpu.use_isa(isa)
+        if before:
+            before()
+
+    return Contender(provider, isa, call, prepare)
 
 
 def _key(point: Point, contender: Contender) -> tuple:
-    return point.op, point.dtype, point.rank, point.threads, contender.provider, contender.isa
+    return point.op, point.dtype, point.rank, point.threads, point.tokens, contender.provider, contender.isa
 
 
 def _rows(point: Point, case: Case, measured: dict, turns: dict, reasons: dict) -> list[dict]:
@@ -183,8 +204,8 @@ def _rows(point: Point, case: Case, measured: dict, turns: dict, reasons: dict) 
     rows = []
     for contender in [*measured, *reasons]:
         row: dict = point._asdict() | {
-            "shape": list(case.whole.shape),
-            "megabytes": case.whole.nbytes / 2**20,
+            "shape": list(case.sized_by.shape),
+            "megabytes": case.sized_by.nbytes / 2**20,
             "provider": contender.provider,
             "isa": contender.isa,
         }

@@ -12,7 +12,6 @@ page is docs/benchmarks.in.md, where the text is written, with tables in place o
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -20,9 +19,13 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from benchmarks.machine import text
-from benchmarks.markdown import table
+from benchmarks.harness import options
+from benchmarks.harness.machine import text
+from benchmarks.harness.tables import Table
+from benchmarks.harness.targets import table as targets_table
+from benchmarks.kernels import targets as kernel_targets
 from benchmarks.report import kernel_tables, step_tables
+from benchmarks.step import targets as step_targets
 
 MACHINE = ("device", "processor", "torch", "python")  # figures of different ones do not go together
 
@@ -57,10 +60,10 @@ def load(folder: Path) -> dict[str, list[dict]]:
 def page(template: str, reports: dict[str, list[dict]]) -> str:
     """The template with its placeholders filled."""
     kernels, steps = (_rows(reports[command]) for command in ("kernels", "step"))
-    targets = [*kernel_tables.targets(kernels), *step_tables.targets(steps)]
-    targets = [[*line, verdict.replace("missed", "**missed**")] for *line, verdict in targets]
+    targets = targets_table([*kernel_targets.targets(kernels), *step_targets.targets(steps)])
+    rows = [[*line, verdict.replace("missed", "**missed**")] for *line, verdict in targets.rows]
     parts = {
-        "targets": table(["what", "weights", "threads", "target", "measured", ""], targets),
+        "targets": Table(targets.columns, rows).markdown(),
         "machine": _machine([*reports["kernels"], *reports["step"]]),
         "idioms": kernel_tables.idioms(kernels),
         "kernels": "\n\n".join(kernel_tables.tables(kernels)) or "Not measured.",
@@ -79,7 +82,7 @@ def _rows(reports: Sequence[dict]) -> list[dict]:
 def _machine(reports: Sequence[dict]) -> str:
     facts = {k: v for k, v in reports[0]["facts"].items() if k not in ("command", "arguments", "threads")}
     commands = [report["facts"].get("command", "") for report in reports]
-    lines = table(["machine", ""], [[name, text(value)] for name, value in facts.items()])
+    lines = Table(["machine", ""], [[name, text(value)] for name, value in facts.items()]).markdown()
     return lines + "\n\n```\n" + "\n".join([*commands, "python -m benchmarks.report"]) + "\n```"
 
 
@@ -97,9 +100,7 @@ def figures(reports: dict[str, list[dict]], folder: Path) -> None:
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options.parser("benchmarks.report", __doc__)
     add = partial(parser.add_argument, type=Path, metavar="FOLDER")
     add("--data", default=Path("benchmarks/data"), help="of the JSON files; default: %(default)s")
     add("--docs", default=Path("docs"), help="of the template and the page; default: %(default)s")

@@ -5,31 +5,24 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 
-from benchmarks.kernels import targets as kernel_targets
+from benchmarks.harness.tables import Table, range_of
 from benchmarks.kernels.ops import ALL, OPS
 from benchmarks.kernels.sweep import ISAS, PROVIDERS
-from benchmarks.markdown import range_of, table
 
 FAMILIES = {
     "Dense noise": ("dense", "fast", "rademacher", "two_draws", "stochastic", "scratch", "draw", "assemble", "masked"),
     "State, anchors and sums": ("adam", "anchor", "dot", "norms"),
     "Low rank": ("lowrank",),
+    "Low rank in the forward": ("forward",),
     "Many tensors": ("list", "host"),
 }
-
-
-def targets(rows: Sequence[dict]) -> Iterator[list[str]]:
-    """What was to be reached: rows of the page's first table."""
-    for outcome in kernel_targets.outcomes(rows):
-        where = " x ".join(map(str, outcome.shape))
-        threads = str(outcome.threads or "")
-        yield [outcome.target.what, where, threads, outcome.target.bound, str(outcome), outcome.verdict]
 
 
 def idioms(rows: Sequence[dict]) -> str:
     """What each op is compared with."""
     measured = {r["op"] for r in rows}
-    return table(["op", "idiom"], [[op.title, f"`{op.idiom}`"] for name, op in OPS.items() if name in measured])
+    lines = [[op.title, f"`{op.idiom}`"] for name, op in OPS.items() if name in measured]
+    return Table(["op", "idiom"], lines).markdown()
 
 
 def tables(rows: Sequence[dict]) -> Iterator[str]:
@@ -46,13 +39,14 @@ def _table(rows: Sequence[dict], ops: Sequence[str]) -> str:
     lines = []
     for group in _groups(rows, ops):
         first = group[0]
-        name = " ".join(str(x) for x in (OPS[first["op"]].title, first["rank"]) if x)
+        tokens = f"{first['tokens']} tokens" if first.get("tokens") else None
+        name = " ".join(str(x) for x in (OPS[first["op"]].title, first["rank"], tokens) if x)
         line = [name, first["dtype"], f"{first['megabytes']:.3g}", str(first["threads"])]
         line.append(_milliseconds([r for r in group if r["provider"] == "floor"]))
         line += [_cell([r for r in group if (r["provider"], r["isa"]) == contender]) for contender in contenders]
         line.append(_gain(group))
         lines.append(line)
-    return table(["", "dtype", "MB", "threads", "floor, ms", *names, "idiom over ours"], lines)
+    return Table(["", "dtype", "MB", "threads", "floor, ms", *names, "idiom over ours"], lines).markdown()
 
 
 def _contenders(rows: Sequence[dict]) -> list[tuple]:
@@ -72,7 +66,8 @@ def _groups(rows: Sequence[dict], ops: Sequence[str]) -> list[list[dict]]:
     for r in rows:
         key = r["op"], r["rank"], r["dtype"]
         if r["megabytes"] == largest[key]:
-            groups.setdefault((ops.index(key[0]), key[1] or 0, ALL.index(key[2]), r["threads"]), []).append(r)
+            setting = (ops.index(key[0]), key[1] or 0, r.get("tokens") or 0, ALL.index(key[2]), r["threads"])
+            groups.setdefault(setting, []).append(r)
     return [groups[key] for key in sorted(groups)]
 
 

@@ -6,8 +6,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from benchmarks.markdown import range_of, table
-from benchmarks.step import targets as step_targets
+from benchmarks.harness.tables import Table, range_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -15,12 +14,6 @@ if TYPE_CHECKING:
 SETTING = ("model", "dtype", "tokens", "threads")
 NAMES = ("provider", "method", "mode", "rank")
 PARTS = (("forward", "forwards", "tab:gray"), ("perturb", "perturb and update", "tab:blue"))
-
-
-def targets(rows: Sequence[dict]) -> Iterator[list[str]]:
-    """What was to be reached: rows of the page's first table."""
-    for t in step_targets.targets(rows):
-        yield [t.text, "", "", f"≤ {t.limit:g}", str(t), t.verdict]
 
 
 def tables(rows: Sequence[dict]) -> Iterator[str]:
@@ -36,7 +29,8 @@ def tables(rows: Sequence[dict]) -> Iterator[str]:
             lines.append([*line, _median(runs, "peak_memory", ".0f")])
         columns = ["", "forwards, s", "perturb, s", "step, s", "x forwards", "x own", "refresh, s", "of its window"]
         columns.append("peak, MB")
-        yield f"### {model}, {dtype}, {tokens} tokens a sentence, {threads} threads\n\n{table(columns, lines)}"
+        heading = f"### {model}, {dtype}, {tokens} tokens a sentence, {threads} threads"
+        yield f"{heading}\n\n{Table(columns, lines).markdown()}"
 
 
 def figure(rows: Sequence[dict]) -> Figure:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import turns
+from benchmarks.harness.optimizers import mode_options, timed_step
 from benchmarks.step import memory
 from benchmarks.step.mezo import CompiledMeZO, Forwards
 from benchmarks.step.models import Workload, loss_of
@@ -143,7 +143,7 @@ class Contender:
         return lambda: self.loss(batch)
 
     def _take(self, closure: Callable[[], Tensor]) -> dict[str, float]:
-        return turns.timed_step(self.optimizer, closure)
+        return timed_step(self.optimizer, closure)
 
     # ---- what it cost -----------------------------------------------------------------------------------------------
 
@@ -177,7 +177,7 @@ def make(spec: Spec, model: torch.nn.Module, window: int, probes: int) -> Any:
     if spec.provider in OTHERS:
         return OTHERS[spec.provider](model, lr=LR, eps=EPS, seed=0)
     # Forwards whose loss is made up use no weight.
-    options: dict[str, Any] = {"lr": LR, "eps": EPS, "allow_unused": True, **turns.mode_options(spec.mode)}
+    options: dict[str, Any] = {"lr": LR, "eps": EPS, "allow_unused": True, **mode_options(spec.mode)}
     if spec.method == "mezo":
         return MeZO(model, **options)
     return PGAP(model, rank=spec.rank, window=window, probes=probes, **options)

@@ -4,33 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
 
-from benchmarks.markdown import range_of
-
-
-class Target(NamedTuple):
-    """A figure to reach, and what it was in each run; their median counts."""
-
-    text: str
-    values: tuple[float, ...]
-    limit: float
-
-    @property
-    def met(self) -> bool:
-        return statistics.median(self.values) <= self.limit
-
-    @property
-    def verdict(self) -> str:
-        return "met" if self.met else "missed"
-
-    def __str__(self) -> str:
-        """The median of the runs and, of several, their range."""
-        return range_of(self.values, 3)
+from benchmarks.harness.targets import Target
 
 
 def targets(rows: Iterable[dict]) -> list[Target]:
-    """Those that the rows have something to say about."""
+    """Those that there are rows for."""
     at = ("smollm2", "float32", 32, 16, "ours")
     ours = [r for r in rows if (r["model"], r["dtype"], r["tokens"], r["batch"], r["provider"]) == at]
     mezo = [r for r in ours if (r["method"], r["mode"]) == ("mezo", "inplace")]
@@ -53,4 +32,4 @@ def _best(text: str, rows: Sequence[dict], name: str, limit: float, choose: Call
     if not values:
         return None
     what = choose(values, key=lambda name: statistics.median(values[name]))
-    return Target(f"{text} ({what})", tuple(values[what]), limit)
+    return Target(f"{text} ({what})", f"≤ {limit:g}", at_most=limit, values=tuple(values[what]), digits=3)

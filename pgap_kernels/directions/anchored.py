@@ -1,7 +1,7 @@
 """Weights on the line through an anchor:  W <- W0 + (1 + a) Delta,  Delta = W - W0 as it was when it was stored.
 
-As a displacement this is a Delta, a vector like any other. It is computed from the anchor, so any number of amounts can
-be tried one after the other and none of their roundings stays (DiZO, 2502.03304).
+As a displacement this is a Delta, a vector like any other. It is computed from the anchor, so that many amounts can be
+tried one after another without accumulating rounding (DiZO, 2502.03304).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from .weight import Amounts
 class Direction:
     """An immutable vector of parts. ``W + eps * sum_j c_j D_j`` is a point like any other.
 
-    Parts that one pass can make are one part; where two parts share a weight they take a pass each, in order.
+    Parts that one pass can make are merged into one. Other parts that share a weight take a pass each, in order.
     """
 
     def __init__(self, parts: Sequence[Part] = ()) -> None:
@@ -34,7 +34,7 @@ class Direction:
 
 
 def add_parts(parts: Iterator[Part] | Sequence[Part]) -> Direction:
-    """The sum of parts: each is added to the first before it that one pass can make with it."""
+    """The sum of parts: each is merged into the first earlier part that one pass can make together with it."""
     total: list[Part] = []
     for part in parts:
         for i, before in enumerate(total):

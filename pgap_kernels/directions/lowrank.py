@@ -31,7 +31,7 @@ class Factor(NamedTuple):
 
     @classmethod
     def drawn(cls, key: int, rank: int) -> Factor:
-        """Factors that are regenerated wherever they are needed."""
+        """Factors that are drawn again wherever they are needed."""
         return cls(key=key, rank=rank)
 
     @property
@@ -50,7 +50,7 @@ class Factor(NamedTuple):
         return self.key
 
     def identity(self) -> Hashable:
-        """Equal for factors that are the same ones; no values are compared."""
+        """Equal for the same tensors or key; values are not compared."""
         return self.key if self.tensors is None else tuple(map(id, self.tensors))
 
     def of(self, chosen: Sequence[int]) -> Factor:
@@ -268,8 +268,8 @@ def _added(terms: Sequence[Term], others: Sequence[Term]) -> list[Term]:
 class LowRankOperands(Operands):
     """Factors and the core of each weight of a part, its coefficients multiplied into the core if there is one.
 
-    A factor that is drawn is drawn wherever it is used; memory is taken for one that is new in every step for want of a
-    core, or whose padding row is to be cleared. Others are read where the method has them.
+    A drawn factor is drawn wherever it is used. Memory is kept for an A without a core if it is stored, as it may be
+    another tensor in every step, and for an A whose padding row must be 0. Others are read where the method keeps them.
     """
 
     def __init__(self, part: LowRank) -> None:

@@ -20,8 +20,8 @@ from .weight import Amounts, Weight, uniform
 class Mask(NamedTuple):
     """Which elements noise reaches; exactly one is given, as in ``ops.masked_perturb_``.
 
-    A threshold is read off the weights of the pass, so it serves modes that do not write perturbations; in place the
-    mask has to be stored as ``bits``.
+    A threshold is compared with the weights that the pass reads, so it suits modes that do not write perturbations. In
+    place the mask has to be stored as ``bits``.
     """
 
     threshold: list[float] | None = None
@@ -119,7 +119,7 @@ class NoiseOperands(Operands):
         self.keys = torch.zeros(count, dtype=torch.int64, device=device)
         self.coefficients = torch.zeros(len(part.weights), count, 1, dtype=torch.float32, device=device)
         self.op = "dense_perturb_"
-        # Put together once: fill runs before every layer.
+        # Built once, because fill runs before every layer.
         self.options = [
             dict[str, Any](
                 keys=self.keys,

@@ -26,14 +26,14 @@ class Part(ABC):
         self.tensors = [w.tensor for w in weights]
         self.ids = [w.id for w in weights]
         self.indices = tuple([w.index for w in weights])
-        # As the ops take them: None for whole tensors.
+        # As the ops take it: None if all tensors are whole.
         self.slices = None if weights[0].span is None else [w.span or (0, 0) for w in weights]
 
     # ---- a vector ---------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def coefficients(self) -> list[Sequence[float]]:
-        """A row per term with a number for each weight: to find an overflow before it is written."""
+        """A row per term with a number for each weight, so that an overflow is found before it is written."""
 
     @abstractmethod
     def scaled(self, amounts: Amounts) -> Part:
@@ -74,14 +74,14 @@ class Part(ABC):
         """The part of some of its weights (positions in ``weights``), stored in other tensors if given."""
 
     def by_kind(self) -> list[Part]:
-        """The parts of the weights that are of one device and dtype now: somebody may have cast some of them."""
+        """The part split by the weights' present device and dtype: some may have been cast since it was made."""
         kinds: dict[Hashable, list[int]] = {}
         for position, w in enumerate(self.weights):
             kinds.setdefault((w.tensor.device, w.tensor.dtype), []).append(position)
         return [self] if len(kinds) == 1 else [self.of(chosen) for chosen in kinds.values()]
 
     def condensed(self) -> Part:
-        """The same displacement in the fewest terms, in memory of its own: to add up over many steps."""
+        """The same displacement in the fewest terms and in memory of its own, to be summed over many steps."""
         return self
 
     @property
@@ -141,7 +141,7 @@ class Operands(ABC):
         """Take over the values of a part of the same layout."""
 
     def unload(self) -> None:  # noqa: B027  (most have nothing to let go of)
-        """Let go of what is the part's: nothing will be shown before the next ``load``."""
+        """Release what belongs to the part: nothing is shown until the next ``load``."""
 
     @abstractmethod
     def fill(self, position: int, tensor: Tensor, out: Tensor, decay: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""A pass is a value: what was or will be done to some weights, once. It runs, is undone, is counted."""
+"""A pass is a value: what was or will be done to some weights, once. It can be run, undone and counted."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ class Pass:
 class RulePass(Pass):
     """A pass whose update depends on state that it reads and writes: momentum, second moments, curvature.
 
-    ``part`` is the gradient estimate  sum_j c_j z_j;  ``restore`` takes back the perturbation that the weights still
-    have. There is no inverse: to undo it, copies are needed.
+    ``part`` is the gradient estimate  sum_j c_j z_j;  ``restore`` undoes the perturbation that is still in the weights.
+    There is no inverse: to undo the pass, copies are needed.
     """
 
     reversible: ClassVar[bool] = False
@@ -108,11 +108,11 @@ class RulePass(Pass):
         return None
 
     def is_empty(self) -> bool:
-        return False  # state moves even where the gradient estimate is 0
+        return False  # state changes even if the gradient estimate is 0
 
 
 def with_padding_kept(weights: Sequence[Weight], written: Sequence[Tensor], write: Callable[[], None]) -> None:
-    """Run a write and give the padding rows, which it does not know, what the weights had there."""
+    """Run a write, then restore the padding rows, which the op does not know of."""
     if all(w.padding_row is None for w in weights):
         write()
         return
@@ -128,7 +128,7 @@ def with_padding_kept(weights: Sequence[Weight], written: Sequence[Tensor], writ
 
 
 def writing(tensors: Sequence[Tensor]) -> contextlib.AbstractContextManager:
-    """Where torch writes tensors in place: those made in inference mode only inside of it."""
+    """The context in which torch may write tensors: those made in inference mode only inside of it."""
     inside = any(t.is_inference() for t in tensors)
     return torch.inference_mode() if inside else contextlib.nullcontext()
 
@@ -139,7 +139,7 @@ def bytes_of(tensors: Sequence[Tensor]) -> int:
 
 
 def smallest_first(passes: Sequence[Pass]) -> list[Pass]:
-    """The passes by what they write; one that writes what an earlier one does comes after it."""
+    """The passes in order of the bytes they write; of two that write the same tensor, the earlier one stays first."""
     if len(passes) < 2:
         return list(passes)
     turns: list[int] = []
@@ -155,9 +155,9 @@ def run_all_or_none(passes: Sequence[Pass], run: Callable[[Pass], None], copy_bu
     """Run every pass, or none: if one raises, those before it are undone and the exception propagates.
 
     Passes run smallest first, those that share a tensor in their order. Up to ``copy_budget`` bytes of what they write
-    is copied, so that undoing is bit-exact; beyond that it is arithmetic, exact to rounding. The last pass needs
-    neither: an op that raises has written nothing.
-    A pass that has no inverse is copied whatever the budget.
+    are copied first, so that undoing them is exact to the bit. Beyond that they are undone arithmetically, exact to
+    rounding; those without an inverse are copied whatever the budget. The last pass needs neither: an op that raises
+    has written nothing.
     """
     done: list[tuple[Pass, list[Tensor] | None]] = []
     ordered = smallest_first(passes)

@@ -1,4 +1,4 @@
-"""The one identity of a trainable tensor, from the optimizer's constructor to the op call."""
+"""A trainable tensor's one identity, from the optimizer's constructor to the op call."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Weight:
 
 
 def address(tensor: Tensor) -> tuple | None:
-    """Equal for tensors that are the same elements; tied parameters are found by it. None: it has no memory here."""
+    """Equal for tensors with the same elements, so that tied parameters are found. None: it has no memory here."""
     if is_lazy(tensor) or tensor.layout != torch.strided or tensor.is_nested or tensor.device.type == "meta":
         return None
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # inside vmap and the like
@@ -84,6 +84,6 @@ def bucket(weights: Sequence[Weight], also: Callable[[Weight], Any] = lambda _: 
 
 
 def uniform(values: Sequence[float]) -> float | list[float]:
-    """One float where all are equal: the ops check and copy one scalar faster than one for each tensor."""
+    """One float if all are equal: the ops check and copy one scalar faster than one for each tensor."""
     first = values[0]
     return first if values.count(first) == len(values) else list(values)

@@ -1,5 +1,5 @@
-"""MeZO and P-GAP in plain PyTorch, as their authors go about it: MeZO after its published code, P-GAP, whose code is
-not public, after its paper. Noise from ``torch.normal`` one parameter at a time, elementwise ops out of place.
+"""MeZO and P-GAP in plain PyTorch: MeZO after its published code; P-GAP, whose code is not public, after its paper.
+Noise comes from ``torch.normal``, one parameter at a time; elementwise ops are out of place.
 
 These are the yardstick for the fused kernels, so they are deliberately not made faster. Both have
 ``step(closure) -> float`` and ``seconds`` like the optimizers of `pgap_kernels.optim`.
@@ -91,11 +91,11 @@ class BaselinePGAP(Baseline):
 
     Args:
         full_refresh: with False a refresh is sampled instead: one probe, and one SVD per distinct shape whose factors
-            serve all matrices of that shape. Its steps cost what they always cost, its losses are not those of P-GAP.
+            serve all matrices of that shape. Its steps cost the same as usual; its losses are not those of P-GAP.
 
     Attributes:
         refresh_seconds: one full refresh; extrapolated from the sample (``probes`` × one probe, each SVD × the
-            number of matrices of its shape) without ``full_refresh``. ``seconds["refresh"]`` is what really passed.
+            number of matrices of its shape) without ``full_refresh``. ``seconds["refresh"]`` is measured.
     """
 
     def __init__(

@@ -35,7 +35,7 @@ def run(config: Config) -> dict[str, Any]:
     measured so far, and the weights are those after the last completed step.
 
     Returns:
-        The report as written (docs and `report.empty` list its entries); ``report["status"]`` is ``"completed"``,
+        The report as written (`report.empty` lists its entries); ``report["status"]`` is ``"completed"``,
         ``"interrupted"`` or ``"diverged"``.
 
     Raises:
@@ -87,7 +87,7 @@ def _tune_and_compare(
 def _tune(config: Config, model: Any, scorer: Scorer, dataset: data.Dataset, result: dict[str, Any]) -> None:
     options: dict[str, Any] = config.method_options()
     if config.method == "pgap" and config.mode in ("auto", "folded"):
-        options["merge"] = "window"  # the weights are read by this loop alone, which merges when it ends
+        options["merge"] = "window"  # only this loop reads the weights, and it merges when it ends
     try:
         optimizer = OPTIMIZERS[config.method](model, **options, seed=config.seed, mode=config.mode)
     except ValueError as error:

@@ -71,7 +71,7 @@ def default_model_dir() -> Path:
         try:
             converted.replace(folder)
         except OSError:
-            if not folder.exists():  # else another process was faster, with the same result
+            if not folder.exists():  # else another process was faster, and has written the same
                 raise
     return folder
 

@@ -24,7 +24,7 @@ def empty(config: Config, versions: dict[str, Any], model: dict[str, Any], datas
     Entries: ``status``; ``config``; ``versions``; ``model``; ``data``; ``test`` (``before`` and ``after``: loss in
     nats, accuracy 0 to 1, examples); ``curves`` (``train_loss`` of every step; ``dev``: step, loss, accuracy);
     ``timing`` (steps, seconds by part, seconds of one refresh, and seconds per step with the refresh spread over its
-    window); ``mode`` (name and reason, once the optimizer stands); ``weight_passes`` (reads and writes of all tuned
+    window); ``mode`` (name and reason, once there is an optimizer); ``weight_passes`` (reads and writes of all tuned
     weights in the whole run); ``peak_memory_mib``; ``baseline`` (losses, timing, peak memory; null if it did not run);
     ``notes``.
     """
@@ -132,7 +132,7 @@ def _draw_seconds(axes: Any, report: dict[str, Any]) -> None:
 
 
 def _timings(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Timing by the name of who took it, only where at least one step was completed."""
+    """Timing by the name of the run, of runs that completed at least one step."""
     found = {"pgap_kernels": report["timing"]}
     if report["baseline"]:
         found["plain PyTorch"] = report["baseline"]["timing"]

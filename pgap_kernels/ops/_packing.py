@@ -1,4 +1,4 @@
-"""Arguments of several public functions, checked and packed into the small tensors in which they travel."""
+"""Arguments of several public functions, checked and packed into the small tensors that ops take."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ROUNDINGS = ("nearest", "stochastic")
 
 
 def noise_options(distribution: str, tier: str) -> None:
-    """Check the two choices of a stream."""
+    """Check distribution and tier."""
     checks.choice("distribution", distribution, _DISTRIBUTIONS)
     checks.choice("tier", tier, _TIERS)
 

@@ -30,8 +30,8 @@ def anchor_affine_(
 ) -> None:
     """Scale the distance from an anchor:  W <- round(fma(c, X, W0))  with X = Delta where given, else W - W0.
 
-    K5 of the kernel algebra; DiZO's projection (2502.03304). With a stored Delta any number of scales can be tried
-    without rounding drift; W is then only written, and with ``out`` not touched. The same bits on every backend.
+    DiZO's projection (2502.03304). With a stored Delta any number of scales can be tried without rounding drift: W is
+    then only written, and with ``out`` not touched. The bits are the same on every backend.
 
     Args:
         weights: as in ``dense_perturb_``.

@@ -39,10 +39,10 @@ def dense_perturb_(
     rounding_key: Key | None = None,
     slices: Slices | None = None,
 ) -> None:
-    """Add seeded dense noise to weights, in place, in one pass: perturb, restore, update and replay are all this.
+    """Add seeded dense noise to weights, in place, in one pass: perturbing, restoring and updating are all this op.
 
         delta = a_1 z_1,  then  delta = fma(a_j, z_j, delta)  in list order,  then  delta = fma(-d, W, delta)  if d != 0
-        W <- round(W + delta)                                            (K1 of the kernel algebra; MeZO, 2305.17333)
+        W <- round(W + delta)                                                                      (MeZO, 2305.17333)
 
     The exact tier gives the same bits on every backend, whatever the tiling, threads, sharding or order of the list.
 
@@ -101,7 +101,7 @@ def masked_perturb_(
 
         delta = sum_j a_j z_j where kept, -0 elsewhere;  delta = fma(-d, W, delta) if d != 0;  W <- round(W + delta)
 
-    Exactly one mask is given (K4 of the kernel algebra; Sparse-MeZO, 2402.15751):
+    Exactly one mask is given (Sparse-MeZO, 2402.15751).
 
     Args:
         threshold: keep where |W| <= threshold, of W as this pass reads it; a float, one per tensor, or a tensor. A
@@ -137,7 +137,7 @@ def masked_perturb_(
 
 
 def mask_arguments(weights, threshold, share, bits) -> tuple[str, Tensor, Tensor, list[Tensor]]:
-    """(kind, key, level, bits) as they travel; level is float32 thresholds, or int64 limits of words."""
+    """(kind, key, level, bits) as the op takes them; level holds float32 thresholds, or an int64 limit of words."""
     key, level = torch.zeros(1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.float32)
     given = [name for name, value in (("threshold", threshold), ("share", share), ("bits", bits)) if value is not None]
     if len(given) != 1:
@@ -237,7 +237,7 @@ def draw(
     offset: int = 0,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """The noise itself, materialised: what every other op regenerates on the fly.
+    """The noise itself, materialised; every other op regenerates it in the kernel.
 
     Args:
         shape: of the tensor to return.

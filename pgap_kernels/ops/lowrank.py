@@ -75,9 +75,9 @@ def lowrank_perturb_(
 ) -> None:
     """Add a low-rank product to weight matrices, in place, in one pass:  W <- round((1 - d) W + a A C B^T).
 
-    P-GAP and SubZero (U Z V^T), TeZO (diagonal core) and LOZO (no core) are this op (K2 of the kernel algebra).
-    Products accumulate in float32. For 16-bit W, P = A C and B are rounded once to W's dtype; for float32 W the
-    products are IEEE. Results do not depend on threads, list or instruction set.
+    P-GAP and SubZero (U Z V^T), TeZO (diagonal core) and LOZO (no core) are this op. Products accumulate
+    in float32. For 16-bit W, P = A C and B are rounded once to W's dtype; for float32 W the products are IEEE. Results
+    do not depend on threads, list or instruction set.
 
     Args:
         weights: matrices (m, n) as in ``dense_perturb_``.
@@ -85,10 +85,10 @@ def lowrank_perturb_(
             tensor) that regenerates them: element (row, k) is normal number row * rank + k under the weight's id.
         right: B, tensors (n, rank) or a key, likewise.
         coefficient: a, as in ``dense_perturb_``.
-        core: C: None, tensors (rank,) for a diagonal, tensors (rank, rank), or a key that regenerates the latter.
+        core: C: None (the identity), tensors (rank,) for a diagonal, tensors (rank, rank), or a key to draw the latter.
         rank: needed if neither factor is stored; 1 <= rank <= min(m, n) of the unsharded weight, and <= 512.
         decay, out, rounding, rounding_key, slices: as in ``dense_perturb_``.
-        tensor_ids: needed when something is regenerated or rounded stochastically.
+        tensor_ids: needed if anything is drawn or rounded stochastically.
 
     Raises:
         TypeError, ValueError: naming the argument; nothing has been written.
@@ -107,7 +107,7 @@ def lowrank_perturb_(
     if isinstance(given[0], bool) or not isinstance(given[0], int):
         raise TypeError(f"rank: got {given[0]!r}; accepted: an integer")
     spans = checks.slices("slices", slices, weights)
-    # Of a shard only the unsharded row is known: it bounds the rank too.
+    # Of a shard's unsharded weight only the row length is known; it limits the rank, too.
     sides = [min(w.shape) if slices is None else spans[2 * i + 1] for i, w in enumerate(weights) if w.numel()]
     limit = min([*sides, MAX_RANK])
     if not 1 <= given[0] <= limit:
@@ -175,7 +175,7 @@ def aligned_core(
 
         alpha = (<S, Z_init> - xi sqrt(delta) |S|) / |S|^2,   Z = Z_init - alpha S            (2510.18228, Algorithm 1)
 
-    Only the diagonal moves. Where |S| = 0 nothing is aligned and Z = Z_init.
+    Only the diagonal changes. If |S| = 0 nothing is aligned and Z = Z_init.
 
     Args:
         singular_values: float32 vectors (r,), one per weight.

@@ -110,8 +110,8 @@ class HiZOORule:
 class HELENERule:
     """m <- beta1 m + anneal g;  W <- W + b - lr m / (gamma max(h, floor) + eps)                    (2411.10696).
 
-    With ``refresh`` = (beta2, B), h <- beta2 h + (1 - beta2) B g^2 before it is used, B the batch size; without, h is
-    read and kept. ``floor`` is per layer where given as a list. States m, h.
+    With ``refresh`` = (beta2, B), B the batch size, h <- beta2 h + (1 - beta2) B g^2 before it is used; without, h is
+    only read. ``floor`` may be a list, with one value per tensor. States m, h.
     """
 
     lr: Scalar
@@ -126,7 +126,7 @@ class HELENERule:
 
     @property
     def rule(self) -> str:
-        """The kernel's name of the form."""
+        """The kernel's name of this form of the rule."""
         return "helene" if self.refresh is None else "helene_refresh"
 
     def scalars(self) -> list[tuple[str, Scalar]]:
@@ -148,7 +148,7 @@ Rule = MomentumRule | AdamRule | HiZOORule | HELENERule
 
 
 def _checked(rule: Rule, count: int) -> Rule:
-    """The rule with Python's numbers, so that ``scalars`` computes in float64; a field is refused by its name."""
+    """The rule in Python numbers, so that ``scalars`` computes in float64; errors name the field."""
     return replace(rule, **{f.name: _checked_field(rule, f.name, count) for f in fields(rule)})
 
 
@@ -179,7 +179,7 @@ def _checked_field(rule: Rule, field: str, count: int) -> Any:
 
 
 def _checked_number(name: str, value: Any) -> Any:
-    """One number; a tensor stays where it is."""
+    """One number; a tensor stays on its device."""
     if isinstance(value, Tensor):
         checks.scalar_row(name, value, 1)
         return value
@@ -205,10 +205,10 @@ def preconditioned_update_(
     """Restore, update the state and step, in one pass that reads and writes weights and state once.
 
         g = sum_j c_j z_j,  b = sum_j r_j z_j  (fma in list order);  the rule gives the state and delta
-        delta = fma(-d, W, delta) if d != 0;   W <- round(W + delta)              (K3s of the kernel algebra)
+        delta = fma(-d, W, delta) if d != 0;   W <- round(W + delta)
 
-    With c = rho (the projected gradient) g is the gradient estimate; with r = the smoothing radius b takes back the
-    perturbation W - eps z that the last forward saw. The exact tier gives the same bits on every backend.
+    With c = rho (the projected gradient) g is the gradient estimate; with r = eps, b undoes the perturbation W - eps z
+    that the last forward saw. The exact tier gives the same bits on every backend.
 
     Args:
         weights: as in ``dense_perturb_``.
@@ -280,7 +280,7 @@ def preconditioned_perturb_(
 
         delta = (sum_j a_j z_j) / sqrt(H);   delta = fma(-d, W, delta) if d != 0;   W <- round(W + delta)
 
-    K3 of the kernel algebra; HiZOO (2402.15173) perturbs so.
+    HiZOO (2402.15173) perturbs in this way.
 
     Args:
         curvature: H > 0, float32 tensors of the weights' shapes.

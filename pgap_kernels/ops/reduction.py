@@ -35,7 +35,7 @@ def seeded_dot(
     tier: str = "exact",
     slices: Slices | None = None,
 ) -> Tensor:
-    """<z(key), T> of each tensor, the noise regenerated on the way (K6 of the kernel algebra; LOREN, diagnostics).
+    """<z(key), T> of each tensor, with the noise regenerated in the kernel (LOREN, diagnostics).
 
     Products and sums are float64. The result does not depend on threads, grid or the list; backends agree to the
     order of summation.
@@ -67,7 +67,7 @@ def seeded_dot(
 
 @torch.compiler.disable
 def squared_norms(tensors: Sequence[Tensor], anchors: Sequence[Tensor] | None = None) -> Tensor:
-    """Squared Frobenius norm of each tensor, or of its distance from an anchor (K5r, K6 of the kernel algebra; DiZO).
+    """Squared Frobenius norm of each tensor, or of its distance from an anchor (DiZO).
 
     The difference is taken in float32, squares and sums in float64.
 

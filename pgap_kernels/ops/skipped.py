@@ -8,18 +8,18 @@ import torch
 
 
 def raise_if_skipped(device: torch.device | str | None = None) -> None:
-    """Report passes that were skipped on a device: a place to call it is where the host waits for the device anyway.
+    """Report passes that were skipped on a device. Call it where the host waits for the device anyway.
 
     Scalars on the host are checked when they are passed. One on a GPU is seen by the kernels only: if it is NaN or
-    infinite the whole pass writes nothing and leaves a mark, which this reads (one small copy, which waits) and clears.
+    infinite, the whole pass writes nothing and sets a flag, which this reads (a small copy, which waits) and clears.
 
     Args:
-        device: the one to ask; None asks all that were used.
+        device: the one to look at; None for all that were used.
 
     Raises:
         FloatingPointError: a pass was skipped since the last call.
     """
-    launch = sys.modules.get("pgap_kernels.triton.launch")  # without it nothing was launched
+    launch = sys.modules.get("pgap_kernels.triton.launch")  # if it was never imported, nothing was launched
     skipped = launch.take_skipped(None if device is None else torch.device(device)) if launch else []
     if skipped:
         names = ", ".join(map(str, skipped))

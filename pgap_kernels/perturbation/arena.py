@@ -19,8 +19,8 @@ def padded_bytes(tensor: Tensor) -> int:
 class Arena:
     """Memory for the tensors that exist at one time.
 
-    What does not fit (a recursive module) gets memory of its own, and so does what a graph may keep: closures may
-    differentiate by their inputs (forces, penalties).
+    A tensor that does not fit (of a recursive module) gets memory of its own. So does one that an autograd graph may
+    keep: closures may differentiate with respect to their inputs (forces, penalties).
     """
 
     def __init__(self, capacity: Mapping[torch.device, int]) -> None:
@@ -29,13 +29,13 @@ class Arena:
         self.top = dict.fromkeys(capacity, 0)
 
     def take(self, like: Tensor) -> Tensor:
-        """Uninitialised contiguous memory of a tensor's shape and dtype, the last to be given back."""
+        """Uninitialised contiguous memory of a tensor's shape and dtype, to be given back before any taken earlier."""
         device, begin, size = like.device, self.top[like.device], padded_bytes(like)
         self.top[device] = begin + size
         if begin + size > self.capacity[device] or torch.is_grad_enabled():
             return torch.empty(like.shape, dtype=like.dtype, device=device)
         if device not in self.memory:
-            with torch.inference_mode(False):  # the closure's mode is not that of the next one
+            with torch.inference_mode(False):  # the next forward may run in another inference mode
                 self.memory[device] = torch.empty(self.capacity[device], dtype=torch.uint8, device=device)
         taken = self.memory[device][begin : begin + like.nbytes]
         return taken.view(like.dtype).view(like.shape)
@@ -52,7 +52,7 @@ class Arena:
         self.top[like.device] -= padded_bytes(like)
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether a tensor lies in the arena's memory, as far as one can see."""
+        """Whether a tensor lies in the arena's memory; True inside vmap, where addresses cannot be read."""
         memory = self.memory.get(tensor.device)
         if memory is None or tensor.layout != torch.strided:
             return False

@@ -43,8 +43,8 @@ class Update:
         direction: coefficients included.
         decay: of each weight; it acts on the weights that the direction moves.
         rounding_key: gives the n-th key of stochastic rounding of this update.
-        flush: everything that was learnt shall be in the weights afterwards, whatever the mode defers.
-        next_point: what the next step's first forward will see added, where that is known.
+        flush: leave everything that was learnt in the weights, whatever the mode defers otherwise.
+        next_point: what the next step's first forward adds to the weights, if that is known.
         rule: for updates with state.
     """
 
@@ -61,9 +61,9 @@ class Update:
         return [1.0 - d if i in moved else 1.0 for i, d in enumerate(self.decay)]
 
     def passes(self, moves: Sequence[tuple[Part, Part | None]] | None = None) -> list[Pass]:
-        """The passes of parts with what each shall restore; by default of the direction's parts.
+        """The passes of parts, each with what it restores; by default of the direction's parts.
 
-        Where several write a weight, the first decays it and each has a rounding key of its own.
+        If several write a weight, the first one decays it, and each has a rounding key of its own.
         """
         times: dict[int, int] = {}
         made: list[Pass] = []
@@ -95,7 +95,7 @@ class Perturbation:
         passes_this_step: number of ``perturb_to`` and ``apply`` of this step that wrote weights; it numbers the keys of
             stochastic rounding.
         dry: count passes, run none.
-        rehearsed: the last forward ran another code than the next ones will, and is to be repeated.
+        rehearsed: the last forward ran other code than the next ones will, and has to be repeated.
     """
 
     mode: ClassVar[str]
@@ -104,10 +104,10 @@ class Perturbation:
         self.passes = 0.0
         self.passes_this_step = self.merge_key = 0
         self.seconds = 0.0
-        self.workspace_bytes = 0  # the most that was lent beyond the memory of the forwards
+        self.workspace_bytes = 0  # the most workspace that was lent beyond the memory of the forwards
         self.residual: Residual | None = None
         self.active = self.dry = self.rehearsed = False
-        self.released: str | None = None  # why it serves no more
+        self.released: str | None = None  # why it no longer serves
         self.adopt(weights)
 
     @property
@@ -151,7 +151,7 @@ class Perturbation:
         return twin
 
     def forget(self) -> None:
-        """Drop what belongs to the weights as they were."""
+        """Drop what depends on the weights as they were before a change."""
 
     # ---- passes -----------------------------------------------------------------------------------------------------
 
@@ -167,7 +167,7 @@ class Perturbation:
         self.count_passes(p.weights)
 
     def split(self, p: Pass) -> list[Pass]:
-        """The passes that make a pass of an update: with residual planes some, for a few weights each."""
+        """The passes that make up a pass of an update: with residual planes several, of a few weights each."""
         if p.is_empty():
             return []
         if self.residual is None or not self.residual.serves(p.part):
@@ -181,13 +181,13 @@ class Perturbation:
     # ---- a step -----------------------------------------------------------------------------------------------------
 
     def refuse_if_released(self, call: str) -> None:
-        """Raise RuntimeError if the mode serves no more, or is in the middle of a forward."""
+        """Raise RuntimeError if the mode no longer serves, or is in the middle of a forward."""
         if self.released is not None:
             raise RuntimeError(f"{call}: {self.released}; make a new optimizer to go on")
         self.refuse_inside_forward(call)
 
     def refuse_inside_forward(self, call: str) -> None:
-        """Raise RuntimeError in a closure: the rest of the forward would run at another point than its beginning."""
+        """Raise RuntimeError in a closure: the rest of its forward would run at another point than its start."""
         if self.active:
             raise RuntimeError(
                 f"{call}: called in the closure of a step, at perturbed weights; accepted: between steps"
@@ -210,7 +210,7 @@ class Perturbation:
         return call()
 
     def apply(self, update: Update) -> None:
-        """Leave the point and make the update; if it raises, nothing has changed."""
+        """Leave the point and apply the update; if this raises, nothing has changed."""
         raise NotImplementedError
 
     def restore(self) -> None:
@@ -221,6 +221,6 @@ class Perturbation:
         """Write into the weights what is pending."""
 
     def release(self, why: str = "the optimizer was detached from its model") -> None:
-        """Leave the model alone from now on, with all that was learnt in its weights."""
+        """Write all that was learnt into the weights, and leave the model alone from now on."""
         self.merge()
         self.released = why

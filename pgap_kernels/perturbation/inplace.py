@@ -1,4 +1,4 @@
-"""In place: the weights are written W + point and taken back, to rounding. Serves any closure.
+"""In place: W + point is written into the weights, and they are restored to rounding. Serves any closure.
 
 three passes:  W + eps z,  then - 2 eps z,  then + ((1 - d) eps - lr rho) z with decay d
 two passes:    the last of a step is the first of the next, + ((1 - d) eps - lr rho) z_t + eps z_{t+1}
@@ -29,7 +29,7 @@ class InPlace(Perturbation):
         self.hooks: Hooks | None = None
         super().__init__(weights)
         self.two_pass = two_pass
-        self.added: list[Part] = []  # what the weights have added at the moment
+        self.added: list[Part] = []  # what is added to the weights at the moment
 
     @property
     def pending(self) -> bool:
@@ -60,7 +60,7 @@ class InPlace(Perturbation):
         self.passes_this_step += moved
 
     def _move_to(self, part: Part, keep: Sequence[float]) -> tuple[Part | None, Part]:
-        """What has been added that one pass can exchange for a part, and that pass's part."""
+        """The added part that one pass can exchange for a given one, and the part of that pass."""
         for before in self.added:
             move = part.moved_from(before, keep)
             if move is not None:
@@ -68,7 +68,7 @@ class InPlace(Perturbation):
         return None, part
 
     def _write(self, move: Part, before: Part | None, after: Part | None) -> bool:
-        """One pass of a perturbation; ``added`` is right after each, wherever the next one fails."""
+        """One pass of a perturbation; ``added`` is correct after each, even if the next one fails."""
         p = Pass(move)
         if not p.is_empty():
             self.run(p)
@@ -105,7 +105,7 @@ class InPlace(Perturbation):
     # ---- the model between the steps of the two-pass schedule -------------------------------------------------------
 
     def watch(self, model: nn.Module) -> None:
-        """Take the perturbation off before anybody evaluates or saves the model between steps."""
+        """Restore the weights before anything evaluates or saves the model between steps."""
         self.model, self.hooks = model, Hooks(uses_of(model, self.weights), self)
 
     def forward(self, call: Callable[[], T]) -> T:

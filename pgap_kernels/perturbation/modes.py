@@ -18,7 +18,7 @@ from .scratch import Scratch
 MODES = ("inplace", "scratch", "folded", "auto")
 MERGES = ("step", "window")
 
-# For float32 weights, where every mode is exact to rounding: what was fastest (docs/modes.md has the figures).
+# For float32 weights, for which every mode is exact to rounding: the fastest one (docs/modes.md has the figures).
 _FLOAT32 = {
     ("dense", "cpu"): "inplace",
     ("dense", "cuda"): "inplace",
@@ -40,7 +40,7 @@ def choose(mode: str, weights: Sequence[Weight], model: nn.Module | None, lowran
     Args:
         mode: one of ``MODES``.
         weights: to train.
-        model: that has them as parameters; hooks need it.
+        model: the one that has them as parameters; hooks need it.
         lowrank: indices of the weights with low-rank directions; None if the method has none.
 
     Raises:
@@ -149,7 +149,7 @@ def _written_by_forward(weights: Sequence[Weight], model: nn.Module | None) -> s
 
 
 def unfolded(weights: Sequence[Weight], model: nn.Module, lowrank: Collection[int]) -> list[str]:
-    """Names of the weights with low-rank directions that mode "folded" has to serve by the scratch."""
+    """Names of the weights with low-rank directions that mode "folded" cannot fold, so that they take the scratch."""
     foldable = foldable_weights(uses_of(model, weights))
     return [weights[index].name for index in lowrank if index not in foldable]
 
@@ -163,7 +163,7 @@ def build(
     allow_unused: bool,
     defers: bool,
 ) -> Perturbation:
-    """The strategy of a mode."""
+    """The object that implements a mode."""
     if choice.mode == "inplace":
         if model is not None:
             take_over(model.modules(), weights)

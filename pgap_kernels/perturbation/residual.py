@@ -70,12 +70,12 @@ class ResidualPass(Pass):
 
 
 class Residual:
-    """The planes of the 16-bit weights among these; those of ``before`` go on, also those of weights frozen since."""
+    """The planes of the 16-bit weights among these. Planes of ``before`` are kept, those of frozen weights included."""
 
     def __init__(self, weights: Sequence[Weight], before: Residual | None = None) -> None:
         known, kinds = ({}, {}) if before is None else (before.planes, before.kinds)
         ours = {w.name for w in weights}
-        # A plane means something beside a weight of its dtype and shape only.
+        # A plane belongs to the dtype and shape of its weight.
         self.planes: dict[str, Tensor] = {name: plane for name, plane in known.items() if name not in ours}
         self.kinds: dict[str, tuple] = {name: kinds[name] for name in self.planes}
         for w in weights:
@@ -102,7 +102,7 @@ class Residual:
         return part.weights[0].name in self.planes
 
     def split(self, p: Pass) -> list[Pass]:
-        """The passes that make a pass, for no more elements at a time than the largest weight has.
+        """The passes that make up a pass, each over no more elements than the largest weight has.
 
         Raises:
             ValueError: the pass has a rule, whose kernel reads 16-bit weights.

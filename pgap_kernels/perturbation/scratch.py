@@ -3,7 +3,7 @@
     forward of a module:   buffer <- W + c z(key)   or   W + A C B^T,   the module runs on the buffer
     update:                W <- round_stochastic((1 - d) W - lr rho z), the only write
 
-Keys, coefficients and cores lie in tensors that keep their place, so forwards can be compiled, or captured in a CUDA
+Keys, coefficients and cores are in tensors at fixed addresses, so that forwards can be compiled, or captured in a CUDA
 graph and replayed.
 """
 
@@ -39,7 +39,7 @@ def _uncompiled() -> contextlib.AbstractContextManager:
 
 
 def _is_called_compiled() -> bool:
-    """Whether a compiled function around the model, which ``_uncompiled`` has stood aside, is being called."""
+    """Whether a compiled function around the model is being called, which ``_uncompiled`` has disabled."""
     if "torch._dynamo" not in sys.modules:
         return False
     codes = (frame.f_code for frame, _ in traceback.walk_stack(None))
@@ -56,7 +56,7 @@ class Shown(NamedTuple):
 
 
 class Scratch(Perturbation):
-    """Perturbs what modules run on.
+    """Lets modules run on perturbed copies of their parameters.
 
     Args:
         weights: to perturb; every one is used by a module of the model.
@@ -107,7 +107,7 @@ class Scratch(Perturbation):
         self.no_decay = {d: torch.zeros(1, 1, dtype=torch.float32, device=d) for d in devices}
 
     def _capacity(self) -> dict[torch.device, int]:
-        """The most that a module and those around it need at one time: mostly the largest layer."""
+        """The most that a module and those that contain it need at one time: usually the largest layer."""
         own = {use.name: use for use in self.uses}
         capacity: dict[torch.device, int] = {}
         for use in self.uses:
@@ -156,7 +156,7 @@ class Scratch(Perturbation):
                 for position, index in enumerate(part.indices):
                     self.shown[index][number].append(Shown(part, operands, position))
         self.key: tuple = tuple(keys)
-        # Of each use, the parameters that its module's forward finds replaced by the buffer: asked before every layer.
+        # Of each use, the parameters that its module's forward finds replaced by the buffer; read before every layer.
         self.filled = [
             [ref for ref in use.refs if any(self.fills_of(ref.index, point) for point in range(self.count))]
             for use in self.uses
@@ -198,8 +198,8 @@ class Scratch(Perturbation):
         try:
             if training in self.checked or self.dry or self._is_compiled():
                 result = call()
-            else:  # a branch of the model that is new may use a weight in another way
-                # Torch's tracing and this search do not go together: a compiled forward is looked through uncompiled.
+            else:  # a branch that runs for the first time may use a weight in another way
+                # Torch cannot trace this search, so a compiled forward is searched uncompiled.
                 self.searching = True
                 with StrayUses(self.weights, self._readable), _uncompiled():
                     result = call()
@@ -217,7 +217,7 @@ class Scratch(Perturbation):
         return result
 
     def _is_compiled(self) -> bool:
-        """Torch's own tracing and the search for stray uses do not go together."""
+        """Run forwards uncompiled: torch cannot trace the search for stray uses."""
         return any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in self.modules)
 
     def _readable(self) -> set[int]:
@@ -335,7 +335,7 @@ class Scratch(Perturbation):
         return kept
 
     def detached_output(self, output: Any) -> Any:
-        """A copy of an output that lies in the buffer, which will be overwritten; None if it does not."""
+        """A copy of an output if it lies in the buffer, which will be overwritten; else None."""
         if isinstance(output, Tensor):
             return output.clone() if self.arena.holds(output) else None
         if not any(self.arena.holds(t) for t in tensors_in(output)):
@@ -343,7 +343,7 @@ class Scratch(Perturbation):
         return torch.utils._pytree.tree_map_only(Tensor, lambda t: t.clone() if self.arena.holds(t) else t, output)
 
     def _unwind(self) -> None:
-        """Give every module its parameters back, wherever a forward stopped."""
+        """Give every module its parameters back, even if a forward stopped half way."""
         while self.frames:
             self.pop()
         for use in self.uses:  # of a compiled forward

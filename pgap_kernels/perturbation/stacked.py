@@ -31,7 +31,7 @@ class Filler(Protocol):
 
 
 class StackedForward:
-    """In place of a module's ``forward``: where parameters are filled, each slice of rows runs on its own filling."""
+    """Replaces a module's ``forward``: if parameters are filled, each slice of rows runs on a filling of its own."""
 
     transparent = True  # the module computes what its class says
 
@@ -42,7 +42,7 @@ class StackedForward:
         use.module.forward = self  # type: ignore[method-assign, assignment]
 
     def remove(self) -> None:
-        """Give the module its own forward back, or to the one that another optimizer has put around this."""
+        """Put back the module's own forward, also inside the one that another optimizer has wrapped around this."""
         around = self.use.module.__dict__.get("forward")
         if around is self:
             del self.use.module.forward
@@ -73,7 +73,7 @@ class StackedForward:
 
 
 def check_rows(filler: Filler, module: str, rows: int) -> None:
-    """Refuse a module whose rows are not those of the stacked batch, as far as their number tells."""
+    """Refuse a module whose number of rows shows that they are not those of the stacked batch."""
     filler.rows = filler.rows or rows
     if rows == 0 or rows % filler.count or rows % filler.rows:
         raise RuntimeError(
@@ -90,7 +90,7 @@ def slices_of(rows: int, count: int) -> list[slice]:
 
 
 def _rows_of(values: Any, rows: int, part: slice) -> Any:
-    """Of every tensor with that many rows, some of them."""
+    """Some rows of every tensor that has as many as the batch."""
 
     def cut(t: Tensor) -> Tensor:
         return t[part] if t.dim() and len(t) == rows else t

@@ -31,13 +31,13 @@ class Ambient:
             self.cpu.__enter__()
 
     def enter(self) -> None:
-        """Take that off again; covering it with the caller's device would slow every torch call."""
+        """Undo that. Not by setting the caller's device on top: that would slow every torch call."""
         if self.other_device:
             self.cpu.__exit__(None, None, None)
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
-        """As the caller has it, for a forward."""
+        """The caller's state, for a forward."""
         self.enter()
         try:
             with torch.inference_mode() if self.inference else contextlib.nullcontext():
@@ -61,7 +61,7 @@ def ambient_state_aside() -> Iterator[Ambient]:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C back while weights are written; it is delivered when the pass is over."""
+    """Delay Ctrl-C while weights are written, until the pass is over."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -87,11 +87,11 @@ class Autocast:
         self.dtypes = {t: torch.get_autocast_dtype(t) for t in served if torch.is_autocast_enabled(t)}
 
     def outside(self) -> contextlib.ExitStack:
-        """Off, for the step."""
+        """Switched off, for the step."""
         return _entered(torch.autocast(t, enabled=False) for t in self.dtypes)
 
     def inside(self) -> contextlib.ExitStack:
-        """As it was, for a forward; without the weights that it holds of the forward before."""
+        """As it was, for a forward, without the cast weights that it has cached in the previous forward."""
         torch.clear_autocast_cache()
         return _entered(torch.autocast(t, dtype=dtype) for t, dtype in self.dtypes.items())
 
@@ -107,9 +107,9 @@ class ForwardState:
     """RNG states and module buffers, so that every forward of a step starts from the same ones.
 
     Buffers up to ``SMALL`` bytes are copied at each step. Larger ones (packed weights of quantised models) are copied
-    only once a forward was seen to change them: by their version counters, and in the first step with some training
-    flags by checksums, as kernels and ``.data`` write past the counters. Buffers that share elements with a weight are
-    the optimizer's business, not ours.
+    only once a forward was seen to change them: by their version counters and, in the first step with given training
+    flags, by checksums, as kernels and ``.data`` bypass the counters. Buffers that share elements with a weight are
+    left to the optimizer.
     """
 
     SMALL = 1 << 20
@@ -127,11 +127,11 @@ class ForwardState:
         self.inspected: set[tuple[bool, ...]] = set()  # training flags under which checksums were compared
 
     def flags(self) -> tuple[bool, ...]:
-        """Which modules are in training mode: a branch of the model that others do not show."""
+        """Which modules are in training mode: other flags may lead to other branches of the model."""
         return tuple([module.training for module in self.modules])
 
     def begin(self) -> None:
-        """Note what the forwards of a step shall start from."""
+        """Note the state that all forwards of a step start from."""
         self.rng = torch.get_rng_state()
         self.cuda = {d: torch.cuda.get_rng_state(d) for d in self.cuda_devices}
         self.tables = [(buffers, dict(buffers)) for buffers in self.dicts if buffers]
@@ -174,7 +174,7 @@ class ForwardState:
         """Whether a forward has changed a large buffer for the first time, or made one.
 
         It is copied from now on, as that forward left it. The caller repeats the forward, so that all forwards of the
-        step start from one state; such a buffer then saw one forward more than without us.
+        step start from one state; such a buffer has then seen one more forward than it would otherwise.
         """
         changed = {
             id(buffer): buffer
@@ -182,7 +182,7 @@ class ForwardState:
             if _version(buffer) != version or (checksum is not None and _checksum(buffer) != checksum)
         }
         self.changing |= {*changed}
-        # The checksums have told what they can: the other forwards of the step run the same code.
+        # Checksums are needed only once: the other forwards of the step run the same code.
         self.large = [(buffer, version, None) for buffer, version, _ in self.large if id(buffer) not in changed]
         self.inspected |= self.uninspected
         self.uninspected = set()
@@ -218,12 +218,12 @@ def _writable(buffer: Tensor) -> bool:
 
 
 def _version(buffer: Tensor) -> int | None:
-    """How often torch has seen it written; tensors made in inference mode do not count that."""
+    """How often torch has seen it written; tensors made in inference mode have no such counter."""
     return None if buffer.is_inference() else buffer._version
 
 
 def _checksum(buffer: Tensor) -> int:
-    """A sum of its bits, read in pieces: nothing of its size is made."""
+    """A sum of its bits, read in pieces so that no temporary of its size is made."""
     if is_traceable_wrapper_subclass(buffer):
         return 0
     rows = buffer.detach().reshape(1) if buffer.dim() == 0 else buffer.detach()

@@ -24,7 +24,7 @@ def decayed(weight, delta, d):
 
 
 def dense_perturb_(weights, out, arguments: DenseArguments):
-    """Stage by stage: each rounds as a pass of its own would."""
+    """Stage by stage; each rounds as if it were a pass of its own."""
     device, stages, tensor_ids, slices = weights[0].device, arguments.stages, arguments.tensor_ids, arguments.slices
     keys, rounding_keys = arguments.keys.tolist(), ints(arguments.rounding_keys)
     coefficients, decay = arguments.coefficients.to(device), arguments.decay.to(device)

@@ -14,7 +14,7 @@ from .noise import noise
 
 
 def _sums(rows: Tensor) -> Tensor:
-    """Sums of rows of a power of two, by halves: the same bits on every device, and whatever zeros were appended."""
+    """Sums of rows whose length is a power of two, by halves: appended zeros and the device do not change the bits."""
     while rows.shape[1] > 1:
         half = rows.shape[1] // 2
         rows = rows[:, :half] + rows[:, half:]
@@ -24,7 +24,7 @@ def _sums(rows: Tensor) -> Tensor:
 def _padded(rows: list[Tensor]) -> Tensor:
     """Vectors as the rows of a matrix, zeros after the shorter ones."""
     if len({len(row) for row in rows}) == 1:
-        return torch.stack(rows)  # many times faster on the host
+        return torch.stack(rows)  # many times faster if it is made on the host
     return pad_sequence(rows, batch_first=True)
 
 
@@ -35,7 +35,7 @@ def aligned(cores: list[Tensor], singular_values: list[Tensor], signs: list[Tens
     rank = s.shape[1]
     s, z = (pad(rows, (0, (1 << (rank - 1).bit_length()) - rank)) for rows in (s, z))
     norm = _sums(s * s).sqrt()
-    if norm.device.type == "cpu" and not norm.isfinite().all():  # elsewhere the question would wait for the device
+    if norm.device.type == "cpu" and not norm.isfinite().all():  # on a GPU the question would wait for the device
         raise ValueError("singular_values: got NaN or infinity; accepted: finite values")
     alpha = (_sums(s * z) - torch.cat(signs).double() * delta**0.5 * norm) / norm**2
     shifted = z - torch.where(norm > 0, alpha, 0.0)[:, None] * s
@@ -57,7 +57,7 @@ def cores_and_signs(singular_values, keys, tensor_ids, sign_ids, assemble):
 
 
 def aligned_core(singular_values, keys, tensor_ids, sign_ids, delta, assemble=assemble_gradient_):
-    """Noise from the backend, r numbers per matrix of float64 arithmetic here: the same bits from every backend."""
+    """Noise from the backend; the arithmetic, on r float64 numbers per matrix, is here: the same bits everywhere."""
     cores, signs = cores_and_signs(singular_values, keys, tensor_ids, sign_ids, assemble)
     return aligned(cores, singular_values, signs, delta)
 

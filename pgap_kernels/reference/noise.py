@@ -22,7 +22,10 @@ _COS = (0.21807317435741425, -1.331023931503296, 4.058268070220947, -4.934784889
 
 
 def fma(a: Tensor | float, b: Tensor, c: Tensor | float) -> Tensor:
-    """Correctly rounded a * b + c in float32: exact product in float64, the sum rounded to odd, then to float32."""
+    """Correctly rounded a * b + c in float32: exact product in float64, the sum rounded to odd, then to float32.
+
+    Rounded to odd, the float64 sum still tells on which side of a float32 tie the exact sum lies.
+    """
     product = b.double() * a if isinstance(a, float) else b.double() * a.double()
     addend = c.double() if isinstance(c, Tensor) else torch.full_like(product, c)
     total = product + addend
@@ -66,7 +69,7 @@ def philox(c0: Tensor, c1: Tensor, tensor_id: int, key: int) -> tuple[Tensor, Te
     x2, x3 = torch.full_like(c0, tensor_id), torch.zeros_like(c0)
     k0, k1 = key & MASK32, key >> 32 & MASK32
     for _ in range(ROUNDS):
-        p0, p1 = x0 * MULTIPLIERS[0], x2 * MULTIPLIERS[1]  # wraps modulo 2**64: both words stay right
+        p0, p1 = x0 * MULTIPLIERS[0], x2 * MULTIPLIERS[1]  # wraps modulo 2**64, which leaves both words correct
         x0, x1, x2, x3 = (p1 >> 32 & MASK32) ^ x1 ^ k0, p1 & MASK32, (p0 >> 32 & MASK32) ^ x3 ^ k1, p0 & MASK32
         k0, k1 = (k0 + KEY_INCREMENTS[0]) & MASK32, (k1 + KEY_INCREMENTS[1]) & MASK32
     return x0, x1, x2, x3

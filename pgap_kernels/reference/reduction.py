@@ -15,7 +15,7 @@ def reduce(tensors, arguments: ReductionArguments):
     device = tensors[0].device
     totals = torch.zeros(len(tensors), dtype=torch.float64, device=device)
     for t, tensor in enumerate(tensors):
-        group = [x.contiguous() for x in (tensor, *anchors[t : t + 1])]  # no sum depends on strides
+        group = [x.contiguous() for x in (tensor, *anchors[t : t + 1])]  # so that no sum depends on strides
         for begin, count, (value, *anchor) in runs(group, *slices[2 * t : 2 * t + 2]):
             x = value.float()
             if anchor:

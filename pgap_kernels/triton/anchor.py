@@ -22,7 +22,7 @@ def anchor_kernel(
     coefficient_ptr,
     rounding_key_ptr,
     ANCHOR_TYPE: tl.constexpr,
-    DELTA_TYPE: tl.constexpr,  # of Delta, which IN is then; None: IN is W
+    DELTA_TYPE: tl.constexpr,  # Delta's dtype, and IN is Delta; None: IN is W
     UPDATE: tl.constexpr,
 ):
     """One tile of one tensor."""

@@ -13,7 +13,7 @@ from torch import Tensor
 class Cache:
     """LRU cache of device tensors, keyed by their source values.
 
-    Entries that a graph capture has used stay for good: the graph reads that very memory when it is replayed.
+    Entries that a graph capture has used are kept for good: the graph reads that very memory when it is replayed.
     """
 
     def __init__(self, size: int) -> None:
@@ -59,7 +59,7 @@ def keys_on(device: torch.device, keys: Tensor | None) -> Tensor | None:
 
 
 def broadcast_scalars(device: torch.device, *tables: Tensor) -> tuple[list[Tensor], bool]:
-    """Tables of scalars on the device with the same number of columns, and whether that is one per tensor."""
+    """Tables of scalars on the device, of one width, and whether they have a column per tensor."""
     width = max(t.shape[1] for t in tables)
     return [to_device_cached(device, t.expand(-1, width)) for t in tables], width > 1
 
@@ -67,6 +67,6 @@ def broadcast_scalars(device: torch.device, *tables: Tensor) -> tuple[list[Tenso
 def counter_table(device: torch.device) -> Tensor:
     """0 .. 1023, int32 (see ``tiles.counters``).
 
-    Copied from the host, which waits for the copy: a kernel on another stream must not find it half made.
+    Copied from the host, which waits for the copy: a kernel on another stream must not read it half written.
     """
     return _constants.get((device, "counters"), lambda: torch.arange(1024, dtype=torch.int32, device="cpu").to(device))

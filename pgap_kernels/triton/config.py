@@ -22,8 +22,8 @@ class Config(NamedTuple):
     def options(self, architecture: str) -> dict[str, int | bool]:
         """Compiler options; contraction is off, since bits are part of the contract.
 
-        Warps are of 32 lanes: half as many waves of 64 do. NVIDIA's assembler takes whatever registers make one program
-        fast; 128 keep four programs on a processor.
+        ``warps`` counts warps of 32 lanes; AMD's waves have 64, so half as many do. NVIDIA's assembler takes as many
+        registers as make one program fast; a limit of 128 keeps four programs on a processor.
         """
         warps = self.num_warps // 2 if architecture == "cdna" else self.num_warps
         options: dict[str, int | bool] = {"num_warps": warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
@@ -42,7 +42,7 @@ class LowRankConfig(NamedTuple):
 
     rows: int
     columns: int
-    resident: bool  # P is held by the program; else it reads P for every tile in steps
+    resident: bool  # the program holds P; else it reads P in steps for every tile
     makes: bool  # the program makes P from A and C; else a launch before it does
     step: int = 16
     strip: int = 64
@@ -60,7 +60,7 @@ class ProductConfig(NamedTuple):
 PRODUCT = ProductConfig(rows=32, step=16)
 _EIGHT_WARPS = Config(num_warps=8)
 BUCKETS = (8, 15, 32, 64, 512)
-# float32 products are exact and made by fma, whose operands fill the registers; 16-bit ones go to tensor cores.
+# float32 products are IEEE and made by fma, whose operands fill the registers; 16-bit ones go to tensor cores.
 _FLOAT32 = (
     LowRankConfig(16, 64, resident=True, makes=True),
     LowRankConfig(32, 64, resident=False, makes=False),
@@ -84,7 +84,7 @@ LOWRANK = {
 
 
 def lowrank_config(dtype: torch.dtype, rank: int, stochastic: bool, architecture: str) -> LowRankConfig:
-    """The configuration of a dtype's rank bucket: tiles are smaller where operands, or random words, take registers."""
+    """The configuration of a dtype's rank bucket; tiles are smaller if operands or random words need registers."""
     config = LOWRANK[dtype, next(limit for limit in BUCKETS if rank <= limit)]
     if config.columns == 128 and architecture != "hopper":
         config = config._replace(rows=64 if config.resident else 32, columns=64, step=16)
@@ -115,8 +115,9 @@ class ForwardConfig(NamedTuple):
 
 DRAW, DRAW_CONFIG = 1024, Config()  # elements of a program that draws factors
 FORWARD_BUCKETS = (16, 32, 64, 512)
-# Loads of x run ahead by num_stages - 1, which takes shared memory but no registers. Rows are few, so that some
-# thousand tokens are a program for every processor. The core is mixed in while that does not spill (docs/kernels.md).
+# Loads of x run ahead by num_stages - 1, which takes shared memory but no registers. A program has few rows, so that a
+# few thousand tokens occupy every processor. It multiplies by the core, too, as long as that does not spill
+# (docs/notebook.md).
 _FORWARD_FLOAT32 = (
     ForwardConfig(
         True,
@@ -178,6 +179,6 @@ FORWARD = {
 
 
 def forward_config(dtype: torch.dtype, rank: int, split: bool = False) -> ForwardConfig:
-    """The configuration of a dtype's rank bucket: less of x at a time where each x is two operands."""
+    """The configuration of a dtype's rank bucket; it takes less of x at a time if each x is two operands."""
     config = FORWARD[dtype, next(limit for limit in FORWARD_BUCKETS if rank <= limit)]
     return config._replace(project=config.project._replace(rows=32, step=32)) if split else config

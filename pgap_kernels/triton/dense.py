@@ -1,6 +1,6 @@
-"""Dense seeded noise, one read and one write of W, or none of it read.
+"""Dense seeded noise: one read and one write of W, or a write alone.
 
-delta = a_1 z_1;  delta = fma(a_j, z_j, delta), j = 2 ..;  delta = -0 where a mask does not keep
+delta = a_1 z_1;  delta = fma(a_j, z_j, delta), j = 2 ..;  delta = -0 where a mask drops an element
 delta = fma(-d, W, delta) if d != 0;   W <- round(W + delta)              stage by stage
 G <- delta                                                                where W is not read
 """
@@ -41,7 +41,7 @@ class DensePass(NamedTuple):
 
     reads: bool  # W; else the noise alone is written
     staged: bool  # more than one stage, or one without draws
-    draws: int  # of the only stage, unrolled; 0: any number, looped
+    draws: int  # number of draws of the only stage, unrolled; 0: any number, in a loop
     mask: str  # none, threshold, share or bits
 
 
@@ -113,7 +113,7 @@ def dense_kernel(
         if PASS.reads:
             if PASS.staged:
                 value = w.to(tl.float32)
-            else:  # late, so that W takes no registers while the noise is made
+            else:  # as late as possible, so that W takes no registers while the noise is made
                 value = load_tile(tile, source, UPDATE.dtype)
             delta = masked_delta(tile, counter, value, delta, scalars, PASS.mask)
             value = add_delta(value, delta, tl.load(scalars.decay + stage * stride + tile.scalar), UPDATE)

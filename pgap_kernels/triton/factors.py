@@ -2,8 +2,8 @@
 
     A[i, k] = normal number (row i) r + k under its key;   C[k, j] = normal number k r + j
 
-One program of a low-rank pass makes P of its rows once and keeps it; above a rank that the configuration states
-`product_kernel` makes P of all matrices first (docs/kernels.md has the model behind the crossover).
+A program of a low-rank pass makes P of its rows once and holds it. Above a rank that the configuration states,
+`product_kernel` makes P of all matrices beforehand (docs/notebook.md has the model behind the crossover).
 """
 
 from collections.abc import Sequence
@@ -47,15 +47,15 @@ class Factors(NamedTuple):
     right: tl.dtype | None
     core: tl.dtype | None
     precision: str  # of tl.dot on float32: ieee or tf32x3
-    aligned: bool  # every A and B begins at a multiple of 16 bytes
+    aligned: bool  # every A and B starts at a multiple of 16 bytes
 
 
 @triton.jit
 def factor_pointer(entry, FIELD: tl.constexpr, workspace_ptr, TYPE: tl.constexpr):
-    """The first element of a factor; without a workspace it is a stored one."""
+    """The first element of a factor, in the workspace if there is one, else where it is stored."""
     address = tl.load(entry + FIELD)
     if workspace_ptr is not None:
-        # As an address: with offsets from a kernel argument AMD's compiler does not unroll the loops over the rank.
+        # An address: with offsets from a kernel argument, AMD's compiler does not unroll the loops over the rank.
         address = workspace_ptr.to(tl.int64) + address * (TYPE.primitive_bitwidth // 8)
     return address.to(tl.pointer_type(TYPE))
 
@@ -132,7 +132,7 @@ def product_kernel(
 
 
 def precision_on(device: torch.device, dtype: torch.dtype, rank: int) -> str:
-    """How float32 products are made: IEEE, but where P is rounded to 16 bits anyway the tensor cores are as good."""
+    """How float32 products are made: IEEE, unless P is rounded to 16 bits anyway, for which tf32x3 is as good."""
     return "tf32x3" if is_nvidia(device) and dtype != torch.float32 and rank >= 16 else "ieee"
 
 
@@ -174,7 +174,8 @@ def make_factors(
 ) -> FactorList:
     """P in the dtype of such weights, of all matrices in one launch; with key 1 it is B, drawn as A is with key 0.
 
-    The workspace is PyTorch's to place: tables do not hold its address, so a graph capture may bring its own.
+    The workspace comes from PyTorch's allocator at each call. Tables do not hold its address, so a graph capture may
+    use a workspace of its own.
     """
     device, dtype, count = weight.device, weight.dtype, len(rows)
     *places, size = accumulate((m * rank for m in rows), initial=0)

@@ -1,13 +1,13 @@
-"""Low-rank directions in the forward: y moves by what D = A C B^T would add, and W is only read by its own layer.
+"""Low-rank directions in the forward: y changes by what D = A C B^T would add; W itself is only read by its layer.
 
     t = round(x F N),   y <- round(y + t G^T)        F, G, N = B, A, C^T;  transposed A, B, C;  x F = F[x] for indices x
-                                                     N = c where there is no core
+                                                     N = c if there is no core
 
-F, G and t are rounded to a 16-bit y's dtype; sums are float32. An x not of that dtype is two numbers of it: to nearest,
-and what is left. `project_kernel` makes t where N fits the registers beside x F; else it leaves x F in memory, and
-`mix_kernel` makes t of it, as it does of F[x]. `expand_kernel` reads and writes y once. Tokens are split into equal
-slices, each with a core or a coefficient of its own, and with the factors that all share or with its own; drawn factors
-are made first, by `draw_kernel`. A token's sums do not depend on the other tokens.
+F, G and t are rounded to the dtype of a 16-bit y; sums are float32. An x of another dtype is represented by two numbers
+of y's dtype, the nearest and the remainder. `project_kernel` makes t if N fits into registers beside x F. Else it
+writes x F, from which `mix_kernel` makes t, as it does from F[x]. `expand_kernel` reads and writes y once. Tokens are
+split into equal slices, each with a core or a coefficient; factors are shared by all slices, or one for each slice.
+Drawn factors are made first, by `draw_kernel`. A token's sums do not depend on the other tokens.
 """
 
 from itertools import pairwise
@@ -29,7 +29,7 @@ class Shape(NamedTuple):
     """Constants that the kernels share."""
 
     rank: int
-    width: int  # of a row of t; beyond the rank are zeros, or NaN if x is infinite
+    width: int  # elements of a row of t; those past the rank are 0, or NaN if x is infinite
     dtype: tl.dtype  # of y
     precision: str  # of tl.dot on float32: ieee or tf32x3
     transposed: bool
@@ -57,9 +57,9 @@ def draw_kernel(
 
 @triton.jit
 def token_block(block, tokens, BM: tl.constexpr):
-    """Tokens of a block, (BM,) int64; which of them are meant, the others repeat the last; their slice.
+    """Tokens of a block, (BM,) int64; whether each is in the slice, else it repeats the last one; and their slice.
 
-    A slice has ``tokens``; blocks begin anew in every slice.
+    A slice has ``tokens`` tokens and starts a new block.
     """
     blocks = tl.cdiv(tokens, BM)
     part = block // blocks
@@ -104,7 +104,7 @@ def project_kernel(
     stride,  # of x
     SHAPE: tl.constexpr,
     TILE: tl.constexpr,
-    SPLIT: tl.constexpr,  # x has more bits than y, so two values of y's type stand for one of x
+    SPLIT: tl.constexpr,  # x is of another dtype than y: two values of y's dtype represent one of x
     MIXES: tl.constexpr,  # t = round(x F N); else x F in float32
 ):
     """t = round(x F N) or x F: a block of tokens, some columns of t."""
@@ -215,7 +215,7 @@ def expand_kernel(
 
 
 def spaced(tensors):
-    """The first tensor and the distance, in elements, of each from the one before; copied if they differ."""
+    """The first tensor and the distance between tensors, in elements; if the distances differ, they are copied."""
     addresses = [t.data_ptr() for t in tensors]
     distances = {after - before for before, after in pairwise(addresses)} or {0}
     distance, size = distances.pop(), tensors[0].element_size()

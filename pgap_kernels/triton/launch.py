@@ -40,7 +40,7 @@ _TABLES = ("table0", "table1", "table2", "table3")
 _COUNTS = ("count0", "count1", "count2", "count3")
 
 
-# Not tuples, whose elements Triton always specialises: one kernel serves tables of any size and alignment.
+# Separate arguments, because Triton specialises every element of a tuple: one kernel serves tables of any size.
 @triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=_TABLES)
 def guard_kernel(
     skip_ptr, sticky_ptr, table0, table1, table2, table3, count0, count1, count2, count3, BLOCK: tl.constexpr
@@ -79,7 +79,7 @@ def guard(device: torch.device, *tables: Tensor) -> Tensor:
 
 
 def take_skipped(device: torch.device | None = None) -> list[torch.device]:
-    """Devices (all, one, or all of a type) on which a launch was skipped since the last call; waits for them."""
+    """Devices (all, one, or all of a type) on which a launch was skipped since the last call. Waits for them."""
     found = [d for d, flag in _sticky.items() if device in (None, d, torch.device(d.type)) and flag.item()]
     for d in found:
         _sticky[d].zero_()
@@ -102,9 +102,9 @@ def _wrapped(group_type: type, group: tuple) -> tuple:
 
 
 def wrap_constants(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments with every field of the groups of constants (in capitals) a tl.constexpr.
+    """The arguments, with every field of a group of constants (named in capitals) as a tl.constexpr.
 
-    Triton 3.6 takes the fields of a plain group for values of the host; the interpreter takes no tl.constexpr.
+    Triton 3.6 treats the fields of a plain group as run-time values; the interpreter takes no tl.constexpr.
     """
     groups = {k: v for k, v in arguments.items() if k.isupper() and isinstance(v, tuple) and not INTERPRETED.value}
     return arguments | {name: _wrapped(type(group), group) for name, group in groups.items()}
@@ -119,7 +119,7 @@ def launch(kernel, programs: int, device: torch.device, config: Config, **argume
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """What configurations go by: "hopper" (warp-group products), "nvidia", "cdna" (64 lanes in a wave), or "other"."""
+    """The key of configurations: "hopper" (warp-group products), "nvidia", "cdna" (waves of 64 lanes) or "other"."""
     if device.type != "cuda":
         return "other"
     if torch.version.hip is not None:

@@ -71,7 +71,7 @@ class Workspaces(NamedTuple):
 
 
 class RowBlock(NamedTuple):
-    """What the tiles of a program share. It is read before the first store, after which the compiler would read it
+    """What the tiles of a program share. It is read before the first store: after one, the compiler would read it
     again."""
 
     entry: tl.tensor
@@ -93,7 +93,7 @@ def right_tile(
     k,
     FACTORS: tl.constexpr,
     TYPE: tl.constexpr,
-    EVEN: tl.constexpr,  # no k lies outside the rank
+    EVEN: tl.constexpr,  # the steps of k end at the rank
     MASKED: tl.constexpr,  # a j may lie outside the matrix
 ):
     """B[j, k] rounded to TYPE; j and k broadcast to the tile."""
@@ -144,7 +144,7 @@ def outer_products(
 def matrix_product(
     block, columns, i, j, FACTORS: tl.constexpr, TILE: tl.constexpr, TYPE: tl.constexpr, MASKED: tl.constexpr
 ):
-    """P B^T for ranks from 16 on: P at hand, or read in steps."""
+    """P B^T for ranks of at least 16, with P held, or read in steps."""
     acc = tl.zeros((i.shape[0], j.shape[1]), tl.float32)
     if TILE.resident:
         k = tl.arange(0, FACTORS.padded)[:, None]
@@ -166,7 +166,7 @@ def matrix_product(
 
 @triton.jit
 def tile_pointers(entry, FIELD: tl.constexpr, row, TYPE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """Pointers of the first tile of a row block, declared aligned: they are, or are used under a mask."""
+    """Pointers of the first tile of a row block, declared aligned: either they are, or they are used under a mask."""
     ld = tl.load(entry + LEADING + FIELD)
     first = tl.load(entry + FIELD) + row * ld * (TYPE.primitive_bitwidth // 8)
     step = tl.multiple_of(ld, 128 // TYPE.primitive_bitwidth)
@@ -209,7 +209,7 @@ def pass_tile(
 ):
     """One tile of W, WIDTH columns from ``column`` on."""
     entry, row = block.entry, block.row
-    if MASKED:  # found anew: held over a loop, pointers and masks of every element would not fit the registers
+    if MASKED:  # computed again: kept across the loop, pointers and masks of every element would not fit into registers
         source = tile_pointers(entry, IN, row, UPDATE.dtype, TILE.rows, WIDTH) + column
         target = tile_pointers(entry, OUT, row, UPDATE.dtype, TILE.rows, WIDTH) + column
     else:
@@ -222,7 +222,7 @@ def pass_tile(
         acc = in_layout_of(w, tl.zeros((TILE.rows, WIDTH), tl.float32))
         i_k, j_k = row + tl.arange(0, TILE.rows), column + tl.arange(0, WIDTH)
         acc = outer_products(block, acc, columns, i_k, j_k, FACTORS, TILE.resident, UPDATE.dtype, MASKED)
-    else:  # W last, so that it takes no registers during the product
+    else:  # W is loaded last, so that it takes no registers during the product
         acc = matrix_product(block, columns, i, j, FACTORS, TILE, UPDATE.dtype, MASKED)
         w = load_block(source, inside, MASKED)
     value = add_product(w, acc, block.coefficient, block.decay, UPDATE)
@@ -328,7 +328,7 @@ def lowrank_table(
 
 
 def lowrank_perturb_(weights, out, arguments: LowRankArguments):
-    """``ops.lowrank_perturb_``: one launch, and one before it for each of P and B that a program cannot make itself."""
+    """``ops.lowrank_perturb_`` in one launch, after one for each of P and B that programs cannot make themselves."""
     left, right, core, keys, coefficient, decay, tensor_ids, rank, kind, rounding_key, slices = arguments
     weight, device, count = weights[0], weights[0].device, len(weights)
     update = update_of(weight, decay, rounding_key)

@@ -24,7 +24,7 @@ class Noise(NamedTuple):
 
 @triton.jit
 def _wide(a, b: tl.constexpr):
-    """High and low words of a 32 x 32 bit product; written as one uint64 multiply it becomes one instruction."""
+    """High and low words of a 32 x 32 bit product; a uint64 multiplication compiles to one instruction."""
     product = a.to(tl.uint64) * b
     return (product >> 32).to(tl.uint32), product.to(tl.uint32)
 
@@ -74,7 +74,8 @@ def box_muller(a, b):
 def fast_box_muller(a, b):
     """The same two normals from NVIDIA's approximate units, |dz| <= 1e-3: the fast tier, for CUDA targets only."""
     u = ((a >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 0.999999940395355224609375
-    radius = tl.sqrt(tl.abs(1.3862943611198906 * libdevice.fast_log2f(u)))  # abs: near 1 the sign may be wrong
+    # abs: near u = 1 the approximate logarithm may have the wrong sign.
+    radius = tl.sqrt(tl.abs(1.3862943611198906 * libdevice.fast_log2f(u)))
     angle = ((b >> 8).to(tl.int32).to(tl.float32) - 8388608.0) * 3.7450702829e-07
     return -radius * libdevice.fast_cosf(angle), -radius * libdevice.fast_sinf(angle)
 

@@ -84,7 +84,7 @@ def preconditioned_kernel(
     if tl.load(skip_ptr) != 0:
         return
     counter = counters(counters_ptr)
-    # Read before the first store, after which the compiler would read the table again.
+    # Read before the first store: after one, the compiler would read the table again.
     place0 = address(tile, STATE0, tl.float32)
     place1 = place0
     if RULE == "adam" or RULE == "helene" or RULE == "helene_refresh":

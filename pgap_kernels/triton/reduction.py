@@ -1,7 +1,7 @@
 """sum z(key) T, sum T^2 or sum (T - T0)^2 per tensor, in float64, without atomics.
 
-One program sums a tile and writes its part; a second launch, one program per tensor, sums the parts in their order. The
-result depends on the tensor alone.
+Each program writes the sum of a tile; in a second launch, one program per tensor adds these up in order. The result
+depends on the tensor alone.
 """
 
 import torch
@@ -31,7 +31,7 @@ def reduce_kernel(
     ANCHOR_TYPE: tl.constexpr,
     NOISE: tl.constexpr,
 ):
-    """The part of one tile."""
+    """The sum of one tile."""
     tile = locate(table)
     place = address(tile, IN, TYPE)
     if FORM == "dot":
@@ -52,7 +52,7 @@ def reduce_kernel(
 
 @triton.jit
 def collect_kernel(entries_ptr, parts_ptr, totals_ptr, STEP: tl.constexpr):
-    """The sum of one tensor's parts."""
+    """The sum of one tensor's tiles, in order."""
     t = tl.program_id(0).to(tl.int64)
     entry = entries_ptr + t * FIELDS
     first, count = tl.load(entry + FIRST_TILE), tl.load(entry + TILES)

@@ -1,4 +1,4 @@
-"""How a new weight is made of the old one and rounded to its dtype, as the noise contract has it (docs/noise_v1.md)."""
+"""How a new weight is made from the old one and rounded to its dtype, by the noise contract (docs/noise_v1.md)."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import interpreted
 
-# Triton's interpreter truncates where compiled code rounds to bfloat16; there the same rounding is done on the bits.
+# Triton's interpreter truncates to bfloat16, where compiled code rounds; under it the rounding is done on the bits.
 INTERPRETED = tl.constexpr(interpreted())
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -18,8 +18,8 @@ class Update(NamedTuple):
     """Constants of a kernel that writes weights."""
 
     dtype: tl.dtype
-    decay: bool  # some weight may have one
-    stochastic: bool  # rounding; else to nearest
+    decay: bool  # some weight may have a decay
+    stochastic: bool  # stochastic rounding; else to nearest
 
 
 def update_of(weight: Tensor, decay: Tensor | None, rounding_keys: Tensor | None) -> Update:

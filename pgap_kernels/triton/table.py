@@ -1,7 +1,8 @@
 """The table of a launch over many tensors: a row of int64 columns for each tensor, and the row of each program.
 
 A table is built once for a list of tensors and found again by their addresses, shapes and strides, which are read at
-each call: a tensor that moved is another list. Kernels read the columns with ``tiles.locate`` and ``tiles.address``.
+each call, so a tensor that was moved gets another table. Kernels read the columns with ``tiles.locate`` and
+``tiles.address``.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ ROW_STRIDE = tl.constexpr(6)  # between the logical indices of rows
 TENSOR_ID = tl.constexpr(7)
 FIRST_TILE = tl.constexpr(8)
 TILES_PER_ROW = tl.constexpr(9)  # 0: one row
-ALIGNED = tl.constexpr(10)  # every address and the base begin a whole tile
+ALIGNED = tl.constexpr(10)  # every address, and the base, is at the start of a whole tile
 SCALAR = tl.constexpr(11)  # column of the tables of scalars
 LEADING = tl.constexpr(12)  # strides between rows in memory, of the four addresses
 ROWS = tl.constexpr(16)
 TILES = tl.constexpr(17)
 CORE = tl.constexpr(18)  # low rank: address of C or of its diagonal
 FIRST_ROW = tl.constexpr(19)  # low rank: of the shard in the unsharded matrix
-FIELDS = tl.constexpr(24)  # padded: with 20 the address of a row takes gfx942 more instructions
+FIELDS = tl.constexpr(24)  # padded: with 20, computing a row's address takes more instructions on gfx942
 
 GROUP = tl.constexpr(4096)  # elements of a tile: a group of the noise contract
 
@@ -51,12 +52,12 @@ class Table(NamedTuple):
     programs: int
 
 
-# Mode scratch has a list for every parameter, and for each kind of direction.
+# Mode scratch passes a list of its own for every parameter and kind of direction.
 _tables = Cache(2048)
 
 
 def table_key(*lists: Sequence[Tensor]) -> Hashable:
-    """Whatever a table holds of these tensors: equal keys, equal tables."""
+    """Everything that a table holds of these tensors: equal keys mean equal tables."""
     return tuple(tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors) for tensors in lists)
 
 
@@ -110,7 +111,8 @@ def dense_table(
         out, source: tensors written and read, of the same shapes; ``source`` may be empty.
         tensor_ids, slices: as the ops pass them.
         per_tensor: whether tables of scalars have a column per tensor.
-        extra0, extra1: more tensors of the same shapes; with ``same_shape`` False kernels address ``extra0`` otherwise.
+        extra0, extra1: more tensors of the same shapes; with ``same_shape`` False, ``extra0`` has another shape and
+            kernels address it in their own way.
     """
     lists = [out, source, extra0, extra1]
     key = ("dense", out[0].device, tuple(tensor_ids), tuple(slices), per_tensor, same_shape, table_key(*lists))

@@ -2,7 +2,7 @@
 
 A tile is one group of the noise contract: 1024 counters, four runs of 1024 elements (lanes), each a block
 (BLOCK / 8, 8) of elements, so that a thread's 8 elements are one 128-bit access of a 16-bit weight. Whole tiles of
-aligned tensors are read and written without a mask, which is what lets the compiler do so; the others under one.
+aligned tensors are read and written without a mask, which allows wide accesses; all others under a mask.
 """
 
 from typing import NamedTuple
@@ -58,7 +58,7 @@ def locate(table):
         base += row * tl.load(entry + ROW_STRIDE)
     group = (base >> 12) + tile
     offset, columns = (group << 12) - base, tl.load(entry + COLUMNS)
-    # No sum: the last group ends at 2**63.
+    # Not base + size: the last group ends at 2**63, which would overflow.
     whole = (tl.load(entry + ALIGNED) != 0) & (offset <= columns - GROUP)
     tensor_id, scalar = tl.load(entry + TENSOR_ID).to(tl.uint32), tl.load(entry + SCALAR)
     return Tile(entry, row, group, tensor_id, scalar, offset, columns, whole, offsets())
@@ -74,8 +74,8 @@ def offsets():
 def counters(counters_ptr):
     """The same numbers, read from a table that stays in cache.
 
-    A load is what the compiler places first: the noise computed from it is in the registers where W's 128-bit accesses
-    want it. Computed from ``offsets`` it would go through shared memory to get there.
+    The compiler derives register layouts from loads: noise computed from this load has the layout of W's 128-bit
+    accesses. Noise computed from ``offsets`` would be converted to it through shared memory.
     """
     return tl.load(tl.multiple_of(counters_ptr, 16) + offsets())
 
@@ -105,8 +105,8 @@ def address(tile, FIELD: tl.constexpr, TYPE: tl.constexpr):
 def aligned(place, TYPE: tl.constexpr):
     """The pointer at an address, declared a multiple of 16.
 
-    Without a mask it has to be one. Under a mask that may change from element to element no access is ever widened,
-    and the declaration only gives both branches of a tile one register layout.
+    Without a mask it must be one. Under a mask that may differ between elements no access is widened, so there the
+    declaration does nothing but give both branches of a tile the same register layout.
     """
     return tl.multiple_of(place.to(tl.pointer_type(TYPE)), 16)
 
@@ -128,7 +128,7 @@ def unstack(x):
 
 @triton.jit
 def pick_lane(lane, x0, x1, x2, x3):
-    """One of four lanes, chosen in a loop: work that reads more than W goes lane by lane, or registers run out."""
+    """One of four lanes, chosen in a loop: kernels that read more than W go lane by lane, to save registers."""
     return tl.where(lane < 2, tl.where(lane == 0, x0, x1), tl.where(lane == 2, x2, x3))
 
 
@@ -157,7 +157,7 @@ def store_lane(tile, place, lane, value, TYPE: tl.constexpr):
 
 @triton.jit
 def load_tile(tile, place, TYPE: tl.constexpr):
-    """The tile at an address as float32, stacked; what lies outside the row is 0.
+    """The tile at an address as float32, stacked; elements outside the row are 0.
 
     Both branches convert to float32, so that the compiler does not unpack 16-bit weights twice.
     """

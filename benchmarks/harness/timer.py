@@ -1,16 +1,16 @@
-"""Seconds of a call on a device."""
+"""Seconds of a call on a device, and turns: contenders alternate, so that a slow moment of the machine hits all."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
 Call = Callable[[], object]
-_FLUSH_BYTES = 1 << 29  # beyond any last-level cache
+_FLUSH_BYTES = 1 << 29  # larger than any last-level cache
 
 
 class Seconds(NamedTuple):
@@ -35,7 +35,7 @@ def on_gpu(device: torch.device) -> Timer:
     """A timer by events on the device, with cold caches.
 
     Filling a buffer several times empties the L2 cache and keeps the device busy while the host prepares the call, so
-    that short calls are not timed by their launch.
+    that the launch of a short call is not timed with it.
     """
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
 
@@ -56,6 +56,19 @@ def on_gpu(device: torch.device) -> Timer:
     return timed
 
 
+def turns(counts: Sequence[int], block: int = 1) -> Iterator[tuple[int, range]]:
+    """Whose turn it is, and which of its ``counts`` repeats are due; each round starts with the next contender.
+
+    Args:
+        block: how many repeats make a turn.
+    """
+    for number, first in enumerate(range(0, max(counts, default=0), block)):
+        for place in range(len(counts)):
+            i = (number + place) % len(counts)
+            if first < counts[i]:
+                yield i, range(first, min(first + block, counts[i]))
+
+
 def medians(
     calls: Sequence[Call],
     timer: Timer,
@@ -63,25 +76,19 @@ def medians(
     warmups: int = 1,
     before: Sequence[Call | None] | None = None,
 ) -> list[Seconds]:
-    """Median of each call; they take turns, so that a slow moment hits all of them.
+    """Median of each call, timed in turns.
 
     Args:
-        repeats: turns of all calls, or of each; then a call with a single turn, which is a long one, is not warmed up.
-        before: what to do untimed before each call's turn.
+        repeats: timed turns of all calls, or of each. A call with only one is a long one, and is not warmed up.
+        before: what to do, untimed, before each turn of a call.
     """
-    if isinstance(repeats, int):
-        turns = [(warmups, repeats)] * len(calls)
-    else:
-        turns = [(warmups if count > 1 else 0, count) for count in repeats]
-    preparations = before or [None] * len(calls)
+    counts = [repeats] * len(calls) if isinstance(repeats, int) else list(repeats)
+    warm = [warmups if isinstance(repeats, int) or count > 1 else 0 for count in counts]
     times: list[list[Seconds]] = [[] for _ in calls]
-    for turn in range(-warmups, max(count for _, count in turns)):
-        for own, call, prepare, (warm, count) in zip(times, calls, preparations, turns, strict=True):
-            if not -warm <= turn < count:
-                continue
-            if prepare:
-                prepare()
-            seconds = timer(call)
-            if turn >= 0:
-                own.append(seconds)
+    for i, (turn,) in turns([w + count for w, count in zip(warm, counts, strict=True)]):
+        if before and (prepare := before[i]):
+            prepare()
+        seconds = timer(calls[i])
+        if turn >= warm[i]:
+            times[i].append(seconds)
     return [Seconds(*map(statistics.median, zip(*own, strict=True))) for own in times]

@@ -27,7 +27,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from benchmarks.compiled.disassembly import Code, Instruction
+from tools.compiled.disassembly import Code, Instruction
 
 JUMPS = ("branch", "exit", "return")
 

@@ -54,7 +54,7 @@ def write(file: Path, found: dict, rows: Sequence[dict]) -> None:
 
 
 def line(found: dict) -> str:
-    """The facts to read."""
+    """The facts, to be read."""
     return ", ".join(f"{name} {text(value)}" for name, value in found.items())
 
 

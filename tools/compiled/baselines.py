@@ -1,4 +1,4 @@
-"""Kernels that others' code comes down to, compiled next to ours by benchmarks.compiled. No masks, one tensor."""
+"""Kernels that others' code comes down to, compiled next to ours by tools.compiled. No masks, one tensor."""
 
 import triton
 import triton.language as tl

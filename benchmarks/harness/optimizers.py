@@ -1,18 +1,17 @@
-"""Contenders by mode, and their turns in blocks of steps, so that a slow moment of the machine hits all of them."""
+"""One timed step of an optimizer in a mode."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable
+from typing import Any, Protocol
 
 PARTS = ("forward", "perturb", "refresh")
-# Modes with an option have names of their own.
+# A mode and an option that goes with it, under a name of their own.
 _OPTIONS: dict[str, dict[str, Any]] = {
     "two_pass": {"mode": "inplace", "two_pass": True},
     "folded, window": {"mode": "folded", "merge": "window"},
 }
-T = TypeVar("T")
 
 
 class Optimizer(Protocol):
@@ -26,14 +25,6 @@ class Optimizer(Protocol):
 def mode_options(name: str) -> dict[str, Any]:
     """The options of an optimizer in a mode of that name."""
     return _OPTIONS.get(name, {"mode": name})
-
-
-def blocks(contenders: Sequence[T], steps: int, size: int) -> Iterator[tuple[T, range]]:
-    """Whose turn it is, and with which steps; each round begins with the next contender."""
-    for number, first in enumerate(range(0, steps, size)):
-        turn = number % len(contenders)
-        for contender in (*contenders[turn:], *contenders[:turn]):
-            yield contender, range(first, min(first + size, steps))
 
 
 def timed_step(optimizer: Optimizer, closure: Callable[[], Any]) -> dict[str, float]:

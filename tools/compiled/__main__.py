@@ -1,8 +1,8 @@
 """Static facts of every Triton kernel, compiled ahead of time: no GPU is used, nothing here is a timing.
 
-    python -m benchmarks.compiled                                        every kernel, for sm_80, sm_90 and gfx942
-    python -m benchmarks.compiled --kernel dense --target sm_90 --dtype bf16
-    python -m benchmarks.compiled --json rows.json --listing out/         rows as JSON, the counted paths as text
+    python -m tools.compiled                                        every kernel, for sm_80, sm_90 and gfx942
+    python -m tools.compiled --kernel dense --target sm_90 --dtype bf16
+    python -m tools.compiled --json rows.json --listing out/         rows as JSON, the counted paths as text
 
 slots   issue slots per weight: instructions of the common path (see common_path.py) over the weights of one thread.
         Kernels that loop over draws are counted at one draw; loops over tiles at the tiles of a 4096 x 4096 matrix.
@@ -29,8 +29,8 @@ import json
 import os
 from pathlib import Path
 
-from benchmarks.compiled.cases import BYTES, all_cases
-from benchmarks.compiled.measure import TARGETS, rows
+from tools.compiled.cases import BYTES, all_cases
+from tools.compiled.measure import TARGETS, rows
 
 
 def line(row: dict) -> str:
@@ -55,7 +55,7 @@ HEADER = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.compiled", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tools.compiled", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     cases = all_cases()
     kernels = list(dict.fromkeys(case.kernel for case in cases))

@@ -1,4 +1,4 @@
-"""What benchmarks.compiled compiles: every op of the Triton backend in its main configurations, and others' kernels.
+"""What tools.compiled compiles: every op of the Triton backend in its main configurations, and others' kernels.
 
 A case is a call of the public op on one 4096 x 4096 matrix; which kernel that launches, and how, the op says itself
 (launches.py). Kernels that run beside a pass and do not touch weights have read = written = 0.
@@ -13,8 +13,6 @@ from functools import partial
 import torch
 import triton
 
-from benchmarks.compiled import baselines, inductor
-from benchmarks.compiled.launches import Launch, recorded
 from pgap_kernels import (
     AdamRule,
     HELENERule,
@@ -33,6 +31,8 @@ from pgap_kernels import (
 )
 from pgap_kernels.triton import launch
 from pgap_kernels.triton.config import forward_config
+from tools.compiled import baselines, inductor
+from tools.compiled.launches import Launch, recorded
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}

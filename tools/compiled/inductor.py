@@ -1,6 +1,6 @@
 """The Triton kernel that torch.compile makes of MeZO's perturbation, taken from inductor without a GPU.
 
-    python -m benchmarks.compiled.inductor [--dtype bf16]                 print its source
+    python -m tools.compiled.inductor [--dtype bf16]                 print its source
 
 While it generates code, inductor asks the device for nothing but its properties; it is told those of an H100. It gets
 the graph of ``w.add_(torch.randn_like(w) * eps)`` as the compiler's front end would leave it, writes its source and is

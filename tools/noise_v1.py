@@ -1,8 +1,8 @@
-"""The evidence behind docs/noise_v1.md: error of the exact transform.
+"""The evidence behind docs/noise_v1.md: the error of the exact transform against float64.
 
-    python -m benchmarks.noise_v1 error [--angles 1024]     every u with some angles, every angle with some u
+    python -m tools.noise_v1 [--angles 1024]     every u with some angles, every angle with some u
 
-Slots of compiled code are counted by benchmarks.compiled, CPU time is measured by benchmarks.kernels.
+The other evidence: tools.compiled counts slots of compiled code, benchmarks.kernels measures CPU time.
 """
 
 from __future__ import annotations
@@ -31,22 +31,9 @@ def error(angles: int) -> list[dict]:
     some = [i * ((1 << 24) // angles | 1) % (1 << 24) for i in range(angles)]
     some += [0, 1, (1 << 22) - 1, 1 << 22, (1 << 23) - 1, 1 << 23, (3 << 22) - 1, 3 << 22, (1 << 24) - 1]
     rows = [_worst("every u", ((_int32(k << 9), _int32(torch.full_like(k, t << 8)), radius, t) for t in some))]
-    few = [
-        0,
-        1,
-        5,
-        1 << 10,
-        1 << 16,
-        1 << 20,
-        3 << 20,
-        1 << 22,
-        5 << 20,
-        6 << 20,
-        7 << 20,
-        (1 << 23) - 2,
-        (1 << 23) - 1,
-    ]
     every = _int32(angle << 8)
+    few = [0, 1, 5, 1 << 10, 1 << 16, 1 << 20, 3 << 20, 1 << 22, 5 << 20, 6 << 20, 7 << 20]
+    few += [(1 << 23) - 2, (1 << 23) - 1]
     rows.append(_worst("every angle", ((_int32(torch.full_like(angle, u << 9)), every, radius[u], angle) for u in few)))
     return rows
 
@@ -70,9 +57,9 @@ def _worst(name: str, sweeps) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("error",), help="the sweep against float64")
-    parser.add_argument("--angles", type=int, default=1024, help="angles of the error sweep")
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m tools.noise_v1", description=__doc__, formatter_class=shape)
+    parser.add_argument("--angles", type=int, default=1024, help="with which every u is tried; default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print rows as JSON")
     args = parser.parse_args()
     rows = error(args.angles)

@@ -12,10 +12,10 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 
-from benchmarks.compiled import disassembly
-from benchmarks.compiled.cases import SIDE, Case, all_cases
-from benchmarks.compiled.common_path import Work, common_path
-from benchmarks.compiled.launches import compile_for
+from tools.compiled import disassembly
+from tools.compiled.cases import SIDE, Case, all_cases
+from tools.compiled.common_path import Work, common_path
+from tools.compiled.launches import compile_for
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -1,1 +1,0 @@
-"""What Triton kernels compile to; ``python -m benchmarks.compiled``."""

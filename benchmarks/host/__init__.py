@@ -1,0 +1,1 @@
+"""Seconds that a step takes outside of kernels; ``python -m benchmarks.host``."""

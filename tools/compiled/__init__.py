@@ -1,0 +1,1 @@
+"""What Triton kernels compile to; ``python -m tools.compiled``."""
