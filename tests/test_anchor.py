@@ -5,10 +5,10 @@ from fractions import Fraction
 
 import pytest
 import torch
-from cases import IDS, ROUNDINGS, anchor_arguments, anchored, flat, per_tensor, run, storage
-from exact import round32, scalar32
-from helpers import DTYPES, assert_same_bits, clones, ops, serving, weights
-from refusals import refused
+from support.cases import IDS, ROUNDINGS, anchor_arguments, anchored, flat, per_tensor, run, storage
+from support.exact import round32, scalar32
+from support.helpers import DTYPES, assert_all_same, assert_same_bits, clones, ops, serving, weights
+from support.refusals import refused
 
 from pgap_kernels import reference
 
@@ -16,11 +16,6 @@ BACKENDS = ("reference", "cpu")
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 STOCHASTIC = ROUNDINGS["stochastic"]
 TABLE = torch.ops.pgap_kernels
-
-
-def assert_all_same(got, want):
-    for g, w in zip(got, want, strict=True):
-        assert_same_bits(g, w)
 
 
 # ---- the formula ---------------------------------------------------------------------------------------------------

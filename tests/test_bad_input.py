@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import bits
-from refusals import refused
+from support.helpers import bits
+from support.refusals import refused
 
 import pgap_kernels
 from pgap_kernels import backends, ops, use_backend

@@ -7,8 +7,8 @@ from fractions import Fraction
 
 import pytest
 import torch
-from exact import exact_dense, round32
-from helpers import DTYPES, assert_same_bits, clones, ops, poison, serving, weights
+from support.exact import exact_dense, round32
+from support.helpers import DTYPES, assert_all_same, assert_same_bits, clones, ops, poison, serving, weights
 
 from pgap_kernels import noise, reference
 
@@ -29,11 +29,6 @@ def perturbed(tensors, draws, ids=None, **options):
     tensors = clones(tensors)
     ops.dense_perturb_(tensors, draws, tensor_ids=IDS[: len(tensors)] if ids is None else ids, **options)
     return tensors
-
-
-def assert_all_same(got, want):
-    for g, w in zip(got, want, strict=True):
-        assert_same_bits(g, w)
 
 
 # ---- the formula ---------------------------------------------------------------------------------------------------

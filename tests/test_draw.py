@@ -11,13 +11,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import isa_digests
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same_bits, ops, poison
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import isa_digests
+from support.helpers import assert_same_bits, ops, poison
 
 from pgap_kernels import cpu, noise, reference
 
@@ -251,8 +251,8 @@ ISAS = ("generic", "neon") if ARM else X86
 @functools.cache
 def run_isa(isa: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PGAP_ISA": isa, "OMP_NUM_THREADS": "1"}
-    script = str(TESTS / "isa_digests.py")
-    return subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "support.isa_digests"]
+    return subprocess.run(command, env=environment, cwd=TESTS, capture_output=True, text=True, timeout=300)
 
 
 def isa_result(isa: str) -> dict:

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 import torch
-from helpers import DTYPES, assert_same_bits, clones, ops, serving, weights
-from refusals import refused
+from support.helpers import DTYPES, assert_same_bits, clones, ops, serving, weights
+from support.refusals import refused
 
 from benchmarks import forward
 from pgap_kernels.ops.forward import add_lowrank_

@@ -6,10 +6,10 @@ import functools
 import itertools
 import math
 
-import gpu
 import pytest
 import torch
-from cases import (
+from support import gpu
+from support.cases import (
     COEFFICIENTS,
     DECAYS,
     DISTRIBUTIONS,
@@ -27,9 +27,9 @@ from cases import (
     reduced,
     run,
 )
-from gpu import moved, run_there
-from helpers import DTYPES, assert_same_bits, ops, poison, serving, weights
-from test_reduction import products
+from support.gpu import moved, run_there
+from support.helpers import DTYPES, assert_all_same, assert_same_bits, ops, poison, serving, weights
+from support.sums import magnitudes
 
 from pgap_kernels import backends, noise
 
@@ -39,11 +39,6 @@ DRAWS = list(zip(KEYS, COEFFICIENTS, strict=True))
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 TABLE = torch.ops.pgap_kernels
 GIB = 1 << 30
-
-
-def assert_all_same(got, want):
-    for g, w in zip(got, want, strict=True):
-        assert_same_bits(g, w)
 
 
 # ---- calls that no other file has as cases ---------------------------------------------------------------------------
@@ -222,8 +217,7 @@ def test_zeros_of_the_host_keep_their_signs():
 @pytest.mark.parametrize("name", reduced)
 def test_sums_agree_with_the_reference_on_the_cpu(name):
     (got,), (want,) = run_there(reduced[name]), run(reduced[name], "reference")
-    scale = torch.tensor([math.fsum(abs(terms)) for terms in products(reduced[name].build())])
-    assert got.dtype == torch.float64 and ((got - want).abs() <= 1e-12 * scale).all()
+    assert got.dtype == torch.float64 and ((got - want).abs() <= 1e-12 * magnitudes(reduced[name].build())).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 
-import gpu
 import pytest
 import torch
-from bounds import Bounded, known
-from gpu import moved
-from helpers import DTYPES, assert_same_bits, ops, weights
+from support import gpu
+from support.bounds import Bounded, known
+from support.gpu import moved
+from support.helpers import DTYPES, assert_same_bits, ops, weights
 
 pytestmark = gpu.marks
 

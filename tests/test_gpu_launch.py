@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import math
 
-import gpu
-import gpu_calls
 import pytest
 import torch
-from gpu import moved
-from gpu_calls import IDS, WRITING, Call
-from helpers import assert_same_bits, clones, weights
+from support import gpu, gpu_calls
+from support.gpu import moved
+from support.gpu_calls import IDS, WRITING, Call
+from support.helpers import assert_same_bits, clones, weights
 from support.methods import SMALL_PGAP
 from support.models import INPUTS, LABELS, classifier
 from torch.func import functional_call

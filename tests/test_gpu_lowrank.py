@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import gpu
 import pytest
 import torch
-from bounds import Bounded, known, scalar
-from gpu import moved
-from helpers import DTYPES, assert_same_bits, ops, poison, weights
+from support import gpu
+from support.bounds import Bounded, known, scalar
+from support.gpu import moved
+from support.helpers import DTYPES, assert_all_same, assert_same_bits, ops, poison, weights
 
 from pgap_kernels import noise, reference
 
@@ -22,11 +22,6 @@ LEFT, RIGHT, CORE, SIGN = (
     noise.derive(4, 1, role) for role in (noise.Role.LEFT, noise.Role.RIGHT, noise.Role.CORE, noise.Role.SIGN)
 )
 ROUNDING = {"rounding": "stochastic", "rounding_key": noise.derive(4, 1, noise.Role.ROUNDING)}
-
-
-def assert_all_same(got, want):
-    for g, w in zip(got, want, strict=True):
-        assert_same_bits(g, w)
 
 
 def shapes_of(rank: int) -> list[tuple[int, int]]:

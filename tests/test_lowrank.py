@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import DTYPES, assert_same_bits, clones, ops, poison, serving, weights
+from support.helpers import DTYPES, assert_all_same, assert_same_bits, clones, ops, poison, serving, weights
 
 from pgap_kernels import noise, reference
 
@@ -52,11 +52,6 @@ def perturbed(tensors, left, right, **options):
     tensors = clones(tensors)
     ops.lowrank_perturb_(tensors, left, right, **{"tensor_ids": IDS[: len(tensors)], **options})
     return tensors
-
-
-def assert_all_same(got, want):
-    for g, w in zip(got, want, strict=True):
-        assert_same_bits(g, w)
 
 
 # ---- accuracy ------------------------------------------------------------------------------------------------------

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from cases import IDS, KEYS, MASK_KEY, MASKS, ROUNDINGS, masked, masked_arguments, per_tensor, run
-from exact import exact_dense
-from helpers import DTYPES, assert_same_bits, clones, ops, poison, serving, weights
-from refusals import refused
+from support.cases import IDS, KEYS, MASK_KEY, MASKS, ROUNDINGS, masked, masked_arguments, per_tensor, run
+from support.exact import exact_dense
+from support.helpers import DTYPES, assert_all_same, assert_same_bits, clones, ops, poison, serving, weights
+from support.refusals import refused
 
 from pgap_kernels import noise
 
@@ -22,11 +22,6 @@ def perturbed(tensors, draws, ids=None, **options):
     tensors = clones(tensors)
     ops.masked_perturb_(tensors, draws, tensor_ids=IDS[: len(tensors)] if ids is None else ids, **options)
     return tensors
-
-
-def assert_all_same(got, want):
-    for g, w in zip(got, want, strict=True):
-        assert_same_bits(g, w)
 
 
 def word(index: int, ident: int, key: int) -> int:

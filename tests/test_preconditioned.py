@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from bounds import Bounded, known, scalar
-from cases import (
+from support.bounds import Bounded, known, scalar
+from support.cases import (
     IDS,
     KEYS,
     ROUNDINGS,
@@ -20,17 +20,12 @@ from cases import (
     storage,
     update_arguments,
 )
-from helpers import DTYPES, assert_same_bits, clones, ops, poison, serving, weights
-from refusals import refused
+from support.helpers import DTYPES, assert_all_same, assert_same_bits, clones, ops, poison, serving, weights
+from support.refusals import refused
 from torch.utils._pytree import tree_map_only
 
 BACKENDS = ("reference", "cpu")
 TABLE = torch.ops.pgap_kernels
-
-
-def assert_all_same(got, want):
-    for g, w in zip(got, want, strict=True):
-        assert_same_bits(g, w)
 
 
 def draw_counts(rule: str) -> tuple[int, ...]:

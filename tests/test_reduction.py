@@ -4,38 +4,14 @@ import itertools
 import math
 from fractions import Fraction
 
-import numpy as np
 import pytest
 import torch
-from cases import IDS, KEYS, dot_arguments, norm_arguments, reduced, run
-from helpers import DTYPES, clones, ops, serving, weights
+from support.cases import IDS, KEYS, dot_arguments, norm_arguments, reduced, run
+from support.helpers import DTYPES, clones, ops, serving, weights
+from support.sums import magnitudes, products
 
 BACKENDS = ("reference", "cpu")
 TABLE = torch.ops.pgap_kernels
-
-
-def products(case_arguments: dict) -> list[np.ndarray]:
-    """The float64 products that each tensor's sum is of; products of two float32 are exact in float64."""
-    result = []
-    for t, tensor in enumerate(case_arguments["tensors"]):
-        x = tensor.contiguous().float()
-        if "anchors" in case_arguments:
-            x = x - case_arguments["anchors"][t].float()
-        other = x
-        if "key" in case_arguments:
-            base, row_stride = case_arguments.get("slices", [(0, max(x.numel(), 1))] * (t + 1))[t]
-            rows = x.shape[0] if x.dim() > 1 and "slices" in case_arguments else 1
-            options = {"distribution": case_arguments["distribution"], "backend": "reference"}
-            ident = case_arguments["tensor_ids"][t]
-            drawn = [
-                ops.draw(
-                    x.numel() // max(rows, 1), case_arguments["key"], ident, offset=base + i * row_stride, **options
-                )
-                for i in range(rows)
-            ]
-            other = torch.cat([*drawn, torch.zeros(0)]).view(x.shape)
-        result.append((x.double() * other.double()).flatten().numpy())
-    return result
 
 
 # ---- the sums ------------------------------------------------------------------------------------------------------
@@ -55,8 +31,7 @@ def test_sums_are_exact_to_rounding(backend, name):
 @pytest.mark.parametrize("name", reduced)
 def test_cpu_agrees_with_the_reference(name):
     (got,), (want,) = (run(reduced[name], b) for b in ("cpu", "reference"))
-    scale = torch.tensor([math.fsum(abs(terms)) for terms in products(reduced[name].build())])
-    assert ((got - want).abs() <= 1e-12 * scale).all()
+    assert ((got - want).abs() <= 1e-12 * magnitudes(reduced[name].build())).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

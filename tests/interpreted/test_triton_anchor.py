@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from agreement import SHAPES, agree, assert_all_same
-from cases import LAYOUTS, Case, anchor_arguments
-from helpers import DTYPES, ops
+from support.agreement import SHAPES, agree
+from support.cases import LAYOUTS, Case, anchor_arguments
+from support.helpers import DTYPES, assert_all_same, ops
 
 # (weights, anchors): anchors are float32 or the weights' own dtype.
 PAIRS = [(dtype, anchors) for dtype in DTYPES for anchors in dict.fromkeys([torch.float32, dtype])]

@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-from agreement import SHAPES, agree, assert_all_same, dense
-from cases import COEFFICIENTS, DISTRIBUTIONS, IDS, KEYS, LAYOUTS, ROUNDINGS, per_tensor
-from helpers import DTYPES, assert_same_bits, clones, ops, poison, serving, weights
+from support.agreement import SHAPES, agree, dense
+from support.cases import COEFFICIENTS, DISTRIBUTIONS, IDS, KEYS, LAYOUTS, ROUNDINGS, per_tensor
+from support.helpers import DTYPES, assert_all_same, assert_same_bits, clones, ops, poison, serving, weights
 
 from pgap_kernels import noise
 

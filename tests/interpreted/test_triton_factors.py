@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from agreement import assert_all_same
-from helpers import assert_same_bits, ops, weights
-from lowrank_calls import CORE, IDS, LEFT, RIGHT, SHAPES, WIDE, perturbed, stored
+from support.helpers import assert_all_same, assert_same_bits, ops, weights
+from support.lowrank_calls import CORE, IDS, LEFT, RIGHT, SHAPES, WIDE, perturbed, stored
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 

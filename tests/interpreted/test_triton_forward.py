@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import DTYPES, assert_same_bits, ops, weights
+from support.helpers import DTYPES, assert_same_bits, ops, weights
 
 from pgap_kernels import reference
 from pgap_kernels.triton import forward

@@ -4,9 +4,8 @@ import gc
 
 import pytest
 import torch
-from agreement import assert_all_same
-from cases import IDS, KEYS, update_arguments
-from helpers import assert_same_bits, clones, ops, poison, weights
+from support.cases import IDS, KEYS, update_arguments
+from support.helpers import assert_all_same, assert_same_bits, clones, ops, poison, weights
 
 from pgap_kernels import use_backend
 from pgap_kernels.triton import cache, launch, table

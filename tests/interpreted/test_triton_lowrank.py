@@ -4,9 +4,8 @@ import math
 
 import pytest
 import torch
-from agreement import assert_all_same
-from helpers import DTYPES, assert_same_bits, weights
-from lowrank_calls import SHAPES, STOCHASTIC, WIDE, agreeing, at_most_twice, perturbed, stored
+from support.helpers import DTYPES, assert_all_same, assert_same_bits, weights
+from support.lowrank_calls import SHAPES, STOCHASTIC, WIDE, agreeing, at_most_twice, perturbed, stored
 
 from pgap_kernels.triton import lowrank, rounding
 from pgap_kernels.triton.config import lowrank_config

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from agreement import SHAPES, agree, assert_all_same
-from cases import DISTRIBUTIONS, IDS, KEYS, LAYOUTS, MASK_KEY, MASKS, ROUNDINGS, Case, masked_arguments
-from helpers import DTYPES, assert_same_bits, clones, ops, weights
+from support.agreement import SHAPES, agree
+from support.cases import DISTRIBUTIONS, IDS, KEYS, LAYOUTS, MASK_KEY, MASKS, ROUNDINGS, Case, masked_arguments
+from support.helpers import DTYPES, assert_all_same, assert_same_bits, clones, ops, weights
 
 STOCHASTIC = ROUNDINGS["stochastic"]
 DRAWS = [(KEYS[0], 1e-1), (KEYS[1], -0.37)]

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from agreement import SHAPES, agree, assert_all_same
-from cases import DISTRIBUTIONS, IDS, KEYS, LAYOUTS, ROUNDINGS, RULES, Case, perturb_arguments, update_arguments
-from helpers import DTYPES, clones, ops
+from support.agreement import SHAPES, agree
+from support.cases import DISTRIBUTIONS, IDS, KEYS, LAYOUTS, ROUNDINGS, RULES, Case, perturb_arguments, update_arguments
+from support.helpers import DTYPES, assert_all_same, clones, ops
 
 STOCHASTIC = ROUNDINGS["stochastic"]
 

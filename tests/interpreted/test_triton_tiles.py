@@ -6,9 +6,9 @@ import random
 
 import pytest
 import torch
-from agreement import agree, assert_all_same, dense
-from cases import COEFFICIENTS, DISTRIBUTIONS, IDS, KEYS, ROUNDINGS
-from helpers import DTYPES, assert_same_bits, clones, ops, weights
+from support.agreement import agree, dense
+from support.cases import COEFFICIENTS, DISTRIBUTIONS, IDS, KEYS, ROUNDINGS
+from support.helpers import DTYPES, assert_all_same, assert_same_bits, clones, ops, weights
 
 from pgap_kernels.triton import anchor, launch, lowrank, preconditioned
 from pgap_kernels.triton import dense as dense_family

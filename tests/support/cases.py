@@ -13,10 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from helpers import DTYPES, ops, weights
 from torch import Tensor
 
 from pgap_kernels import noise
+
+from .helpers import DTYPES, ops, weights
 
 SHAPES = [(), (0,), (0, 4), (1,), (31,), (4095,), (4097,), (11, 397), (3, 5, 2, 2)]
 IDS = [noise.tensor_id(f"w{i}") for i in range(len(SHAPES))]

@@ -1,15 +1,16 @@
-"""Digests of a fixed set of draws and passes; run as a script, once per PGAP_ISA, it prints them as JSON."""
+"""Digests of a fixed set of draws and passes; run as a module, once per PGAP_ISA, it prints them as JSON."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 
-import cases
 import torch
-from helpers import DTYPES, ops, poison, weights
 
 from pgap_kernels import reference
+
+from . import cases
+from .helpers import DTYPES, ops, poison, weights
 
 SHAPES = [(0,), (), (31,), (1023,), (1025,), (4097,), (37, 129), (3, 5, 7, 2), (9001,)]
 IDS = list(range(7, 7 + len(SHAPES)))

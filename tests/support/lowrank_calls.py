@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from agreement import assert_all_same
-from helpers import clones, ops
 
 from pgap_kernels import noise
+
+from .helpers import assert_all_same, clones, ops
 
 LEFT, RIGHT, CORE = (noise.derive(4, 1, role) for role in (noise.Role.LEFT, noise.Role.RIGHT, noise.Role.CORE))
 STOCHASTIC = {"rounding": "stochastic", "rounding_key": noise.derive(4, 1, noise.Role.ROUNDING)}

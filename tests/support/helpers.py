@@ -33,6 +33,12 @@ def assert_same_bits(got: Tensor, want: Tensor) -> None:
         )
 
 
+def assert_all_same(got: list[Tensor], want: list[Tensor]) -> None:
+    """Lists of tensors with the same bits."""
+    for g, w in zip(got, want, strict=True):
+        assert_same_bits(g, w)
+
+
 def weights(shapes, dtype=torch.float32, seed: int = 0, scale: float = 1.0) -> list[Tensor]:
     """Random tensors of those shapes."""
     generator = torch.Generator().manual_seed(seed)
