@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 
 import numpy as np
 import torch
 
-from .helpers import ops
+from .cases import DISTRIBUTIONS, LAYOUTS, Case, dot_arguments, norm_arguments
+from .helpers import DTYPES, ops
 
 
 def products(arguments: dict) -> list[np.ndarray]:
@@ -33,3 +36,17 @@ def products(arguments: dict) -> list[np.ndarray]:
 def magnitudes(arguments: dict) -> torch.Tensor:
     """Each tensor's sum of the magnitudes of its products."""
     return torch.tensor([math.fsum(abs(terms)) for terms in products(arguments)], dtype=torch.float64)
+
+
+def _reduced() -> dict[str, Case]:
+    cases = {}
+    for i, (dtype, layout) in enumerate(itertools.product(DTYPES, LAYOUTS)):
+        build = functools.partial(dot_arguments, dtype, DISTRIBUTIONS[(i + i // 4) % 2], layout)
+        cases[f"dot {dtype} {layout}"] = Case("seeded_dot", build)
+    for dtype, anchors in itertools.product(DTYPES, (None, torch.float32, "own")):
+        build = functools.partial(norm_arguments, dtype, anchors, "strided" if anchors else "plain")
+        cases[f"norm {dtype} {anchors}"] = Case("squared_norms", build)
+    return cases
+
+
+REDUCED = _reduced()  # of random numbers, whose sums are rounded
