@@ -261,7 +261,10 @@ def isa_result(isa: str) -> dict:
     return result
 
 
-@pytest.mark.parametrize("isa", ISAS[1:])
+# By default the one that is used here; the older ones are slow.
+@pytest.mark.parametrize(
+    "isa", [pytest.param(isa, marks=[] if isa == cpu.isa()[1] else pytest.mark.slow) for isa in ISAS[1:]]
+)
 def test_instruction_sets_agree(isa):
     best = cpu.isa()[1]
     if ISAS.index(isa) > ISAS.index(best):

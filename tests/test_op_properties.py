@@ -64,8 +64,7 @@ SPECIAL = [math.inf, -math.inf, math.nan, 0.0, -0.0, 6e-8, 1e-40, -1e-45, 65504.
 
 
 @pytest.mark.parametrize("backend", OTHERS)
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "rounding"), [*zip(DTYPES, ["nearest", "stochastic", "nearest"], strict=True)])
 @rows(lambda row: row.elementwise and {"dtype", "rounding"} <= set(row.heeds))
 def test_special_values(row, dtype, rounding, backend):
     """Infinities, NaN, both zeros, subnormal numbers, overflow; in weights, states, anchors and masks' weights."""

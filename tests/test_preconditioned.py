@@ -1,5 +1,6 @@
 """preconditioned_update_ and preconditioned_perturb_: the rules in float64, cpu = reference, states, refusals."""
 
+import itertools
 import math
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from support.bounds import Bounded, known, scalar
 from support.cases import (
+    DISTRIBUTIONS,
     IDS,
     KEYS,
     ROUNDINGS,
@@ -22,10 +24,6 @@ from torch.utils._pytree import tree_map_only
 
 BACKENDS = ("reference", "cpu")
 TABLE = torch.ops.pgap_kernels
-
-
-def draw_counts(rule: str) -> tuple[int, ...]:
-    return (1,) if rule == "hizoo" else (1, 2, 3)
 
 
 def own(value, t: int) -> float:
@@ -83,12 +81,19 @@ def noises(arguments: dict, t: int) -> list[Bounded]:
 FORMULA_SHAPES = [(1,), (31,), (37, 129), (4097,)]
 
 
-@pytest.mark.parametrize("rounding", ROUNDINGS)
-@pytest.mark.parametrize("distribution", ["normal", "rademacher"])
-@pytest.mark.parametrize(("rule", "draws"), [(rule, n) for rule in RULES for n in draw_counts(rule)])
-@pytest.mark.parametrize("dtype", DTYPES)
+def forms() -> list[tuple]:
+    """Every rule in every dtype, and with every number of draws. The rest acts before or after the rule and takes
+    turns: the distribution on z, the rounding on W."""
+    result = []
+    for (i, rule), (j, dtype) in itertools.product(enumerate(RULES), enumerate(DTYPES)):
+        draws = 1 if rule == "hizoo" else (1, 2, 3)[(i + j) % 3]
+        result.append((rule, dtype, draws, DISTRIBUTIONS[(i + j) % 2], [*ROUNDINGS][(i + j // 2) % 2]))
+    return result
+
+
+@pytest.mark.parametrize(("rule", "dtype", "draws", "distribution", "rounding"), forms(), ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_rules_in_float64(backend, dtype, rule, draws, distribution, rounding):
+def test_rules_in_float64(backend, rule, dtype, draws, distribution, rounding):
     """Within the running error bound of the plain formula in float32, weights and states."""
     decay = per_tensor([0.0, 0.1], len(FORMULA_SHAPES))
     options = {"decay": decay, "shapes": FORMULA_SHAPES, "distribution": distribution, "rounding": rounding}

@@ -6,7 +6,8 @@ Ops:
     cases           calls of every op, a row for each family, built anew for every backend
     sums            the products that reductions sum
     refusals        calls that must be refused
-    agreement, lowrank_calls    calls for Triton's interpreter
+    interpreter     whether Triton's interpreter is on, and a repair of it
+    agreement, lowrank_calls    calls for it
     gpu, gpu_calls  the device, and calls whose scalars live on it
     isa_digests     digests of what an instruction set computes; run as a module
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +12,11 @@ from torch import Tensor
 import pgap_kernels
 from pgap_kernels import use_backend
 
+from . import interpreter
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Who serves CPU tensors: under Triton's interpreter its kernels are compared with the reference.
-BACKENDS = ("reference", "triton") if os.environ.get("TRITON_INTERPRET") == "1" else ("reference", "cpu")
+BACKENDS = ("reference", "triton" if interpreter.ON else "cpu")
 
 
 def bits(tensor: Tensor) -> Tensor:
