@@ -12,8 +12,8 @@ import torch
 
 pytest.importorskip("transformers")
 
-from finetune_tiny import csv_file, tiny_model
 from rich.console import Console
+from support.finetune_tiny import csv_file, tiny_model
 
 from pgap_kernels.finetune import Config, UserError, data, fetch, job, models, report, run
 from pgap_kernels.finetune.baseline import BaselineMeZO, BaselinePGAP, aligned_core

@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from bounds import Bounded
 from torch import Tensor, nn
 
 from pgap_kernels.optim import ZOOptimizer
 from pgap_kernels.perturbation.residual import joined
 
+from .bounds import Bounded
 from .counted import Counted, known, total
 from .methods import Row, Step, Weights, is_exact, matrices, options_of
 from .models import Layers, Losses, Words, layer, loss_at, snapshot

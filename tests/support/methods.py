@@ -13,7 +13,6 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from bounds import UNIT
 from naive import dizo, helene, lozo_m, mezo, pgap, pizo
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from pgap_kernels.optim.lozo_m import LOZOM
 from pgap_kernels.optim.pizo import PIZO
 from pgap_kernels.subspace import gradient_basis
 
+from .bounds import UNIT
 from .counted import Counted, known, total
 
 Weights = dict[str, Counted]
