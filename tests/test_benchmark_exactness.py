@@ -143,7 +143,7 @@ def test_directions_have_an_rms_of_1():
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     pytest.importorskip("transformers")
-    from finetune_tiny import csv_file, tiny_model
+    from support.finetune_tiny import csv_file, tiny_model
 
     from benchmarks.exactness import smollm2
     from pgap_kernels.finetune import Config

@@ -6,8 +6,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks.compiled.common_path import CommonPath, Work, common_path
-from benchmarks.compiled.disassembly import parse_amdgcn, parse_sass, reading
+from tools.compiled.common_path import CommonPath, Work, common_path
+from tools.compiled.disassembly import parse_amdgcn, parse_sass, reading
 
 # ---- the path, NVIDIA -----------------------------------------------------------------------------------------------
 

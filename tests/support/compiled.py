@@ -1,4 +1,4 @@
-"""Which kernels the tests of compiled code have ``benchmarks.compiled`` compile."""
+"""Which kernels the tests of compiled code have ``tools.compiled`` compile."""
 
 FAMILIES = ["dense", "preconditioned", "anchor", "reduce", "low rank", "factor product", "forward"]
 FLOAT32 = ["assemble", "guard"]  # kernels of float32 alone
