@@ -33,7 +33,6 @@ NOT_COPIED = (".*", "build", "runs", "__pycache__", "*.egg-info")
 LIBRARY = "pgap_kernels/_C.abi3.so"
 BUILD = "build/mutants"
 PATIENCE = 1800  # seconds for the tests of one fault; a fault may make them wait for ever
-INTERPRETED = "tests/interpreted/"  # these need Triton's interpreter from the start
 
 
 class Fault(NamedTuple):
@@ -56,18 +55,25 @@ class Fault(NamedTuple):
         """Whether the extension has to be built again."""
         return self.file.startswith("csrc/")
 
+    @property
+    def is_interpreted(self) -> bool:
+        """Whether its tests need Triton's interpreter, from the start of their process."""
+        return self.file.startswith(f"{TRITON}/")
+
 
 def faults(file: str, tests: Sequence[str], *rows: tuple[str, str, str, str]) -> list[Fault]:
     """Faults of one file: (name, before, after, k) of each."""
     return [Fault(name, file, before, after, tuple(tests), k) for name, before, after, k in rows]
 
 
+PACKAGE, REFERENCE, TRITON = "pgap_kernels", "pgap_kernels/reference", "pgap_kernels/triton"
+
 PROPERTIES = "tests/test_op_properties.py"
 DENSE = ("tests/test_dense.py", PROPERTIES)
 MASKED = ("tests/test_masked.py", PROPERTIES)
 PRECONDITIONED = ("tests/test_preconditioned.py", PROPERTIES)
 ANCHOR = ("tests/test_anchor.py", PROPERTIES)
-REDUCTION = ("tests/test_reduction.py", PROPERTIES)
+REDUCTION = ("tests/test_reduction.py",)
 LOWRANK = ("tests/test_lowrank.py", PROPERTIES)
 FORWARD = ("tests/test_forward.py", PROPERTIES)
 DRAW = ("tests/test_draw.py",)
@@ -75,15 +81,14 @@ DIRECTIONS = ("tests/test_directions.py",)
 METHODS = ("tests/test_modes.py",)
 STATE = ("tests/test_mode_state.py", "tests/test_optim_state.py")
 UNUSUAL = ("tests/test_faults.py", "tests/faults/test_*.py")
-BROKEN_OFF = ("tests/test_mode_faults.py", "tests/test_optim_faults.py", "tests/faults/test_*.py")
+PADDING = (*DIRECTIONS, "tests/faults/test_padding.py")
+BROKEN_OFF = ("tests/test_mode_faults.py", "tests/test_optim_faults.py")
 FINETUNE = ("tests/test_finetune.py",)
 
 
-def interpreted(family: str) -> tuple[str, ...]:
-    return (f"{INTERPRETED}test_triton_{family}.py",)
+def interpreted(family: str, *others: str) -> tuple[str, ...]:
+    return f"tests/interpreted/test_triton_{family}.py", *others
 
-
-PACKAGE, REFERENCE, TRITON = "pgap_kernels", "pgap_kernels/reference", "pgap_kernels/triton"
 
 # fmt: off
 FAULTS = [
@@ -109,22 +114,23 @@ FAULTS = [
         ("rounding-key-of-the-first-stage", "rounding_keys[stage]", "rounding_keys[0]", "stages"),
         ("decay-of-the-first-stage", "delta, d[stage])", "delta, d[0])", "stages")),
     *faults(f"{REFERENCE}/dense.py", MASKED,
-        ("mask-begins-anew", "done += count", "pass", "reference or shards")),
+        ("mask-begins-anew", "done += count", "pass", "masked and (reference or shards)")),
     *faults(f"{REFERENCE}/preconditioned.py", PRECONDITIONED,
-        ("restored-by-the-new-curvature", "b / _sqrt(h)), [new]", "b / _sqrt(new)), [new]", "hizoo or reference")),
+        ("restored-by-the-new-curvature", "b / _sqrt(h)), [new]", "b / _sqrt(new)), [new]", "hizoo")),
     *faults(f"{REFERENCE}/anchor.py", ANCHOR,
-        ("anchor-rounds-twice", "fma(c, distance, origin)", "c * distance + origin", "formula or reference")),
+        ("anchor-rounds-twice", "fma(c, distance, origin)", "c * distance + origin", "formula")),
     *faults(f"{REFERENCE}/reduction.py", REDUCTION,
-        ("sum-of-the-last-run", "totals[t] += x", "totals[t] = x", "reference or exact")),
+        ("sum-of-the-last-run", "totals[t] += x", "totals[t] = x", "exact")),
     *faults(f"{REFERENCE}/lowrank.py", LOWRANK,
-        ("left-factor-of-another-shard", "(m, base // row_stride, left", "(m, base % row_stride, left", "shards"),
-        ("sign-of-the-alignment-lost", "torch.cat(signs).double() * delta**0.5", "delta**0.5", "align or sign")),
+        ("left-factor-of-another-shard", "(m, base // row_stride, left", "(m, base % row_stride, left",
+         "rank and shards"),
+        ("sign-of-the-alignment-lost", "torch.cat(signs).double() * delta**0.5", "delta**0.5", "align")),
     *faults(f"{REFERENCE}/forward.py", FORWARD,
         ("slices-share-a-core", "else core.T) @", "else cores[0].T) @", "slice")),
     # ---- C++ --------------------------------------------------------------------------------------------------------
     *faults("csrc/vec.h", DENSE,
         ("ties-away-from-even", "uint16_t((b + 0x7fffu + ((b >> 16) & 1u)) >> 16)", "uint16_t((b + 0x8000u) >> 16)",
-         "exact or special or rounding")),
+         "dense and (exact or special or rounding)")),
     *faults("csrc/vec.h", DRAW,
         ("avx2-accepts-overflow", "range = setu(most - least);", "range = setu(most);", "instruction")),
     *faults("csrc/noise.h", DRAW,
@@ -133,42 +139,46 @@ FAULTS = [
         ("signs-of-two-lanes", "x[(first >> 10) & 3]", "x[(first >> 10) & 1]", "cpu")),
     *faults("csrc/group.inl", DRAW,
         ("last-block-not-drawn", "((last - 1) % kBlocks / V2::N + 1)", "(last % kBlocks / V2::N + 1)", "cpu")),
-    *faults("csrc/round.inl", DENSE,
-        ("fp16-up-on-equality", "((word >> 16) < ((a &", "((word >> 16) <= ((a &", "stochastic")),
+    *faults("csrc/round.inl", [*DENSE, *ANCHOR],
+        ("fp16-up-on-equality", "((word >> 16) < ((a &", "((word >> 16) <= ((a &", "equality or definition")),
     *faults("csrc/pieces.h", DENSE,
-        ("scalars-of-the-first-tensor", "i : i * columns + c]", "i : i * columns]", "per_tensor"),
-        ("rows-of-a-shard-too-close", "p.base + row * p.row_stride;", "p.base + row * p.cols;", "shards")),
+        ("scalars-of-the-first-tensor", "i : i * columns + c]", "i : i * columns]", "dense and (per_tensor or list)"),
+        ("rows-of-a-shard-too-close", "p.base + row * p.row_stride;", "p.base + row * p.cols;", "dense and shards")),
     *faults("csrc/dense.inl", DENSE,
         ("coefficient-used-in-two-stages", "draw += pass.draws_per_stage[stage];", "", "stages"),
-        ("single-sign-without-decay", "decay != 0.0f ? V::fnma(d, w, delta) : delta)", "delta)", "reference or signs")),
+        ("single-sign-without-decay", "decay != 0.0f ? V::fnma(d, w, delta) : delta)", "delta)",
+         "dense and (reference or signs)")),
     *faults("csrc/masked.inl", MASKED,
-        ("mask-of-the-first-row", "p.mask_offset + row * p.cols + column", "row * p.cols + column", "reference")),
+        ("mask-of-the-first-row", "p.mask_offset + row * p.cols + column", "row * p.cols + column",
+         "masked and (reference or strides)")),
     *faults("csrc/preconditioned.inl", PRECONDITIONED,
         ("second-moment-not-saved", "const float v = r.state1[i] = fused", "const float v = fused", "adam")),
     *faults("csrc/anchor.inl", ANCHOR,
-        ("tail-takes-delta-for-w", "x, is_difference, c, done, n", "x, false, c, done, n", "reference")),
+        ("tail-takes-delta-for-w", "x, is_difference, c, done, n", "x, false, c, done, n", "anchor and reference")),
     *faults("csrc/reduction.inl", REDUCTION,
         ("tail-in-one-sum", "for (int k = 0; i < n; ++i, ++k)", "for (int k = 0; i < n; ++i)", "")),
     *faults("csrc/lowrank.inl", LOWRANK,
         ("words-of-the-first-columns", "p.base += row * p.row_stride + first;", "p.base += row * p.row_stride;",
-         "stochastic"),
+         "rank and stochastic"),
         ("last-panel-without-decay", "last - col, pass.decay);", "last - col, 0.0f);", "error")),
     *faults("csrc/forward.inl", FORWARD,
-        ("fifth-token-lost", "if (n <= 4) f(i, n", "if (n <= 5) f(i, n", "error or neighbours")),
+        ("fifth-token-lost", "if (n <= 4) f(i, n", "if (n <= 5) f(i, n", "forward and (error or neighbours)")),
     # ---- Triton -----------------------------------------------------------------------------------------------------
-    *faults(f"{TRITON}/tiles.py", interpreted("tiles"),
+    *faults(f"{TRITON}/tiles.py", interpreted("tiles", PROPERTIES),
         ("triton-rows-of-a-shard-too-close", "row * tl.load(entry + ROW_STRIDE)", "row * tl.load(entry + COLUMNS)",
-         "shards"),
+         "shards and not rank and not forward and not reference]"),
         ("triton-one-element-beyond", "v2, TYPE), mask=(c + 2048 >= 0) & (c + 2048 < n))",
-         "v2, TYPE), mask=(c + 2048 >= 0) & (c + 2048 <= n))", "around or rows")),
+         "v2, TYPE), mask=(c + 2048 >= 0) & (c + 2048 <= n))", "around or whole_tiles")),
     *faults(f"{TRITON}/dense.py", interpreted("dense"),
         ("triton-rounding-key-reused", "scalars.rounding_keys + stage)", "scalars.rounding_keys)", "stages")),
     *faults(f"{TRITON}/rounding.py", interpreted("rounding"),
         ("triton-fp16-up-on-equality", "s < ((magnitude & 0x1FFF) << 3)", "s <= ((magnitude & 0x1FFF) << 3)", "")),
-    *faults(f"{TRITON}/preconditioned.py", interpreted("preconditioned"),
-        ("triton-curvature-not-saved", 'if RULE != "helene":', 'if RULE == "adam":', "rules")),
-    *faults(f"{TRITON}/anchor.py", interpreted("anchor"),
-        ("triton-rounds-by-another-key", "tl.load(rounding_key_ptr))", "tl.load(rounding_key_ptr) + 1)", "")),
+    *faults(f"{TRITON}/preconditioned.py", interpreted("preconditioned", PROPERTIES),
+        ("triton-curvature-not-saved", 'if RULE != "helene":', 'if RULE == "adam":',
+         "rules or helene_refresh and bits")),
+    *faults(f"{TRITON}/anchor.py", interpreted("anchor", PROPERTIES),
+        ("triton-rounds-by-another-key", "tl.load(rounding_key_ptr))", "tl.load(rounding_key_ptr) + 1)",
+         "anchor and stochastic")),
     *faults(f"{TRITON}/reduction.py", interpreted("reduction"),
         ("triton-part-of-the-next-tensor", "mask=i < count, other", "mask=i <= count, other", "")),
     *faults(f"{TRITON}/lowrank.py", interpreted("lowrank_tiles"),
@@ -186,30 +196,31 @@ FAULTS = [
     # ---- directions -------------------------------------------------------------------------------------------------
     *faults(f"{PACKAGE}/directions/passes.py", DIRECTIONS,
         ("inverse-without-decay", "{w.index: -1.0 / k for", "{w.index: -1.0 for", "inverse"),
-        ("padding-row-written", "if all(w.padding_row is None for w in weights):", "if True:", "padding")),
-    *faults(f"{PACKAGE}/directions/passes.py", [*DIRECTIONS, *BROKEN_OFF],
-        ("undone-in-the-wrong-order", "for p, copies in reversed(done):", "for p, copies in done:", "")),
+        ("padding-row-written", "if all(w.padding_row is None for w in weights):", "if True:", "padding"),
+        ("undone-in-the-wrong-order", "for p, copies in reversed(done):", "for p, copies in done:", "undone")),
     *faults(f"{PACKAGE}/directions/noise.py", DIRECTIONS,
-        ("shared-draw-counts-once", "add_rows(total[key], row) if key in total else row", "row", "")),
+        ("shared-draw-counts-once", "add_rows(total[key], row) if key in total else row", "row", "sums")),
     *faults(f"{PACKAGE}/directions/anchored.py", DIRECTIONS,
         ("start-on-the-line-lost", "[1.0 + a + s for a, s", "[1.0 + a for a, s", "anchored")),
     *faults(f"{PACKAGE}/directions/lowrank.py", DIRECTIONS,
-        ("factor-of-a-shard-from-0", "offset=first * rank", "offset=0", "shard"),
+        ("factor-of-a-shard-from-0", "offset=first * rank", "offset=0", "shard")),
+    *faults(f"{PACKAGE}/directions/lowrank.py", PADDING,
         ("fold-moves-the-padding-row", "memory[weight.padding_row] = 0.0", "pass", "padding")),
     *faults(f"{PACKAGE}/directions/lowrank.py", METHODS,
         ("coefficient-used-twice", "[Term(None, ones)], left=", "[Term(None, rows)], left=", "lozo-window")),
     # ---- modes ------------------------------------------------------------------------------------------------------
     *faults(f"{PACKAGE}/perturbation/base.py", DIRECTIONS,
-        ("every-part-decays", "[0.0 if w.index in times else self.decay[w.index] for", "[self.decay[w.index] for", ""),
+        ("every-part-decays", "[0.0 if w.index in times else self.decay[w.index] for", "[self.decay[w.index] for",
+         "one_weight"),
         ("rounding-key-of-the-first-part", "self.rounding_key(max(times.get(i, 0) for i in part.indices))",
-         "self.rounding_key(0)", "")),
+         "self.rounding_key(0)", "one_weight")),
     *faults(f"{PACKAGE}/perturbation/inplace.py", METHODS,
         ("leftover-point", "update.passes(moves) + [Pass(part.removal(keep)) for part in rest]",
          "update.passes(moves)", "dizo-inplace"),
         ("two-pass-forgets-the-point", "self.added = after", "self.added = []", "mezo-two_pass"),
         ("rule-restores-what-decayed", "None if before is None else before.removal(keep)",
          "None if before is None else before.removal(self.keep_all)", "helene-groups-inplace")),
-    *faults(f"{PACKAGE}/perturbation/scratch.py", [*DIRECTIONS, "tests/test_mode_hooks.py"],
+    *faults(f"{PACKAGE}/perturbation/scratch.py", [*PADDING, "tests/test_mode_hooks.py"],
         ("scratch-moves-the-padding-row", "out[row] = ref.parameter[row]", "pass", "padding"),
         ("output-overwritten", "return output.clone() if self.arena.holds(output) else None", "return None", "given"),
         ("second-part-decays-again", "source, decay = out, self.no_decay[out.device]", "source = out", "two_parts")),
@@ -223,9 +234,9 @@ FAULTS = [
     *faults(f"{PACKAGE}/perturbation/step_context.py", BROKEN_OFF,
         ("random-numbers-go-on", "torch.set_rng_state(self.rng)", "pass", "rng"),
         ("ctrl-c-lost", "signal.raise_signal(signal.SIGINT)", "pass", "ctrl_c")),
-    *faults(f"{PACKAGE}/perturbation/hooks.py", ["tests/test_mode_hooks.py"],
+    *faults(f"{PACKAGE}/perturbation/hooks.py", ["tests/test_mode_hooks.py", "tests/faults/test_aliases.py"],
         ("max-norm-folded", "if forward is nn.Embedding.forward and module.max_norm is None:",
-         "if forward is nn.Embedding.forward:", "max_norm")),
+         "if forward is nn.Embedding.forward:", "max_norm or rescales")),
     # ---- optimizers -------------------------------------------------------------------------------------------------
     *faults(f"{PACKAGE}/optim/base.py", BROKEN_OFF,
         ("error-leaves-the-point", "self.perturbation.restore()", "pass", "failing_closure"),
@@ -244,7 +255,7 @@ FAULTS = [
          "continues"),
         ("planes-not-loaded", 'residual.load(zo["residual"])', "pass", "continues or residual"),
         ("moved-stream-accepted", "if ids.get(name, tid) != tid", "if False", "foreign"),
-        ("loaded-state-shares-memory", "value.detach().clone()", "value.detach()", "")),
+        ("loaded-state-shares-memory", "value.detach().clone()", "value.detach()", "copy or copied")),
     *faults(f"{PACKAGE}/optim/cost.py", METHODS,
         ("cost-of-the-first-period", "for _ in range(2):", "for _ in range(1):", "cost and two_pass")),
     *faults(f"{PACKAGE}/optim/model.py", METHODS,
@@ -328,15 +339,31 @@ class Outcome(NamedTuple):
     seconds: float = 0.0
 
 
-def run_tests(tree: Path, files: Sequence[str], k: str, stop: bool = True) -> Outcome:
+class Tests(NamedTuple):
+    """A call of pytest."""
+
+    files: Sequence[str]
+    k: str
+    interpreted: bool = False
+
+    @classmethod
+    def of(cls, fault: Fault, tree: Path) -> Tests:
+        """Those of a fault."""
+        return cls(files_of(fault, tree), fault.k, fault.is_interpreted)
+
+
+WHOLE_SUITE = Tests(["tests"], "")
+
+
+def run(tree: Path, tests: Tests) -> Outcome:
     """Run tests of the copy, up to the first that fails."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "-k", k, *files]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=short", "-k", tests.k]
     # Its tests look for the texts that a fault has changed.
-    command += ["--ignore=tests/test_mutants.py", *(["-x"] if stop else [])]
+    command += ["--ignore=tests/test_mutants.py", *tests.files]
     environment = {n: v for n, v in os.environ.items() if not n.startswith(("PYTEST_", "PGAP_", "TRITON_"))}
     # No bytecode: a fault and its repair within one second, of one length, would be taken for the same file.
     environment |= {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    if files[0].startswith(INTERPRETED):
+    if tests.interpreted:
         environment["TRITON_INTERPRET"] = "1"
     try:
         done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=PATIENCE)
@@ -352,25 +379,22 @@ def run_tests(tree: Path, files: Sequence[str], k: str, stop: bool = True) -> Ou
     return Outcome("broken", f"pytest ended with {done.returncode}: {(done.stdout + done.stderr)[-2000:]}")
 
 
-def control(tree: Path, selections: Iterable[tuple[list[str], str]]) -> Outcome:
+def control(tree: Path, several: Sequence[Tests]) -> Outcome:
     """Run the tests of all faults without a fault: "survived" is as it should be."""
-    together: dict[bool, dict[str, list[str]]] = {}
-    for files, k in selections:
-        for file in files:
-            wanted = f"({Path(file).name} and ({k}))" if k else Path(file).name
-            together.setdefault(file.startswith(INTERPRETED), {}).setdefault(file, []).append(wanted)
-    for wanted_of in together.values():
-        k = " or ".join(dict.fromkeys(wanted for several in wanted_of.values() for wanted in several))
-        outcome = run_tests(tree, sorted(wanted_of), k)
+    for interpreted in (False, True):
+        same = [tests for tests in several if tests.interpreted == interpreted]
+        files = sorted({file for tests in same for file in tests.files})
+        wanted = {f"{Path(f).name} and ({t.k})" if t.k else Path(f).name: None for t in same for f in t.files}
+        outcome = run(tree, Tests(files, " or ".join(wanted), interpreted)) if same else Outcome("survived", "")
         if outcome.status != "survived":
-            return outcome
-    return Outcome("survived", "")
+            break
+    return outcome
 
 
 # ---- the faults, one by one -----------------------------------------------------------------------------------------
 
 
-def try_fault(tree: Path, fault: Fault, files: Sequence[str], k: str) -> Outcome:
+def try_fault(tree: Path, fault: Fault, tests: Tests) -> Outcome:
     """Put a fault in, run tests, take it out."""
     file, library = tree / fault.file, tree / LIBRARY
     sound, begin = file.read_bytes(), time.monotonic()
@@ -378,7 +402,7 @@ def try_fault(tree: Path, fault: Fault, files: Sequence[str], k: str) -> Outcome
     file.write_text(sound.decode().replace(fault.before, fault.after), encoding="utf-8")
     try:
         error = build(tree) if fault.is_cpp else None
-        outcome = Outcome("broken", f"does not compile: {error}") if error else run_tests(tree, files, k)
+        outcome = Outcome("broken", f"does not compile: {error}") if error else run(tree, tests)
     finally:
         file.write_bytes(sound)
         if fault.is_cpp:
@@ -414,15 +438,15 @@ def try_all(chosen: Sequence[Fault], all_tests: bool = False) -> dict[str, Outco
             error = build(tree)
             if error:
                 raise SystemExit(f"the extension does not build without a fault:\n{error}")
-        chosen_tests = [(["tests"], "") if all_tests else (files_of(fault, tree), fault.k) for fault in chosen]
+        tests = [WHOLE_SUITE if all_tests else Tests.of(fault, tree) for fault in chosen]
         say("control run: the tests without a fault ...")
-        outcome = run_tests(tree, ["tests"], "") if all_tests else control(tree, chosen_tests)
+        outcome = run(tree, WHOLE_SUITE) if all_tests else control(tree, tests)
         if outcome.status != "survived":
             raise SystemExit(f"the control run, without a fault, did not pass: {outcome.by}")
         found: dict[str, Outcome] = {}
         took: dict[bool, list[float]] = {False: [], True: []}
-        for i, (fault, (files, k)) in enumerate(zip(chosen, chosen_tests, strict=True)):
-            outcome = found[fault.name] = try_fault(tree, fault, files, k)
+        for i, (fault, own) in enumerate(zip(chosen, tests, strict=True)):
+            outcome = found[fault.name] = try_fault(tree, fault, own)
             took[fault.is_cpp].append(outcome.seconds)
             result = f"{outcome.status} {outcome.by.splitlines()[0] if outcome.by else ''}".strip()
             say(f"[{i + 1}/{len(chosen)}, {left(chosen[i + 1 :], took)}] {fault.name}: {result}")
