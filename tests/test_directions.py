@@ -342,7 +342,7 @@ def test_no_forward_and_no_update_moves_a_padding_row(row, mode):
     optimizer = row.make(
         model, **{**row.options, **options_of(mode), **({"select": ["*"]} if row.id == "dizo" else {})}
     )
-    closure, before, seen = Losses(model, mode.endswith("paired")), snapshot(model), []
+    closure, before, seen = Losses(model, mode.endswith("stacked")), snapshot(model), []
     model.embed.register_forward_hook(lambda module, args, output: seen.append(output[args[0] == 2]))
     for _ in range(row.period + 1):
         optimizer.step(closure)
@@ -448,7 +448,7 @@ class Sum(LowRankOptimizer):
         ]
         direction = Direction([*parts, *self.noise(self.key(Role.DENSE))])
         plus, minus = evaluate.two_sided(direction)
-        self.apply_update([(direction, self.sgd(plus - minus))])
+        self.apply_update([(direction, self.descent((plus - minus) / 2))])
         return (plus + minus) / 2
 
 
@@ -479,7 +479,7 @@ FOLDS = [name for name in Layers.NAMES if name not in ("norm", "affine")]
 
 @pytest.mark.parametrize(
     "id, mode",
-    [("mezo-3", "inplace"), ("mezo-3", "scratch"), ("lozo", "folded"), ("lozo", "window"), ("lozo", "folded-paired")],
+    [("mezo-3", "inplace"), ("mezo-3", "scratch"), ("lozo", "folded"), ("lozo", "window"), ("lozo", "folded-stacked")],
 )
 @pytest.mark.parametrize("beside", [False, True])
 def test_an_observer_sees_every_layers_inputs(id, mode, beside):
@@ -494,7 +494,7 @@ def test_an_observer_sees_every_layers_inputs(id, mode, beside):
         other.step(lambda: Losses(model)().sum())
     else:
         optimizer = row.make(model, **{**row.options, **options_of(mode)})
-    layers, closure, seen = Layers(model, 1), Losses(model, mode.endswith("paired")), []
+    layers, closure, seen = Layers(model, 1), Losses(model, mode.endswith("stacked")), []
     with observing(model, optimizer.weights(), lambda w, x: seen.append((w.name, x.clone()))):
         optimizer.step(closure)
     inputs = [(name, x) for forward in layers.forwards for name, x, _ in forward if name in FOLDS]

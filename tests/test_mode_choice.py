@@ -106,7 +106,7 @@ def test_a_mode_that_was_asked_for(mode):
         ("mezo", {"mode": "scratch", "two_pass": True}, r"^two_pass: got True with mode='scratch'"),
         ("pgap", {"mode": "folded", "two_pass": True}, r"^two_pass: got True with mode='folded'"),
         ("helene", {"mode": "inplace", "two_pass": True}, r"^two_pass: got True with mode='inplace'.*know their first"),
-        ("mezo", {"mode": "inplace", "paired": True}, r"^paired: got True with mode='inplace'"),
+        ("mezo", {"mode": "inplace", "members": 2}, r"^members, groups: got 2 slices of a batch with mode='inplace'"),
         ("mezo", {"mode": "inplace", "residual": True}, r"^residual: got True with mode='inplace'"),
         ("mezo", {"mode": "scratch", "residual": True}, r"^residual: got True with .*torch.float32"),
         ("dizo", {"mode": "scratch", "residual": True}, r"^residual: got True; accepted: False with DiZO"),
@@ -154,17 +154,17 @@ def test_a_rank_above_the_matrix_is_that_of_the_matrix(row, mode):
 @pytest.mark.parametrize(
     "id, mode", [("mezo-3", "scratch"), ("pgap", "scratch"), ("pgap", "folded"), ("helene", "scratch")]
 )
-def test_paired_losses_and_batches(id, mode):
+def test_stacked_losses_and_batches(id, mode):
     model = Words()
     before = snapshot(model)
-    opt = ROW[id].make(model, **{**ROW[id].options, **options_of(mode), "paired": True})
-    whole = Losses(model, paired=True)
+    opt = ROW[id].make(model, **{**ROW[id].options, **options_of(mode), "members": 2})
+    whole = Losses(model, stacked=True)
 
     def rows(count: int):
         return model(torch.cat([IDS, IDS])[:count]).mean((1, 2))[:2]
 
     for closure in (lambda: whole()[:1], lambda: whole()[[0, 1, 1]], lambda: whole()[0].item()):
-        with pytest.raises(ValueError, match=r"^closure: returned .*accepted: 2 real losses, one of each slice"):
+        with pytest.raises(ValueError, match=r"^closure: returned .*accepted: 2 real losses, or a multiple"):
             opt.step(closure)
     with pytest.raises(RuntimeError, match=r"^points: a \w+ got 15 rows"):
         opt.step(lambda: rows(15))
@@ -233,7 +233,7 @@ def test_a_mode_that_is_refused_changes_nothing():
     assert_same_weights(model, other)
 
 
-ADDING = [pytest.param(r, m, id=f"{r.id}-{m}") for r in METHODS for m in r.modes if not m.endswith("-paired")]
+ADDING = [pytest.param(r, m, id=f"{r.id}-{m}") for r in METHODS for m in r.modes if not m.endswith("-stacked")]
 
 
 @pytest.mark.parametrize("row, mode", ADDING)

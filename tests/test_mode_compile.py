@@ -144,12 +144,12 @@ def test_pairs_of_compiled_models_are_served_or_refused():
     seen = []
     for compiled in (False, True):
         model = Small()
-        opt = optimizer("mezo-3", "scratch-paired", model)
+        opt = optimizer("mezo-3", "scratch-stacked", model)
         losses = losses_of_points(opt)
         try:
-            opt.step(Losses(torch.compile(model, backend="eager") if compiled else model, paired=True))
+            opt.step(Losses(torch.compile(model, backend="eager") if compiled else model, stacked=True))
         except RuntimeError as error:
-            assert compiled and "paired" in str(error) and opt.steps == 0
+            assert compiled and "members" in str(error) and opt.steps == 0
             return
         seen.append(losses)
     assert seen[0] == seen[1]
@@ -196,13 +196,13 @@ class Sequence(TorchDispatchMode):
     "id, mode",
     [
         ("mezo-3", "scratch"),
-        ("mezo-3", "scratch-paired"),
+        ("mezo-3", "scratch-stacked"),
         ("dizo", "scratch"),
         ("pgap", "scratch"),
         ("pgap", "folded"),
-        ("pgap", "folded-paired"),
+        ("pgap", "folded-stacked"),
         ("lozo-m", "window"),
-        ("pgap", "window-paired"),
+        ("pgap", "window-stacked"),
     ],
 )
 def test_forwards_of_one_graph_key_are_one_graph(id, mode, loads):

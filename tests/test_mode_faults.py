@@ -21,7 +21,7 @@ from pgap_kernels.perturbation.residual import joined
 pytestmark = pytest.mark.filterwarnings("ignore:16-bit weights")
 ROW = {row.id: row for row in ROWS}
 EXACT = [pytest.param(r, m, id=f"{r.id}-{m}") for r in METHODS for m in r.modes if is_exact(m)]
-ALONE = [run for run in EXACT if not run.values[1].endswith("-paired")]  # one point in each forward
+ALONE = [run for run in EXACT if not run.values[1].endswith("-stacked")]  # one point in each forward
 IN_PLACE = [pytest.param(r, m, id=f"{r.id}-{m}") for r in METHODS for m in r.modes if not is_exact(m)]
 LAYERS = ("addmm", "mm", "bmm", "embedding", "native_layer_norm", "linear")
 
@@ -110,11 +110,11 @@ def begun(row, mode, step, model=large, **options):
     """A run before a step, and what undisturbed steps make of it: states before, after, and the calls of the step."""
     net, opt, _ = build(row, mode, model(), **options)
     for _ in range(step):
-        opt.step(Losses(net, mode.endswith("paired")))
+        opt.step(Losses(net, mode.endswith("stacked")))
     other, twin = copy.deepcopy((net, opt))
     states = [state_of(other, twin)]
     with Failing() as count:
-        twin.step(Losses(other, mode.endswith("paired")))
+        twin.step(Losses(other, mode.endswith("stacked")))
     states.append(state_of(other, twin))
     return net, opt, states, count.calls
 
@@ -124,7 +124,7 @@ def fail(net, opt, mode, at: int, error: type[BaseException] = MemoryError):
     other, twin = copy.deepcopy((net, opt))
     parameters = parameters_of(other)
     with pytest.raises(error, match="deliberate"), Failing(at, error):
-        twin.step(Losses(other, mode.endswith("paired")))
+        twin.step(Losses(other, mode.endswith("stacked")))
     assert_clean(parameters)
     assert twin.steps == opt.steps
     return other, twin
@@ -135,10 +135,10 @@ def interesting(row) -> list[int]:
     return [*([0] if row.id in ("pgap", "lozo-m") else []), row.period - 1 or 1]
 
 
-PAIRED = [run for run in EXACT if run.id in ("helene-scratch-paired", "pgap-folded-paired", "lozo-window-paired")]
+STACKED = [run for run in EXACT if run.id in ("helene-scratch-stacked", "pgap-folded-stacked", "lozo-window-stacked")]
 STEPS = [
     pytest.param(*run.values, step, id=f"{run.id}-{step}")
-    for run in ALONE + PAIRED
+    for run in ALONE + STACKED
     for step in interesting(run.values[0])
 ]
 
@@ -151,7 +151,7 @@ def test_a_failing_call(row, mode, step):
         other, twin = fail(net, opt, mode, at, (MemoryError, KeyboardInterrupt)[number % 2])
         assert_same(state_of(other, twin), states[0])
         if number % 3 == 2:
-            twin.step(Losses(other, mode.endswith("paired")))
+            twin.step(Losses(other, mode.endswith("stacked")))
             assert_same(state_of(other, twin), states[1])
 
 
@@ -165,7 +165,7 @@ def test_an_update_of_several_writes_that_fails(row, mode):
     for at in some_of(calls, early=0, late=6):
         other, twin = fail(net, opt, mode, at)
         assert_same(state_of(other, twin), states[0])
-    twin.step(Losses(other, mode.endswith("paired")))
+    twin.step(Losses(other, mode.endswith("stacked")))
     assert_same(state_of(other, twin), states[1])
 
 
@@ -340,7 +340,7 @@ def test_a_buffer_that_cannot_be_had(row, mode, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
         patch.setattr(torch, "empty", empty)
-        opt.step(Losses(net, mode.endswith("paired")))
+        opt.step(Losses(net, mode.endswith("stacked")))
     assert_clean(parameters)
-    opt.step(Losses(net, mode.endswith("paired")))
+    opt.step(Losses(net, mode.endswith("stacked")))
     assert_same(state_of(net, opt), states[1])

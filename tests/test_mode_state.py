@@ -141,7 +141,7 @@ def own_run(row, mode: str, **options):
     residual = is_exact(mode) and row.id in ("mezo-3", "pgap", "lozo", "pizo-greedy")
     named = list(model.named_parameters())[::-1]
     opt = row.make(named, model=model, **{**row.options, **options_of(mode), "residual": residual, **options})
-    return model, opt, Losses(model, mode.endswith("paired"))
+    return model, opt, Losses(model, mode.endswith("stacked"))
 
 
 def assert_same_run(model, opt, other, twin) -> None:
@@ -159,7 +159,7 @@ def assert_same_run(model, opt, other, twin) -> None:
         assert any(plane.any() for plane in planes.values())
 
 
-RUNS = [pytest.param(r, m, id=f"{r.id}-{m}") for r in METHODS for m in r.modes if m != "scratch-paired"]
+RUNS = [pytest.param(r, m, id=f"{r.id}-{m}") for r in METHODS for m in r.modes if m != "scratch-stacked"]
 
 
 @pytest.mark.parametrize("row, mode", RUNS)
@@ -200,7 +200,7 @@ def test_a_copied_pair_continues_bit_for_bit(row, mode, copied):
         opt.step(closure)
     other, twin = copied((model, opt))
     assert twin.pending == opt.pending
-    its = Losses(other, mode.endswith("paired"))
+    its = Losses(other, mode.endswith("stacked"))
     for run, loss in ((twin, its), (opt, closure)):
         for _ in range(3):
             run.step(loss)

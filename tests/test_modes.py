@@ -18,7 +18,7 @@ def runs(rows, accepts=lambda row, mode: True) -> list:
 
 
 # Both signs in one forward are another way to the same points: one row of each method.
-CONTRACTS = runs(ROWS, lambda row, mode: row in METHODS or not mode.endswith("-paired"))
+CONTRACTS = runs(ROWS, lambda row, mode: row in METHODS or not mode.endswith("-stacked"))
 EXACT = runs(METHODS, lambda row, mode: is_exact(mode))
 
 
@@ -30,7 +30,7 @@ def test_applies_what_it_evaluated(row, mode):
     contract.finish()
 
 
-@pytest.mark.parametrize("row, mode", runs(METHODS, lambda row, mode: mode in ("window", "window-paired", "two_pass")))
+@pytest.mark.parametrize("row, mode", runs(METHODS, lambda row, mode: mode in ("window", "window-stacked", "two_pass")))
 def test_goes_on_after_a_skipped_step(row, mode):
     """The step that would have closed a window is skipped: the next one finds it open, or the weights clean."""
     contract = Contract(row, mode, on_nonfinite="skip")
@@ -74,7 +74,7 @@ def test_learning_rate_zero_leaves_every_bit(row, mode, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("row, mode", runs(METHODS, lambda row, mode: not mode.endswith("-paired")))
+@pytest.mark.parametrize("row, mode", runs(METHODS, lambda row, mode: not mode.endswith("-stacked")))
 def test_parameters_are_the_model(row, mode, dtype):
     """After every step, whoever reads them; where updates are deferred ``pending`` says so, and ``merge`` ends it."""
     model, opt, closure = build(row, mode, Words().to(dtype))
@@ -131,7 +131,7 @@ def test_cost_is_what_is_counted(row, mode):
         ("mezo-3", "inplace", 6, 7),
         ("mezo-3", "two_pass", 6, 6),
         ("mezo", "scratch", 2, 3),
-        ("mezo", "scratch-paired", 1, 3),
+        ("mezo", "scratch-stacked", 1, 3),
         ("pizo-greedy", "inplace", 6, 7),
         ("helene", "inplace", 2, 3),
         ("lozo", "inplace", 2, 3),

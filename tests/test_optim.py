@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from support.contract import Contract, build
@@ -61,14 +63,18 @@ def test_pgap_estimator_mean(xi, delta):
         assert (u.T @ applied @ v - mean).abs().max() <= 1e-3 * mean.abs().max()
 
 
-def test_pizo_with_an_odd_pool_is_not_paired():
-    model = Words()
-    opt = PIZO(model, pool=3, mode="scratch", paired=True)
-    with pytest.raises(
-        ValueError, match=r"^paired: got True for a method that evaluates 3 point\(s\); accepted: a multiple"
-    ):
-        opt.step(Losses(model, paired=True))
-    assert_same_weights(model, Words())
+def test_points_that_do_not_fill_a_forward_are_filled_up():
+    """A pool of 3 in forwards of 2: two forwards, then one for both signs; three more have looked whether rows mix."""
+    model, closures = Words(), []
+    for members in (1, 2):
+        net = copy.deepcopy(model)
+        opt = PIZO(net, lr=1e-3, pool=3, alpha=0.4, mode="scratch", members=members)
+        closures.append(Losses(net, stacked=members == 2))
+        opt.step(closures[-1])
+    alone, stacked = closures
+    assert (alone.calls, stacked.calls) == (5, 3 + 3)
+    losses = stacked.seen[6:]
+    assert losses[2] == losses[3] and losses[:3] + losses[4:] == alone.seen
 
 
 def test_scores():

@@ -22,7 +22,9 @@ from pgap_kernels import ops
 from pgap_kernels.optim import PGAP, MeZO
 
 ROW = {row.id: row for row in ROWS}
-RUNS = [pytest.param(r, m, id=f"{r.id}-{m}") for r in METHODS for m in ("inplace", r.modes[-1].removesuffix("-paired"))]
+RUNS = [
+    pytest.param(r, m, id=f"{r.id}-{m}") for r in METHODS for m in ("inplace", r.modes[-1].removesuffix("-stacked"))
+]
 
 # ---- Ctrl-C ---------------------------------------------------------------------------------------------------------
 

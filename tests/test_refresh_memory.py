@@ -17,7 +17,7 @@ OPTIONS = {"rank": 8, "probes": 3, "select": ["1.*", "2.*"], "lr": 1e-6, "eps": 
 # their sum; of one matrix in a refresh the test matrix, Q and a QR's two, and U and V of both signs, of r + 8 columns.
 FACTORS, SVD = 2, 4
 SMALL = 16 * 1024  # outputs and losses, coefficients, keys and cores
-MODES = [pytest.param(r, m, id=f"{r.id}-{m}") for r in METHODS for m in r.modes if not m.endswith("-paired")]
+MODES = [pytest.param(r, m, id=f"{r.id}-{m}") for r in METHODS for m in r.modes if not m.endswith("-stacked")]
 
 
 def held_and_peak(row: Row, mode: str, dtypes: list[torch.dtype]) -> tuple[int, int, ZOOptimizer]:

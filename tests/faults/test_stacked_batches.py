@@ -50,9 +50,9 @@ def halves_of(model: nn.Module) -> Tensor:
 @pytest.mark.parametrize("mixed, case", cycled([*MIXED], PAIRABLE))
 def test_pairing_a_model_that_mixes_rows(mixed, case):
     model = seeded(Rows, *MIXED[mixed])
-    optimizer = make(case, model, paired=True)
+    optimizer = make(case, model, members=2)
     before = snapshot(model)
-    message = r"^paired: a point of one slice of the batch moved the loss of another"
+    message = r"^members: a point of one slice of the batch moved the loss of another"
     refused(RuntimeError, message, lambda: take_steps(optimizer, model, 1, halves_of))
     assert_same_weights(model, before)
 
@@ -62,7 +62,7 @@ def test_pairing_with_gradients_on_in_the_closure(case):
     seen = ([], [])
     for context, losses in zip((torch.enable_grad, torch.no_grad), seen, strict=True):
         model = seeded(Net)
-        optimizer = make(case, model, paired=True)
+        optimizer = make(case, model, members=2)
 
         def closure(context=context, losses=losses, model=model):
             with context():
@@ -77,10 +77,10 @@ def test_pairing_with_gradients_on_in_the_closure(case):
 
 def test_pairing_a_model_that_averages_in_training_only():
     model = seeded(Rows, torch.relu, True, nn.BatchNorm1d(8, affine=False)).eval()
-    optimizer = make("mezo-scratch", model, paired=True)
+    optimizer = make("mezo-scratch", model, members=2)
     take_steps(optimizer, model, 2, halves_of)
     model.train()
-    refused(RuntimeError, r"^paired: a point of one slice", lambda: take_steps(optimizer, model, 1, halves_of))
+    refused(RuntimeError, r"^members: a point of one slice", lambda: take_steps(optimizer, model, 1, halves_of))
 
 
 @pytest.mark.parametrize("case, older_goes", cycled(["mezo-scratch", "pgap-window"], [True, False], each=2))
@@ -89,8 +89,8 @@ def test_pairing_two_optimizers_of_which_one_is_detached(case, older_goes):
     model = seeded(Net)
     named = list(model.named_parameters())
     weights, biases = ([(n, p) for n, p in named if n.endswith(end)] for end in ("weight", "bias"))
-    older = make(case, weights, model=model, paired=True)
-    newer = make("mezo-scratch", biases, model=model, paired=True)
+    older = make(case, weights, model=model, members=2)
+    newer = make("mezo-scratch", biases, model=model, members=2)
     for optimizer in (older, newer):
         take_steps(optimizer, model, 1, halves_of)
     gone, stays = (older, newer) if older_goes else (newer, older)

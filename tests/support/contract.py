@@ -39,7 +39,7 @@ def build(row: Row, mode: str, model: nn.Module | None = None, **options) -> tup
     return (
         model,
         row.make(params, model=model, **chosen),
-        Losses(model, chosen.get("paired", False)),
+        Losses(model, chosen.get("members", 1) > 1),
     )
 
 

@@ -108,9 +108,9 @@ def forward_digests() -> dict[str, str]:
         for rank in (1, 5, 16, 33, 140):
             y, x, left, right, core = weights([(14, 37), (14, 300), (37, rank), (300, rank), (rank, rank)], dtype)
             left = left.float() / (10 * rank)
-            for kind in ("", "paired", "transposed"):
+            for kind in ("", "stacked", "transposed"):
                 factors = (right.float(), left) if kind == "transposed" else (left, right)
-                cores = [core.float(), -core.float()] if kind == "paired" else [core.float()]
+                cores = [core.float(), -core.float()] if kind == "stacked" else [core.float()]
                 moved = y.clone()
                 ops.lowrank_forward_(moved, x, *factors, cores, transposed=kind == "transposed")
                 result[f"forward {dtype} {rank} {kind}"] = digest([moved])

@@ -251,11 +251,11 @@ class Row:
     @property
     def modes(self) -> list[str]:
         """The ways in which it can be run: see ``options_of``."""
-        ways = ["inplace", "scratch", "scratch-paired"]
-        if self.make.first_point is not ZOOptimizer.first_point:
+        ways = ["inplace", "scratch", "scratch-stacked"]
+        if self.make.direction is not ZOOptimizer.direction:
             ways.insert(1, "two_pass")
         if issubclass(self.make, LowRankOptimizer):
-            ways += ["folded", "folded-paired", "window", "window-paired"]
+            ways += ["folded", "folded-stacked", "window", "window-stacked"]
         return ways
 
     @property
@@ -268,10 +268,10 @@ def options_of(mode: str) -> dict[str, Any]:
     """Constructor arguments of a way to run."""
     if mode == "two_pass":
         return {"mode": "inplace", "two_pass": True}
-    way, _, paired = mode.partition("-")
+    way, _, stacked = mode.partition("-")
     if way == "window":
-        return {"mode": "folded", "merge": "window", "paired": bool(paired)}
-    return {"mode": way, "paired": bool(paired)}
+        return {"mode": "folded", "merge": "window", "members": 2 if stacked else 1}
+    return {"mode": way, "members": 2 if stacked else 1}
 
 
 def is_exact(mode: str) -> bool:

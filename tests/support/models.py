@@ -109,8 +109,8 @@ class Losses:
         at: what is called with the number of a call before its forward.
     """
 
-    def __init__(self, model: nn.Module, paired: bool = False, at: Callable[[int], None] | None = None) -> None:
-        self.model, self.halves, self.at = model, 2 if paired else 1, at
+    def __init__(self, model: nn.Module, stacked: bool = False, at: Callable[[int], None] | None = None) -> None:
+        self.model, self.halves, self.at = model, 2 if stacked else 1, at
         self.seen: list[float] = []
         self.calls = 0
 
