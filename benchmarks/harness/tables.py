@@ -27,7 +27,7 @@ class Table:
         return "\n".join("| " + " | ".join(line[i] for i in kept) + " |" for line in lines)
 
     def print(self, on: Console | None = None) -> None:
-        """Nothing if there are no rows. Title and caption are lines of their own, as they may be wider than the table."""
+        """Nothing without rows. Title and caption are lines of their own, as they may be wider than the table."""
         if not self.rows:
             return
         table = rich.table.Table(box=None, pad_edge=False)
