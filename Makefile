@@ -1,5 +1,6 @@
 # make demo       set up, fetch model and data, fine-tune a language model with forward passes alone (about ten minutes)
-# make test       set up, then lint, type-check and run every test
+# make test       set up, then lint, type-check and run every test that is not slow
+# make test-slow  the tests that are
 # make sanitize   run the C++ kernels' own tests, and those of the ops, under ASan and UBSan
 # make neon       cross-compile for aarch64 and compare its bits with this machine's, under an emulator
 # All prepare what is missing and are quick the second time.
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 KERNELS := $(wildcard csrc/*) setup.py
 DEMO_OUTPUT ?= runs/demo
 
-.PHONY: demo test sanitize neon lint setup fetch clean
+.PHONY: demo test test-slow sanitize neon lint setup fetch clean
 .DELETE_ON_ERROR:
 
 demo: setup fetch
@@ -18,9 +19,15 @@ demo: setup fetch
 
 # Without the network, tests of the built-in model skip (in CI they fail). One thread for each of the two workers: with
 # two each they wait for one another most of the time. Tests of threads ask for theirs.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=30
+
 test: setup lint
 	-$(BIN)/pgap-kernels finetune --fetch-only
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=30
+	$(PYTEST)
+
+test-slow: setup
+	-$(BIN)/pgap-kernels finetune --fetch-only
+	$(PYTEST) -m slow
 
 lint: setup
 	$(BIN)/ruff check .
@@ -29,16 +36,18 @@ lint: setup
 
 CPP_TESTS := $(MAKE) --no-print-directory -j 2 -f tests/cpp/Makefile
 
-# The kernels with memory of exact size; then those tests of the ops that name their backend, for the code between.
+# The kernels with memory of exact size; then those tests of the ops that name their backend, and what the extension
+# refuses, for the code between.
 # -g1 is line numbers: full debug information takes four times as long to compile. Python leaks on purpose; it must
 # not capture the sanitizers' reports.
 SANITIZE := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
-OPS_TESTS := $(patsubst %,tests/test_%.py,dense masked preconditioned anchor reduction lowrank forward bad_input)
+OPS := op_properties extension_guards dense masked preconditioned anchor reduction lowrank forward
+OPS_TESTS := $(patsubst %,tests/test_%.py,$(OPS))
 sanitize: setup
 	$(CPP_TESTS) run extension OUT=build/sanitize FLAGS="$(SANITIZE)" PYTHON=$(BIN)/python
 	PYTHONPATH=build/sanitize/python:. ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))" \
-		$(BIN)/pytest -q -n 2 --capture=sys -k cpu $(OPS_TESTS)
+		$(BIN)/pytest -q -n 2 --capture=sys -k "cpu or guards" $(OPS_TESTS)
 
 # The same bits on aarch64, emulated, as here.
 neon:

@@ -3,6 +3,7 @@
 from . import noise
 from ._version import __version__
 from .backends import use_backend
+from .losses import per_example_loss
 from .ops import (
     AdamRule,
     HELENERule,
@@ -39,6 +40,7 @@ __all__ = [
     "lowrank_perturb_",
     "masked_perturb_",
     "noise",
+    "per_example_loss",
     "preconditioned_perturb_",
     "preconditioned_update_",
     "raise_if_skipped",

@@ -20,6 +20,12 @@ class Basis(NamedTuple):
     right: Tensor
 
 
+def orthonormal(matrix: Tensor) -> Tensor:
+    """Q of the QR of a matrix with R's diagonal >= 0, which makes it unique where the columns are independent."""
+    q, r = torch.linalg.qr(matrix)
+    return (q * torch.where(r.diagonal() < 0, -1.0, 1.0)).contiguous()
+
+
 def randomized_svd(matrix: Tensor, rank: int, test_matrix: Tensor, power_iterations: int = 1) -> Basis:
     """Truncated SVD by a randomised range finder (Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1).
 

@@ -2,6 +2,14 @@ import signal
 
 import pytest
 import torch
+from support import interpreter
+
+
+def pytest_configure(config):
+    if interpreter.ON:
+        interpreter.convert_bfloat16()
+        # What kernels compute outside a tensor, and drop, may be 0 / 0; NumPy says so for every tile.
+        config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning")
 
 
 @pytest.fixture

@@ -131,7 +131,7 @@ def test_what_is_intended_is_what_directions_add(rank):
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     pytest.importorskip("transformers")
-    from finetune_tiny import csv_file, tiny_model
+    from support.finetune_tiny import csv_file, tiny_model
 
     from benchmarks.exactness import smollm2
     from pgap_kernels.finetune import Config

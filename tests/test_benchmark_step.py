@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from finetune_tiny import tiny_model
+from support.finetune_tiny import tiny_model
 
 from benchmarks.step import __main__ as step
 from benchmarks.step import against, models

@@ -8,9 +8,9 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same_bits
 from hypothesis import example, given
 from hypothesis import strategies as st
+from support.helpers import assert_same_bits
 
 from pgap_kernels import checks, extension
 from pgap_kernels.ops import _packing

@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from finetune_tiny import csv_file, tiny_model
+from support.finetune_tiny import csv_file, tiny_model
 
 from pgap_kernels import cli
 from pgap_kernels.finetune import fetch

@@ -12,8 +12,8 @@ import torch
 
 pytest.importorskip("transformers")
 
-from finetune_tiny import csv_file, tiny_model
 from rich.console import Console
+from support.finetune_tiny import csv_file, tiny_model
 
 from pgap_kernels.finetune import Config, UserError, data, fetch, job, models, report, run
 from pgap_kernels.finetune.baseline import BaselineMeZO, BaselinePGAP, aligned_core
@@ -158,14 +158,15 @@ def test_jsonl_may_hold_unicode_line_separators_and_a_byte_order_mark(tmp_path):
     path = tmp_path / "data.jsonl"
     record = json.dumps({"text": "one\u2028two\u0085three", "label": 1}, ensure_ascii=False)
     path.write_text("\ufeff" + record + "\n", encoding="utf-8")
-    assert data._jsonl_records(path) == [{"text": "one\u2028two\u0085three", "label": 1}]
+    rows, _ = data.read_rows(config_for("a model", tmp_path, data=str(path)))
+    assert rows == [("one\u2028two\u0085three", "1")]
 
 
 def test_a_csv_field_beyond_the_readers_limit_is_a_user_error(tmp_path):
-    path = tmp_path / "data.csv"
+    path = tmp_path / "wide.csv"
     path.write_text("text,label\n" + "x" * 200_000 + ",1\n")
-    with pytest.raises(UserError, match=r"^--data: data\.csv .*field larger"):
-        data._csv_records(path)
+    with pytest.raises(UserError, match=r"^--data: wide\.csv .*field larger"):
+        data.read_rows(config_for("a model", tmp_path, data=str(path)))
 
 
 def test_every_seed_of_the_contract_is_accepted(llama, tmp_path):

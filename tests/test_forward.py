@@ -7,8 +7,8 @@ import math
 
 import pytest
 import torch
-from helpers import DTYPES, assert_same_bits, clones, ops, serving, weights
-from refusals import refused
+from support.helpers import DTYPES, assert_same_bits, clones, ops, weights
+from support.refusals import refused
 
 from pgap_kernels.arguments import ForwardArguments
 from pgap_kernels.ops.forward import add_lowrank_
@@ -101,8 +101,7 @@ def test_rounds_once(backend, dtype, rank):
     assert ((got.double() - exact).abs() <= half_ulp + lost).all()
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("rank", (3, 16, 64))
+@pytest.mark.parametrize(("rank", "transposed"), [(3, False), (16, True), (64, False)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_is_the_layer_with_the_weight_moved(backend, dtype, rank, transposed):
@@ -131,8 +130,9 @@ def test_columns_of_every_remainder(dtype, columns):
 # ---- row indices ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("index", [torch.int64, torch.int32])
-@pytest.mark.parametrize("rank", (1, 8, 33, 200))
+@pytest.mark.parametrize(
+    ("rank", "index"), [(1, torch.int64), (8, torch.int32), (33, torch.int64), (200, torch.int32)], ids=str
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_row_indices_are_rows_of_the_identity(backend, dtype, rank, index):
@@ -224,8 +224,7 @@ def test_inputs_of_any_strides(backend, dtype):
     assert_same_bits(moved(y, one, left, right, c, backend=backend), want)
 
 
-@pytest.mark.parametrize("shape", [(1, 19), (33, 19), (70, 19)])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "dtype"), [*zip([(1, 19), (33, 19), (70, 19)], DTYPES, strict=True)], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_else_is_written(backend, dtype, shape):
     y, x, left, right, c = problem(5, dtype, rows=(13,), shape=shape)
@@ -247,48 +246,6 @@ def test_empty(backend):
         assert_same_bits(moved(y, x, left, right, c, backend=backend), y)
 
 
-# ---- registration --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_version_counters(backend):
-    y, x, left, right, c = problem(3)
-    others = [x, left, right, c]
-    before, version = [t._version for t in others], y._version
-    ops.lowrank_forward_(y, x, left, right, [c], backend=backend)
-    assert y._version > version
-    assert [t._version for t in others] == before
-
-
-def op_arguments(dtype, indices: bool) -> tuple[tuple, dict]:
-    """Arguments and keywords of the op."""
-    y, x, left, right, c = problem(3, dtype, rows=(2, 3), shape=(6, 5), transposed=indices)
-    if indices:
-        x = torch.tensor([[0, 5, 2], [1, 1, 3]])
-    return (y, x), {"left": left, "right": right, "cores": [c, -c], "transposed": indices}
-
-
-@pytest.mark.parametrize("indices", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck(backend, dtype, indices):
-    with serving(backend):
-        torch.library.opcheck(TABLE.lowrank_forward_.default, *op_arguments(dtype, indices))
-
-
-def test_compiled_op():
-    (y, x), keywords = op_arguments(torch.float32, False)
-
-    @torch.compile(backend="aot_eager", fullgraph=True)
-    def step(y):
-        TABLE.lowrank_forward_(y, x, **keywords)
-        return y + 1
-
-    got, want = y.clone(), y.clone()
-    result = step(got)
-    TABLE.lowrank_forward_(want, x, **keywords)
-    assert_same_bits(got, want)
-    assert_same_bits(result, want + 1)
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------------

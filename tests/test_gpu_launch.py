@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 
-import gpu
-import gpu_calls
 import pytest
 import torch
-from gpu import moved
-from gpu_calls import IDS, WRITING, Call
-from helpers import assert_same_bits, clones, weights
+from support import gpu, gpu_calls
+from support.gpu import moved
+from support.gpu_calls import IDS, WRITING, Call
+from support.helpers import assert_same_bits, clones, weights
 from support.methods import SMALL_PGAP
 from support.models import INPUTS, LABELS, classifier
 from torch.func import functional_call
@@ -185,13 +185,12 @@ def test_a_new_list_is_refused_while_capturing():
 # ---- scalars that are not finite -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", WRITING)
-def test_a_scalar_that_is_not_finite_writes_nothing_and_is_reported_once(name, bad):
+def test_a_scalar_that_is_not_finite_writes_nothing_and_is_reported_once(name):
     call = WRITING[name](gpu.DEVICE)
     start = clones(call.written)
     ops.raise_if_skipped(gpu.DEVICE)
-    for scalar in call.scalars:
+    for scalar, bad in zip(call.scalars, itertools.cycle([math.nan, math.inf, -math.inf]), strict=False):
         good = scalar.clone()
         scalar[-1] = bad
         call.make()
@@ -234,14 +233,24 @@ def test_compiled_ops_are_the_eager_ones(dtype, compiler):
     left = moved(weights([(5, 2)], seed=1))
     keys = torch.tensor([3, -4])
     rounding = torch.tensor([5]) if dtype != torch.float32 else None
-    scalars = (torch.tensor([[0.5], [-0.25]]), torch.tensor([[0.1]]))
-    dense = (keys, *scalars, rounding, [2], [1, 2], [0, 7, 0, 9], "normal", "exact", None)
+    dense = {
+        "keys": keys,
+        "coefficients": torch.tensor([[0.5], [-0.25]]),
+        "decay": torch.tensor([[0.1]]),
+        "rounding_keys": rounding,
+        "stages": [2],
+        "tensor_ids": [1, 2],
+        "slices": [0, 7, 0, 9],
+    }
     row = torch.tensor([0.5])
-    lowrank = (left, [], [], torch.tensor([0, 5, 6]), row, row, None, [1], [0, 7], 2, "regenerated", row, [], None)
+    lowrank = {
+        **{"left": left, "right": [], "core": [], "core_kind": "regenerated", "rank": 2},
+        **{"keys": torch.tensor([0, 5, 6]), "coefficient": row, "decay": row, "tensor_ids": [1], "slices": [0, 7]},
+    }
 
     def step(w):
-        TABLE.dense_perturb_(w, *dense)
-        TABLE.lowrank_perturb_(w[:1], *lowrank)
+        TABLE.dense_perturb_(w, **dense)
+        TABLE.lowrank_perturb_(w[:1], **lowrank)
         return w[0].float() * 2
 
     want, got = clones(w), clones(w)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import gpu
 import pytest
 import torch
+from support import gpu
 from support.counted import UNIT
 from support.methods import METHODS, options_of
 from support.models import IDS, TARGET, Words

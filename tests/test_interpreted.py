@@ -1,4 +1,7 @@
-"""Every Triton kernel against the reference, under Triton's interpreter: a process for each file of its tests."""
+"""Every Triton kernel against the reference, under Triton's interpreter: a process for each file of its tests.
+
+By default those of the noise, the roundings, the sums and the host side run, and one call of each op; the rest is slow.
+"""
 
 import os
 import subprocess
@@ -8,18 +11,27 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-FILES = sorted((TESTS / "interpreted").glob("test_*.py"))
+QUICK = ("draw", "guard", "host", "reduction", "rounding")
+FILES = sorted((TESTS / "interpreted").glob("test_triton_*.py"))
+PROPERTIES = str(TESTS / "test_op_properties.py")
+SAMPLE = "test_bits and bfloat16 and (shard or forward) or test_bits and assemble and strided"
+RUNS = [
+    *((f.stem, [str(f)], [] if f.stem.removeprefix("test_triton_") in QUICK else [pytest.mark.slow]) for f in FILES),
+    ("sample", [PROPERTIES, "-k", SAMPLE], []),
+    # Sums have files of their own, and take the interpreter long.
+    ("properties", [PROPERTIES, "-k", "not reference] and not rank and not forward"], [pytest.mark.slow]),
+]
 
 pytest.importorskip("triton")
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="tests/interpreted is collected as it is")
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_interpreted(file):
+@pytest.mark.parametrize("chosen", [pytest.param(chosen, id=name, marks=marks) for name, chosen, marks in RUNS])
+def test_interpreted(chosen):
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "PGAP_", "TRITON_"))}
     environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", str(file), "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    done = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True, timeout=900)
+    command = [sys.executable, "-m", "pytest", *chosen, "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    done = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True, timeout=1800)
     summary = (done.stdout.splitlines() or [""])[-1]
     # A file of skipped tests, or one that was not collected, has shown nothing.
     assert done.returncode == 0 and "passed" in summary and "skipped" not in summary, done.stdout + done.stderr

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import DTYPES, assert_same_bits, clones, ops, poison, serving, weights
+from support.helpers import DTYPES, assert_all_same, assert_same_bits, clones, ops, poison, weights
 
 from pgap_kernels import noise, reference
 
@@ -18,6 +18,11 @@ LEFT, RIGHT, CORE, SIGN = (
 ROUNDING = {"rounding": "stochastic", "rounding_key": noise.derive(4, 1, noise.Role.ROUNDING)}
 IDS = [noise.tensor_id(f"w{i}") for i in range(4)]
 TABLE = torch.ops.pgap_kernels
+
+
+def with_cores(ranks) -> list[tuple]:
+    """Every rank in every dtype. A core is made into P before a pass, so the kinds take turns."""
+    return [(dtype, rank, CORES[(i + j) % 4]) for i, dtype in enumerate(DTYPES) for j, rank in enumerate(ranks)]
 
 
 def shapes_of(rank: int) -> list[tuple[int, int]]:
@@ -54,21 +59,14 @@ def perturbed(tensors, left, right, **options):
     return tensors
 
 
-def assert_all_same(got, want):
-    for g, w in zip(got, want, strict=True):
-        assert_same_bits(g, w)
-
-
 # ---- accuracy ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.1])
-@pytest.mark.parametrize("core", CORES)
-@pytest.mark.parametrize("rank", RANKS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "rank", "core"), with_cores(RANKS), ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_error_is_at_most_twice_that_of_pytorch(backend, dtype, rank, core, decay):
+def test_error_is_at_most_twice_that_of_pytorch(backend, dtype, rank, core):
     """Largest and root mean square error over the list, against float64; PyTorch's addmm in W's dtype beside it."""
+    decay = 0.0 if rank % 2 else 0.1
     w, left, right, cores = stored(rank, core, dtype)
     got = perturbed(w, left, right, core=cores, coefficient=0.3, decay=decay, backend=backend)
     own, torch_own = [], []
@@ -115,9 +113,7 @@ def test_rank_one_needs_no_sum(dtype):
 # ---- factors -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("core", CORES)
-@pytest.mark.parametrize("rank", (1, 3, 16, 33))
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "rank", "core"), with_cores((1, 3, 16, 33)), ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_regenerated_factors_are_draws(backend, dtype, rank, core):
     w, _, _, cores = stored(rank, core, dtype)
@@ -131,18 +127,6 @@ def test_regenerated_factors_are_draws(backend, dtype, rank, core):
     if core == "regenerated":
         drawn = core_matrices(cores, rank)
         assert_all_same(perturbed(w, left, right, core=drawn, **options), want)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_keys_in_tensors(backend):
-    w, left, _, _ = stored(3, "none")
-    signed = [torch.tensor(key - (key >> 63 << 64)) for key in (RIGHT, CORE)]
-    want = perturbed(w, left, RIGHT, core=CORE, coefficient=0.1, backend=backend)
-    got = perturbed(w, left, signed[0], core=signed[1].view(1), coefficient=torch.tensor([0.1]), backend=backend)
-    assert_all_same(got, want)
-    top = 2**64 - 5
-    want = perturbed(w, left, top, coefficient=0.1, backend=backend)
-    assert_all_same(perturbed(w, left, torch.tensor(-5), coefficient=0.1, backend=backend), want)
 
 
 @pytest.mark.parametrize("core", ["none", "diagonal", "full"])
@@ -193,55 +177,17 @@ def test_threads_lists_and_out_do_not_matter(set_threads, dtype, rank, core):
         assert_all_same(some, pick(want))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_per_tensor_scalars_are_single_calls(backend):
-    w, left, right, cores = stored(8, "full")
-    coefficients, decays = [0.1, -0.2, 0.3, 0.0], [0.0, 0.01, 0.02, 0.5]
-    got = perturbed(w, left, right, core=cores, coefficient=coefficients, decay=torch.tensor(decays), backend=backend)
-    for i in range(4):
-        options = {"core": [cores[i]], "coefficient": coefficients[i], "decay": decays[i], "backend": backend}
-        assert_same_bits(got[i], perturbed([w[i]], [left[i]], [right[i]], **options)[0])
-
-
+@pytest.mark.parametrize("rank", (16, 33))
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_views_are_written_and_nothing_else(backend, dtype):
-    (whole,) = weights([(90, 150)], dtype)
-    (source,) = weights([(90, 150)], dtype, seed=6)
-    for rows, columns in [((3, 80), (0, 150)), ((0, 90), (7, 141)), ((11, 12), (5, 6)), ((20, 61), (64, 150))]:
-        rows, columns = slice(*rows), slice(*columns)
-        view = whole[rows, columns]
-        before, shape = whole.clone(), view.shape
-        left, right = weights([(shape[0], 1), (shape[1], 1)], seed=7)
-        (want,) = perturbed([view.contiguous()], [left], [right], coefficient=0.3, backend=backend, **ROUNDING)
-        ops.lowrank_perturb_([view], [left], [right], coefficient=0.3, tensor_ids=IDS[:1], backend=backend, **ROUNDING)
-        assert_same_bits(view.contiguous(), want)
-        mask = torch.ones(whole.shape, dtype=torch.bool)
-        mask[rows, columns] = False
-        assert_same_bits(whole[mask], before[mask])
-        out, from_view = whole.clone(), source[rows, columns]
-        ops.lowrank_perturb_([from_view], [left], [right], coefficient=0.3, out=[out[rows, columns]], backend=backend)
-        (want,) = perturbed([from_view.contiguous()], [left], [right], coefficient=0.3, backend=backend)
-        assert_same_bits(out[rows, columns].contiguous(), want)
-        assert_same_bits(out[mask], whole[mask])
-
-
-@pytest.mark.parametrize(
-    "shard", [(0, 70, 0, 110), (7, 30, 0, 110), (0, 70, 40, 110), (33, 34, 5, 99), (60, 70, 109, 110)]
-)
-@pytest.mark.parametrize(("backend", "rank"), [("cpu", 1), ("cpu", 16), ("cpu", 33), ("reference", 1)])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_shards_are_slices_of_the_whole(dtype, backend, rank, shard):
-    """Factors and rounding words are drawn by the shard's place. (The reference's matmul is free in its sums, so it is
-    held to this where there are none.)"""
-    top, bottom, left, right = shard
+def test_drawn_factors_of_shards_are_slices_of_the_whole(dtype, rank):
+    """On the CPU, whose sums have one order; the reference is held to this where there are none."""
     (w,) = weights([(70, 110)], dtype)
-    core = CORE if backend == "cpu" else None
-    options = {"coefficient": 0.1, "rank": rank, "core": core, "backend": backend, **ROUNDING}
+    options = {"coefficient": 0.1, "rank": rank, "core": CORE, "backend": "cpu", **ROUNDING}
     (whole,) = perturbed([w], LEFT, RIGHT, **options)
-    local = w[top:bottom, left:right].contiguous()
-    (got,) = perturbed([local], LEFT, RIGHT, slices=[(top * 110 + left, 110)], **options)
-    assert_same_bits(got, whole[top:bottom, left:right].contiguous())
+    for top, bottom, left, right in ((7, 30, 0, 110), (0, 70, 40, 110), (33, 34, 5, 99), (60, 70, 109, 110)):
+        local = w[top:bottom, left:right].contiguous()
+        (got,) = perturbed([local], LEFT, RIGHT, slices=[(top * 110 + left, 110)], **options)
+        assert_same_bits(got, whole[top:bottom, left:right].contiguous())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -273,78 +219,6 @@ def test_stochastic_pass_rounds_the_float32_pass(backend, dtype, decay):
         words = reference.words(0, value.numel(), ident, ROUNDING["rounding_key"], value.device).view(value.shape)
         assert_same_bits(g, reference.stochastic_round(value, words, dtype))
         assert not torch.equal(g, value.to(dtype)) or g.numel() < 100
-
-
-# ---- registration --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_version_counters(backend):
-    w, left, right, cores = stored(3, "full")
-    out = poison(w)
-    others = [*left, *right, *cores]
-
-    def versions(tensors):
-        return [t._version for t in tensors]
-
-    before, before_out, before_others = versions(w), versions(out), versions(others)
-    ops.lowrank_perturb_(w, left, right, core=cores, coefficient=0.1, out=out, backend=backend)
-    assert versions(w) == before
-    assert all(a > b for a, b in zip(versions(out), before_out, strict=True))
-    ops.lowrank_perturb_(w, left, right, core=cores, coefficient=0.1, backend=backend)
-    assert all(a > b for a, b in zip(versions(w), before, strict=True))
-    assert versions(others) == before_others
-
-
-def op_arguments(dtype) -> tuple[list, dict]:
-    """Weights, and the keywords of the op."""
-    return weights([(5, 7), (9, 4)], dtype), {
-        "left": weights([(5, 2), (9, 2)], seed=1),
-        "right": [],
-        "core": [],
-        "keys": torch.tensor([0, 5, 6]),
-        "coefficient": torch.tensor([0.1]),
-        "decay": torch.tensor([0.0, 0.1]),
-        "rounding_key": torch.tensor([3]) if dtype != torch.float32 else None,
-        "tensor_ids": [1, 2],
-        "rank": 2,
-        "core_kind": "regenerated",
-    }
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck(backend, dtype):
-    w, keywords = op_arguments(dtype)
-    with serving(backend):
-        torch.library.opcheck(TABLE.lowrank_perturb_.default, (w,), keywords)
-        torch.library.opcheck(TABLE.lowrank_perturb_.out, (w,), {**keywords, "out": clones(w)})
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck_aligned_core(backend):
-    singular_values = [torch.tensor([3.0, 1.0]), torch.tensor([2.0, 1.0, 0.5])]
-    keywords = {"keys": torch.tensor([5, -6]), "tensor_ids": [1, 2], "sign_ids": [0, 0], "delta": 0.5}
-    with serving(backend):
-        torch.library.opcheck(TABLE.aligned_core.default, (singular_values,), keywords)
-
-
-def test_compiled_op():
-    w, keywords = op_arguments(torch.float32)
-    core = {"keys": torch.tensor([5]), "tensor_ids": [1], "sign_ids": [], "delta": 0.5}
-
-    @torch.compile(backend="aot_eager", fullgraph=True)
-    def step(w):
-        TABLE.lowrank_perturb_(w, **keywords)
-        (z,) = TABLE.aligned_core([w[0][0]], **core)
-        return z + 1
-
-    got, want = clones(w), clones(w)
-    result = step(got)
-    TABLE.lowrank_perturb_(want, **keywords)
-    assert_all_same(got, want)
-    (z,) = TABLE.aligned_core([want[0][0]], **core)
-    assert torch.equal(result, z + 1)
 
 
 # ---- aligned core --------------------------------------------------------------------------------------------------
@@ -390,26 +264,10 @@ def test_signs_differ_between_matrices_and_agree_under_one_id():
     assert len(signs(sign_ids=[7] * 64)) == 1
 
 
-@pytest.mark.parametrize("options", [{}, {"sign_key": torch.tensor([SIGN - (SIGN >> 63 << 64)])}])
-def test_aligned_core_has_the_same_bits_everywhere(options):
-    got, want = (
-        ops.aligned_core(SINGULAR_VALUES, CORE, tensor_ids=IDS, delta=0.7, backend=b, **options)
-        for b in ("cpu", "reference")
-    )
-    assert_all_same(got, want)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_to_align(backend):
     (core,) = ops.aligned_core([torch.zeros(5)], CORE, tensor_ids=IDS[:1], delta=0.7, backend=backend)
     assert_same_bits(core, ops.draw((5, 5), CORE, IDS[0]))
-
-
-def test_aligned_core_depends_on_its_own_matrix_only():
-    together = ops.aligned_core(SINGULAR_VALUES, CORE, tensor_ids=IDS, delta=0.7, sign_key=SIGN)
-    for i, s in enumerate(SINGULAR_VALUES):
-        (alone,) = ops.aligned_core([s], CORE, tensor_ids=[IDS[i]], delta=0.7, sign_key=SIGN)
-        assert_same_bits(alone, together[i])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -437,12 +295,3 @@ def test_rank_of_a_shard_is_bounded_by_its_unsharded_row():
     assert (w == 0).all()
     ops.lowrank_perturb_([w], 1, 2, rank=8, coefficient=1.0, tensor_ids=[1], slices=[(0, 8)])
     assert (w != 0).all()
-
-
-def test_extension_refuses_an_unknown_core():
-    w, one = torch.zeros(4, 4), torch.ones(1)
-    with pytest.raises(RuntimeError, match="core_kind"):
-        torch.ops.pgap_kernels_cpu.lowrank(
-            [w], [w], [], [], [], torch.tensor([1, 2, 3]), one, one, None, [1], [0, 4], 2, "fulll"
-        )
-    assert (w == 0).all()

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from cases import IDS, KEYS, MASK_KEY, MASKS, ROUNDINGS, masked, masked_arguments, per_tensor, run
-from exact import exact_dense
-from helpers import DTYPES, assert_same_bits, clones, ops, poison, serving, weights
-from refusals import refused
+from support.cases import IDS, KEYS, MASK_KEY, MASKS, ROUNDINGS, masked_arguments
+from support.exact import exact_dense
+from support.helpers import DTYPES, assert_all_same, assert_same_bits, clones, ops, weights
+from support.refusals import refused
 
 from pgap_kernels import noise
 
@@ -24,11 +24,6 @@ def perturbed(tensors, draws, ids=None, **options):
     return tensors
 
 
-def assert_all_same(got, want):
-    for g, w in zip(got, want, strict=True):
-        assert_same_bits(g, w)
-
-
 def word(index: int, ident: int, key: int) -> int:
     """The word of one element, from the scalar definition of the stream."""
     counter, lane = noise.element_counter(index, ident)
@@ -38,8 +33,7 @@ def word(index: int, ident: int, key: int) -> int:
 # ---- the formula ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.1])
-@pytest.mark.parametrize("draws", [1, 2, 3])
+@pytest.mark.parametrize(("draws", "decay"), [(1, 0.0), (3, 0.1)])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -89,6 +83,14 @@ def test_zeros_that_are_not_kept_keep_their_sign(backend, dtype):
     assert_all_same(perturbed(w, DRAWS[:1], threshold=-1.0, backend=backend), w)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_thresholds_of_every_size(dtype):
+    special = [math.inf, -math.inf, math.nan, 0.0, -0.0, 6e-8, 1e-40, -1e-45, 65504.0, 3.38e38, 0.5, -0.5]
+    w = [torch.tensor(special * 40, dtype=torch.float64).to(dtype)] * 4
+    options = {"threshold": [0.0, 0.5, 1e-40, 1e38]}
+    assert_all_same(*(perturbed(w, DRAWS[:2], backend=b, **options) for b in BACKENDS))
+
+
 def test_share_keeps_that_part():
     """Within 5 sigma, and whether or not an element is kept does not depend on the noise's key."""
     n, p = 200_000, 0.3
@@ -96,116 +98,6 @@ def test_share_keeps_that_part():
     (other,) = perturbed([torch.zeros(n)], DRAWS[1:2], share=(MASK_KEY, p))
     assert abs((got != 0).sum().item() - n * p) <= 5 * math.sqrt(n * p * (1 - p))
     assert torch.equal(got != 0, other != 0)
-
-
-# ---- cpu = reference -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", masked)
-def test_cpu_is_the_reference(name):
-    """Ragged sizes, every dtype, mask, rounding and layout; the memory around is compared too."""
-    assert_all_same(run(masked[name], "cpu"), run(masked[name], "reference"))
-
-
-SPECIAL = [math.inf, -math.inf, math.nan, 0.0, -0.0, 6e-8, 1e-40, -1e-45, 65504.0, 3.38e38, 0.5, -0.5]
-
-
-@pytest.mark.parametrize("rounding", ROUNDINGS)
-@pytest.mark.parametrize("threshold", [0.0, 0.5, 1e-30, 1e38])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_special_weights(dtype, threshold, rounding):
-    w = [torch.tensor(SPECIAL * 40, dtype=torch.float64).to(dtype)]
-    options = {"threshold": threshold, "decay": 0.5, **ROUNDINGS[rounding]}
-    got, want = (perturbed(w, DRAWS[:2], backend=b, **options) for b in ("cpu", "reference"))
-    assert_all_same(got, want)
-    assert got[0][w[0].isnan()].isnan().all()
-
-
-@pytest.mark.parametrize("mask", MASKS)
-def test_threads_do_not_matter(set_threads, mask):
-    shapes = [(300, 401), (70001,)]
-    arguments = masked_arguments(mask, torch.bfloat16, rounding="stochastic", shapes=shapes)
-    results = []
-    for threads in (1, 2):
-        set_threads(threads)
-        arguments["weights"] = weights(shapes, torch.bfloat16)
-        ops.masked_perturb_(**arguments, backend="cpu")
-        results.append(arguments["weights"])
-    assert_all_same(*results)
-
-
-# ---- lists, layouts, shards ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_per_tensor_scalars_are_single_calls(backend, mask):
-    arguments = masked_arguments(mask, torch.float16, decay=per_tensor([0.0, 0.1], 9), rounding="stochastic")
-    count = len(arguments["weights"])
-    many = [0.1 * (i + 1) for i in range(count)]
-    arguments["draws"] = [(KEYS[0], many), (KEYS[1], 0.5)]
-    singles = clones(arguments["weights"])
-    ops.masked_perturb_(**arguments, backend=backend)
-    for i in range(count):
-        own = {
-            **arguments,
-            "weights": singles[i : i + 1],
-            "tensor_ids": [IDS[i]],
-            "draws": [(KEYS[0], many[i]), (KEYS[1], 0.5)],
-            "decay": arguments["decay"][i],
-        }
-        for name in ("threshold", "bits"):
-            if name in own:
-                own[name] = own[name][i : i + 1]
-        ops.masked_perturb_(**own, backend=backend)
-        assert_same_bits(singles[i], arguments["weights"][i])
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_scalars_and_keys_in_tensors(backend):
-    w = weights([(33,), (11, 7)])
-    signed = [torch.tensor(key - (key >> 63 << 64)) for key in (KEYS[0], MASK_KEY)]
-    want = perturbed(w, DRAWS[:1], share=(MASK_KEY, 0.5), backend=backend)
-    assert_all_same(perturbed(w, [(signed[0], torch.tensor(1e-1))], share=(signed[1], 0.5), backend=backend), want)
-    want = perturbed(w, DRAWS[:1], threshold=[0.5, 1.0], backend=backend)
-    assert_all_same(perturbed(w, DRAWS[:1], threshold=torch.tensor([0.5, 1.0]), backend=backend), want)
-    want = perturbed(w, DRAWS[:1], threshold=0.5, backend=backend)
-    assert_all_same(perturbed(w, DRAWS[:1], threshold=torch.tensor(0.5), backend=backend), want)
-
-
-WHOLE = (50, 300)
-
-
-@pytest.mark.parametrize("shard", [(7, 19, 0, 300), (0, 50, 100, 300), (3, 44, 17, 18), (21, 50, 250, 300)], ids=str)
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_shards_are_slices_of_the_whole(backend, mask, shard):
-    """A shard's bits are its own; the other masks follow its place or its weights."""
-    top, bottom, left, right = shard
-    (w,) = weights([WHOLE], torch.bfloat16)
-    local = w[top:bottom, left:right].contiguous()
-
-    def options(tensor):
-        bits = ops.threshold_bits([tensor], 0.5) if mask == "bits" else None
-        own = {"threshold": 0.5, "share": (MASK_KEY, 0.4), "bits": bits}[mask]
-        return {mask: own, "decay": 0.02, "backend": backend, **STOCHASTIC}
-
-    (whole,) = perturbed([w], DRAWS[:2], **options(w))
-    (got,) = perturbed([local], DRAWS[:2], slices=[(top * WHOLE[1] + left, WHOLE[1])], **options(local))
-    assert_same_bits(got, whole[top:bottom, left:right].contiguous())
-
-
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_out_leaves_the_weights(backend, mask):
-    arguments = masked_arguments(mask, torch.bfloat16, layout="strided", out=True, rounding="stochastic")
-    before = clones(arguments["weights"])
-    ops.masked_perturb_(**arguments, backend=backend)
-    assert_all_same(arguments["weights"], before)
-    out = arguments.pop("out")
-    ops.masked_perturb_(**arguments, backend=backend)
-    assert_all_same(out, arguments["weights"])
-    assert all(t.isfinite().all() for t in out)
 
 
 # ---- bits ----------------------------------------------------------------------------------------------------------
@@ -234,11 +126,9 @@ def test_threshold_bits_of_lists():
 
 
 @pytest.mark.parametrize("layout", ["plain", "strided", "shard"])
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_bits_of_clean_weights_are_the_threshold(backend, dtype, layout):
-    arguments = masked_arguments("threshold", dtype, layout=layout, rounding="stochastic", decay=0.01)
-    other = masked_arguments("threshold", dtype, layout=layout, rounding="stochastic", decay=0.01)
+def test_bits_of_clean_weights_are_the_threshold(backend, layout):
+    arguments, other = (masked_arguments("threshold", torch.bfloat16, layout=layout, decay=0.01) for _ in range(2))
     other["bits"] = ops.threshold_bits(other["weights"], other.pop("threshold"))
     ops.masked_perturb_(**arguments, backend=backend)
     ops.masked_perturb_(**other, backend=backend)
@@ -259,69 +149,6 @@ def test_bits_restore_where_a_threshold_of_perturbed_weights_would_not(backend):
     assert_same_bits(back[w.abs() > 0.7], w[w.abs() > 0.7])
     (lost,) = perturbed([up], [(KEYS[0], -0.3)], threshold=0.7, backend=backend)
     assert ((lost.double() - w.double()).abs() > rounding).sum() > 100
-
-
-# ---- registration --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_version_counters(backend, mask):
-    arguments = masked_arguments(mask)
-    w, others = arguments["weights"], arguments.get("bits", [])
-    out = poison(w)
-
-    def versions(tensors):
-        return [t._version for t in tensors]
-
-    before, before_out, before_others = versions(w), versions(out), versions(others)
-    ops.masked_perturb_(**arguments, out=out, backend=backend)
-    assert versions(w) == before
-    assert all(a > b for a, b in zip(versions(out), before_out, strict=True))
-    ops.masked_perturb_(**arguments, backend=backend)
-    assert all(a > b for a, b in zip(versions(w), before, strict=True))
-    assert versions(others) == before_others
-
-
-def op_arguments(dtype, mask) -> tuple[list, dict]:
-    """Weights, and the keywords of the op."""
-    w = weights([(5, 7), (9,)], dtype)
-    return w, {
-        "keys": torch.tensor([3, -4]),
-        "coefficients": torch.tensor([[0.5], [-0.25]]),
-        "decay": torch.tensor([[0.0, 0.1]]),
-        "rounding_key": torch.tensor([5]) if dtype != torch.float32 else None,
-        "mask": mask,
-        "mask_key": torch.tensor([9]),
-        "mask_level": torch.tensor([[0.5]]) if mask != "share" else torch.tensor([[1 << 30]]),
-        "mask_bits": ops.threshold_bits(w, 0.5) if mask == "bits" else [],
-        "tensor_ids": [1, 2],
-        "slices": [0, 7, 0, 9],
-    }
-
-
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck(backend, dtype, mask):
-    w, keywords = op_arguments(dtype, mask)
-    with serving(backend):
-        torch.library.opcheck(TABLE.masked_perturb_.default, (w,), keywords)
-        torch.library.opcheck(TABLE.masked_perturb_.out, (w,), {**keywords, "out": clones(w)})
-
-
-def test_compiled_op():
-    w, keywords = op_arguments(torch.bfloat16, "bits")
-
-    @torch.compile(backend="aot_eager", fullgraph=True)
-    def step(w):
-        TABLE.masked_perturb_(w, **keywords)
-        return w[0].float() * 2
-
-    got, want = clones(w), clones(w)
-    TABLE.masked_perturb_(want, **keywords)
-    assert torch.equal(step(got), want[0].float() * 2)
-    assert_all_same(got, want)
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------------
@@ -384,51 +211,3 @@ def test_threshold_bits_refuses():
     for bad, error in ((torch.zeros(3), TypeError), ([], ValueError), ([torch.zeros(3).double()], TypeError)):
         with pytest.raises(error, match=r"^weights"):
             ops.threshold_bits(bad, 0.5)
-
-
-def good_for_extension() -> dict:
-    return {
-        "weights": [torch.zeros(40) for _ in range(3)],
-        "keys": torch.tensor([1]),
-        "coefficients": torch.ones(1, 1),
-        "decay": torch.zeros(1, 1),
-        "rounding_key": None,
-        "mask": "bits",
-        "mask_key": torch.zeros(1, dtype=torch.int64),
-        "mask_level": torch.zeros(1, 1),
-        "mask_bits": [torch.full((2,), -1, dtype=torch.int32) for _ in range(3)],
-        "tensor_ids": [1, 2, 3],
-        "slices": [0, 40] * 3,
-        "distribution": "normal",
-    }
-
-
-@pytest.mark.parametrize(
-    ("change", "accepted"),
-    [
-        ({"mask": "none"}, "mask: accepted"),
-        ({"mask_bits": []}, "mask_bits"),
-        ({"mask_bits": [torch.zeros(1, dtype=torch.int32)] * 3}, "mask_bits"),
-        ({"mask_bits": [torch.zeros(2, dtype=torch.int64)] * 3}, "mask_bits"),
-        ({"mask": "threshold", "mask_level": torch.ones(1, 2)}, "mask_level"),
-        ({"mask": "threshold", "mask_level": torch.ones(1, 1).double()}, "mask_level"),
-        ({"mask": "share"}, "mask_level"),
-        ({"mask": "share", "mask_level": torch.zeros(1, 0, dtype=torch.int64)}, "mask_level"),
-        ({"coefficients": torch.ones(2, 1)}, "coefficients"),
-        ({"decay": torch.ones(0, 1)}, "decay"),
-        ({"rounding_key": torch.zeros(0, dtype=torch.int64)}, "rounding_key"),
-        ({"slices": [0, 39] * 3}, "slices"),
-        ({"tensor_ids": [1, 2]}, "tensor_ids"),
-    ],
-)
-def test_extension_refuses_what_it_cannot_index(change, accepted):
-    arguments = {**good_for_extension(), **change}
-    with pytest.raises(RuntimeError, match=accepted):
-        torch.ops.pgap_kernels_cpu.masked(out=arguments["weights"], **arguments)
-    assert all((w == 0).all() for w in arguments["weights"])
-
-
-def test_extension_takes_what_the_refusals_start_from():
-    arguments = good_for_extension()
-    torch.ops.pgap_kernels_cpu.masked(out=arguments["weights"], **arguments)
-    assert all((w != 0).all() for w in arguments["weights"])

@@ -7,9 +7,9 @@ import math
 
 import pytest
 import torch
-from finetune_tiny import tiny_model
 from support.contract import losses_of_points
 from support.counted import UNIT
+from support.finetune_tiny import tiny_model
 from support.methods import ROWS, options_of
 from support.models import INPUTS, LABELS, assert_clean, parameters_of, snapshot
 from support.models import filled as filled_with

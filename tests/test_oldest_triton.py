@@ -1,4 +1,6 @@
-"""Every kernel compiles on the oldest Triton that is declared supported; test_compiled.py has the newest, pinned one.
+"""Kernels compile on the oldest Triton that is declared supported: one of each family, and (slow) every one.
+
+test_compiled.py has the newest, pinned one.
 
 `make setup` installs the oldest one in a folder of its own, which a child process finds first.
 """
@@ -11,13 +13,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.compiled import FAMILIES, FLOAT32, SAMPLE
 
 from pgap_kernels import backends
 
 ROOT = Path(__file__).parent.parent
 OLDEST = Path(sys.prefix) / "triton-oldest"
-OURS = {"dense", "preconditioned", "anchor", "reduce", "low rank", "factor product", "forward"}
-FLOAT32 = {"assemble", "guard"}  # kernels of float32 alone
 
 
 def run(*command: str) -> subprocess.CompletedProcess:
@@ -27,16 +28,24 @@ def run(*command: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.skipif(not OLDEST.is_dir(), reason="`make setup` installs the oldest Triton; this environment has none")
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_every_kernel_compiles_on_the_oldest_triton(tmp_path, dtype):
+@pytest.mark.parametrize(
+    ("kernels", "options"),
+    [
+        pytest.param(FAMILIES, SAMPLE, id="sample"),
+        pytest.param(
+            [*FAMILIES, *FLOAT32], ["--target", "sm_90", "--dtype", "fp32"], id="fp32", marks=pytest.mark.slow
+        ),
+        pytest.param(FAMILIES, ["--target", "sm_90", "--dtype", "bf16"], id="bf16", marks=pytest.mark.slow),
+    ],
+)
+def test_every_kernel_compiles_on_the_oldest_triton(tmp_path, kernels, options):
     version = run("-c", "import triton; print(triton.__version__)").stdout.strip()
     assert tuple(map(int, version.split(".")[:2])) == backends.triton.OLDEST
     rows = tmp_path / "rows.json"
-    options = ["--target", "sm_90", "--dtype", dtype, "--jobs", "1", "--json", str(rows)]
-    done = run("-m", "tools.compiled", "--kernel", *OURS, *FLOAT32, *options)
+    done = run("-m", "tools.compiled", "--kernel", *kernels, *options, "--jobs", "1", "--json", str(rows))
     assert rows.exists(), done.stderr
     found = json.loads(rows.read_text())
-    assert {row["kernel"] for row in found} == (OURS | FLOAT32 if dtype == "fp32" else OURS)
+    assert {row["kernel"] for row in found} == set(kernels)
     assert [(row["kernel"], row["config"], row["error"]) for row in found if row["error"]] == []
 
 

@@ -1,12 +1,14 @@
 """preconditioned_update_ and preconditioned_perturb_: the rules in float64, cpu = reference, states, refusals."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
-from bounds import Bounded, known, scalar
-from cases import (
+from support.bounds import Bounded, known, scalar
+from support.cases import (
+    DISTRIBUTIONS,
     IDS,
     KEYS,
     ROUNDINGS,
@@ -14,27 +16,14 @@ from cases import (
     flat,
     per_tensor,
     perturb_arguments,
-    preconditioned,
-    rule_named,
-    run,
-    storage,
     update_arguments,
 )
-from helpers import DTYPES, assert_same_bits, clones, ops, poison, serving, weights
-from refusals import refused
+from support.helpers import DTYPES, assert_all_same, clones, ops, weights
+from support.refusals import refused
 from torch.utils._pytree import tree_map_only
 
 BACKENDS = ("reference", "cpu")
 TABLE = torch.ops.pgap_kernels
-
-
-def assert_all_same(got, want):
-    for g, w in zip(got, want, strict=True):
-        assert_same_bits(g, w)
-
-
-def draw_counts(rule: str) -> tuple[int, ...]:
-    return (1,) if rule == "hizoo" else (1, 2, 3)
 
 
 def own(value, t: int) -> float:
@@ -92,12 +81,19 @@ def noises(arguments: dict, t: int) -> list[Bounded]:
 FORMULA_SHAPES = [(1,), (31,), (37, 129), (4097,)]
 
 
-@pytest.mark.parametrize("rounding", ROUNDINGS)
-@pytest.mark.parametrize("distribution", ["normal", "rademacher"])
-@pytest.mark.parametrize(("rule", "draws"), [(rule, n) for rule in RULES for n in draw_counts(rule)])
-@pytest.mark.parametrize("dtype", DTYPES)
+def forms() -> list[tuple]:
+    """Every rule in every dtype, and with every number of draws. The rest acts before or after the rule and takes
+    turns: the distribution on z, the rounding on W."""
+    result = []
+    for (i, rule), (j, dtype) in itertools.product(enumerate(RULES), enumerate(DTYPES)):
+        draws = 1 if rule == "hizoo" else (1, 2, 3)[(i + j) % 3]
+        result.append((rule, dtype, draws, DISTRIBUTIONS[(i + j) % 2], [*ROUNDINGS][(i + j // 2) % 2]))
+    return result
+
+
+@pytest.mark.parametrize(("rule", "dtype", "draws", "distribution", "rounding"), forms(), ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_rules_in_float64(backend, dtype, rule, draws, distribution, rounding):
+def test_rules_in_float64(backend, rule, dtype, draws, distribution, rounding):
     """Within the running error bound of the plain formula in float32, weights and states."""
     decay = per_tensor([0.0, 0.1], len(FORMULA_SHAPES))
     options = {"decay": decay, "shapes": FORMULA_SHAPES, "distribution": distribution, "rounding": rounding}
@@ -192,93 +188,7 @@ def test_hizoo_perturbs_and_comes_back(backend):
     assert ((w.double() - start).abs() <= 2.0**-23 * (start.abs() + step)).all() and step.max() > 1e-2
 
 
-# ---- cpu = reference -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", preconditioned)
-def test_cpu_is_the_reference(name):
-    """Ragged sizes, every dtype, rule, rounding and layout; the memory around is compared too."""
-    assert_all_same(run(preconditioned[name], "cpu"), run(preconditioned[name], "reference"))
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_special_values(rule):
-    """Infinities, NaN, zeros and subnormal numbers in weights and states."""
-    special = torch.tensor([math.inf, -math.inf, math.nan, 0.0, -0.0, 1e-40, -1e-45, 3e38, 1e-3, 1.0])
-    results = []
-    for backend in BACKENDS:
-        arguments = update_arguments(rule, shapes=[(1000,)], decay=0.5)
-        arguments["weights"] = [special.repeat(100)]
-        for i, s in enumerate(arguments["state"]):
-            s[0].copy_(special.repeat_interleave(10).repeat(10).roll(7 * i))
-        ops.preconditioned_update_(**arguments, backend=backend)
-        results.append([*arguments["weights"], *flat(arguments["state"])])
-    assert_all_same(*results)
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_threads_do_not_matter(set_threads, rule):
-    results = []
-    for threads in (1, 2):
-        set_threads(threads)
-        arguments = update_arguments(rule, torch.bfloat16, rounding="stochastic", shapes=[(300, 401), (70001,)])
-        ops.preconditioned_update_(**arguments, backend="cpu")
-        results.append([*arguments["weights"], *flat(arguments["state"])])
-    assert_all_same(*results)
-
-
-# ---- lists, layouts, shards ----------------------------------------------------------------------------------------
-
-
-def only(arguments: dict, t: int) -> dict:
-    """The arguments of tensor t alone."""
-    rule = arguments["rule"]
-    changes = {name: own(getattr(rule, name), t) for name in ("lr", "floor") if hasattr(rule, name)}
-    return {
-        **arguments,
-        "weights": [arguments["weights"][t].clone()],
-        "state": [[s[t].clone()] for s in arguments["state"]],
-        "draws": [(key, own(a, t)) for key, a in arguments["draws"]],
-        "restore": [own(r, t) for r in arguments["restore"]],
-        "tensor_ids": [IDS[t]],
-        "decay": own(arguments["decay"], t),
-        "rule": type(rule)(**{**rule.__dict__, **changes}),
-    }
-
-
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_per_tensor_scalars_are_single_calls(backend, rule):
-    arguments = update_arguments(rule, torch.float16, rounding="stochastic", decay=per_tensor([0.0, 0.1, 0.2], 9))
-    arguments["draws"] = [(key, [0.1 * (i + 1) for i in range(9)]) for key, _ in arguments["draws"]]
-    singles = [only(arguments, t) for t in range(9)]
-    ops.preconditioned_update_(**arguments, backend=backend)
-    for t, single in enumerate(singles):
-        ops.preconditioned_update_(**single, backend=backend)
-        assert_same_bits(single["weights"][0], arguments["weights"][t])
-        assert_all_same(flat(single["state"]), [s[t] for s in arguments["state"]])
-
-
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_scalars_in_tensors(backend, rule):
-    """Every field of a rule may be a tensor: of float64, so that what is computed from it is the same."""
-    results = []
-    for wrapped in (False, True):
-        arguments = update_arguments(rule, shapes=[(33,), (11, 7)])
-        if wrapped:
-            fields = {
-                name: torch.tensor(value, dtype=torch.float64)
-                for name, value in arguments["rule"].__dict__.items()
-                if name not in ("betas", "refresh", "step") and not (rule == "adam" and name == "eps")
-            }
-            if rule == "adam":
-                fields["step"] = torch.tensor(3.0, dtype=torch.float64)
-            arguments["rule"] = type(arguments["rule"])(**{**arguments["rule"].__dict__, **fields})
-            arguments["restore"] = [torch.tensor(r) for r in arguments["restore"]]
-        ops.preconditioned_update_(**arguments, backend=backend)
-        results.append([*arguments["weights"], *flat(arguments["state"])])
-    assert_all_same(*results)
+# ---- arguments -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -303,131 +213,6 @@ def test_restore_is_zero_unless_given(backend):
         ops.preconditioned_update_(**arguments, backend=backend)
         results.append(arguments["weights"])
     assert_all_same(*results)
-
-
-WHOLE = (50, 300)
-
-
-@pytest.mark.parametrize("shard", [(7, 19, 0, 300), (0, 50, 100, 300), (3, 44, 17, 18), (21, 50, 250, 300)], ids=str)
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_shards_are_slices_of_the_whole(backend, rule, shard):
-    top, bottom, left, right = shard
-    whole = update_arguments(rule, torch.bfloat16, rounding="stochastic", decay=0.02, shapes=[WHOLE])
-    part = {
-        **whole,
-        "weights": [whole["weights"][0][top:bottom, left:right].contiguous()],
-        "state": [[s[0][top:bottom, left:right].contiguous()] for s in whole["state"]],
-        "slices": [(top * WHOLE[1] + left, WHOLE[1])],
-    }
-    ops.preconditioned_update_(**whole, backend=backend)
-    ops.preconditioned_update_(**part, backend=backend)
-    written = zip(flat([part["weights"], part["state"]]), flat([whole["weights"], whole["state"]]), strict=True)
-    for got, want in written:
-        assert_same_bits(got, want[top:bottom, left:right].contiguous())
-
-
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_nothing_around_is_written(backend, rule):
-    """What lies between the rows of weights and states stays poison, and no poison comes in."""
-    arguments = update_arguments(rule, layout="strided")
-    ops.preconditioned_update_(**arguments, backend=backend)
-    for t in flat([arguments["weights"], arguments["state"]]):
-        assert t.isfinite().all()
-        assert storage(t).isnan().sum() == storage(t).numel() - t.numel()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_perturb_out_leaves_the_weights(backend):
-    arguments = perturb_arguments(torch.bfloat16, rounding="stochastic", layout="strided", out=True, decay=0.01)
-    before = clones(flat([arguments["weights"], arguments["curvature"]]))
-    ops.preconditioned_perturb_(**arguments, backend=backend)
-    assert_all_same(flat([arguments["weights"], arguments["curvature"]]), before)
-    out = arguments.pop("out")
-    ops.preconditioned_perturb_(**arguments, backend=backend)
-    assert_all_same(out, arguments["weights"])
-    assert all(t.isfinite().all() for t in out)
-
-
-# ---- registration --------------------------------------------------------------------------------------------------
-
-
-def versions(tensors):
-    return [t._version for t in tensors]
-
-
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_update_version_counters(backend, rule):
-    arguments = update_arguments(rule)
-    written = flat([arguments["weights"], arguments["state"]])
-    before = versions(written)
-    ops.preconditioned_update_(**arguments, backend=backend)
-    assert all(a > b for a, b in zip(versions(written), before, strict=True))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_perturb_version_counters(backend):
-    arguments = perturb_arguments()
-    w, curvature, out = arguments["weights"], arguments["curvature"], poison(arguments["weights"])
-    before, read = versions(w), versions(curvature)
-    before_out = versions(out)
-    ops.preconditioned_perturb_(**arguments, out=out, backend=backend)
-    assert versions(w) == before and versions(curvature) == read
-    assert all(a > b for a, b in zip(versions(out), before_out, strict=True))
-    ops.preconditioned_perturb_(**arguments, backend=backend)
-    assert all(a > b for a, b in zip(versions(w), before, strict=True))
-    assert versions(curvature) == read
-
-
-def op_arguments(dtype, rule) -> tuple[tuple, dict]:
-    """Arguments and keywords of the registered op of a rule, or of the perturbation for None."""
-    w, state = weights([(5, 7), (9,)], dtype), [t.abs() + 0.5 for t in weights([(5, 7), (9,)], seed=1)]
-    keywords = {
-        "keys": torch.tensor([3]),
-        "decay": torch.tensor([[0.0, 0.1]]),
-        "rounding_key": torch.tensor([5]) if dtype != torch.float32 else None,
-        "tensor_ids": [1, 2],
-    }
-    amount = torch.tensor([[0.5]])
-    if rule is None:
-        return (w,), {"curvature": state, "coefficients": amount, **keywords}
-    chosen = rule_named(rule, 2)
-    rows = [torch.tensor(value, dtype=torch.float32).expand(2) for _, value in chosen.scalars()]
-    keywords |= {"gradient": amount, "restore": 0.1 * amount, "scalars": torch.stack(rows), "rule": rule}
-    return (w, state, clones(state) if chosen.states == 2 else []), keywords
-
-
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck_update(backend, dtype, rule):
-    with serving(backend):
-        torch.library.opcheck(TABLE.preconditioned_update_.default, *op_arguments(dtype, rule))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck_perturb(backend, dtype):
-    (w,), keywords = op_arguments(dtype, None)
-    with serving(backend):
-        torch.library.opcheck(TABLE.preconditioned_perturb_.default, (w,), keywords)
-        torch.library.opcheck(TABLE.preconditioned_perturb_.out, (w,), {**keywords, "out": clones(w)})
-
-
-def test_compiled_op():
-    lists, keywords = op_arguments(torch.bfloat16, "adam")
-
-    @torch.compile(backend="aot_eager", fullgraph=True)
-    def step(w, m, v):
-        TABLE.preconditioned_update_(w, m, v, **keywords)
-        return m[0] * 2
-
-    got, want = ([clones(x) for x in lists] for _ in range(2))
-    TABLE.preconditioned_update_(*want, **keywords)
-    assert torch.equal(step(*got), want[1][0] * 2)
-    assert_all_same(flat(got), flat(want))
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------------
@@ -535,59 +320,3 @@ def test_out_over_the_curvature():
     arguments = good_perturb()
     out = [torch.zeros(6, 8), arguments["curvature"][1]]
     refused("preconditioned_perturb_", {**arguments, "out": out}, ValueError, r"^out \+ curvature\[\d\] overlaps")
-
-
-def good_for_extension() -> dict:
-    return {
-        "weights": [torch.zeros(40).bfloat16() for _ in range(3)],
-        "state0": [torch.ones(40) for _ in range(3)],
-        "state1": [torch.ones(40) for _ in range(3)],
-        "keys": torch.tensor([1]),
-        "gradient": torch.ones(1, 1),
-        "restore": torch.ones(1, 3),
-        "scalars": torch.ones(7, 1),
-        "rule": "adam",
-        "decay": torch.zeros(1, 1),
-        "rounding_key": None,
-        "tensor_ids": [1, 2, 3],
-        "slices": [0, 40] * 3,
-        "distribution": "normal",
-    }
-
-
-@pytest.mark.parametrize(
-    ("change", "accepted"),
-    [
-        ({"rule": "sgd"}, "rule: accepted"),
-        ({"rule": "momentum"}, "scalars: accepted"),
-        ({"rule": "momentum", "scalars": torch.ones(2, 1)}, "state0, state1: accepted"),
-        ({"state1": []}, "state0, state1: accepted"),
-        ({"state0": []}, "state0, state1: accepted"),
-        ({"state0": [torch.ones(40)] * 2}, "state0: accepted: one tensor per weight"),
-        ({"state0": [torch.ones(39)] * 3}, "state0: accepted: the shapes"),
-        ({"state1": [torch.ones(80)[::2]] * 3}, "state1: accepted: contiguous rows"),
-        ({"state0": [torch.ones(40).bfloat16()] * 3}, "state0: accepted: CPU tensors of float32"),
-        ({"state1": [torch.ones(40).long()] * 3}, "state1: accepted: float32"),
-        ({"keys": torch.zeros(0, dtype=torch.int64)}, "keys: accepted"),
-        ({"gradient": torch.ones(2, 1)}, "gradient"),
-        ({"restore": torch.ones(1, 2)}, "restore"),
-        ({"scalars": torch.ones(7, 2)}, "scalars"),
-        ({"scalars": torch.ones(7)}, "scalars"),
-        ({"decay": torch.ones(0, 1)}, "decay"),
-        ({"rounding_key": torch.zeros(0, dtype=torch.int64)}, "rounding_key"),
-        ({"slices": [0, 39] * 3}, "slices"),
-        ({"tensor_ids": [1, 2]}, "tensor_ids"),
-        ({"distribution": "uniform"}, "distribution"),
-    ],
-)
-def test_extension_refuses_what_it_cannot_index(change, accepted):
-    arguments = {**good_for_extension(), **change}
-    with pytest.raises(RuntimeError, match=accepted):
-        torch.ops.pgap_kernels_cpu.preconditioned(out=arguments["weights"], **arguments)
-    assert all((w == 0).all() for w in arguments["weights"])
-
-
-def test_extension_takes_what_the_refusals_start_from():
-    arguments = good_for_extension()
-    torch.ops.pgap_kernels_cpu.preconditioned(out=arguments["weights"], **arguments)
-    assert all((w != 0).all() for w in arguments["weights"])

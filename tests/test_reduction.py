@@ -4,38 +4,15 @@ import itertools
 import math
 from fractions import Fraction
 
-import numpy as np
 import pytest
 import torch
-from cases import IDS, KEYS, dot_arguments, norm_arguments, reduced, run
-from helpers import DTYPES, clones, ops, serving, weights
+from support.cases import IDS, KEYS, dot_arguments, norm_arguments, run
+from support.helpers import DTYPES, ops, weights
+from support.sums import REDUCED as reduced
+from support.sums import products
 
 BACKENDS = ("reference", "cpu")
 TABLE = torch.ops.pgap_kernels
-
-
-def products(case_arguments: dict) -> list[np.ndarray]:
-    """The float64 products that each tensor's sum is of; products of two float32 are exact in float64."""
-    result = []
-    for t, tensor in enumerate(case_arguments["tensors"]):
-        x = tensor.contiguous().float()
-        if "anchors" in case_arguments:
-            x = x - case_arguments["anchors"][t].float()
-        other = x
-        if "key" in case_arguments:
-            base, row_stride = case_arguments.get("slices", [(0, max(x.numel(), 1))] * (t + 1))[t]
-            rows = x.shape[0] if x.dim() > 1 and "slices" in case_arguments else 1
-            options = {"distribution": case_arguments["distribution"], "backend": "reference"}
-            ident = case_arguments["tensor_ids"][t]
-            drawn = [
-                ops.draw(
-                    x.numel() // max(rows, 1), case_arguments["key"], ident, offset=base + i * row_stride, **options
-                )
-                for i in range(rows)
-            ]
-            other = torch.cat([*drawn, torch.zeros(0)]).view(x.shape)
-        result.append((x.double() * other.double()).flatten().numpy())
-    return result
 
 
 # ---- the sums ------------------------------------------------------------------------------------------------------
@@ -50,13 +27,6 @@ def test_sums_are_exact_to_rounding(backend, name):
     for value, terms in zip(got.tolist(), products(reduced[name].build()), strict=True):
         unit = max(len(terms) - 1, 0) * 2.0**-53
         assert abs(value - math.fsum(terms)) <= unit / (1 - unit) * math.fsum(abs(terms))
-
-
-@pytest.mark.parametrize("name", reduced)
-def test_cpu_agrees_with_the_reference(name):
-    (got,), (want,) = (run(reduced[name], b) for b in ("cpu", "reference"))
-    scale = torch.tensor([math.fsum(abs(terms)) for terms in products(reduced[name].build())])
-    assert ((got - want).abs() <= 1e-12 * scale).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -189,17 +159,6 @@ def test_squares_do_not_overflow_or_vanish(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nothing_is_written(backend):
-    arguments = norm_arguments(anchors=torch.float32, layout="strided")
-    tensors = [*arguments["tensors"], *arguments["anchors"]]
-    before, versions = clones(tensors), [t._version for t in tensors]
-    ops.squared_norms(**arguments, backend=backend)
-    ops.seeded_dot(arguments["tensors"], KEYS[0], tensor_ids=IDS, backend=backend)
-    assert [t._version for t in tensors] == versions
-    assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_parameters_and_shared_tensors_are_fine(backend):
     """Nothing is written, so tensors may overlap and require gradients."""
     (w,) = weights([(12, 20)])
@@ -210,99 +169,3 @@ def test_parameters_and_shared_tensors_are_fine(backend):
     assert ops.squared_norms(tensors, tensors, backend=backend).tolist() == [0.0] * 3
     dots = ops.seeded_dot([w, w], KEYS[0], tensor_ids=[1, 1], backend=backend)
     assert dots[0] == dots[1]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_keys_in_tensors(backend):
-    (w,) = weights([(99,)])
-    want = ops.seeded_dot([w], 2**64 - 2, tensor_ids=[1], backend=backend)
-    assert torch.equal(ops.seeded_dot([w], torch.tensor([-2]), tensor_ids=[1], backend=backend), want)
-
-
-# ---- registration --------------------------------------------------------------------------------------------------
-
-
-def op_arguments(dtype, kind: str) -> tuple[list, dict]:
-    """Tensors, and the keywords of the op."""
-    w, anchors = weights([(5, 7), (9,)], dtype), weights([(5, 7), (9,)], dtype, seed=1)
-    keys = torch.tensor([3]) if kind == "dot" else torch.zeros(0, dtype=torch.int64)
-    return w, {"anchors": anchors if kind == "distance" else [], "keys": keys, "tensor_ids": [1, 2]}
-
-
-@pytest.mark.parametrize("kind", ["dot", "norm", "distance"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck(backend, dtype, kind):
-    w, keywords = op_arguments(dtype, kind)
-    with serving(backend):
-        torch.library.opcheck(TABLE.reduce.default, (w,), keywords)
-
-
-def test_compiled_op():
-    w, keywords = op_arguments(torch.bfloat16, "dot")
-
-    @torch.compile(backend="aot_eager", fullgraph=True)
-    def step(w):
-        return TABLE.reduce(w, **keywords) * 2
-
-    assert torch.equal(step(w), TABLE.reduce(w, **keywords) * 2)
-
-
-# ---- the extension guards memory whoever calls it -------------------------------------------------------------------
-
-
-def good_for_extension() -> dict:
-    return {
-        "tensors": [torch.ones(40).bfloat16() for _ in range(3)],
-        "anchors": [torch.zeros(40) for _ in range(3)],
-        "keys": torch.tensor([1]),
-        "tensor_ids": [1, 2, 3],
-        "slices": [0, 40] * 3,
-        "distribution": "rademacher",
-        "totals": torch.full((3,), math.nan, dtype=torch.float64),
-    }
-
-
-@pytest.mark.parametrize(
-    ("change", "accepted"),
-    [
-        ({"keys": torch.tensor([1, 2])}, "keys, totals"),
-        ({"totals": torch.zeros(2, dtype=torch.float64)}, "keys, totals"),
-        ({"totals": torch.zeros(3)}, "totals: accepted"),
-        ({"totals": torch.zeros(6, dtype=torch.float64)[::2]}, "totals: accepted"),
-        ({"anchors": [torch.ones(40)] * 2}, "anchors: accepted: one tensor per weight"),
-        ({"anchors": [torch.ones(39)] * 3}, "anchors: accepted: the shapes"),
-        ({"anchors": [torch.ones(40).half()] * 3}, "anchors: accepted: CPU tensors"),
-        ({"tensors": [torch.ones(80).bfloat16()[::2]] * 3}, "contiguous rows"),
-        ({"tensors": [torch.ones(40).double()] * 3}, "tensors: accepted: float32"),
-        ({"tensors": [torch.ones(1, 1).bfloat16().expand(5, 8)] * 3}, "contiguous rows"),
-        ({"tensors": [torch.ones(40).bfloat16().as_strided((5, 8), (4, 1))] * 3}, "contiguous rows"),
-        ({"slices": [0, 39] * 3}, "slices"),
-        ({"tensor_ids": [1, 2]}, "tensor_ids"),
-    ],
-)
-def test_extension_refuses_what_it_cannot_index(change, accepted):
-    with pytest.raises(RuntimeError, match=accepted):
-        torch.ops.pgap_kernels_cpu.reduction(**{**good_for_extension(), **change})
-
-
-def test_extension_takes_what_the_refusals_start_from():
-    arguments = good_for_extension()
-    torch.ops.pgap_kernels_cpu.reduction(**arguments)
-    signs = [ops.draw(40, 1, i, distribution="rademacher").sum().item() for i in (1, 2, 3)]
-    assert arguments["totals"].tolist() == signs
-
-
-@pytest.mark.parametrize("keys", [[3], []])
-@pytest.mark.parametrize("span", [[0, 700], [5, 9000]])
-def test_extension_reads_a_row_expanded_over_rows(keys, span):
-    row, anchor = torch.randn(700).bfloat16(), torch.randn(700)
-    arguments = {"keys": torch.tensor(keys, dtype=torch.int64), "tensor_ids": [9], "slices": span}
-    totals = []
-    for rows in (lambda t: t.expand(50, 700), lambda t: t.repeat(50, 2)[:, :700]):
-        total = torch.full((1,), math.nan, dtype=torch.float64)
-        torch.ops.pgap_kernels_cpu.reduction(
-            tensors=[rows(row)], anchors=[rows(anchor)], distribution="normal", totals=total, **arguments
-        )
-        totals.append(total.item())
-    assert totals[0] == totals[1] and math.isfinite(totals[0])

@@ -10,7 +10,7 @@ Imports: passes, anchored -> direction, noise, lowrank -> part -> weight.
 
 from .anchored import Anchored, line_through
 from .direction import Direction, add_parts
-from .lowrank import Factor, LowRank, Term, draw_factor
+from .lowrank import Factor, LowRank, Term, concatenated, draw_factor
 from .noise import Mask, Noise
 from .part import Fold, Operands, Part
 from .passes import Pass, RulePass, bytes_of, run_all_or_none, with_padding_kept, writing
@@ -35,6 +35,7 @@ __all__ = [
     "address",
     "bucket",
     "bytes_of",
+    "concatenated",
     "draw_factor",
     "extent",
     "line_through",

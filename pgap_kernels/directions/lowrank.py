@@ -6,7 +6,7 @@ A (sum_j c_j C_j) B^T       A (m, r), B (n, r): stored, or drawn from a key;   C
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -157,9 +157,7 @@ class LowRank(Part):
         ones = [1.0] * len(self.weights)
         if not self._is_bare():
             return self._with([Term(self._cores(), ones)])
-        rows = [sum(values) for values in zip(*self.coefficients(), strict=True)]
-        left = torch._foreach_mul(self.left.materialised(self.weights, 0), rows)
-        return self._with([Term(None, ones)], left=Factor.stored(left))
+        return self._with([Term(None, ones)], left=Factor.stored(self._mixed_left()))
 
     @property
     def core_bytes(self) -> int:
@@ -182,6 +180,13 @@ class LowRank(Part):
             else:
                 total = list(moved)
         return total
+
+    def _mixed_left(self) -> list[Tensor]:
+        """sum_j c_j A C_j."""
+        left = [a.float() for a in self.left.materialised(self.weights, 0)]
+        if not self._is_bare():
+            return [a @ core for a, core in zip(left, self._cores(), strict=True)]
+        return list(torch._foreach_mul(left, [sum(values) for values in zip(*self.coefficients(), strict=True)]))
 
     def apply(self, tensors: list[Tensor], **options: Any) -> None:
         if len(self.terms) == 1:
@@ -210,6 +215,41 @@ class LowRank(Part):
 
     def operands(self) -> LowRankOperands:
         return LowRankOperands(self)
+
+
+def concatenated(parts: Iterable[Part]) -> list[Part]:
+    """The parts, low-rank ones of the same weights joined side by side, so that one pass writes them all:
+
+        sum_i A_i C_i B_i^T  =  [A_1 C_1, A_2 C_2, ..] [B_1, B_2, ..]^T
+
+    Up to the rank that a pass takes; drawn factors are drawn now, (m + n) r floats of a matrix and part.
+    """
+    found: list[list[Part]] = []
+    for part in parts:
+        group = next((group for group in found if _may_join([*group, part])), None)
+        if group is None:
+            found.append([part])
+        else:
+            group.append(part)
+    return [_side_by_side(group) if len(group) > 1 else group[0] for group in found]
+
+
+def _may_join(parts: Sequence[Part]) -> bool:
+    if any(part.indices != parts[0].indices for part in parts):
+        return False
+    ranks = [part.rank for part in parts if isinstance(part, LowRank)]
+    limit = min([ops.MAX_RANK, *(side for w in parts[0].weights for side in w.tensor.shape)])
+    return len(ranks) == len(parts) and sum(ranks) <= limit
+
+
+def _side_by_side(group: Sequence[Part]) -> LowRank:
+    parts = [part for part in group if isinstance(part, LowRank)]
+    first = parts[0]
+    columns = zip(*(part._mixed_left() for part in parts), strict=True)
+    left = Factor.stored([torch.cat(own, dim=1) for own in columns])
+    columns = zip(*(part.right.materialised(part.weights, 1) for part in parts), strict=True)
+    right = Factor.stored([torch.cat([b.float() for b in own], dim=1) for own in columns])
+    return first._with([Term(None, [1.0] * len(first.weights))], left=left, right=right)
 
 
 def _added(terms: Sequence[Term], others: Sequence[Term]) -> list[Term]:

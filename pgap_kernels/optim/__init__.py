@@ -6,8 +6,10 @@ and knows no mode.
 Imports: recipes -> lowrank -> base -> (evaluation, checkpoint, cost) -> mode -> model -> weights, options.
 """
 
+from .agzo import AGZO
 from .base import Cost, Evaluation, NonFiniteLossError, ZOOptimizer
 from .dizo import DiZO
+from .eggroll import EGGROLL
 from .helene import HELENE
 from .lowrank import LowRankOptimizer
 from .lozo import LOZO
@@ -15,8 +17,13 @@ from .lozo_m import LOZOM
 from .mezo import MeZO
 from .pgap import PGAP
 from .pizo import PIZO
+from .registry import available_methods, make_optimizer, method_options
+from .sampling import Sampling
+from .signal import Signal, SignalRule
 
 __all__ = [
+    "AGZO",
+    "EGGROLL",
     "HELENE",
     "LOZO",
     "LOZOM",
@@ -28,5 +35,11 @@ __all__ = [
     "LowRankOptimizer",
     "MeZO",
     "NonFiniteLossError",
+    "Sampling",
+    "Signal",
+    "SignalRule",
     "ZOOptimizer",
+    "available_methods",
+    "make_optimizer",
+    "method_options",
 ]

@@ -28,6 +28,8 @@ from .cost import Cost, measure_cost
 from .evaluation import Closure, Evaluation, NonFiniteLossError
 from .mode import MERGE, ModeOptimizer
 from .model import Params
+from .sampling import Sampling
+from .signal import signal_of
 
 __all__ = ["Closure", "Cost", "Evaluation", "NonFiniteLossError", "Params", "ZOOptimizer"]
 
@@ -41,7 +43,8 @@ class ZOOptimizer(ModeOptimizer):
     restored and the exception propagates. After ``step`` the parameters are the model, unless ``two_pass`` or
     ``merge="window"`` was asked for. Parameters may be frozen, unfrozen, cast or moved between steps.
 
-    A method overrides ``estimate_and_update``, and where its directions are low-rank ``lowrank_indices``.
+    A method overrides ``estimate_and_update``; where its directions are low-rank ``lowrank_indices``; where they are
+    fresh in every step ``direction``, for ``two_pass``, ``groups`` and ``estimate``.
 
     Args:
         params: a module, named parameters, or param groups of either. Plain tensors are named by their flat index,
@@ -59,17 +62,23 @@ class ZOOptimizer(ModeOptimizer):
             them when the method's subspace changes, on ``merge()``, and before a state_dict; until then the model's
             forwards show them, its parameters do not.
         two_pass: in place, the last pass of a step is also the first of the next; between steps the weights are then
-            perturbed, until ``merge`` (a model's forwards and state_dict call it). For methods with ``first_point``.
+            perturbed, until ``merge`` (a model's forwards and state_dict call it). For methods with ``direction``.
         residual: keep a second 16-bit plane beside 16-bit weights, in which no update is lost; else updates of
             16-bit weights round stochastically. Not in place, where the perturbation itself rounds.
         allow_unused: with hooks, accept forwards that never use some weight.
-        paired: with hooks, both signs of a direction in one forward. The closure runs the step's minibatch stacked
-            twice (``torch.cat([x, x])``) and returns two losses, a tensor of the two halves' own. The layers must keep
-            the rows in order, and nothing may be drawn (dropout) or averaged over the batch.
+        members: with hooks, several points in one forward. The closure runs the step's minibatch stacked so many times
+            (``torch.cat([x] * members)``) and returns a loss per row, or the mean of every copy: a tensor. The layers
+            must keep the rows in order, and nothing may be drawn (dropout) or averaged over the batch.
+        groups: each copy of the minibatch is split into so many equal groups of examples, in order, and each has
+            directions of its own; for methods with fresh directions in every step. The closure returns a loss per row,
+            or the mean of every group of every copy.
+        lr_rule: "signal" lets the step size fall as the gradient's signal gives way to noise (``SignalRule``); it needs
+            a loss per row, and two examples or more in a group.
 
     Attributes:
         steps: number of steps taken.
         skipped: number of steps skipped for a non-finite loss.
+        last: what the losses of the last step say about the gradient (``Signal``), where they were losses per row.
         passes: reads and writes of all the weights so far, counted by elements.
         seconds: accumulated wall seconds by "forward", "perturb" and "refresh" (refreshes with their forwards), as the
             host sees them: work queued on a GPU counts where the host waits for it, and what hooks do inside a compiled
@@ -87,17 +96,35 @@ class ZOOptimizer(ModeOptimizer):
         lists = self.buckets() if buckets is None else buckets
         return Direction([Noise(weights, {key: [1.0] * len(weights)}, distribution) for weights in lists])
 
-    def sgd(self, difference: float, count: int = 1) -> list[float]:
-        """-lr/count * rho of each weight, rho = (L+ - L-) / (2 eps): the step of a two-sided direction."""
-        return [-lr / count * difference / (2 * eps) for lr, eps in zip(self.rates(), self.radius(), strict=True)]
+    def descent(self, amount: float) -> list[float]:
+        """-lr amount / eps of each weight: a step along a direction, amount / eps being the slope along it."""
+        return [-lr * amount / eps for lr, eps in zip(self.rates(), self.radius(), strict=True)]
 
     def planned(self, step: int) -> Direction:
-        """``first_point`` of a step, made once."""
+        """The first direction of a step, made once."""
         if self._planned is None or self._planned[0] != step:
-            point = self.first_point(step)
-            assert point is not None
-            self._planned = (step, point)
+            self._planned = (step, self.direction(step))
         return self._planned[1]
+
+    def estimate(self, evaluate: Evaluation, sampling: Sampling) -> tuple[list[tuple[Direction, float]], float]:
+        """An estimate of the gradient from fresh directions, each with its amount as ``descent`` takes it, and the loss
+        to report."""
+        groups, radius = sampling.groups, self.radius()
+        numbers = range(1, sampling.directions * groups)
+        flat = [self.planned(self.steps), *(self.direction(self.steps, number) for number in numbers)]
+        directions = [flat[i : i + groups] for i in range(0, len(flat), groups)]
+        losses = evaluate.by_group(sampling.points(directions, radius))
+        if evaluate.rows and len({*radius}) == 1:
+            rows = torch.cat([r.reshape(-1, groups * r.shape[-1]) for r in evaluate.rows])
+            self.last = signal_of(rows, groups, sampling.baseline, radius[0])
+            self.signal_rule.note(self.last)
+        if self.lr_rule and self.last.squared_norm is None:
+            raise ValueError(
+                f"lr_rule: got {self.lr_rule!r} without a loss per row of two examples or more in a group; accepted: "
+                "with members > 1 and such losses"
+            )
+        amounts = sampling.differences(losses)
+        return list(zip(flat, (a for row in amounts for a in row), strict=True)), sampling.reported(losses)
 
     # ---- the step ---------------------------------------------------------------------------------------------------
 
@@ -213,7 +240,8 @@ class ZOOptimizer(ModeOptimizer):
             ambient=ambient,
             timed=self.timed,
             reduce=self.reduce_losses,
-            points_per_forward=2 if self.paired else 1,
+            members=self.members,
+            groups=self.groups,
             checked_slices=self._checked_slices,
         )
 

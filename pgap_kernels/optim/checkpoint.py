@@ -26,6 +26,7 @@ def header(optimizer: ModeOptimizer) -> dict[str, Any]:
         "skipped": optimizer.skipped,
         "tensor_ids": {w.name: w.id for w in optimizer.weights()},
         "attributes": {name: getattr(optimizer, name) for name in optimizer.saved_attributes},
+        "signal": optimizer.signal_rule.state(),
         "residual": None if residual is None else residual.planes,
     }
 
@@ -91,6 +92,7 @@ def load(optimizer: ModeOptimizer, state_dict: dict[str, Any]) -> None:
     optimizer.seed, optimizer.steps, optimizer.skipped = zo["seed"], zo["steps"], zo["skipped"]
     for name, value in zo["attributes"].items():
         setattr(optimizer, name, value)
+    optimizer.signal_rule.load(zo.get("signal", {}))
     for tensor, state in _states(optimizer, state_dict):
         own = optimizer.state[tensor]
         for name in [name for name in own if name not in state]:

@@ -78,7 +78,7 @@ class DiZO(ZOOptimizer):
             return self._project(evaluate, turn)
         z = self.noise(self.key(Role.DENSE))
         plus, minus = evaluate.two_sided(z)
-        self.apply_update([(z, self.sgd(plus - minus))])
+        self.apply_update([(z, self.descent((plus - minus) / 2))])
         return (plus + minus) / 2
 
     def _project(self, evaluate: Evaluation, turn: int) -> float:

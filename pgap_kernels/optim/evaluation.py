@@ -57,9 +57,11 @@ class Evaluation:
         state, autocast, ambient: what each forward starts from, and runs under.
         timed: adds the wall seconds of a block to a part of the step.
         reduce: makes one loss of those of several processes.
-        points_per_forward: how often the closure's batch is stacked.
+        members, groups: copies of the minibatch in the closure's batch, and slices of each.
         checked_slices: training flags under which the slices were seen to be apart.
         losses: of every point so far, in order.
+        rows: where the closure returned one loss per row, those of the last points, (points, rows of a slice) of every
+            forward.
     """
 
     step: int
@@ -73,9 +75,11 @@ class Evaluation:
     ambient: Ambient
     timed: Callable[[str], contextlib.AbstractContextManager]
     reduce: Callable[[Tensor], Tensor]
-    points_per_forward: int
+    members: int
+    groups: int
     checked_slices: set[tuple[bool, ...]]
     losses: list[float] = field(default_factory=list)
+    rows: list[Tensor] = field(default_factory=list)
 
     def loss(self, direction: Direction | None = None, radius: Amounts | None = None) -> float:
         """The loss at W + radius * direction; at W without a direction."""
@@ -88,18 +92,27 @@ class Evaluation:
         return plus, minus
 
     def population(self, points: Sequence[PointSpec]) -> list[float]:
-        """Losses at several points: as many in one forward as the closure's batch is stacked for, else one each.
+        """Losses at several points: as many in one forward as the closure's batch holds copies of the minibatch, else
+        one each. Copies that are left over see the last point again.
 
         Raises:
             NonFiniteLossError: a loss is not finite.
-            ValueError: the points do not fill whole forwards.
         """
-        per_forward = self.points_per_forward
-        if len(points) % per_forward:
-            raise ValueError(
-                f"paired: got True for a method that evaluates {len(points)} point(s); accepted: a multiple of "
-                f"{per_forward}. Choose paired=False"
-            )
+        filled = [*points, *[points[-1]] * (-len(points) % self.members)]
+        losses = self.by_group([point for point in filled for _ in range(self.groups)])
+        means = [sum(losses[i : i + self.groups]) / self.groups for i in range(0, len(losses), self.groups)]
+        return means[: len(points)]
+
+    def by_group(self, points: Sequence[PointSpec]) -> list[float]:
+        """The mean loss of each group of each copy of the minibatch at a point of its own, all groups of a copy before
+        the next.
+
+        Raises:
+            NonFiniteLossError: a loss is not finite.
+        """
+        per_forward = self.members * self.groups
+        assert len(points) % per_forward == 0
+        self.rows = []
         found: list[Tensor] = []
         for first in range(0, len(points), per_forward):
             together = [direction.scaled(radius) for direction, radius in points[first : first + per_forward]]
@@ -118,6 +131,11 @@ class Evaluation:
 
     def observed(self, see: Callable[[Weight, Tensor], None]) -> float:
         """The loss at W, while ``see`` gets the inputs of every linear layer and embedding with its weight."""
+        if self.perturbation.dry:
+            for w in self.weights:
+                if w.tensor.dim() == 2:
+                    see(w, w.tensor.new_empty(w.tensor.shape[1], w.tensor.shape[1]))
+            return self.loss()
         with observing(self.model, self.weights, see):
             return self.loss()
 
@@ -148,15 +166,19 @@ class Evaluation:
         if not isinstance(value, (Tensor, int, float)):
             raise TypeError(f"closure: returned {type(value).__name__}; accepted: a scalar tensor or a float")
         loss = value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")
-        if loss.numel() != count or loss.is_complex():
-            accepted = "a real scalar loss" if count == 1 else f"{count} real losses, one of each slice of the batch"
+        several = count > 1 and loss.numel() and loss.numel() % count == 0
+        if loss.is_complex() or not (several or loss.numel() == count):
+            accepted = "a real scalar loss" if count == 1 else f"{count} real losses, or a multiple: one of each row"
             raise ValueError(f"closure: returned {loss.dtype} of shape {tuple(loss.shape)}; accepted: {accepted}")
         if loss.dtype in (torch.float16, torch.bfloat16):
             _warn_once(
                 f"closure: returned a {loss.dtype} loss, whose rounding is large beside the difference of two losses; "
                 "reduce the loss in float32"
             )
-        return loss.reshape(count)
+        if loss.numel() == count and self.groups == 1:
+            return loss.reshape(count)
+        self.rows.append(loss.reshape(count, -1))  # with groups, of one row each if not of several
+        return self.rows[-1].double().mean(1)  # in float64: differences of these means are what counts
 
     def _check_slices(self, point: Direction, count: int) -> None:
         """Refuse a model that mixes the slices of a stacked batch: moving one slice may not move another's loss.
@@ -168,16 +190,18 @@ class Evaluation:
         if flags in self.checked_slices or self.perturbation.dry:
             return
         still = point.scaled([0.0] * len(self.weights))
+        known = len(self.rows)
         before = self._forward_at([still] * count)
         first = self._forward_at([point, *[still] * (count - 1)])
         last = self._forward_at([*[still] * (count - 1), point])
+        del self.rows[known:]
         if not torch.stack((before, first, last)).isfinite().all():
             return  # the evaluation itself will say so
         if not torch.equal(before[1:], first[1:]) or not torch.equal(before[:-1], last[:-1]):
             raise RuntimeError(
-                "paired: a point of one slice of the batch moved the loss of another slice; accepted: models whose "
+                "members: a point of one slice of the batch moved the loss of another slice; accepted: models whose "
                 "layers keep rows apart, with the batch as leading dimension, and nothing averaged over it. Choose "
-                "paired=False"
+                "members=1"
             )
         self.checked_slices.add(flags)
 

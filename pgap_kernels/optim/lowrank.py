@@ -90,11 +90,15 @@ class LowRankOptimizer(ZOOptimizer):
         weights = self.weights()
         if self._found is None or self._found[0] is not weights:
             excluded = {w.index for w in weights if any(map(w.matches, self.exclude))}
-            chosen = [w for w in weights if w.tensor.dim() == 2 and w.tensor.numel() and w.index not in excluded]
+            chosen = self.may_be_lowrank([w for w in weights if w.index not in excluded])
             indices = [w.index for w in chosen]
             rest = [w for w in weights if w.index not in {*indices}]
             self._found = (weights, (chosen, bucket(rest), indices))
         return self._found[1]
+
+    def may_be_lowrank(self, weights: Sequence[Weight]) -> list[Weight]:
+        """Those of some weights that have low-rank directions."""
+        return [w for w in weights if w.tensor.dim() == 2 and w.tensor.numel()]
 
     def matrices(self) -> list[Weight]:
         """The weights with low-rank directions."""

@@ -11,6 +11,7 @@ from ..directions import Direction, Factor, Weight
 from ..noise import Role
 from .base import Evaluation, Params
 from .lowrank import LowRankOptimizer
+from .sampling import Sampling
 
 
 class LOZO(LowRankOptimizer):
@@ -32,10 +33,12 @@ class LOZO(LowRankOptimizer):
         window: steps between new v.
         divide_by_rank: as the paper's equation does, and its code does not.
         exclude: names of matrices that take dense noise instead.
+        directions, baseline: n fresh u per step (and group), and what their losses are compared with: ``Sampling``.
         **options: of ``ZOOptimizer``.
     """
 
     method: ClassVar[str] = "LOZO"
+    takes_groups: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -48,31 +51,35 @@ class LOZO(LowRankOptimizer):
         window: int = 50,
         divide_by_rank: bool = False,
         exclude: Sequence[str] = (),
+        directions: int = 1,
+        baseline: str = "antithetic",
         **options: Any,
     ) -> None:
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "rank": rank}
         super().__init__(params, defaults, window=window, exclude=exclude, **options)
         self.divide_by_rank = bool(divide_by_rank)
+        self.sampling = Sampling.checked(directions, self.groups, self.members, baseline)
 
     def estimate_and_update(self, evaluate: Evaluation) -> float:
         self.refresh_if_due("right", evaluate)
-        direction = self.planned(self.steps)
-        plus, minus = evaluate.two_sided(direction)
-        self.update_along(direction, plus - minus, flush=self.refreshes_at(self.steps + 1))
-        return (plus + minus) / 2
+        directions, loss = self.estimate(evaluate, self.sampling)
+        self.update_along(directions, flush=self.refreshes_at(self.steps + 1))
+        return loss
 
-    def update_along(self, direction: Direction, difference: float, flush: bool) -> None:
-        """The update by the direction that was evaluated and L+ - L-."""
-        self.apply_update([(direction, self.by_rank_if_asked(self.sgd(difference)))], flush=flush)
+    def update_along(self, directions: Sequence[tuple[Direction, float]], flush: bool) -> None:
+        """The update by the directions that were evaluated, with their amounts."""
+        terms = [(d, self.by_rank_if_asked(self.descent(amount))) for d, amount in directions]
+        self.apply_update(terms, flush=flush)
 
-    def first_point(self, step: int) -> Direction:
+    def direction(self, step: int, number: int = 0) -> Direction:
         """u v^T on the matrices, dense noise on the rest."""
-        parts = [part for ws in self.by_rank() for part in self.low_rank(ws, self.left(ws, step), self.right(ws))]
-        return Direction([*parts, *self.noise(self.key(Role.DENSE, step=step), self.others())])
+        lists = self.by_rank()
+        parts = [part for ws in lists for part in self.low_rank(ws, self.left(ws, step, number), self.right(ws))]
+        return Direction([*parts, *self.noise(self.key(Role.DENSE, number, step), self.others())])
 
-    def left(self, weights: Sequence[Weight], step: int) -> Factor:
+    def left(self, weights: Sequence[Weight], step: int, number: int = 0) -> Factor:
         """u of matrices of one rank."""
-        return Factor.drawn(self.key(Role.LEFT, step=step), self.rank_of(weights[0]))
+        return Factor.drawn(self.key(Role.LEFT, number, step), self.rank_of(weights[0]))
 
     def right(self, weights: Sequence[Weight]) -> Factor:
         """v of matrices of one rank."""

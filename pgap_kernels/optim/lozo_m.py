@@ -15,6 +15,7 @@ from ..perturbation import StateRule
 from .base import Params
 from .lozo import LOZO
 from .options import fraction
+from .sampling import Sampling
 
 
 class LOZOM(LOZO):
@@ -36,17 +37,24 @@ class LOZOM(LOZO):
 
     method: ClassVar[str] = "LOZOM"
     takes_residual: ClassVar[bool] = False
+    takes_groups: ClassVar[bool] = False
 
     def __init__(self, params: Params, lr: float = 1e-6, *args: Any, beta: float = 0.9, **options: Any) -> None:
         self._default_beta = beta
         super().__init__(params, lr, *args, **options)
+        if self.sampling != Sampling(1, 1, "antithetic"):
+            raise ValueError(
+                f"directions, baseline: got {self.sampling.directions} and {self.sampling.baseline!r}; accepted: 1 and "
+                "'antithetic' with LOZOM, whose moment follows one direction a step"
+            )
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
         fraction("beta", group.setdefault("beta", self._default_beta))
 
-    def update_along(self, direction: Direction, difference: float, flush: bool) -> None:
-        fresh = self._fresh(difference)
+    def update_along(self, directions: Sequence[tuple[Direction, float]], flush: bool) -> None:
+        ((_, amount),) = directions
+        fresh = self._fresh(amount)
         moved: list[tuple[Weight, Tensor]] = []
         parts: list[LowRank] = []
         for weights in self.by_rank():
@@ -68,11 +76,11 @@ class LOZOM(LOZO):
         for w in (w for same in others for w in same):
             self.state[w.tensor].setdefault("momentum", dense[w.index])
 
-    def _fresh(self, difference: float) -> list[float]:
+    def _fresh(self, amount: float) -> list[float]:
         """The share of a step's own direction in each moment: rho at first, then (1 - beta) rho."""
         share = [1.0 - beta for beta in self.amounts("beta")]
         share = [s if "momentum" in self.state[w.tensor] else 1.0 for w, s in zip(self.weights(), share, strict=True)]
-        return [s * difference / (2 * eps) for s, eps in zip(share, self.radius(), strict=True)]
+        return [s * amount / eps for s, eps in zip(share, self.radius(), strict=True)]
 
     def _moments(self, weights: list[Weight], fresh: list[float]) -> list[Tensor]:
         """N of matrices of one rank after this step."""

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from ..directions import Direction
 from ..noise import Role
 from .base import Evaluation, Params, ZOOptimizer
-from .options import at_least_one
+from .sampling import Sampling
 
 
 class MeZO(ZOOptimizer):
@@ -21,11 +21,13 @@ class MeZO(ZOOptimizer):
         lr: learning rate, >= 0.
         eps: smoothing radius, > 0; a group's own eps gives it its own projected gradient.
         weight_decay: decoupled, on tensors of two or more dimensions.
-        probes: n, directions per step.
+        probes: n, directions per step (and group).
+        baseline: what a loss is compared with, as in ``Sampling``: "antithetic", "loo" or "clean".
         **options: model, seed, tensor_ids, on_nonfinite, mode and its options, of ``ZOOptimizer``.
     """
 
     method: ClassVar[str] = "MeZO"
+    takes_groups: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -35,19 +37,16 @@ class MeZO(ZOOptimizer):
         weight_decay: float = 0.0,
         *,
         probes: int = 1,
+        baseline: str = "antithetic",
         **options: Any,
     ) -> None:
         super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay}, **options)
-        self.probes = at_least_one("probes", probes)
+        self.sampling = Sampling.checked(probes, self.groups, self.members, baseline)
 
-    def first_point(self, step: int) -> Direction:
-        return self.noise(self.key(Role.DENSE, 0, step))
+    def direction(self, step: int, number: int = 0) -> Direction:
+        return self.noise(self.key(Role.DENSE, number, step))
 
     def estimate_and_update(self, evaluate: Evaluation) -> float:
-        rest = [self.noise(self.key(Role.DENSE, probe)) for probe in range(1, self.probes)]
-        directions = [self.planned(self.steps), *rest]
-        losses = [evaluate.two_sided(direction) for direction in directions]
-        self.apply_update(
-            [(d, self.sgd(plus - minus, self.probes)) for d, (plus, minus) in zip(directions, losses, strict=True)]
-        )
-        return sum(plus + minus for plus, minus in losses) / (2 * self.probes)
+        directions, loss = self.estimate(evaluate, self.sampling)
+        self.apply_update([(d, self.descent(amount)) for d, amount in directions])
+        return loss

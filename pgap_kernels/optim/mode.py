@@ -26,6 +26,7 @@ from ..perturbation import (
 )
 from .clock import Clock
 from .model import NOTHING_TO_TRAIN, ModelOptimizer
+from .signal import SignalRule
 from .weights import Seen, collect
 
 _log = logging.getLogger("pgap_kernels")
@@ -62,9 +63,10 @@ class ModeOptimizer(ModelOptimizer, metaclass=_EnterMode):
         """Indices of the weights with low-rank directions, if the method has such directions."""
         return None
 
-    def first_point(self, step: int) -> Direction | None:
-        """What the first forward of a step will see added, if that is known before the step."""
-        return None
+    def direction(self, step: int, number: int = 0) -> Direction:
+        """The fresh direction of a step with a number, if the method knows it before the step; the first forward sees
+        that with number 0."""
+        raise NotImplementedError
 
     @property
     def perturbation(self) -> Perturbation:
@@ -82,8 +84,8 @@ class ModeOptimizer(ModelOptimizer, metaclass=_EnterMode):
             choice.mode,
             weights,
             two_pass=self.two_pass,
-            knows_first_point=type(self).first_point is not ModeOptimizer.first_point,
-            paired=self.paired,
+            knows_first_point=type(self).direction is not ModeOptimizer.direction,
+            members=self.members * self.groups,
             window=self.merges == "window" and mode != "auto",
             residual=self.residual,
         )
@@ -244,6 +246,6 @@ class ModeOptimizer(ModelOptimizer, metaclass=_EnterMode):
         self._note_model()
         self._forward_state, self.clock = None, Clock()
         self.state.clear()
-        self.steps = 0
+        self.steps, self.signal_rule = 0, SignalRule()
         for name, value in self.saved_attributes.items():
             setattr(self, name, value)

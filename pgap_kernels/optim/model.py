@@ -13,7 +13,8 @@ from ..directions import Direction, Weight, bucket
 from ..perturbation import MERGES, MODES, ForwardState, Perturbation
 from .clock import Clock
 from .evaluation import FlatLosses
-from .options import near_names, number, positive
+from .options import at_least_one, near_names, number, positive
+from .signal import Signal, SignalRule
 from .weights import Seen, collect
 
 Params = nn.Module | Iterable[Any]
@@ -29,6 +30,7 @@ class ModelOptimizer(torch.optim.Optimizer):
     elementwise_state: ClassVar[tuple[str, ...]] = ()  # entries of the state that have their weight's shape
     # Whether updates are passes along a direction and nothing else, which is what residual planes can add to.
     takes_residual: ClassVar[bool] = True
+    takes_groups: ClassVar[bool] = False  # whether groups of examples may have directions of their own
     period: int = 1  # steps after which what a step does repeats; ``cost`` counts one period
 
     def __init__(
@@ -45,7 +47,9 @@ class ModelOptimizer(torch.optim.Optimizer):
         two_pass: bool = False,
         residual: bool = False,
         allow_unused: bool = False,
-        paired: bool = False,
+        members: int = 1,
+        groups: int = 1,
+        lr_rule: str | None = None,
     ) -> None:
         self.seed = noise.check_uint("seed", seed, 64)
         self.on_nonfinite = checks.choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
@@ -53,7 +57,14 @@ class ModelOptimizer(torch.optim.Optimizer):
         self.model = params if isinstance(params, nn.Module) else model
         self.steps = self.skipped = 0
         self.two_pass, self.residual = bool(two_pass), bool(residual)
-        self.allow_unused, self.paired = bool(allow_unused), bool(paired)
+        self.allow_unused = bool(allow_unused)
+        self.members, self.groups = at_least_one("members", members), at_least_one("groups", groups)
+        if self.groups > 1 and not self.takes_groups:
+            raise ValueError(
+                f"groups: got {groups}; accepted: 1 with {self.method}, whose directions all examples share"
+            )
+        self.lr_rule = None if lr_rule is None else checks.choice("lr_rule", lr_rule, ("signal",))
+        self.signal_rule, self.last = SignalRule(), Signal()
         if self.residual and not self.takes_residual:
             raise ValueError(
                 f"residual: got True; accepted: False with {self.method}, whose updates depend on state or on the "
@@ -129,7 +140,8 @@ class ModelOptimizer(torch.optim.Optimizer):
 
     def rates(self) -> list[float]:
         """The learning rate of each weight."""
-        return self.amounts("lr")
+        factor = 1.0 if self.lr_rule is None else self.signal_rule.factor
+        return [lr * factor for lr in self.amounts("lr")]
 
     def decay(self) -> list[float]:
         """lr * weight_decay of each weight; tensors of one dimension (biases, norm scales) do not decay."""

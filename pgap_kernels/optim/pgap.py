@@ -12,6 +12,7 @@ from ..subspace import Basis, gradient_basis
 from .base import Evaluation, Params
 from .lowrank import LowRankOptimizer
 from .options import at_least_one, positive
+from .sampling import Sampling
 
 PAPER_PROBE_EPS = 1e-3
 
@@ -43,10 +44,12 @@ class PGAP(LowRankOptimizer):
         eps_probe: smoothing radius of the probes; by default eps, or 1e-3 with scale="paper".
         eps_dense, lr_dense: of tensors that take dense noise, in every group; by default the group's eps and lr.
             lr_dense is kept as a ratio to ``lr``, so schedules and groups with their own lr scale it; decay goes by lr.
+        directions, baseline: n cores per step (and group), and what their losses are compared with: ``Sampling``.
         **options: model, seed, tensor_ids, on_nonfinite, mode and its options, of ``ZOOptimizer``.
     """
 
     method: ClassVar[str] = "PGAP"
+    takes_groups: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -66,10 +69,13 @@ class PGAP(LowRankOptimizer):
         eps_probe: float | None = None,
         eps_dense: float | None = None,
         lr_dense: float | None = None,
+        directions: int = 1,
+        baseline: str = "antithetic",
         **options: Any,
     ) -> None:
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "rank": rank, "delta": delta}
         super().__init__(params, defaults, window=window, scale=scale, exclude=exclude, **options)
+        self.sampling = Sampling.checked(directions, self.groups, self.members, baseline)
         self.probes = at_least_one("probes", probes)
         self.delta_steps = None if delta_steps is None else at_least_one("delta_steps", delta_steps)
         self.xi = checks.choice("xi", xi, ("per_matrix", "global", "fixed"))
@@ -95,34 +101,37 @@ class PGAP(LowRankOptimizer):
     def estimate_and_update(self, evaluate: Evaluation) -> float:
         self.refresh_if_due("left", evaluate)
         with self.timed("perturb"):
-            direction = self.planned(self.steps)
-        plus, minus = evaluate.two_sided(direction)
-        self.apply_update([(direction, self.sgd(plus - minus))], flush=self.refreshes_at(self.steps + 1))
-        return (plus + minus) / 2
+            self.planned(self.steps)
+        directions, loss = self.estimate(evaluate, self.sampling)
+        terms = [(d, self.descent(amount)) for d, amount in directions]
+        self.apply_update(terms, flush=self.refreshes_at(self.steps + 1))
+        return loss
 
-    def first_point(self, step: int) -> Direction:
+    def direction(self, step: int, number: int = 0) -> Direction:
         """scale * U Z V^T on the matrices, dense noise on the rest."""
-        parts = [part for weights in self.by_rank() for part in self._aligned(weights, step)]
-        return Direction([*parts, *self.noise(self.key(Role.DENSE, step=step), self.others())])
+        parts = [part for weights in self.by_rank() for part in self._aligned(weights, step, number)]
+        return Direction([*parts, *self.noise(self.key(Role.DENSE, number, step), self.others())])
 
-    def _aligned(self, weights: list[Weight], step: int) -> Direction:
+    def _aligned(self, weights: list[Weight], step: int, number: int) -> Direction:
         cores: dict[int, Any] = {}
         deltas = self.amounts("delta")
         for delta in dict.fromkeys(deltas[w.index] for w in weights):
             same = [w for w in weights if deltas[w.index] == delta]
-            cores |= zip(map(id, same), self._cores(same, positive("delta", delta, zero=True), step), strict=True)
+            cores |= zip(
+                map(id, same), self._cores(same, positive("delta", delta, zero=True), step, number), strict=True
+            )
         left, right = (Factor.stored(self.stored(weights, side)) for side in ("left", "right"))
         return self.low_rank(weights, left, right, [cores[id(w)] for w in weights])
 
-    def _cores(self, weights: list[Weight], delta: float, step: int) -> list:
+    def _cores(self, weights: list[Weight], delta: float, step: int, number: int) -> list:
         if self.delta_steps is not None:
             delta *= max(0.0, 1.0 - step / self.delta_steps)
         return ops.aligned_core(
             self.stored(weights, "singular_values"),
-            self.key(Role.CORE, step=step),
+            self.key(Role.CORE, number, step),
             tensor_ids=[w.id for w in weights],
             delta=delta,
-            sign_key=None if self.xi == "fixed" else self.key(Role.SIGN, step=step),
+            sign_key=None if self.xi == "fixed" else self.key(Role.SIGN, number, step),
             sign_ids=[0] * len(weights) if self.xi == "global" else None,
         )
 
@@ -144,10 +153,9 @@ class PGAP(LowRankOptimizer):
         if self.eps_probe is not None or self.scale == "paper":
             radius = [self.eps_probe or PAPER_PROBE_EPS] * len(radius)
         keys = [self.key(Role.PROBE, probe) for probe in range(self.probes)]
-        differences = []
-        for key in keys:
-            plus, minus = evaluate.two_sided(self.noise(key), radius)
-            differences.append(plus - minus)
+        back = [-eps for eps in radius]
+        losses = evaluate.population([(self.noise(key), sign) for key in keys for sign in (radius, back)])
+        differences = [plus - minus for plus, minus in zip(losses[::2], losses[1::2], strict=True)]
         evaluate.clear()
         self.merge()
         range_key = self.key(Role.RANGE_FINDER)

@@ -78,6 +78,6 @@ class PIZO(ZOOptimizer):
         every = len(self.weights())
         v = Direction.sum([(z, [c] * every) for z, c in zip(pool, weights, strict=True) if c])
         plus, minus = evaluate.two_sided(v)
-        self.apply_update([(v, self.sgd(plus - minus))])
+        self.apply_update([(v, self.descent((plus - minus) / 2))])
         self.best_key = keys[losses.index(min(losses))] if self.history else None
         return (plus + minus) / 2

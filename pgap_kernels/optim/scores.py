@@ -31,6 +31,15 @@ def standardised(losses: Sequence[float], base: float | None = None, ddof: int =
     return [(loss - (mean if base is None else base)) / math.sqrt(variance) for loss in losses]
 
 
+def centred(losses: Sequence[float], variance_floor: float | None = None) -> list[float]:
+    """L_k - mean L, divided by sqrt(var L + floor) where a floor is given."""
+    mean = math.fsum(losses) / len(losses)
+    scale = 1.0
+    if variance_floor is not None:
+        scale = math.sqrt(math.fsum((loss - mean) ** 2 for loss in losses) / len(losses) + variance_floor)
+    return [(loss - mean) / scale for loss in losses]
+
+
 def top_minus_rest(losses: Sequence[float], top: int) -> list[float]:
     """+1/top for the ``top`` smallest losses, -1/(M - top) for the others; ties go to the lower index (MeZO-GV)."""
     order = sorted(range(len(losses)), key=losses.__getitem__)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..directions import Amounts, Direction, Part, Pass, RulePass, Weight, bytes_of, run_all_or_none
+from ..directions import Amounts, Direction, Part, Pass, RulePass, Weight, bytes_of, concatenated, run_all_or_none
 from .residual import Residual
 
 T = TypeVar("T")
@@ -67,12 +67,15 @@ class Update:
         """
         times: dict[int, int] = {}
         made: list[Pass] = []
-        for part, restore in moves if moves is not None else [(part, None) for part in self.direction]:
+        for part, restore in moves if moves is not None else [(part, None) for part in self._parts()]:
             decay = [0.0 if w.index in times else self.decay[w.index] for w in part.weights]
             key = self.rounding_key(max(times.get(i, 0) for i in part.indices))
             times |= {i: times.get(i, 0) + 1 for i in part.indices}
             made.append(self._pass(part, decay, key, restore))
         return made
+
+    def _parts(self) -> list[Part]:
+        return list(self.direction) if self.rule else concatenated(self.direction)
 
     def _pass(self, part: Part, decay: list[float], key: int, restore: Part | None) -> Pass:
         if self.rule is None or not self.rule.serves(part):

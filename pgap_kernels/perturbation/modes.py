@@ -105,7 +105,7 @@ def check_options(
     *,
     two_pass: bool,
     knows_first_point: bool,
-    paired: bool,
+    members: int,
     window: bool,
     residual: bool,
 ) -> None:
@@ -119,8 +119,11 @@ def check_options(
             f"two_pass: got True with mode={mode!r}; accepted: with mode='inplace', for methods that know their first "
             "direction before a step"
         )
-    if paired and mode == "inplace":
-        raise ValueError("paired: got True with mode='inplace'; accepted: with mode 'scratch' or 'folded'")
+    if members > 1 and mode == "inplace":
+        raise ValueError(
+            f"members, groups: got {members} slices of a batch with mode='inplace'; accepted: 1, or mode 'scratch' or "
+            "'folded', in which every slice can see another point"
+        )
     if window and mode != "folded":
         raise ValueError(f"merge: got 'window' with mode={mode!r}; accepted: with mode 'folded'")
     if residual and (mode == "inplace" or all(w.tensor.dtype == torch.float32 for w in weights)):

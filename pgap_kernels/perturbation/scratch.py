@@ -252,7 +252,10 @@ class Scratch(Perturbation):
         use = self.uses[number]
         if torch.compiler.is_compiling():
             if self.count > 1:
-                raise RuntimeError("paired: got True with torch.compile; accepted: models that are not compiled")
+                raise RuntimeError(
+                    f"members: got {self.count} points in a forward with torch.compile; accepted: models that are not "
+                    "compiled"
+                )
             self.calls[number] = 1
             for ref in self.refs_to_fill(use):
                 out = torch.empty(ref.parameter.shape, dtype=ref.parameter.dtype, device=ref.parameter.device)

@@ -79,7 +79,7 @@ def check_rows(filler: Filler, module: str, rows: int) -> None:
         raise RuntimeError(
             f"points: a {module} got {rows} rows, the forward began with {filler.rows}, for {filler.count} points; "
             f"accepted: models whose layers keep the {filler.count} slices of a stacked batch apart, in order. Run one "
-            "point at a time (paired=False)"
+            "point at a time (members=1)"
         )
 
 

@@ -6,33 +6,15 @@ import math
 
 import pytest
 import torch
-from agreement import SHAPES, agree, assert_all_same
-from cases import LAYOUTS, Case, anchor_arguments
-from helpers import DTYPES, ops
-
-# (weights, anchors): anchors are float32 or the weights' own dtype.
-PAIRS = [(dtype, anchors) for dtype in DTYPES for anchors in dict.fromkeys([torch.float32, dtype])]
+from support.agreement import SHAPES, agree
+from support.cases import Case, anchor_arguments
+from support.helpers import DTYPES, assert_all_same, ops
 
 
 def affine(**options) -> Case:
     """A call of ``anchor_affine_``, its arguments those of ``cases.anchor_arguments``."""
     written = ("weights", "out") if options.get("out") else ("weights",)
     return Case("anchor_affine_", functools.partial(anchor_arguments, **{"shapes": SHAPES, **options}), written)
-
-
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-@pytest.mark.parametrize(("dtype", "anchors"), PAIRS, ids=str)
-def test_dtypes(dtype, anchors, rounding):
-    for deltas in dict.fromkeys([None, torch.float32, dtype]):
-        agree(affine(dtype=dtype, anchors=anchors, deltas=deltas, rounding=rounding))
-
-
-@pytest.mark.parametrize("deltas", [None, torch.float32])
-@pytest.mark.parametrize(("layout", "dtype"), [*zip(LAYOUTS, itertools.cycle(DTYPES), strict=False)], ids=str)
-def test_layouts(layout, dtype, deltas):
-    options = {"deltas": deltas, "rounding": "stochastic", "coefficient": [0.7, -1.3, 0.0]}
-    agree(affine(dtype=dtype, layout=layout, **options))
-    agree(affine(dtype=dtype, layout=layout, out=True, **options))
 
 
 @pytest.mark.parametrize("coefficient", [0.0, -0.0, 1.0, 1e-42, 3e38])

@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-from agreement import SHAPES, agree, assert_all_same, dense
-from cases import COEFFICIENTS, DISTRIBUTIONS, IDS, KEYS, LAYOUTS, ROUNDINGS, per_tensor
-from helpers import DTYPES, assert_same_bits, clones, ops, poison, serving, weights
+from support.agreement import SHAPES
+from support.cases import COEFFICIENTS, DISTRIBUTIONS, IDS, KEYS, ROUNDINGS, per_tensor
+from support.helpers import DTYPES, assert_all_same, assert_same_bits, clones, ops, poison, serving, weights
 
 from pgap_kernels import noise
 
@@ -44,22 +44,6 @@ def test_sizes_in_one_launch(dtype, rounding):
     assert all(not torch.equal(g, x) for g, x in zip(got, w, strict=True) if x.numel() > 1)
 
 
-@pytest.mark.parametrize("draws", [1, 2, 3])
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_draws(dtype, distribution, draws):
-    """In place and to nearest without decay; then into poison, rounded stochastically, with a decay for each tensor."""
-    agree(dense(dtype, draws, distribution, "nearest", 0.0, "plain", SHAPES))
-    agree(dense(dtype, draws, distribution, "stochastic", [0.0, 0.1, 1e-8], "strided", SHAPES, out=True))
-
-
-@pytest.mark.parametrize(("layout", "dtype"), [*zip(LAYOUTS, itertools.cycle(DTYPES), strict=False)], ids=str)
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_layouts(layout, dtype, distribution):
-    """Rows apart in memory, shards, indices beyond 2**31: values, and what lies between the rows."""
-    agree(dense(dtype, 2, distribution, "stochastic", 0.02, layout, SHAPES))
-
-
 FAR = [(2**31 - 600, 1021), (2**33 + 17, 2**31), (2**44 + 4090, 2**40), (2**62 + 3, 2**40), (2**63 - 3 * 2**45, 2**45)]
 
 
@@ -70,25 +54,6 @@ def test_far_rows(distribution, base, row_stride):
     (w,) = weights([(3, 1021)], torch.bfloat16)
     base -= max(0, base % row_stride + 1021 - row_stride)  # within an unsharded row
     agreeing([w], [(KEYS[0], 0.1)], slices=[(base, row_stride)], distribution=distribution, **STOCHASTIC)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_scalars_of_each_tensor(dtype):
-    w = weights(SHAPES, dtype)
-    many = [0.1, -0.2, 0.3]
-    got = agreeing(w, [(KEYS[0], many), (KEYS[1], 0.5)], decay=many[::-1])
-    assert_all_same(perturbed(w, [(KEYS[0], torch.tensor(many)), (KEYS[1], 0.5)], "triton", decay=many[::-1]), got)
-    for i in range(3):
-        draws = [(KEYS[0], many[i]), (KEYS[1], 0.5)]
-        one = perturbed(w[i : i + 1], draws, "triton", decay=many[2 - i], tensor_ids=[IDS[i]])
-        assert_same_bits(one[0], got[i])
-
-
-def test_keys_in_tensors():
-    w = weights(SHAPES, torch.bfloat16)
-    key, rounding = (torch.tensor([k - (k >> 63 << 64)]) for k in (KEYS[0], STOCHASTIC["rounding_key"]))
-    got = perturbed(w, [(key, 0.1)], "triton", rounding="stochastic", rounding_key=rounding)
-    assert_all_same(got, perturbed(w, [(KEYS[0], 0.1)], "reference", **STOCHASTIC))
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
@@ -103,17 +68,6 @@ def test_fma_rounds_once():
 
 
 # ---- assemble ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("draws", [1, 2, 3])
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_assemble(draws, distribution):
-    pairs = list(zip(KEYS[:draws], COEFFICIENTS[:draws], strict=True))
-    results = []
-    for backend in ("triton", "reference"):
-        results.append(poison([torch.empty(shape) for shape in SIZES[:9]]))
-        ops.assemble_gradient_(results[-1], pairs, tensor_ids=IDS, distribution=distribution, backend=backend)
-    assert_all_same(*results)
 
 
 def test_assemble_views_and_shards():

@@ -10,8 +10,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from cases import DISTRIBUTIONS
-from helpers import assert_same_bits, ops, poison
+from support.cases import DISTRIBUTIONS
+from support.helpers import assert_same_bits, ops, poison
 
 from pgap_kernels import noise, reference
 from pgap_kernels.triton.noise import box_muller, element_normal, element_word, philox7

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from agreement import assert_all_same
-from helpers import assert_same_bits, ops, weights
-from lowrank_calls import CORE, IDS, LEFT, RIGHT, SHAPES, WIDE, perturbed, stored
+from support.helpers import assert_all_same, assert_same_bits, ops, weights
+from support.lowrank_calls import CORE, IDS, LEFT, RIGHT, SHAPES, WIDE, perturbed, stored
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
-@pytest.mark.parametrize("core", ["none", "diagonal", "full"])
-@pytest.mark.parametrize("rank", (3, 12, 20, 33, 65))
+@pytest.mark.parametrize(
+    ("rank", "core"), [(3, "full"), (12, "diagonal"), (20, "none"), (33, "diagonal"), (65, "full")], ids=str
+)
 @pytest.mark.parametrize("dtype", HALF_DTYPES)
 def test_factors_in_either_dtype(dtype, rank, core):
     """A factor in W's dtype is its float32 copy, which is rounded no further."""

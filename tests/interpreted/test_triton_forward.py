@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import DTYPES, assert_same_bits, ops, weights
+from support.helpers import DTYPES, assert_same_bits, integers, ops, weights
 
 from pgap_kernels import reference
 from pgap_kernels.triton import forward
@@ -17,8 +17,7 @@ M, N = 135, 70  # ragged tiles of y and chunks of x, either way round
 
 
 def whole(shape, bound: int, seed: int) -> torch.Tensor:
-    """Random whole numbers up to a bound."""
-    return torch.randint(-bound, bound + 1, shape, generator=torch.Generator().manual_seed(seed)).float()
+    return integers([shape], bound, seed)[0]
 
 
 def permutation(rank: int, seed: int) -> torch.Tensor:
@@ -194,15 +193,15 @@ def test_x_in_other_layouts():
 # ---- accuracy ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize(
     ("dtype", "x_dtype"),
     [(d, d) for d in DTYPES] + [(BFLOAT16, FLOAT32), (FLOAT16, FLOAT32), (BFLOAT16, FLOAT16), (FLOAT32, BFLOAT16)],
     ids=str,
 )
-def test_error_is_at_most_twice_that_of_pytorch(dtype, x_dtype, rank, transposed):
+def test_error_is_at_most_twice_that_of_pytorch(dtype, x_dtype, rank):
     """Largest and root mean square error against float64. PyTorch's has x as it is, both factors and x F N rounded."""
+    transposed = bool(RANKS.index(rank) % 2)
     columns, inner = (N, M) if transposed else (M, N)
     left, right, c = weights([(M, rank), (N, rank), (rank, rank)], seed=1)
     (y,), (x,) = weights([(36, columns)], dtype), weights([(36, inner)], x_dtype, seed=2)

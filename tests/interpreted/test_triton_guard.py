@@ -5,8 +5,7 @@ import math
 
 import pytest
 import torch
-from agreement import assert_all_same
-from helpers import clones, weights
+from support.helpers import assert_all_same, clones, weights
 
 from pgap_kernels import raise_if_skipped, use_backend
 from pgap_kernels.triton import launch

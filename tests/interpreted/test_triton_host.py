@@ -4,9 +4,8 @@ import gc
 
 import pytest
 import torch
-from agreement import assert_all_same
-from cases import IDS, KEYS, update_arguments
-from helpers import assert_same_bits, clones, ops, poison, weights
+from support.cases import IDS, KEYS
+from support.helpers import assert_all_same, assert_same_bits, clones, ops, weights
 
 from pgap_kernels import use_backend
 from pgap_kernels.triton import cache, launch, table
@@ -275,47 +274,12 @@ def test_lowrank_accesses_without_a_mask_are_aligned(own_tables, tensor, whole):
 # ---- autograd and tracing ------------------------------------------------------------------------------------------
 
 
-def versions(tensors):
-    return [t._version for t in tensors]
-
-
-def test_version_counters():
-    w = weights(SHAPES)
-    out, before = poison(w), versions(w)
-    before_out = versions(out)
-    perturb(w, out=out)
-    assert versions(w) == before
-    assert all(a > b for a, b in zip(versions(out), before_out, strict=True))
-    perturb(w)
-    assert all(a > b for a, b in zip(versions(w), before, strict=True))
-    arguments = update_arguments("adam", shapes=[(5,)])
-    written = [*arguments["weights"], *arguments["state"][0], *arguments["state"][1]]
-    before = versions(written)
-    ops.preconditioned_update_(**arguments, backend="triton")
-    assert all(a > b for a, b in zip(versions(written), before, strict=True))
-
-
 def test_autograd_sees_the_write():
     w, x = torch.nn.Parameter(torch.ones(4)), torch.ones(4, requires_grad=True)
     y = (x * w).sum()
     perturb([w])
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
-
-
-def test_opcheck():
-    w = weights([(5, 7), (9,)], torch.bfloat16)
-    keywords = {
-        "keys": torch.tensor([3, -4]),
-        "coefficients": torch.tensor([[0.5], [-0.25]]),
-        "decay": torch.tensor([[0.0, 0.1]]),
-        "rounding_keys": torch.tensor([5]),
-        "stages": [2],
-        "tensor_ids": [1, 2],
-    }
-    with use_backend("triton"):
-        torch.library.opcheck(TABLE.dense_perturb_.default, (w,), keywords)
-        torch.library.opcheck(TABLE.dense_perturb_.out, (w,), {**keywords, "out": clones(w)})
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------------

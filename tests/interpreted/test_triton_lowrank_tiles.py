@@ -4,9 +4,8 @@ import math
 
 import pytest
 import torch
-from agreement import assert_all_same
-from helpers import DTYPES, assert_same_bits, ops, poison, weights
-from lowrank_calls import CORE, IDS, LEFT, RIGHT, SHAPES, STOCHASTIC, agreeing, perturbed, stored
+from support.helpers import DTYPES, assert_all_same, assert_same_bits, ops, poison, weights
+from support.lowrank_calls import CORE, IDS, LEFT, RIGHT, SHAPES, STOCHASTIC, agreeing, perturbed, stored
 
 
 @pytest.mark.parametrize(

@@ -1,23 +1,16 @@
 """masked_perturb_ on the Triton kernel: the very bits of the reference, under every mask."""
 
-import functools
 import itertools
 import math
 
 import pytest
 import torch
-from agreement import SHAPES, agree, assert_all_same
-from cases import DISTRIBUTIONS, IDS, KEYS, LAYOUTS, MASK_KEY, MASKS, ROUNDINGS, Case, masked_arguments
-from helpers import DTYPES, assert_same_bits, clones, ops, weights
+from support.agreement import SHAPES
+from support.cases import IDS, KEYS, MASK_KEY, MASKS, ROUNDINGS
+from support.helpers import DTYPES, assert_all_same, assert_same_bits, clones, ops, weights
 
 STOCHASTIC = ROUNDINGS["stochastic"]
 DRAWS = [(KEYS[0], 1e-1), (KEYS[1], -0.37)]
-
-
-def masked(**options) -> Case:
-    """A call of ``masked_perturb_``, its arguments those of ``cases.masked_arguments``."""
-    written = ("weights", "out") if options.get("out") else ("weights",)
-    return Case("masked_perturb_", functools.partial(masked_arguments, **{"shapes": SHAPES, **options}), written)
 
 
 def agreeing(tensors, draws=DRAWS, **options):
@@ -31,29 +24,6 @@ def agreeing(tensors, draws=DRAWS, **options):
 
 
 # ---- the pass ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("mask", MASKS)
-def test_masks(mask, dtype):
-    agree(masked(mask=mask, dtype=dtype, draws=1))
-    agree(masked(mask=mask, dtype=dtype, draws=3, rounding="stochastic", decay=[0.0, 0.1, 1e-8]))
-
-
-@pytest.mark.parametrize(
-    ("mask", "layout", "dtype"),
-    [(*pair, DTYPES[i % 3]) for i, pair in enumerate(itertools.product(MASKS, LAYOUTS))],
-    ids=str,
-)
-def test_layouts(mask, layout, dtype):
-    """Rows apart in memory, shards, far indices, into poison: and what lies between the rows."""
-    agree(masked(mask=mask, layout=layout, dtype=dtype, rounding="stochastic", decay=0.02, out=True))
-
-
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-@pytest.mark.parametrize("mask", MASKS)
-def test_no_elements_and_one(mask, distribution):
-    agree(masked(mask=mask, shapes=[(), (0,), (0, 4), (1,), (3, 5)], distribution=distribution))
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -129,22 +99,3 @@ def test_bits_of_clean_weights_are_the_threshold():
     w = weights(SHAPES, torch.bfloat16)
     by_threshold = agreeing(w, threshold=0.7, decay=0.01)
     assert_all_same(agreeing(w, bits=ops.threshold_bits(w, 0.7), decay=0.01), by_threshold)
-
-
-# ---- shards --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shard", [(3, 9, 0, 300), (0, 4, 100, 300), (2, 19, 17, 18)], ids=str)
-@pytest.mark.parametrize("mask", MASKS)
-def test_shards_are_slices_of_the_whole(mask, shard):
-    top, bottom, left, right = shard
-    (w,) = weights([(20, 300)], torch.bfloat16)
-    local = w[top:bottom, left:right].contiguous()
-
-    def own(tensor):
-        bits = ops.threshold_bits([tensor], 0.5) if mask == "bits" else None
-        return {mask: {"threshold": 0.5, "share": (MASK_KEY, 0.4), "bits": bits}[mask], **STOCHASTIC}
-
-    (whole,) = agreeing([w], **own(w))
-    (got,) = agreeing([local], slices=[(top * 300 + left, 300)], **own(local))
-    assert_same_bits(got, whole[top:bottom, left:right].contiguous())

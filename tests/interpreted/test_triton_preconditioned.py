@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from agreement import SHAPES, agree, assert_all_same
-from cases import DISTRIBUTIONS, IDS, KEYS, LAYOUTS, ROUNDINGS, RULES, Case, perturb_arguments, update_arguments
-from helpers import DTYPES, clones, ops
+from support.agreement import SHAPES
+from support.cases import IDS, KEYS, ROUNDINGS, RULES, Case, perturb_arguments, update_arguments
+from support.helpers import assert_all_same, clones, ops
 
 STOCHASTIC = ROUNDINGS["stochastic"]
 
@@ -23,49 +23,6 @@ def perturb(**options) -> Case:
     """A call of ``preconditioned_perturb_``; the curvature is watched, and may not change."""
     build = functools.partial(perturb_arguments, **{"shapes": SHAPES, **options})
     return Case("preconditioned_perturb_", build, ("weights", "curvature", *(("out",) if options.get("out") else ())))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rule", RULES)
-def test_rules(rule, dtype):
-    """One draw, which is added as a product; two (where the rule takes them) and a decay for each tensor."""
-    agree(update(rule=rule, dtype=dtype))
-    draws = 1 if rule == "hizoo" else 2
-    agree(update(rule=rule, dtype=dtype, draws=draws, rounding="stochastic", decay=[0.0, 0.1, 1e-8]))
-
-
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_perturb(dtype, distribution):
-    agree(perturb(dtype=dtype, draws=1, distribution=distribution))
-    options = {"draws": 2, "rounding": "stochastic", "decay": [0.0, 0.1, 1e-8], "layout": "strided", "out": True}
-    agree(perturb(dtype=dtype, distribution=distribution, **options))
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_signs(rule):
-    agree(update(rule=rule, draws=1 if rule == "hizoo" else 3, distribution="rademacher"))
-
-
-@pytest.mark.parametrize(
-    ("layout", "dtype", "rule"),
-    [
-        (layout, DTYPES[(i + j) % 3], rule)
-        for (i, layout), (j, rule) in itertools.product(
-            enumerate(LAYOUTS), enumerate(("momentum", "helene_refresh", "perturb"))
-        )
-    ],
-    ids=str,
-)
-def test_layouts(layout, dtype, rule):
-    """With one state, with two and with none written: rows apart in memory, shards, far indices."""
-    options = {"dtype": dtype, "layout": layout, "rounding": "stochastic", "decay": 0.02}
-    agree(perturb(**options) if rule == "perturb" else update(rule=rule, **options))
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_no_elements_and_one(rule):
-    agree(update(rule=rule, shapes=[(), (0,), (0, 4), (1,), (3, 5)]))
 
 
 def test_a_learning_rate_for_each_tensor_or_one_for_all():

@@ -6,31 +6,15 @@ import math
 
 import pytest
 import torch
-from agreement import SHAPES
-from cases import DISTRIBUTIONS, IDS, KEYS, LAYOUTS, Case, dot_arguments, norm_arguments, run
-from helpers import DTYPES, ops, weights
+from support.agreement import SHAPES
+from support.cases import DISTRIBUTIONS, IDS, KEYS, LAYOUTS, Case, dot_arguments, norm_arguments, run
+from support.helpers import DTYPES, ops, weights
+from support.sums import magnitudes
 
 from pgap_kernels.triton.reduction import collect_kernel
 from pgap_kernels.triton.table import FIELDS, FIRST_TILE, TILES
 
 NOTHING_AND_ONE = [(), (0,), (0, 4), (1,), (3, 5)]
-
-
-def magnitudes(arguments: dict) -> torch.Tensor:
-    """Sums of the magnitudes of the products: of the noise's sum with |T| in place of T, or the sums of squares."""
-    if "key" not in arguments:
-        return ops.squared_norms(**arguments, backend="reference")
-    totals = []
-    for i, t in enumerate(arguments["tensors"]):
-        base, stride = arguments.get("slices", [(0, max(math.prod(t.shape[1:]), 1))] * len(IDS))[i]
-        rows = t.reshape(t.shape[0], math.prod(t.shape[1:])) if t.dim() > 1 else t.reshape(1, t.numel())
-        total = 0.0
-        for k, row in enumerate(rows):
-            options = {"distribution": arguments["distribution"], "offset": base + k * stride, "backend": "reference"}
-            z = ops.draw(len(row), arguments["key"], arguments["tensor_ids"][i], **options)
-            total += (z.double() * row.double()).abs().sum().item()
-        totals.append(total)
-    return torch.tensor(totals, dtype=torch.float64)
 
 
 def agree(op: str, build) -> None:

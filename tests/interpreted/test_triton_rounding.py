@@ -4,7 +4,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from helpers import assert_same_bits
+from support.helpers import assert_same_bits
 
 from pgap_kernels import reference
 from pgap_kernels.triton.rounding import TYPES, round_to, stochastic

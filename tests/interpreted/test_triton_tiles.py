@@ -6,9 +6,9 @@ import random
 
 import pytest
 import torch
-from agreement import agree, assert_all_same, dense
-from cases import COEFFICIENTS, DISTRIBUTIONS, IDS, KEYS, ROUNDINGS
-from helpers import DTYPES, assert_same_bits, clones, ops, weights
+from support.agreement import agree, dense
+from support.cases import COEFFICIENTS, DISTRIBUTIONS, IDS, KEYS, ROUNDINGS
+from support.helpers import DTYPES, assert_all_same, assert_same_bits, clones, ops, weights
 
 from pgap_kernels.triton import anchor, launch, lowrank, preconditioned
 from pgap_kernels.triton import dense as dense_family
@@ -100,14 +100,6 @@ def test_any_program_may_do_any_lowrank_tile(monkeypatch):
 # ---- lists ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_order_and_subsets_do_not_matter(dtype):
-    w = weights(SHAPES, dtype)
-    whole = perturbed(w)
-    for order in ([4, 3, 2, 1, 0], [1], [3, 0]):
-        assert_all_same(perturbed([w[i] for i in order], [IDS[i] for i in order]), [whole[i] for i in order])
-
-
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_a_tensor_in_pieces(distribution):
     """Cut anywhere, in one call or several: pieces are shards of one row."""
@@ -135,19 +127,6 @@ def test_shape_does_not_matter():
 
 
 # ---- shards and views ----------------------------------------------------------------------------------------------
-
-WHOLE = (20, 900)
-
-
-@pytest.mark.parametrize("shard", [(3, 9, 0, 900), (0, 4, 100, 900), (13, 14, 0, 900), (2, 19, 17, 18)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_shards_are_slices_of_the_whole(dtype, shard):
-    top, bottom, left, right = shard
-    (w,) = weights([WHOLE], dtype)
-    (whole,) = perturbed([w], decay=0.02)
-    local = w[top:bottom, left:right].contiguous()
-    (got,) = perturbed([local], decay=0.02, slices=[(top * WHOLE[1] + left, WHOLE[1])])
-    assert_same_bits(got, whole[top:bottom, left:right].contiguous())
 
 
 @pytest.mark.parametrize("row_stride", [8192, 8192 + 4096, 8192 + 1])

@@ -6,14 +6,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from bounds import Bounded
 from torch import Tensor, nn
 
 from pgap_kernels.optim import ZOOptimizer
 from pgap_kernels.perturbation.residual import joined
 
+from .bounds import Bounded
 from .counted import Counted, known, total
-from .methods import Row, Step, Weights, is_exact, matrices, options_of
+from .methods import RATES, Row, Step, Weights, is_exact, matrices, options_of
 from .models import Layers, Losses, Words, layer, loss_at, snapshot
 
 # Roundings of a pass beyond those of its terms' formulas: its coefficient, where that is a sum of two, the product with
@@ -23,10 +23,10 @@ PASS = 6
 PASSES = 2
 
 
-def in_groups(model: nn.Module, options: Mapping[str, float]) -> list[dict]:
-    """One group for ``up``, one of half the lr and twice the eps for the rest."""
+def in_groups(model: nn.Module, options: Mapping[str, float], own: Mapping[str, float]) -> list[dict]:
+    """One group for ``up``, one of half the lr, twice the eps and hyper-parameters of its own for the rest."""
     named = list(model.named_parameters())
-    rest = {"lr": options["lr"] / 2, "eps": options["eps"] * 2}
+    rest = {"lr": options["lr"] / 2, "eps": options["eps"] * 2, **own}
     up = [(n, p) for n, p in named if n.startswith("up")]
     return [{"params": up}, {"params": [(n, p) for n, p in named if not n.startswith("up")], **rest}]
 
@@ -35,7 +35,7 @@ def build(row: Row, mode: str, model: nn.Module | None = None, **options) -> tup
     """A model, the row's optimizer in a mode, and a closure."""
     model = Words() if model is None else model
     chosen = {**row.options, **options_of(mode), **options}
-    params = in_groups(model, chosen) if row.groups else model
+    params = model if row.groups is None else in_groups(model, chosen, row.groups)
     return (
         model,
         row.make(params, model=model, **chosen),
@@ -121,7 +121,7 @@ class Contract:
         new: Weights = {}
         tensors = dict(self.model.named_parameters())
         for i, group in enumerate(self.optimizer.param_groups):
-            own = {name: group[name] for name in ("lr", "eps", "weight_decay") if name in self.options}
+            own = {name: group[name] for name in self.options if name in (*RATES, *(self.row.groups or ()))}
             names = group["param_names"]
             step = Step(number, self.weights, names, self.states[i], losses, self.options, own,
                         lambda name, entry: self.optimizer.state[tensors[name]][entry])  # fmt: skip

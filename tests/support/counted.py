@@ -8,8 +8,9 @@ Stability of Numerical Algorithms, section 3.1). Quotients and roots are bounded
 from __future__ import annotations
 
 import torch
-from bounds import UNIT, Bounded
 from torch import Tensor
+
+from .bounds import UNIT, Bounded
 
 SECOND_ORDER = 1.001  # products of roundings
 

@@ -13,7 +13,6 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from bounds import UNIT
 from naive import dizo, helene, lozo_m, mezo, pgap, pizo
 from torch import Tensor
 
@@ -27,9 +26,11 @@ from pgap_kernels.optim.lozo_m import LOZOM
 from pgap_kernels.optim.pizo import PIZO
 from pgap_kernels.subspace import gradient_basis
 
+from .bounds import UNIT
 from .counted import Counted, known, total
 
 Weights = dict[str, Counted]
+RATES = ("lr", "eps", "weight_decay")  # hyper-parameters of every group of every method
 
 
 def matrices(options: Mapping[str, Any], weights: Mapping[str, Counted | Tensor]) -> list[str]:
@@ -70,14 +71,14 @@ class Step:
         self.points.append(weights)
         return self.losses[len(self.points) - 1]
 
+    def given(self, *names: str) -> dict[str, Any]:
+        """Those of the options that were given; the naive method has the same defaults for the others."""
+        found = {**self.options, **self.group}
+        return {name: found[name] for name in names if name in found}
+
     @property
     def rates(self) -> dict[str, float]:
-        found = {**self.options, **self.group}
-        return {name: found[name] for name in ("lr", "eps", "weight_decay") if name in found}
-
-    def given(self, *names: str) -> dict[str, Any]:
-        """Those of the constructor's options that were given; the naive method has the same defaults for the others."""
-        return {name: self.options[name] for name in names if name in self.options}
+        return self.given(*RATES)
 
     def counted_state(self) -> dict:
         """The state of a method that counts steps: those that were skipped count."""
@@ -174,7 +175,8 @@ def naive_pizo(s: Step):
 
 
 def naive_helene(s: Step):
-    floors = {n: next((v for p, v in s.options.get("floors", {}).items() if fnmatchcase(n, p)), s.options["floor"])
+    (floor,) = s.given("floor").values()
+    floors = {n: next((v for p, v in s.options.get("floors", {}).items() if fnmatchcase(n, p)), floor)
               for n in s.weights}  # fmt: skip
     options = s.given("batch_size", "anneal_steps", "refresh_every", "beta1", "beta2", "gamma", "e")
     return helene.step(s.weights, s.loss, s.z(), s.counted_state(), floor=floors, **options, **s.rates)
@@ -230,7 +232,8 @@ class Row:
     Attributes:
         make: the optimizer.
         naive: takes a step, its losses given.
-        options: of the constructor; and whether they are given in two param groups of their own rates.
+        options: of the constructor.
+        groups: None for one param group, else what the second of two has beside rates of its own.
         reported: how many of the last losses ``step`` returns the mean of.
         state: entries of the optimizer's state, by their names in the naive method's.
         constant: entries that are not meant to move.
@@ -240,7 +243,7 @@ class Row:
     make: type[ZOOptimizer]
     naive: Callable[[Step], tuple[Weights, dict]]
     options: Mapping[str, Any]
-    groups: bool = False
+    groups: Mapping[str, float] | None = None
     reported: int = 2
     state: Mapping[str, str] = field(default_factory=dict)
     constant: Collection[str] = ()
@@ -276,7 +279,7 @@ def is_exact(mode: str) -> bool:
     return mode not in ("inplace", "two_pass")
 
 
-def row(id: str, make, naive, groups: bool = False, reported: int = 2, state=(), constant=(), **options: Any) -> Row:
+def row(id: str, make, naive, groups=None, reported: int = 2, state=(), constant=(), **options: Any) -> Row:
     base = {"lr": 0.05, "eps": 0.02, "seed": 13} | ({} if make is DiZO else {"weight_decay": 0.0})
     return Row(id, make, naive, base | options, groups, reported, dict(state), constant)
 
@@ -289,9 +292,9 @@ LOZO_OPTIONS = {"rank": 2, "window": 3, "lr": 0.03}
 ROWS = [
     row("mezo", MeZO, naive_mezo, probes=1),
     row("mezo-3", MeZO, naive_mezo, probes=3, weight_decay=4.0, reported=6),
-    row("mezo-groups", MeZO, naive_mezo, probes=2, weight_decay=0.2, groups=True, reported=4),
+    row("mezo-groups", MeZO, naive_mezo, probes=2, weight_decay=0.2, groups={}, reported=4),
     row("pgap", PGAP, naive_pgap, **SMALL_PGAP, eps=0.05),
-    row("pgap-groups", PGAP, naive_pgap, **SMALL_PGAP, weight_decay=4.0, groups=True, eps_dense=0.01, lr_dense=0.02),
+    row("pgap-groups", PGAP, naive_pgap, **SMALL_PGAP, weight_decay=4.0, groups={}, eps_dense=0.01, lr_dense=0.02),
     row("pgap-global", PGAP, naive_pgap, **SMALL_PGAP, xi="global", delta=0.5, eps=0.05, exclude=["embed*"],
         weight_decay=4.0),
     row("pgap-fixed", PGAP, naive_pgap, **SMALL_PGAP | {"rank": 99}, xi="fixed", delta=5.0, delta_steps=3, eps=0.05,
@@ -301,15 +304,16 @@ ROWS = [
     row("pgap-dense", PGAP, naive_pgap, **SMALL_PGAP | {"probes": 1}, exclude=["*"], delta=0.0, lr_dense=0.02),
     row("pizo-gv", PIZO, naive_pizo, pool=4, weight_decay=4.0),
     row("pizo-greedy", PIZO, naive_pizo, pool=4, guide="greedy", history=True, lr=0.01),
-    row("pizo-normal", PIZO, naive_pizo, pool=6, alpha=0.34, normalise_v=True, history=True, groups=True, lr=0.02),
+    row("pizo-normal", PIZO, naive_pizo, pool=6, alpha=0.34, normalise_v=True, history=True, groups={}, lr=0.02),
     row("helene", HELENE, naive_helene, **HELENE_OPTIONS, state=MOMENTS),
     row("helene-groups", HELENE, naive_helene, **HELENE_OPTIONS | {"floor": 0.5}, floors={"*bias": 2.0}, gamma=1.5,
-        e=1e-3, beta1=0.8, beta2=0.7, weight_decay=4.0, groups=True, state=MOMENTS),
+        e=1e-3, beta1=0.8, beta2=0.7, weight_decay=4.0, state=MOMENTS,
+        groups={"beta1": 0.5, "beta2": 0.9, "gamma": 3.0, "floor": 0.25}),
     row("lozo", LOZO, naive_lozo, **LOZO_OPTIONS, state={"v": "right"}),
     row("lozo-groups", LOZO, naive_lozo, **LOZO_OPTIONS | {"rank": 3}, divide_by_rank=True, exclude=["embed*"],
-        weight_decay=4.0, groups=True, state={"v": "right"}),
+        weight_decay=4.0, groups={}, state={"v": "right"}),
     row("lozo-m", LOZOM, naive_lozo, **LOZO_OPTIONS, beta=0.9, state={"v": "right", "N": "momentum"}),
-    row("lozo-m-groups", LOZOM, naive_lozo, **LOZO_OPTIONS | {"window": 1}, beta=0.5, weight_decay=4.0, groups=True,
+    row("lozo-m-groups", LOZOM, naive_lozo, **LOZO_OPTIONS | {"window": 1}, beta=0.5, weight_decay=4.0, groups={},
         divide_by_rank=True, state={"v": "right", "N": "momentum"}),
     row("dizo", DiZO, naive_dizo, select=["up.weight", "lora*", "down.bias"], kappa=3, iterations=3, tau=0.3, eps_p=0.5,
         s=0.5, constant=("anchor",)),

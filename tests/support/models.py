@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-from bounds import UNIT
 from torch import Tensor, nn
 
 from pgap_kernels import draw, noise
 
+from .bounds import UNIT
 from .counted import SECOND_ORDER, Counted, activation, layer_norm, linear
 
 IDS = torch.arange(24).view(8, 3) % 11

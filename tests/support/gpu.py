@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Case, flat, storage
-from helpers import ops
 from torch import Tensor
 
 from pgap_kernels import backends
+
+from .cases import Case, flat, storage
+from .helpers import ops
 
 DEVICE = torch.device("cuda", 0)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import flat, storage
-from helpers import ops
+
+from .cases import flat, storage
+from .helpers import ops
 
 
 def refused(op: str, arguments: dict, error, match: str) -> None:

@@ -12,13 +12,17 @@ from torch import Tensor
 import pgap_kernels
 from pgap_kernels import use_backend
 
+from . import interpreter
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Who serves CPU tensors: under Triton's interpreter its kernels are compared with the reference.
+BACKENDS = ("reference", "triton" if interpreter.ON else "cpu")
 
 
 def bits(tensor: Tensor) -> Tensor:
     """The tensor's bit patterns, with one pattern for every NaN."""
-    integers = tensor.contiguous().view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
-    return torch.where(tensor.isnan(), -1, integers)
+    patterns = tensor.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+    return torch.where(tensor.isnan(), -1, patterns)
 
 
 def assert_same_bits(got: Tensor, want: Tensor) -> None:
@@ -33,10 +37,22 @@ def assert_same_bits(got: Tensor, want: Tensor) -> None:
         )
 
 
+def assert_all_same(got: list[Tensor], want: list[Tensor]) -> None:
+    """Lists of tensors with the same bits."""
+    for g, w in zip(got, want, strict=True):
+        assert_same_bits(g, w)
+
+
 def weights(shapes, dtype=torch.float32, seed: int = 0, scale: float = 1.0) -> list[Tensor]:
     """Random tensors of those shapes."""
     generator = torch.Generator().manual_seed(seed)
     return [(scale * torch.randn(shape, generator=generator)).to(dtype) for shape in shapes]
+
+
+def integers(shapes, bound: int, seed: int) -> list[Tensor]:
+    """Random whole numbers up to a bound: their products and sums are exact, in whatever order they are made."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(-bound, bound + 1, shape, generator=generator).float() for shape in shapes]
 
 
 def clones(tensors: list[Tensor]) -> list[Tensor]:

@@ -1,15 +1,16 @@
-"""Digests of a fixed set of draws and passes; run as a script, once per PGAP_ISA, it prints them as JSON."""
+"""Digests of a fixed set of draws and passes; run as a module, once per PGAP_ISA, it prints them as JSON."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 
-import cases
 import torch
-from helpers import DTYPES, ops, poison, weights
 
 from pgap_kernels import reference
+
+from . import cases, sums
+from .helpers import DTYPES, ops, poison, weights
 
 SHAPES = [(0,), (), (31,), (1023,), (1025,), (4097,), (37, 129), (3, 5, 7, 2), (9001,)]
 IDS = list(range(7, 7 + len(SHAPES)))
@@ -54,18 +55,9 @@ def dense_digests(backend: str | None) -> dict[str, str]:
     return result
 
 
-def rule_digests(backend: str | None) -> dict[str, str]:
-    """Of every case of the ops whose bits are those of the reference."""
-    families = {"masked": cases.masked, "preconditioned": cases.preconditioned, "anchored": cases.anchored}
-    return {
-        f"{family} {name}": digest(cases.run(case, backend))
-        for family, chosen in families.items()
-        for name, case in chosen.items()
-    }
-
-
-def reduce_digests(backend: str | None) -> dict[str, str]:
-    return {f"reduced {name}": digest(cases.run(case, backend)) for name, case in cases.reduced.items()}
+def case_digests(backend: str | None) -> dict[str, str]:
+    """Of every call whose bits are those of the reference, and of sums, whose bits are those of the generic kernels."""
+    return {name: digest(cases.run(case, backend)) for name, case in (cases.CASES | sums.REDUCED).items()}
 
 
 def transform_digest() -> str:
@@ -127,5 +119,5 @@ def forward_digests() -> dict[str, str]:
 
 if __name__ == "__main__":
     found = {"isa": torch.ops.pgap_kernels_cpu.isa().split(",")[0], "transform": transform_digest()}
-    exact = {**draw_digests("cpu"), **dense_digests("cpu"), **rule_digests("cpu")}
-    print(json.dumps({**found, **exact, **reduce_digests("cpu"), **lowrank_digests(), **forward_digests()}))
+    exact = {**draw_digests("cpu"), **dense_digests("cpu"), **case_digests("cpu")}
+    print(json.dumps({**found, **exact, **lowrank_digests(), **forward_digests()}))

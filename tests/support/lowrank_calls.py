@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from agreement import assert_all_same
-from helpers import clones, ops
 
 from pgap_kernels import noise
+
+from .helpers import assert_all_same, clones, integers, ops
 
 LEFT, RIGHT, CORE = (noise.derive(4, 1, role) for role in (noise.Role.LEFT, noise.Role.RIGHT, noise.Role.CORE))
 STOCHASTIC = {"rounding": "stochastic", "rounding_key": noise.derive(4, 1, noise.Role.ROUNDING)}
@@ -14,12 +14,6 @@ IDS = [noise.tensor_id(f"w{i}") for i in range(4)]
 # Whole tiles of every configuration, and ragged ones. As shards of wide rows they may have any rank.
 SHAPES = [(64, 128), (35, 70)]
 WIDE = {"slices": [(0, 600)] * len(SHAPES)}
-
-
-def integers(shapes, bound: int, seed: int) -> list[torch.Tensor]:
-    """Random whole numbers up to a bound: their products and sums are exact, in whatever order they are made."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(-bound, bound + 1, shape, generator=generator).float() for shape in shapes]
 
 
 def stored(rank: int, core: str, shapes=SHAPES, draw=None):

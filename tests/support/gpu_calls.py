@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from gpu import moved
-from helpers import ops, poison, weights
 from torch import Tensor
 
 from pgap_kernels import noise
+
+from .gpu import moved
+from .helpers import ops, poison, weights
 
 SHAPES = [(37, 129), (4099,), (70, 70)]
 IDS = [noise.tensor_id(f"w{i}") for i in range(len(SHAPES))]

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import functools
 
-from cases import Case, common, run
-from helpers import assert_same_bits, poison
-from torch import Tensor
+from .cases import Case, common, run
+from .helpers import assert_all_same, poison
 
 # One masked tile; a whole tile and one of a single element; rows that are tiles of their own where they lie apart.
 SHAPES = [(31,), (4097,), (3, 5, 2, 2)]
-
-
-def assert_all_same(got: list[Tensor], want: list[Tensor]) -> None:
-    for g, w in zip(got, want, strict=True):
-        assert_same_bits(g, w)
 
 
 def agree(case: Case) -> None:

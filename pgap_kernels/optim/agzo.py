@@ -1,0 +1,126 @@
+"""AGZO (2601.17261): perturbations in the row space of a layer's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from .. import noise, ops
+from ..directions import Direction, Factor, Part, Weight
+from ..noise import Role
+from ..subspace import orthonormal
+from .base import Evaluation, Params
+from .lowrank import LowRankOptimizer
+from .options import at_least_one
+
+
+class AGZO(LowRankOptimizer):
+    """Activation-guided zeroth-order steps.
+
+    The forward at W shows H (n, tokens), the inputs of every linear layer. Its weight moves along R A^T:
+
+        Omega (tokens, r) ~ N(0, 1),  A <- qr(H Omega),  K times A <- qr(H (H^T A));  R (m, r) ~ N(0, 1) in every step
+        g = (L(W + eps R A^T) - L(W)) / eps,   W <- (1 - lr wd) W - lr g R A^T
+
+    Everything else takes dense noise. 2 forwards, one of which shows H; R A^T is not scaled. ``sides=2``, the form of
+    independent reproductions, takes the two-sided g and 3 forwards. State: A, n r floats of a matrix.
+
+    H has a column for every token of the batch, padding too; of a layer that is called more than once, those of its
+    first call. It is looked at while the layer runs and not kept. Signs of the QR are fixed, so that runs repeat.
+    One-sided differences lose their digits in 16-bit losses: reduce them in float32.
+
+    Args:
+        params, lr, weight_decay: as in ``MeZO``; the model, or named parameters and ``model=``.
+        eps: the radius (mu), of a group.
+        rank: r, of a group.
+        iterations: K.
+        sides: 1 or 2.
+        basis_interval: steps between new A.
+        exclude: names of linear layers' weights that take dense noise instead.
+        **options: of ``ZOOptimizer``.
+    """
+
+    method: ClassVar[str] = "AGZO"
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-6,
+        eps: float = 1e-3,
+        weight_decay: float = 0.0,
+        *,
+        rank: int = 1,
+        iterations: int = 3,
+        sides: int = 1,
+        basis_interval: int = 1,
+        exclude: Sequence[str] = (),
+        **options: Any,
+    ) -> None:
+        defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "rank": rank}
+        super().__init__(params, defaults, window=basis_interval, exclude=exclude, **options)
+        if self.model is None:
+            raise ValueError("model: got None; accepted: the model whose layers' inputs AGZO looks at")
+        if sides not in (1, 2):
+            raise ValueError(f"sides: got {sides!r}; accepted: 1 or 2")
+        self.iterations, self.sides = at_least_one("iterations", iterations), sides
+        self._clean: float | None = None
+
+    def may_be_lowrank(self, weights: Sequence[Weight]) -> list[Weight]:
+        """The weights of linear layers."""
+        modules = [] if self.model is None else self.model.named_modules()
+        linear = {noise.canonical_name(f"{name}.weight") for name, module in modules if isinstance(module, nn.Linear)}
+        return [w for w in super().may_be_lowrank(weights) if not linear.isdisjoint(w.names)]
+
+    def estimate_and_update(self, evaluate: Evaluation) -> float:
+        self._clean = None
+        self.refresh_if_due("right", evaluate)
+        direction = self.planned(self.steps)
+        if self.sides == 2:
+            plus, minus = evaluate.two_sided(direction)
+            amount, loss = (plus - minus) / 2, (plus + minus) / 2
+        else:
+            clean = evaluate.loss() if self._clean is None else self._clean
+            loss = evaluate.loss(direction)
+            amount = loss - clean
+        self.apply_update([(direction, self.descent(amount))], flush=self.refreshes_at(self.steps + 1))
+        return loss
+
+    def direction(self, step: int, number: int = 0) -> Direction:
+        """R A^T on the linear layers, dense noise on the rest."""
+        parts: list[Part] = []
+        for weights in self.by_rank():
+            left = Factor.drawn(self.key(Role.LEFT, number, step), self.rank_of(weights[0]))
+            parts += self.low_rank(weights, left, Factor.stored(self.stored(weights, "right")))
+        return Direction([*parts, *self.noise(self.key(Role.DENSE, number, step), self.others())])
+
+    def refresh(self, evaluate: Evaluation) -> None:
+        """A of every linear layer, from a forward at W."""
+        missing = {w.index for w in self.matrices()}
+        bases: list[tuple[Weight, Tensor]] = []
+
+        def see(weight: Weight, x: Tensor) -> None:
+            if weight.index in missing:
+                missing.remove(weight.index)
+                bases.append((weight, self.basis(weight, x.reshape(-1, x.shape[-1]).float())))
+
+        self.merge()
+        self._clean = evaluate.observed(see)
+        for weight, a in bases:
+            self.store(weight, right=a)
+        lost = [w.name for w in self.matrices() if w.index in missing and "right" not in self.state[w.tensor]]
+        if lost:
+            raise RuntimeError(
+                f"closure: the layer of {lost[0]!r} was not called, so its inputs are not known; freeze its weight, or "
+                f"pass exclude=[{lost[0]!r}]"
+            )
+
+    def basis(self, weight: Weight, rows: Tensor) -> Tensor:
+        """A (n, r) of inputs (tokens, n)."""
+        key = self.key(Role.RANGE_FINDER)
+        omega = ops.draw((len(rows), self.rank_of(weight)), key, weight.id, device=rows.device)
+        a = orthonormal(rows.T @ omega)
+        for _ in range(self.iterations):
+            a = orthonormal(rows.T @ (rows @ a))
+        return a

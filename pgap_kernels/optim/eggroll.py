@@ -1,0 +1,113 @@
+"""EGGROLL (2511.16652): evolution strategies whose members are low-rank perturbations, many in one forward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from .. import checks
+from ..directions import Direction, Factor, LowRank, Term
+from ..noise import Role
+from . import scores
+from .base import Evaluation, Params
+from .lowrank import LowRankOptimizer
+from .options import at_least_one
+
+UPDATES = ("jax", "llm")
+_VARIANCE_FLOOR = 1e-5
+
+
+class EGGROLL(LowRankOptimizer):
+    """Evolution strategies with low-rank members.
+
+    N members, in pairs of either sign unless ``antithetic=False``, F = -L:
+
+        E_k = A_k B_k^T / sqrt(p),  A (m, p) and B (n, p) ~ N(0, 1),  F_i = -L(W + sigma s_i E_i)
+        update="jax":  f = (F - mean F) / sqrt(var F + 1e-5),  W <- W + lr sqrt(N) sigma mean_i(f_i s_i E_i)
+        update="llm":  f = F - mean F  [/ std F],              W <- W + lr mean_i(f_i s_i E_i)  [* sqrt(N)]
+
+    The two official scales, of HyperscaleES (JAX) and of its transformer experiments. The update is one pass, by the
+    members' factors side by side. N forwards, or one with ``members=N``; no state: factors are drawn in the forward.
+
+    The transformer code adds its update to bfloat16 weights to nearest, which loses most of it; here it rounds
+    stochastically. It leaves tensors that are not matrices alone: freeze them. The JAX code perturbs them densely,
+    unless told not to, and so does this.
+
+    Args:
+        params, lr, weight_decay: as in ``MeZO``; the method has no decay.
+        eps: sigma, of a group.
+        population: N, 2 or more, even with pairs.
+        rank: p, of a group.
+        update: "jax" or "llm".
+        antithetic: members are pairs of either sign.
+        normalise: divide by the standard deviation of F with update="llm" (``normalize_with_std``).
+        scale_by_root: multiply by sqrt(N) with update="llm" (``scale_lr_in_grad``).
+        noise_reuse: steps that share their members' noise; 0 never draws anew.
+        exclude: names of matrices that take dense noise instead.
+        **options: of ``ZOOptimizer``.
+    """
+
+    method: ClassVar[str] = "EGGROLL"
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        eps: float = 1e-3,
+        weight_decay: float = 0.0,
+        *,
+        population: int = 8,
+        rank: int = 1,
+        update: str = "llm",
+        antithetic: bool = True,
+        normalise: bool = False,
+        scale_by_root: bool = False,
+        noise_reuse: int = 1,
+        exclude: Sequence[str] = (),
+        **options: Any,
+    ) -> None:
+        defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "rank": rank}
+        super().__init__(params, defaults, window=1, exclude=exclude, **options)
+        self.population, self.antithetic = at_least_one("population", population), bool(antithetic)
+        if self.population < 2 or (self.antithetic and self.population % 2):
+            raise ValueError(f"population: got {population}; accepted: 2 or more, an even number with pairs")
+        self.update = checks.choice("update", update, UPDATES)
+        self.normalise, self.scale_by_root = bool(normalise), bool(scale_by_root)
+        self.noise_reuse = 0 if noise_reuse == 0 else at_least_one("noise_reuse", noise_reuse)
+
+    def direction(self, step: int, number: int = 0) -> Direction:
+        """E_k on the matrices, dense noise on the rest."""
+        step = step // self.noise_reuse * self.noise_reuse if self.noise_reuse else 0
+        left, right, dense = (self.key(role, number, step) for role in (Role.LEFT, Role.RIGHT, Role.DENSE))
+        parts = []
+        for weights in self.by_rank():
+            p = self.rank_of(weights[0])
+            term = Term(None, [1.0 / math.sqrt(p)] * len(weights))
+            parts.append(LowRank(weights, Factor.drawn(left, p), Factor.drawn(right, p), [term]))
+        return Direction([*parts, *self.noise(dense, self.others())])
+
+    def estimate_and_update(self, evaluate: Evaluation) -> float:
+        N, signs = self.population, (1.0, -1.0) if self.antithetic else (1.0,)
+        E = [self.planned(self.steps), *(self.direction(self.steps, k) for k in range(1, N // len(signs)))]
+        radius = self.radius()
+        points = [(d, [sign * sigma for sigma in radius]) for d in E for sign in signs]
+        losses = evaluate.population(points)
+        f = self.fitness(losses)
+        amounts = [
+            sum(s * v for s, v in zip(signs, f[i : i + len(signs)], strict=True)) for i in range(0, N, len(signs))
+        ]
+        rates = self.rates()
+        if self.update == "jax":
+            rates = [lr * math.sqrt(N) * sigma for lr, sigma in zip(rates, radius, strict=True)]
+        elif self.scale_by_root:
+            rates = [lr * math.sqrt(N) for lr in rates]
+        self.apply_update([(d, [lr * a / N for lr in rates]) for d, a in zip(E, amounts, strict=True)])
+        return sum(losses) / N
+
+    def fitness(self, losses: Sequence[float]) -> list[float]:
+        """f of the members; fitness is maximised."""
+        if self.update == "llm" and self.normalise:
+            return [-v for v in scores.standardised(losses)]
+        floor = _VARIANCE_FLOOR if self.update == "jax" else None
+        return [-v for v in scores.centred(losses, floor)]

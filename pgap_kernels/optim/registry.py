@@ -1,0 +1,94 @@
+"""Methods by name: those of this package, and those that others add as entry points."""
+
+from __future__ import annotations
+
+import inspect
+from difflib import get_close_matches
+from importlib.metadata import entry_points
+from typing import Any
+
+from .agzo import AGZO
+from .base import Params, ZOOptimizer
+from .dizo import DiZO
+from .eggroll import EGGROLL
+from .helene import HELENE
+from .lowrank import LowRankOptimizer
+from .lozo import LOZO
+from .lozo_m import LOZOM
+from .mezo import MeZO
+from .model import ModelOptimizer
+from .pgap import PGAP
+from .pizo import PIZO
+
+ENTRY_POINTS = "pgap_kernels.methods"
+_OWN: dict[str, type[ZOOptimizer]] = {
+    "agzo": AGZO,
+    "dizo": DiZO,
+    "eggroll": EGGROLL,
+    "helene": HELENE,
+    "lozo": LOZO,
+    "lozo-m": LOZOM,
+    "mezo": MeZO,
+    "pgap": PGAP,
+    "pizo": PIZO,
+}
+
+
+def available_methods() -> list[str]:
+    """Names that ``make_optimizer`` takes: this package's methods, then those of installed packages that have an entry
+    point in the group ``pgap_kernels.methods`` (its name, and a subclass of ``ZOOptimizer``)."""
+    return [*_OWN, *sorted({point.name for point in entry_points(group=ENTRY_POINTS)} - {*_OWN})]
+
+
+def method_class(name: str) -> type[ZOOptimizer]:
+    """The class of a method.
+
+    Raises:
+        ValueError: there is no method of that name.
+        TypeError: an entry point is something else than a subclass of ``ZOOptimizer``.
+    """
+    if name in _OWN:
+        return _OWN[name]
+    for point in entry_points(group=ENTRY_POINTS):
+        if point.name == name:
+            found = point.load()
+            if not (isinstance(found, type) and issubclass(found, ZOOptimizer)):
+                raise TypeError(f"{name}: the entry point {point.value!r} is {found!r}; accepted: a ZOOptimizer class")
+            return found
+    near = get_close_matches(str(name).lower(), available_methods(), 1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise ValueError(f"name: got {name!r}{hint}; accepted: {', '.join(available_methods())}")
+
+
+def method_options(name: str) -> dict[str, inspect.Parameter]:
+    """The options of a method, its own and those of every method, with their defaults."""
+    found: dict[str, inspect.Parameter] = {}
+    for cls in method_class(name).__mro__:
+        # What the trunk of low-rank methods takes is for their recipes to decide.
+        if "__init__" in vars(cls) and issubclass(cls, ModelOptimizer) and cls is not LowRankOptimizer:
+            own = inspect.signature(cls.__init__).parameters.values()
+            found |= {p.name: p for p in own if p.name not in found and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+            if not any(p.kind is p.VAR_KEYWORD for p in own):
+                break
+    return {name: p for name, p in found.items() if name not in ("self", "params", "defaults")}
+
+
+def make_optimizer(name: str, params: Params, **options: Any) -> ZOOptimizer:
+    """An optimizer by its method's name.
+
+    Args:
+        name: one of ``available_methods``.
+        params: as in ``ZOOptimizer``: a model, named parameters or param groups.
+        **options: the method's, and those of every method.
+
+    Raises:
+        ValueError: there is no method of that name.
+        TypeError: the method has no such option.
+    """
+    cls, accepted = method_class(name), method_options(name)
+    unknown = sorted(set(options) - set(accepted))
+    if unknown:
+        near = get_close_matches(unknown[0], accepted, 1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise TypeError(f"{unknown[0]}: no option of {name!r}{hint}; accepted: {', '.join(sorted(accepted))}")
+    return cls(params, **options)

@@ -1,0 +1,256 @@
+"""Models that read their weights in other ways than by a layer's own forward: the losses are those in place."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import pytest
+import torch
+from support.models import assert_same_weights, snapshot
+from support.recipes import (
+    CASES,
+    EVERY_MODE,
+    HOOKED,
+    INPUTS,
+    LABELS,
+    PGAP_OPTIONS,
+    SIXTEEN_BIT_IN_PLACE,
+    Net,
+    adapted,
+    changed,
+    cycled,
+    in_place,
+    loss_of,
+    make,
+    seeded,
+    take_steps,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import prune as prune_module
+
+from pgap_kernels.optim import PGAP, MeZO
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+class Attention(nn.Module):
+    def __init__(self, batch_first=True) -> None:
+        super().__init__()
+        self.attention, self.last = nn.MultiheadAttention(8, 2, batch_first=batch_first), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        words = torch.stack([x, x * 0.5, x.roll(1, 1)], 1)
+        return self.last(self.attention(words, words, words, need_weights=False)[0].mean(1))
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.last = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.encoder(torch.stack([x, x * 0.5], 1)).mean(1))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind=nn.LSTM) -> None:
+        super().__init__()
+        self.layer, self.last = kind(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.layer(torch.stack([x, -x]))[0][-1])
+
+
+class Containers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.ParameterDict({"scale": nn.Parameter(torch.ones(8, 8)), "shift": nn.Parameter(torch.zeros(8))})
+        self.several = nn.ParameterList([nn.Parameter(torch.ones(8))])
+        self.last = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last((x @ self.table["scale"] + self.table["shift"]) * self.several[0])
+
+
+def hooked_weight_norm() -> nn.Module:
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        return nn.Sequential(nn.utils.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 2))
+
+
+def pruned() -> nn.Module:
+    model = Net()
+    prune_module.l1_unstructured(model.middle, "weight", 0.5)
+    return model
+
+
+class Vmapped(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.vmap(super().forward)(x)
+
+
+class Checkpointed(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
+
+
+MODELS = {
+    "attention": Attention,
+    "encoder": Encoder,
+    "containers": Containers,
+    "adapters": adapted,
+    "weight_norm": lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 2)),
+    "weight_norm_by_hook": hooked_weight_norm,
+    "spectral_norm": lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)), nn.Linear(8, 2)),
+    "pruned": pruned,
+    "checkpointed": Checkpointed,
+    "vmapped": Vmapped,
+    "functional_call": Net,
+}
+
+
+def losses_of(case: str, options, make_model, training: bool) -> list[float]:
+    model = seeded(make_model).train(training)
+    optimizer, seen = make(case, model, **options), []
+
+    def closure():
+        loss = loss_of(model)
+        if make_model is MODELS["functional_call"]:  # with the model's own parameters
+            loss = F.cross_entropy(torch.func.functional_call(model, dict(model.named_parameters()), (INPUTS,)), LABELS)
+        seen.append(loss.item())
+        return loss
+
+    for _ in range(4):
+        optimizer.step(closure)
+    return seen
+
+
+# What is particular to training (an attention's fast path, a spectral norm's iterations) is the model's own affair.
+WAYS = [(model, case) for model in MODELS for case in HOOKED]
+
+
+@pytest.mark.parametrize("model, case, training", cycled(WAYS, [True, False]))
+def test_a_model_that_reads_its_weights_in_another_way(model, case, training):
+    """The losses of the hooked modes are those in place."""
+    if model == "vmapped" and CASES[case][1]["mode"] == "folded":
+        with pytest.raises(RuntimeError, match=r"^closure: .* is applied to a nested, sparse or vmapped tensor"):
+            losses_of(case, {}, MODELS[model], training)
+        return
+    found, expected = (losses_of(case, options, MODELS[model], training) for options in ({}, in_place(case)))
+    assert len({*expected}) > len(expected) / 2
+    assert found == pytest.approx(expected, abs=5e-6)
+
+
+CHOICES = [(model, method) for model in (*MODELS, "lstm", "gru") for method in (MeZO, PGAP)]
+CHOICES.remove(("vmapped", PGAP))  # refused in a forward
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("model, method, dtype", cycled(CHOICES, DTYPES))
+def test_a_mode_that_was_chosen_can_run(model, method, dtype):
+    others = {"lstm": Recurrent, "gru": functools.partial(Recurrent, nn.GRU)}
+    module = seeded((MODELS | others)[model]).to(dtype)
+    told = model in others and dtype == torch.bfloat16
+    with pytest.warns(UserWarning, match=SIXTEEN_BIT_IN_PLACE) if told else contextlib.nullcontext() as warned:
+        optimizer = method(module, **(PGAP_OPTIONS if method is PGAP else {}))
+    assert not told or [w.filename for w in warned] == [__file__]
+    take_steps(optimizer, module, 2)
+    if model in others:
+        assert optimizer.mode == "inplace"
+        with pytest.raises(
+            ValueError, match=r"^mode: got 'scratch', but 'layer\.\w+' belongs to the \w+ 'layer', whose"
+        ):
+            method(module, mode="scratch")
+
+
+@pytest.mark.parametrize("case", EVERY_MODE[1:])
+def test_disabling_an_adapter_inside_the_closure(case):
+    """As a DPO-like loss does: ``requires_grad_`` is no use of a weight."""
+    model, model_in_place = seeded(adapted), seeded(adapted)
+    losses = ([], [])
+    optimizers = make(case, model), make(case, model_in_place, **in_place(case))
+    for optimizer, m, seen in zip(optimizers, (model, model_in_place), losses, strict=True):
+
+        def closure(m=m, seen=seen):
+            with m.first.disable_adapter(), m.middle.disable_adapter():
+                reference = loss_of(m)
+            loss = F.softplus(loss_of(m) - reference)
+            seen.append((reference.item(), loss.item()))
+            return loss
+
+        for _ in range(4):
+            optimizer.step(closure)
+        assert [p.requires_grad for p in m.parameters()] == [p.requires_grad for p in seeded(adapted).parameters()]
+    assert torch.allclose(*(torch.tensor(seen) for seen in losses), atol=2e-6, rtol=0)
+    assert len({reference for reference, _ in losses[0]}) == 1  # the adapters' perturbation is not in it
+
+
+class Experts(nn.Module):
+    """Some experts get no rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(8, 8) for _ in range(3)])
+        self.last = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        which, result = (x[:, 0] > 0).long(), torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            result[which == i] = expert(x[which == i])
+        return self.last(result)
+
+
+@pytest.mark.parametrize("case", EVERY_MODE)
+def test_a_layer_that_gets_no_rows(case):
+    model = seeded(Experts)
+    optimizer = make(case, model)
+    take_steps(optimizer, model, 4)
+    before = snapshot(model)
+    take_steps(optimizer, model)
+    optimizer.merge()
+    assert {"experts.0.weight", "experts.2.weight"} <= {*changed(model, before)}
+
+
+class Hooked:
+    """What accelerate puts in place of a module's forward."""
+
+    def __init__(self, module) -> None:
+        self.forward = module.forward
+        module.forward = self
+
+    def __call__(self, *args):
+        return self.forward(*args)
+
+
+def test_layers_whose_forward_was_replaced_on_the_instance():
+    model = seeded(Net)
+    for layer in (model.first, model.middle, model.last):
+        Hooked(layer)
+    optimizer = PGAP(model, **PGAP_OPTIONS)
+    assert optimizer.mode == "inplace" and "whose forward (replaced on this instance" in optimizer.mode_reason
+    take_steps(optimizer, model)
+    with pytest.raises(ValueError, match=r"^mode: got 'folded', but no .* whose forward \(replaced on this instance"):
+        PGAP(model, mode="folded", **PGAP_OPTIONS)
+    plain = seeded(Net)
+    model.load_state_dict(plain.state_dict())
+    for m in (model, plain):
+        take_steps(make("mezo-scratch", m), m, 3)
+    assert_same_weights(model, plain)
+
+
+class Marked(nn.Parameter):
+    """A subclass that adds nothing."""
+
+
+@pytest.mark.parametrize("case", EVERY_MODE)
+def test_parameters_of_a_subclass(case):
+    model, plain = seeded(Net), seeded(Net)
+    model.middle.weight = Marked(model.middle.weight.detach())
+    for m in (model, plain):
+        optimizer = make(case, m)
+        take_steps(optimizer, m, 4)
+        optimizer.merge()
+    assert_same_weights(model, plain)

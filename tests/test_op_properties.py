@@ -1,0 +1,329 @@
+"""What holds for every op, whatever it computes: each row of ``support.cases`` is held to all of it.
+
+Under Triton's interpreter (test_interpreted.py) the same holds for the Triton kernels.
+"""
+
+import itertools
+import math
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from support.cases import CASES, ROWS, SETTINGS, Row, flat, run, storage
+from support.helpers import BACKENDS, DTYPES, assert_all_same, clones, ops, serving
+from torch.utils._python_dispatch import TorchDispatchMode
+
+OTHERS = [backend for backend in BACKENDS if backend != "reference"]
+cpu_alone = pytest.mark.skipif("cpu" not in BACKENDS, reason="of the C++ extension")
+
+
+def rows(condition=lambda row: True):
+    return pytest.mark.parametrize("row", [pytest.param(row, id=n) for n, row in ROWS.items() if condition(row)])
+
+
+every_op = pytest.mark.parametrize("row", {row.op: row for row in ROWS.values()}.values(), ids=lambda row: row.op)
+on_each_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """``torch.empty`` is full of NaN: what is not written shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def after(row: Row, arguments: dict, backend: str | None = None) -> list[torch.Tensor]:
+    """What the call has written, or what it returned; a number for each tensor of a reduction."""
+    returned = getattr(ops, row.op)(**arguments, backend=backend)
+    if row.written:
+        return [t for name in row.written for t in flat(arguments.get("out" if "out" in arguments else name))]
+    return list(returned) if row.op in ("seeded_dot", "squared_norms") else flat(returned)
+
+
+# ---- every backend computes the same -------------------------------------------------------------------------------
+
+
+def test_any_two_values_of_two_factors_meet_in_a_setting():
+    for one, other in itertools.combinations(SETTINGS[0], 2):
+        values = [list(dict.fromkeys(str(s[name]) for s in SETTINGS)) for name in (one, other)]
+        met = {(str(s[one]), str(s[other])) for s in SETTINGS}
+        # Rounding to nearest has one layout; see _settings.
+        assert met == set(itertools.product(*values)) or {one, other} == {"layout", "rounding"}
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+@pytest.mark.parametrize("name", CASES)
+def test_bits_are_those_of_the_reference(name, backend):
+    """Empty and ragged sizes, every dtype, rounding and layout; the memory around is compared too."""
+    assert_all_same(run(CASES[name], backend), run(CASES[name], "reference"))
+
+
+SPECIAL = [math.inf, -math.inf, math.nan, 0.0, -0.0, 6e-8, 1e-40, -1e-45, 65504.0, -65504.0, 3.38e38, 1e-3, -0.5]
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+@pytest.mark.parametrize(("dtype", "rounding"), [*zip(DTYPES, ["nearest", "stochastic", "nearest"], strict=True)])
+@rows(lambda row: row.elementwise and {"dtype", "rounding"} <= set(row.heeds))
+def test_special_values(row, dtype, rounding, backend):
+    """Infinities, NaN, both zeros, subnormal numbers, overflow; in weights, states, anchors and masks' weights."""
+    results = []
+    for which in (backend, "reference"):
+        shapes = [(39, 39)] * 4
+        arguments = row.arguments(dtype=dtype, rounding=rounding, shapes=shapes)
+        for i, t in enumerate(flat([arguments[name] for name in row.elementwise if name != "bits"])):
+            special = torch.tensor(SPECIAL, dtype=torch.float64).roll(i).repeat(3)
+            t.copy_(special.expand(39, 39) if i < 4 else special.expand(39, 39).T)
+        if "anchors" in arguments:
+            arguments["coefficient"] = [0.0, 0.5, 3e38, -1.0]
+        before = clones(arguments["weights"])
+        results.append(after(row, arguments, which))
+    assert_all_same(*results)
+    if "deltas" not in arguments:
+        assert all(t[w.isnan()].isnan().all() for t, w in zip(results[0][:4], before, strict=True))
+
+
+# ---- what does not matter ------------------------------------------------------------------------------------------
+
+
+@on_each_backend
+@rows(lambda row: "layout" in row.heeds and "strided" in row.layouts)
+def test_strides_do_not_matter(row, backend):
+    """Rows may lie apart; what lies between them stays poison, and no poison comes in."""
+    plain, strided = row.arguments(), row.arguments(layout="strided")
+    got = after(row, strided, backend)
+    assert_all_same(got, after(row, plain, backend))
+    for t in got if row.elementwise else []:
+        assert t.isfinite().all() and storage(t).isnan().sum() == storage(t).numel() - t.numel()
+
+
+def of_each(arguments: dict) -> int:
+    """How many tensors are in a list."""
+    return len(arguments["tensor_ids"] if "tensor_ids" in arguments else arguments["tensors"])
+
+
+def spread(arguments: dict) -> dict:
+    """With a scalar of its own for every tensor."""
+    count = of_each(arguments)
+
+    def several(value):
+        return [value * (1 + i / count) for i in range(count)] if isinstance(value, float) else value
+
+    changes = {name: several(v) for name, v in arguments.items() if name in ("decay", "coefficient", "threshold")}
+    if "draws" in arguments:
+        changes["draws"] = [(key, several(a)) for key, a in arguments["draws"]]
+    if "restore" in arguments:
+        changes["restore"] = [several(r) for r in arguments["restore"]]
+    return {**arguments, **changes}
+
+
+def chosen(arguments: dict, which: list[int]) -> dict:
+    """The arguments of some of the tensors, in that order; those that are written are copies."""
+    count = of_each(arguments)
+
+    def pick(value):
+        if isinstance(value, (list, tuple)) and len(value) == count:
+            return [value[i].clone() if isinstance(value[i], torch.Tensor) else value[i] for i in which]
+        return value
+
+    picked = {name: pick(value) for name, value in arguments.items()}
+    if "draws" in arguments:
+        picked["draws"] = [(key, pick(a)) for key, a in arguments["draws"]]
+    for name in ("restore", "state"):
+        if name in arguments:
+            picked[name] = [pick(v) for v in arguments[name]]
+    if "rule" in arguments:
+        rule = arguments["rule"]
+        picked["rule"] = replace(rule, **{f.name: pick(getattr(rule, f.name)) for f in fields(rule)})
+    return picked
+
+
+@on_each_backend
+@rows(lambda row: {"tensor_ids", "tensors"} & set(row.arguments()))
+def test_the_list_does_not_matter(row, backend):
+    """Subsets in any order, and single calls, each with its own scalars."""
+    arguments = spread(row.arguments())
+    count = of_each(arguments)
+    singles = [chosen(arguments, [i]) for i in range(count)]
+    orders = [[count - 1, 0, 2], [*range(count)][::-1]]
+    several = [chosen(arguments, order) for order in orders]
+    want = after(row, arguments, backend)
+    lists = [want[i : i + count] for i in range(0, len(want), count)]  # weights, states
+    for order, some in zip([*orders, *([i] for i in range(count))], [*several, *singles], strict=True):
+        assert_all_same(after(row, some, backend), [values[i] for values in lists for i in order])
+
+
+WHOLE = (40, 160)
+SHARDS = [(7, 19, 0, 160), (0, 40, 77, 160), (3, 34, 17, 18)]
+
+
+def repacked(bits: torch.Tensor, cut) -> torch.Tensor:
+    """The bits of a part of the whole."""
+    keep = (bits[:, None] >> torch.arange(32) & 1).flatten()[: math.prod(WHOLE)].view(WHOLE)
+    return ops.threshold_bits([1.0 - cut(keep).float()], 0.5)[0]
+
+
+@on_each_backend
+@rows(lambda row: row.elementwise and "layout" in row.heeds)
+def test_shards_are_slices_of_the_whole(row, backend):
+    """Noise, factors and rounding words are drawn by the shard's place."""
+    shapes = {"shapes": [WHOLE]}
+    (*want,) = after(row, row.arguments(**shapes), backend)
+    for top, bottom, left, right in SHARDS:
+
+        def cut(value, box=(slice(top, bottom), slice(left, right))):
+            return value[box].contiguous() if isinstance(value, torch.Tensor) else [cut(v) for v in value]
+
+        arguments = row.arguments(**shapes)
+        shard = {**arguments, "slices": [(top * WHOLE[1] + left, WHOLE[1])]}
+        shard |= {name: cut(arguments[name]) for name in row.elementwise if name != "bits"}
+        if "bits" in arguments:
+            shard["bits"] = [repacked(arguments["bits"][0], cut)]
+        for name, side in (("left", slice(top, bottom)), ("right", slice(left, right))):
+            if isinstance(arguments.get(name), list):
+                shard[name] = [f[side] for f in arguments[name]]
+        assert_all_same(after(row, shard, backend), cut(want))
+
+
+@cpu_alone
+@rows()
+def test_threads_do_not_matter(row, set_threads):
+    results = []
+    for threads in (1, 2):
+        set_threads(threads)
+        results.append(after(row, row.arguments(**dict(row.large)), "cpu"))
+    assert_all_same(*results)
+
+
+@on_each_backend
+@rows(lambda row: "out" in row.heeds)
+def test_out_is_written_instead_of_the_weights(row, backend):
+    arguments = row.arguments(layout="strided", out=True)
+    before = clones(arguments["weights"])
+    out = after(row, arguments, backend)
+    assert_all_same(arguments["weights"], before)
+    assert_all_same(out, after(row, row.arguments(layout="strided"), backend))
+    assert all(t.isfinite().all() for t in out)
+
+
+def in_tensors(arguments: dict) -> dict:
+    """With every key and scalar in a tensor; float64 ones, so that what is computed from them is the same."""
+
+    def key(value):
+        return torch.tensor([value - (value >> 63 << 64)]) if isinstance(value, int) else value
+
+    def number(value):
+        numbers = isinstance(value, float) or (isinstance(value, list) and isinstance(value[0], float))
+        return torch.tensor(value, dtype=torch.float64) if numbers else value
+
+    changed = {name: number(value) for name, value in arguments.items() if name not in ("delta", "tensor_ids")}
+    for name in ("key", "sign_key", "rounding_key", "left", "right", "core"):
+        if name in arguments:
+            changed[name] = key(arguments[name])
+    if "share" in arguments:
+        changed["share"] = (key(arguments["share"][0]), arguments["share"][1])
+    if "draws" in arguments:
+        changed["draws"] = [(key(k), number(a)) for k, a in arguments["draws"]]
+    if "restore" in arguments:
+        changed["restore"] = [number(r) for r in arguments["restore"]]
+    if "rule" in arguments:
+        rule = arguments["rule"]
+        own = {f.name: number(getattr(rule, f.name)) for f in fields(rule) if f.name not in ("betas", "refresh")}
+        changed["rule"] = replace(rule, **own)
+    return {**arguments, **changed}
+
+
+@on_each_backend
+@rows(lambda row: "forward" not in row.op and row.op != "squared_norms")
+def test_keys_and_scalars_may_be_tensors(row, backend):
+    assert_all_same(after(row, in_tensors(row.arguments()), backend), after(row, row.arguments(), backend))
+
+
+# ---- what PyTorch is told ------------------------------------------------------------------------------------------
+
+
+def versions(tensors):
+    return [t._version for t in tensors]
+
+
+@on_each_backend
+@rows()
+def test_version_counters(row, backend):
+    """Those of what is written go up; nothing else is written."""
+    for out in [False, *([True] if "out" in row.heeds else [])]:
+        arguments = row.arguments(**({"out": True} if out else {}))
+        written = flat([arguments[name] for name in (("out",) if out else row.written)])
+        others = [t for t in flat(arguments) if not any(t is w for w in written)]
+        before, before_others, contents = versions(written), versions(others), clones(others)
+        after(row, arguments, backend)
+        assert all(a > b for a, b in zip(versions(written), before, strict=True))
+        assert versions(others) == before_others
+        assert_all_same(others, contents)
+
+
+@on_each_backend
+@every_op
+def test_inference_mode(row, backend):
+    want = after(row, row.arguments(), backend)
+    with torch.inference_mode():
+        got = after(row, row.arguments(), backend)
+        assert all(torch.equal(g.nan_to_num(), w.nan_to_num()) for g, w in zip(got, want, strict=True))
+
+
+class Registered(TorchDispatchMode):
+    """Notes the registered op that a public function calls, with its arguments."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "pgap_kernels":
+            self.call = (function, args, kwargs or {})
+        return function(*args, **(kwargs or {}))
+
+
+def registered(row: Row, **changes):
+    with Registered() as mode:
+        after(row, row.arguments(**changes))
+    return mode.call
+
+
+def small(row: Row) -> dict:
+    return {"shapes": [(5, 7), (9, 4)]} if "shapes" in dict(row.large) else {}
+
+
+@every_op
+def test_opcheck(row):
+    settings = [{}, {"dtype": torch.float32, "rounding": "nearest"}] if "rounding" in row.heeds else [{}]
+    settings += [{"out": True}] if "out" in row.heeds else []
+    for setting in settings:
+        function, args, kwargs = registered(row, **small(row), **setting)
+        with serving(OTHERS[0]):
+            torch.library.opcheck(function, args, kwargs)
+
+
+@every_op
+def test_compiled(row):
+    """The registered op can be traced; what follows it in the graph sees what it wrote."""
+    torch.compiler.reset()
+    function, args, kwargs = registered(row, **small(row))
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def step(args):
+        returned = function(*args, **kwargs)
+        return [t * 2 for t in flat([returned, args])]
+
+    def copied(value):
+        return value.clone() if isinstance(value, torch.Tensor) else [copied(v) for v in value]
+
+    got, want = copied(args), copied(args)
+    with serving(OTHERS[0]):
+        returned = function(*want, **kwargs)
+        assert_all_same(step(got), [t * 2 for t in flat([returned, want])])
+    assert_all_same(flat(got), flat(want))
+
+
+@every_op
+def test_a_compiled_function_may_call_the_public_one(row):
+    """Whatever the compiler makes of the checks."""
+    arguments = row.arguments(**small(row))
+    got = torch.compile(lambda: after(row, arguments), backend="aot_eager")()
+    assert_all_same(got, after(row, row.arguments(**small(row))))
