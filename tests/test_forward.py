@@ -246,8 +246,6 @@ def test_empty(backend):
         assert_same_bits(moved(y, x, left, right, c, backend=backend), y)
 
 
-
-
 # ---- refusals ------------------------------------------------------------------------------------------------------
 
 

@@ -134,7 +134,7 @@ class Prescribed(ZOOptimizer):
     def lowrank_indices(self) -> list[int] | None:
         return [0] if self.walk.rank else None
 
-    def first_point(self, step: int) -> Direction:
+    def direction(self, step: int) -> Direction:
         return self.walk.direction(step)
 
     def estimate_and_update(self, evaluate: Evaluation) -> float:
