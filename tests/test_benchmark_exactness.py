@@ -113,28 +113,16 @@ def test_updates_to_nearest_without_perturbation_stall(movement):
     assert progress["ours: scratch + residual, with its plane"] == pytest.approx(1, abs=1e-3)
 
 
-def test_without_a_persistent_direction_intended_is_the_sum_of_directions():
-    for rank in (None, 3):
-        walk = movements.Walk((8, 12), torch.bfloat16, rank)
-        plan = movements.Plan(5, 0.5)
-        by_hand = sum(0.5 * walk.matrix(step) for step in range(5))
-        torch.testing.assert_close(walk.intended(plan), by_hand)
-
-
-def test_a_matrix_is_what_a_direction_adds():
-    for rank in (None, 3):
-        walk = movements.Walk((8, 12), torch.bfloat16, rank)
-        (part,) = walk.direction(5)
-        added = torch.zeros(8, 12)
-        part.of([0], [added]).apply([added])
-        torch.testing.assert_close(added.double(), walk.matrix(5), rtol=1e-5, atol=1e-5)
-
-
-def test_directions_have_an_rms_of_1():
-    for rank in (None, 16):
-        walk = movements.Walk((96, 64), torch.bfloat16, rank)
-        rms = torch.stack([walk.matrix(step).square().mean() for step in range(20)]).mean().sqrt()
-        assert rms == pytest.approx(1, rel=0.05)
+@pytest.mark.parametrize("rank", [None, 16])
+def test_what_is_intended_is_what_directions_add(rank):
+    walk = movements.Walk((96, 64), torch.bfloat16, rank)
+    (part,) = walk.direction(5)
+    added = torch.zeros(96, 64)
+    part.of([0], [added]).apply([added])
+    torch.testing.assert_close(added.double(), walk.matrix(5), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(walk.intended(movements.Plan(5, 0.5)), sum(0.5 * walk.matrix(i) for i in range(5)))
+    rms = torch.stack([walk.matrix(step).square().mean() for step in range(20)]).mean().sqrt()
+    assert rms == pytest.approx(1, rel=0.05)
 
 
 # ---- a real model, replaced by a tiny one ---------------------------------------------------------------------------
@@ -182,8 +170,8 @@ def test_passes_are_counted_and_losses_compared(tiny, settings):
 
 def test_report_and_figure(settings, tmp_path, capsys, set_threads):
     report, figure = tmp_path / "rows.json", tmp_path / "figure.png"
-    options = ["--quick", "--only", "drift", "movement", "--threads", "1"]
-    assert exactness.main([*options, "--json", str(report), "--figure", str(figure)]) == 0
+    options = ["--quick", "--only", "drift", "movement", "--threads", "1", "--json", str(report)]
+    assert exactness.main([*options, "--figure", str(figure)]) == 0
     shown = capsys.readouterr().out
     assert shown.count("holds ") == 3 and "FAILS" not in shown and "ours: folded" in shown
     found = json.loads(report.read_text())

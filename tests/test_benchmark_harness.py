@@ -115,21 +115,11 @@ def test_bad_options(command, given, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("command", "words"),
-    [
-        ("kernels", ("idiom", "two_passes", "forward", "--base")),
-        ("step", ("smollm2", "opt13b", "published", "torch.compile", "folded", "--base")),
-        ("exactness", ("drift", "movement", "smollm2")),
-        ("host", ("constant", "real", "--package")),
-        ("report", ("{{targets}}",)),
-    ],
-)
-def test_help_teaches(command, words, capsys):
-    with pytest.raises(SystemExit):
+@pytest.mark.parametrize("command", ["kernels", "step", "exactness", "host", "report"])
+def test_help_names_defaults(command, capsys):
+    with pytest.raises(SystemExit) as ended:
         program(command).main(["--help"])
-    shown = capsys.readouterr().out
-    assert all(word in shown for word in (*words, "default"))
+    assert ended.value.code == 0 and "default" in capsys.readouterr().out
 
 
 def program(command: str):

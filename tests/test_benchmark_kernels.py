@@ -130,7 +130,10 @@ def test_what_is_too_slow_is_said_to_be():
         assert rows[provider].keys() >= {"op", "dtype", "shape", "rank", "threads", "isa", "run"}
 
 
-def test_bytes_of_a_pass():
+def test_sizes_and_bytes_of_a_pass():
+    assert shape_of(256, "float32") == (8192, 8192)
+    assert shape_of(512, "float32") == (8192, 16384) and shape_of(512, "bfloat16") == (16384, 16384)
+
     def moved(op, *sizes):
         case = OPS[op].case(torch.ones(256, 264), *sizes)
         return 2 * case.whole.nbytes + case.extra
@@ -165,12 +168,6 @@ def test_two_packages(command, tmp_path, capsys):
     assert [(r["package"], r["case"]) for r in rows] == [(p, c) for p in ("this", "base") for c in ("floor", ours)]
     shown = capsys.readouterr().out
     assert "dense normal, float32, 64 x 64, threads 1" in shown and ours in shown
-
-
-def test_sizes():
-    assert shape_of(512, "float32") == (8192, 16384)
-    assert shape_of(256, "float32") == (8192, 8192)
-    assert shape_of(512, "bfloat16") == (16384, 16384)
 
 
 def test_fewer_threads_at_the_largest_size_only(monkeypatch):

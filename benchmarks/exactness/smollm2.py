@@ -61,7 +61,7 @@ class Contender:
             "mode": self.mode,
             "rank": self.rank,
             "window": getattr(self.optimizer, "window", None),
-            "probes": self.optimizer.probes,
+            "probes": getattr(self.optimizer, "probes", 1),
             "passes_per_step": self.optimizer.passes / steps,
             "passes_declared": self.optimizer.cost().weight_passes,
             "passes_over_steps": steps,

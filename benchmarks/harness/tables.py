@@ -27,7 +27,9 @@ class Table:
         return "\n".join("| " + " | ".join(line[i] for i in kept) + " |" for line in lines)
 
     def print(self, on: Console | None = None) -> None:
-        """Title and caption on lines of their own, as they may be wider than the table."""
+        """Nothing without rows. Title and caption are lines of their own, as they may be wider than the table."""
+        if not self.rows:
+            return
         table = rich.table.Table(box=None, pad_edge=False)
         kept = self._kept()
         for i in kept:
