@@ -15,11 +15,12 @@ QUICK = ("draw", "guard", "host", "reduction", "rounding")
 FILES = sorted((TESTS / "interpreted").glob("test_triton_*.py"))
 PROPERTIES = str(TESTS / "test_op_properties.py")
 SAMPLE = "test_bits and bfloat16 and (shard or forward) or test_bits and assemble and strided"
+# Products of matrices have files of their own, and take the interpreter long.
+REST = "not reference] and not rank and not forward and not threads"
 RUNS = [
     *((f.stem, [str(f)], [] if f.stem.removeprefix("test_triton_") in QUICK else [pytest.mark.slow]) for f in FILES),
     ("sample", [PROPERTIES, "-k", SAMPLE], []),
-    # Sums have files of their own, and take the interpreter long.
-    ("properties", [PROPERTIES, "-k", "not reference] and not rank and not forward"], [pytest.mark.slow]),
+    ("properties", [PROPERTIES, "-k", REST], [pytest.mark.slow]),
 ]
 
 pytest.importorskip("triton")

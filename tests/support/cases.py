@@ -415,7 +415,7 @@ def _rows() -> dict[str, Row]:
         build = part(anchor_arguments, anchors=anchors, deltas=deltas)
         name, elementwise = f"anchor {anchors} {deltas}", ("weights", "anchors", *(("deltas",) if deltas else ()))
         rows[name] = Row("anchor_affine_", build, _ANCHOR, ("weights",), elementwise)
-    for core, rank in (("none", 3), ("diagonal", 16), ("full", 33), ("drawn", 1)):
+    for core, rank in (("none", 3), ("diagonal", 9), ("full", 12), ("drawn", 1)):
         build = part(lowrank_arguments, core, rank)
         large = (("shapes", [(131, 197), (70, 40)]),)
         rows[f"low rank {core}"] = Row("lowrank_perturb_", build, _LOWRANK, **weights_alone, large=large)
