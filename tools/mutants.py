@@ -131,7 +131,7 @@ FAULTS = [
     *faults("csrc/vec.h", DENSE,
         ("ties-away-from-even", "uint16_t((b + 0x7fffu + ((b >> 16) & 1u)) >> 16)", "uint16_t((b + 0x8000u) >> 16)",
          "dense and (exact or special or rounding)")),
-    *faults("csrc/vec.h", DRAW,
+    *faults("csrc/vec.h", DRAW,  # survives where the CPU has no AVX2
         ("avx2-accepts-overflow", "range = setu(most - least);", "range = setu(most);", "instruction")),
     *faults("csrc/noise.h", DRAW,
         ("key-of-the-round-before", "uint32_t(p0) ^ k1[2]", "uint32_t(p0) ^ k1[1]", "cpu")),
@@ -320,7 +320,7 @@ def files_of(fault: Fault, tree: Path) -> list[str]:
 
 
 def build(tree: Path) -> str | None:
-    """Build what has changed of the extension, by the Makefile that knows which files that is; the error, if any."""
+    """Build the extension; the error, if any. By the C++ tests' Makefile, as setup.py compiles every file each time."""
     target = f"{BUILD}/{Path(LIBRARY).name}"
     command = ["make", "-s", "-f", "tests/cpp/Makefile", target, f"OUT={BUILD}", f"PYTHON={sys.executable}"]
     done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
