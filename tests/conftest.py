@@ -12,6 +12,12 @@ def pytest_configure(config):
         config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning")
 
 
+def pytest_make_parametrize_id(config, val):
+    """The names of dtypes and of rows of tables, which pytest would number."""
+    name = str(val).removeprefix("torch.") if isinstance(val, torch.dtype) else getattr(val, "id", None)
+    return name if isinstance(name, str) else None
+
+
 @pytest.fixture
 def set_threads():
     """torch.set_num_threads, undone after the test."""

@@ -35,8 +35,8 @@ def no_torch(folder):
     return {"PYTHONPATH": str(blocker)}
 
 
-@pytest.mark.parametrize("missing", ["compiler", "torch"])
-@pytest.mark.parametrize("force", ["0", "1"])
+# What is missing is told, and whether that is an error: two questions apart.
+@pytest.mark.parametrize("missing, force", [("compiler", "0"), ("torch", "1")])
 def test_failed_build_warns_or_is_an_error(sources, missing, force):
     env = {"CC": "false", "CXX": "false"} if missing == "compiler" else no_torch(sources)
     done = build(sources, PGAP_FORCE_BUILD=force, **env)

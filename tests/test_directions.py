@@ -7,13 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from bounds import UNIT
+from helpers import DTYPES, assert_same_bits, clones, weights
 from naive.common import descend, two_sided
-from support.bounds import UNIT
 from support.contract import PASS, Contract, build
 from support.counted import Counted
-from support.helpers import DTYPES, assert_same_bits, clones, weights
 from support.methods import METHODS, Row, Step, options_of
 from support.models import IDS, TARGET, Layers, Losses, Words, loss_at, snapshot
+from support.selection import cycled
 from torch import Tensor, nn
 
 from pgap_kernels import noise, ops
@@ -174,16 +175,13 @@ KINDS = {"dense": dense, "masked": masked, "curved": curved, "low rank": low, "d
 PARTS = [pytest.param(make, id=name) for name, make in KINDS.items()]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("decay", [0.0, 0.25])
-@pytest.mark.parametrize("make", PARTS)
-def test_an_inverse_takes_the_weights_back(make, decay, dtype):
+MOVES = [(name, decay) for decay in (0.0, 0.25) for name in KINDS if (name, decay) != ("anchored", 0.25)]
+
+
+@pytest.mark.parametrize("kind, decay, dtype", cycled(MOVES, DTYPES))  # a dtype is a unit of the bound
+def test_an_inverse_takes_the_weights_back(kind, decay, dtype):
     ws = make_weights(dtype)
-    part = make(ws)
-    if decay and isinstance(part, Anchored):
-        with pytest.raises(ValueError, match=r"^weight_decay: got a decay on weights that move along an anchor"):
-            Pass(part, [decay] * len(ws)).run()
-        return
+    part = KINDS[kind](ws)
     before = clones([w.tensor for w in ws])
     done = Pass(part, [decay] * len(ws) if decay else ())
     inverse = done.inverse()
@@ -198,6 +196,12 @@ def test_an_inverse_takes_the_weights_back(make, decay, dtype):
             (w.tensor.double() - old.double()).abs() <= (2 + 2 * (2 * RANK + 8) * (UNIT / unit) + 4) * unit * size
         ).all()
         assert (new.double() - old.double()).norm() > 0.1 * old.double().norm()
+
+
+def test_a_decay_on_weights_that_move_along_an_anchor_is_refused():
+    ws = make_weights()
+    with pytest.raises(ValueError, match=r"^weight_decay: got a decay on weights that move along an anchor"):
+        Pass(anchored(ws), [0.25] * len(ws)).run()
 
 
 @pytest.mark.parametrize("make", PARTS)
@@ -321,35 +325,6 @@ def test_a_pass_leaves_the_padding_row_alone(make):
     for w, old in zip(ws, before, strict=True):
         assert_same_bits(w.tensor[2], old[2])
         assert not torch.equal(w.tensor[3], old[3])
-
-
-class Padded(nn.Module):
-    """Words of which the third is padding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.up = nn.Embedding(11, 6, padding_idx=2), nn.Linear(6, 9)
-        self.k_proj = nn.Linear(9, 11)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.k_proj(torch.tanh(self.up(self.embed(ids))))
-
-
-@pytest.mark.parametrize("row, mode", [pytest.param(r, m, id=f"{r.id}-{m}") for r in METHODS for m in r.modes])
-def test_no_forward_and_no_update_moves_a_padding_row(row, mode):
-    torch.manual_seed(0)
-    model = Padded()
-    optimizer = row.make(
-        model, **{**row.options, **options_of(mode), **({"select": ["*"]} if row.id == "dizo" else {})}
-    )
-    closure, before, seen = Losses(model, mode.endswith("stacked")), snapshot(model), []
-    model.embed.register_forward_hook(lambda module, args, output: seen.append(output[args[0] == 2]))
-    for _ in range(row.period + 1):
-        optimizer.step(closure)
-    optimizer.merge()
-    assert all(torch.equal(row_of, before["embed.weight"][2].expand_as(row_of)) for row_of in seen)
-    assert torch.equal(model.embed.weight[2], before["embed.weight"][2])
-    assert not torch.equal(model.embed.weight[3], before["embed.weight"][3])
 
 
 # ---- several points in one forward, several parts on one weight ------------------------------------------------------

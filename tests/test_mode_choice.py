@@ -8,9 +8,11 @@ import math
 
 import pytest
 import torch
+from helpers import DTYPES
 from support.contract import build
 from support.methods import METHODS, ROWS, options_of
 from support.models import IDS, Losses, Words, assert_same_weights, snapshot
+from support.selection import cycled, some_runs, unstacked
 from torch import nn
 
 from pgap_kernels import draw, noise
@@ -18,8 +20,8 @@ from pgap_kernels.optim import PGAP, LowRankOptimizer, MeZO
 from pgap_kernels.perturbation import MODES
 
 ROW = {row.id: row for row in ROWS}
-EACH = [pytest.param(row, id=row.id) for row in METHODS]
 PLAIN = MODES[:3]
+LOW_RANK = [row for row in METHODS if issubclass(row.make, LowRankOptimizer)]
 
 
 def make(row, params=None, **options):
@@ -41,8 +43,7 @@ class Bare(nn.Module):
 # ---- the choice -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("row", EACH)
+@pytest.mark.parametrize("row, dtype", cycled(METHODS, DTYPES, each=2))
 def test_auto(row, dtype, caplog):
     lowrank = issubclass(row.make, LowRankOptimizer)
     if dtype == torch.float32:
@@ -139,8 +140,7 @@ def test_folded_where_nothing_folds_is_refused():
         make(ROW["pgap"], Bare(), exclude=["inner*"], mode="folded")
 
 
-@pytest.mark.parametrize("mode", PLAIN)
-@pytest.mark.parametrize("row", [row for row in EACH if "rank" in row.values[0].options])
+@pytest.mark.parametrize("row, mode", cycled(LOW_RANK, PLAIN))
 def test_a_rank_above_the_matrix_is_that_of_the_matrix(row, mode):
     model, opt = make(row, rank=400, mode=mode)
     opt.step(Losses(model))
@@ -233,10 +233,7 @@ def test_a_mode_that_is_refused_changes_nothing():
     assert_same_weights(model, other)
 
 
-ADDING = [pytest.param(r, m, id=f"{r.id}-{m}") for r in METHODS for m in r.modes if not m.endswith("-stacked")]
-
-
-@pytest.mark.parametrize("row, mode", ADDING)
+@pytest.mark.parametrize("row, mode", some_runs(METHODS, unstacked))
 def test_add_param_group_within_a_window(row, mode):
     """Merges; the new weights are perturbed from the next step on, and the old ones' run goes on."""
     model = Words(tied=False)

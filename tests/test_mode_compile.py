@@ -89,6 +89,7 @@ def test_eager_backend_gives_the_same_bits(id, mode, how, graphs):
     assert counts[-1] <= graphs
 
 
+@pytest.mark.slow
 def test_inductor():
     """To rounding: sums of at most 11 products in four layers, in another order; losses of mean size 0.1."""
     losses, *_ = run("lozo", "folded", "after", "inductor", steps=1)  # later losses follow the last bits of the first

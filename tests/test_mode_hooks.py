@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 
 import pytest
 import torch
@@ -205,16 +204,6 @@ def test_parametrized_weights(id, mode):
     options = {"exclude": ["*original"]} if id == "lozo" else {}
     plain, ours = both(id, mode, build, **options)
     close(plain[0], ours[0], rounding(build()))
-
-
-@pytest.mark.parametrize("mode", ["scratch", "folded"])
-def test_an_embedding_with_max_norm_is_not_folded(mode):
-    """It writes its weight in the forward: the buffer, not the parameter."""
-    model = nn.Sequential(nn.Embedding(7, 5, max_norm=1.0), nn.Linear(5, 4))
-    before = model[0].weight.detach().clone()
-    opt = optimizer("lozo", mode, model, lr=0.0)
-    assert math.isfinite(opt.step(lambda: model(torch.arange(7)).square().mean()))
-    assert torch.equal(model[0].weight, before) and before.norm(dim=1).max() > 1.1
 
 
 # ---- models of transformers -----------------------------------------------------------------------------------------

@@ -8,15 +8,17 @@ import pickle
 
 import pytest
 import torch
+from helpers import bits
 from support.contract import Contract, build
-from support.helpers import bits
 from support.methods import METHODS, ROWS, is_exact, options_of
 from support.models import Losses, Words, assert_same_weights, snapshot
+from support.selection import cycled, some_runs
 from torch import Tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore:16-bit weights")
 ROW = {row.id: row for row in ROWS}
-PENDING = [pytest.param(r, m, id=f"{r.id}-{m}") for r in METHODS for m in ("two_pass", "window") if m in r.modes]
+PENDING = [(row, mode) for mode in ("two_pass", "window") for row in METHODS if mode in row.modes]
+DEFERRING = [(ROW["lozo-m"], "two_pass"), (ROW["pgap"], "window")]  # one method in each of these modes
 
 
 def pending(row, mode: str, steps: int = 2) -> Contract:
@@ -31,8 +33,7 @@ def pending(row, mode: str, steps: int = 2) -> Contract:
 # ---- the model between steps ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("row, mode", PENDING)
+@pytest.mark.parametrize("row, mode, grad", cycled(PENDING, [False, True]))
 def test_evaluation_sees_what_was_learnt(row, mode, grad):
     contract = pending(row, mode)
     model, before = contract.model, snapshot(contract.model)
@@ -49,7 +50,7 @@ def test_evaluation_sees_what_was_learnt(row, mode, grad):
 
 
 @pytest.mark.parametrize("look", ["state_dict", "child", "opt", "detach"])
-@pytest.mark.parametrize("row, mode", PENDING)
+@pytest.mark.parametrize("row, mode", DEFERRING)
 def test_whoever_reads_the_state_merges_first(row, mode, look):
     contract = pending(row, mode)
     model, opt = contract.model, contract.optimizer
@@ -57,7 +58,7 @@ def test_whoever_reads_the_state_merges_first(row, mode, look):
     contract.merge(looks[look])
 
 
-@pytest.mark.parametrize("row, mode", PENDING)
+@pytest.mark.parametrize("row, mode", DEFERRING)
 def test_loading_a_model_replaces_what_was_pending(row, mode):
     contract, fresh = pending(row, mode), Words().state_dict()
     contract.model.load_state_dict(fresh)
@@ -74,8 +75,7 @@ def saved(value):
     return torch.load(buffer, weights_only=False)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, saved])
-@pytest.mark.parametrize("row, mode", PENDING)
+@pytest.mark.parametrize("row, mode, copied", cycled(PENDING, [copy.deepcopy, saved]))
 def test_a_copied_model_keeps_what_was_learnt(row, mode, copied):
     contract = pending(row, mode)
     other = copied(contract.model)
@@ -90,22 +90,18 @@ def test_a_copied_model_keeps_what_was_learnt(row, mode, copied):
     assert_same_weights(loaded, whole.model)
 
 
-FIRST = [*PENDING, pytest.param(ROW["helene"], "scratch", id="helene-scratch")]
+# The first one's mode has something to hand over; the second finds it in the weights, whatever it does with them.
+FIRST = [*PENDING, (ROW["helene"], "scratch")]
 SECOND = [("mezo-3", "scratch"), ("pgap", "window"), ("mezo-3", "inplace"), ("lozo", "two_pass")]
 
 
-TWO = [(*run.values, SECOND[(i + j) % 4]) for i, run in enumerate(FIRST) for j in (0, 1)]
-
-
-@pytest.mark.parametrize(
-    "row, mode, second", [pytest.param(r, m, s, id=f"{r.id}-{m}-{'-'.join(s)}") for r, m, s in TWO]
-)
-def test_a_second_optimizer_finds_what_the_first_has_learnt(row, mode, second):
+@pytest.mark.parametrize("row, mode, other_id, other_mode", cycled(FIRST, SECOND))
+def test_a_second_optimizer_finds_what_the_first_has_learnt(row, mode, other_id, other_mode):
     first = Contract(row, mode)
     for _ in range(2):
         first.step()
     other = []
-    first.merge(lambda: other.append(Contract(ROW[second[0]], second[1], first.model, seed=8)))
+    first.merge(lambda: other.append(Contract(ROW[other_id], other_mode, first.model, seed=8)))
     for _ in range(2):
         other[0].step()
     with pytest.raises(RuntimeError, match=r"^step: a newer optimizer has taken over .*make a new optimizer"):
@@ -113,7 +109,7 @@ def test_a_second_optimizer_finds_what_the_first_has_learnt(row, mode, second):
     other[0].finish()
 
 
-@pytest.mark.parametrize("row, mode", [pytest.param(r, m, id=f"{r.id}-{m}") for r in METHODS for m in r.modes])
+@pytest.mark.parametrize("row, mode", some_runs(METHODS))
 def test_detach_leaves_no_trace(row, mode):
     model, opt, closure = build(row, mode)
     fresh = Words()
@@ -159,10 +155,8 @@ def assert_same_run(model, opt, other, twin) -> None:
         assert any(plane.any() for plane in planes.values())
 
 
-RUNS = [pytest.param(r, m, id=f"{r.id}-{m}") for r in METHODS for m in r.modes if m != "scratch-stacked"]
-
-
-@pytest.mark.parametrize("row, mode", RUNS)
+# State is the recipe's, what is merged into the weights before it is saved is the mode's.
+@pytest.mark.parametrize("row, mode", some_runs(METHODS))
 def test_a_loaded_state_continues_bit_for_bit(row, mode):
     """Out of a window or a projection, through a file, and apart from each other; a state merges first."""
     model, opt, closure = own_run(row, mode)
@@ -186,12 +180,11 @@ def test_a_loaded_state_continues_bit_for_bit(row, mode):
     assert_same_run(model, opt, other, twin)
 
 
-COPIES = (copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair)))
+def pickled(pair):
+    return pickle.loads(pickle.dumps(pair))
 
 
-@pytest.mark.parametrize(
-    "row, mode, copied", [pytest.param(*run.values, COPIES[i % 2], id=run.id) for i, run in enumerate(RUNS)]
-)
+@pytest.mark.parametrize("row, mode, copied", cycled(some_runs(METHODS), [copy.deepcopy, pickled]))
 def test_a_copied_pair_continues_bit_for_bit(row, mode, copied):
     """Model and optimizer together, within a window or perturbed, and each then runs on its own."""
     model, opt, closure = own_run(row, mode)

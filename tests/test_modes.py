@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import DTYPES, bits
 from support.contract import Contract, Contract16, build
-from support.helpers import DTYPES, bits
 from support.methods import METHODS, ROWS, Row, is_exact
 from support.models import IDS, Words, snapshot
+from support.selection import cycled, runs, some_runs, unstacked
 
 pytestmark = pytest.mark.filterwarnings("ignore:16-bit weights")
 
 
-def runs(rows, accepts=lambda row, mode: True) -> list:
-    """A parameter for each mode of each row."""
-    return [pytest.param(r, m, id=f"{r.id}-{m}") for r in rows for m in r.modes if accepts(r, m)]
-
-
-# Both signs in one forward are another way to the same points: one row of each method.
-CONTRACTS = runs(ROWS, lambda row, mode: row in METHODS or not mode.endswith("-stacked"))
-EXACT = runs(METHODS, lambda row, mode: is_exact(mode))
+EXACT = runs(METHODS, is_exact)
+# Both signs in one forward are another way to the same points, and what a pass leaves alone is so in every dtype.
+SINGLE = runs(METHODS, unstacked)
+# Each method in each mode, and so with a decay and two groups. Other options are the recipe's: no mode knows them.
+GROUPS = [row for row in ROWS if row.groups is not None]
+CONTRACTS = runs(METHODS) + runs(GROUPS, unstacked)
+CONTRACTS += some_runs([row for row in ROWS if row not in METHODS and row not in GROUPS])
 
 
 @pytest.mark.parametrize("row, mode", CONTRACTS)
@@ -30,7 +30,7 @@ def test_applies_what_it_evaluated(row, mode):
     contract.finish()
 
 
-@pytest.mark.parametrize("row, mode", runs(METHODS, lambda row, mode: mode in ("window", "window-stacked", "two_pass")))
+@pytest.mark.parametrize("row, mode", runs(METHODS, ("window", "two_pass").__contains__))
 def test_goes_on_after_a_skipped_step(row, mode):
     """The step that would have closed a window is skipped: the next one finds it open, or the weights clean."""
     contract = Contract(row, mode, on_nonfinite="skip")
@@ -44,23 +44,15 @@ KEEPS_NO_PLANES = ("helene", "lozo-m", "dizo")  # refused: test_mode_choice.py
 KINDS = [(torch.bfloat16, False), (torch.float16, True), (torch.float16, False), (torch.bfloat16, True)]
 
 
-@pytest.mark.parametrize("row, mode, kind", [pytest.param(*r.values, i % 4, id=r.id) for i, r in enumerate(EXACT)])
-def test_16_bit_evaluations_and_updates(row, mode, kind):
-    dtype, residual = KINDS[kind]
+@pytest.mark.parametrize("row, mode, dtype, residual", cycled(EXACT, KINDS))
+def test_16_bit_evaluations_and_updates(row, mode, dtype, residual):
     contract = Contract16(row, mode, dtype, residual and row.id not in KEEPS_NO_PLANES, eps=0.5)
     for _ in range(max(6, row.period)):
         contract.step()
     contract.finish()
 
 
-@pytest.mark.parametrize(
-    "row, mode, dtype",
-    [
-        pytest.param(*run.values, DTYPES[(i + j) % 3], id=f"{run.id}-{(i + j) % 3}")
-        for i, run in enumerate(EXACT)
-        for j in (0, 1)
-    ],
-)
+@pytest.mark.parametrize("row, mode, dtype", cycled([run for run in SINGLE if is_exact(run[1])], DTYPES))
 def test_learning_rate_zero_leaves_every_bit(row, mode, dtype):
     decay = {"weight_decay": 0.5} if "weight_decay" in row.options else {}
     model, opt, closure = build(row, mode, Words().to(dtype), lr=0.0, **decay)
@@ -73,8 +65,7 @@ def test_learning_rate_zero_leaves_every_bit(row, mode, dtype):
         assert torch.equal(bits(p.detach()), before[name])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("row, mode", runs(METHODS, lambda row, mode: not mode.endswith("-stacked")))
+@pytest.mark.parametrize("row, mode, dtype", cycled(SINGLE, DTYPES))
 def test_parameters_are_the_model(row, mode, dtype):
     """After every step, whoever reads them; where updates are deferred ``pending`` says so, and ``merge`` ends it."""
     model, opt, closure = build(row, mode, Words().to(dtype))

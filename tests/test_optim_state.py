@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 
 import pytest
@@ -16,13 +15,12 @@ from torch import Tensor, nn
 from pgap_kernels.optim import HELENE, LOZO, LOZOM, PGAP, PIZO, DiZO, MeZO
 
 ROW = {row.id: row for row in ROWS}
-EACH = [pytest.param(row, id=row.id) for row in METHODS]
 
 
 # ---- state ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("row", [pytest.param(row, id=row.id) for row in ROWS])
+@pytest.mark.parametrize("row", ROWS)
 def test_every_state_moves(row):
     """After twenty steps; published code has state that never does."""
     _, opt, closure = build(row, "inplace", lr=1e-3)
@@ -56,19 +54,13 @@ def test_state_lies_with_its_parameter():
         assert all(t.dtype == torch.float32 or entry == "anchor" for entry, t in tensors)
 
 
-@pytest.mark.parametrize("row", EACH)
-def test_a_state_is_a_plain_one(row):
-    """PyTorch's keys with an entry "zo", loadable with ``weights_only``; the optimizer's own are not touched."""
+@pytest.mark.parametrize("row", METHODS)
+def test_a_state_is_pytorchs_with_a_header(row):
     _model, opt, closure = build(row, "inplace")
     opt.step(closure)
     state = opt.state_dict()
     assert state.keys() == {"state", "param_groups", "zo"}
     assert state["zo"].items() >= {"format": 2, "contract_version": 1, "method": row.make.method, "steps": 1}.items()
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    opt.load_state_dict(torch.load(buffer, weights_only=True))
-    assert opt.steps == 1
 
 
 def test_a_loaded_tensor_takes_the_memory_of_the_one_before():
@@ -80,7 +72,7 @@ def test_a_loaded_tensor_takes_the_memory_of_the_one_before():
     assert places == {(p, e): t.data_ptr() for p, state in opt.state.items() for e, t in state.items()}
 
 
-@pytest.mark.parametrize("row", EACH)
+@pytest.mark.parametrize("row", METHODS)
 def test_a_skip_in_a_first_step_survives_a_checkpoint(row):
     model, opt, closure = build(row, "inplace", on_nonfinite="skip")
     assert math.isnan(opt.step(failing(math.nan)))
@@ -201,17 +193,6 @@ def test_bad_hyper_parameters(method, name, values):
             method(Words(), **{**SMALL.get(method, {}), name.partition(",")[0]: value}, mode="inplace")
 
 
-@pytest.mark.parametrize("method, name", [(PGAP, "exclude"), (LOZO, "exclude"), (DiZO, "select"), (HELENE, "floors")])
-def test_patterns_of_names(method, name):
-    """Each has to match a parameter; a near name is proposed."""
-    given = {"*embbed*": 1.0} if name == "floors" else ["*embbed*"]
-    with pytest.raises(ValueError, match=rf"^{name}: '\*embbed\*' matches no parameter; accepted: .*embed\.weight"):
-        method(Words(), **{**SMALL.get(method, {}), name: given}, mode="inplace")
-    if name != "floors":
-        with pytest.raises(TypeError, match=rf"^{name}: got the string"):
-            method(Words(), **{**SMALL.get(method, {}), name: "*embed*"}, mode="inplace")
-
-
 def test_a_weight_decay_that_dizo_does_not_have():
     model = Words()
     with pytest.raises(ValueError, match=r"^weight_decay: got 0\.1; accepted: 0, DiZO has none"):
@@ -232,20 +213,7 @@ def test_the_largest_seed():
     assert opt.seed == 2**64 - 1 and not torch.equal(model.up.weight, before["up.weight"])
 
 
-def test_bad_closure():
-    opt = MeZO(Words(), mode="inplace")
-    with pytest.raises(TypeError, match=r"^closure: got None; accepted: a function"):
-        opt.step(None)
-    assert opt.steps == 0
-
-
 def test_a_model_without_trainable_parameters():
     for method, model in ((MeZO, nn.ReLU()), (PGAP, Words().requires_grad_(False))):
         with pytest.raises(ValueError, match=r"^params: got no trainable parameter"):
             method(model, mode="inplace")
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.int64])
-def test_other_dtypes_are_refused_at_once(dtype):
-    with pytest.raises((TypeError, ValueError), match=r"(?s)got.*accepted: torch\.float32"):
-        MeZO([("w", torch.zeros(3, dtype=dtype))], mode="inplace")

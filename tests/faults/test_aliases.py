@@ -12,13 +12,13 @@ from support.recipes import (
     PGAP_OPTIONS,
     Bag,
     bag_loss,
-    cycled,
     distance,
     make,
     refused,
     seeded,
     take_steps,
 )
+from support.selection import cycled
 from torch import Tensor, nn
 from torch.nn import functional as F
 

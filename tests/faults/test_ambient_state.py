@@ -7,7 +7,8 @@ import contextlib
 import pytest
 import torch
 from support.models import assert_same_weights, snapshot
-from support.recipes import EVERY, INPUTS, LABELS, Net, cycled, make, seeded, setting, take_steps
+from support.recipes import EVERY, INPUTS, LABELS, Net, make, seeded, setting, take_steps
+from support.selection import cycled
 from torch import Tensor
 from torch.nn import functional as F
 

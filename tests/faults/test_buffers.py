@@ -8,7 +8,8 @@ import itertools
 import pytest
 import torch
 from support.models import assert_same_weights
-from support.recipes import EVERY_MODE, Net, cycled, make, seeded, take_steps
+from support.recipes import EVERY_MODE, Net, make, seeded, take_steps
+from support.selection import cycled
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 

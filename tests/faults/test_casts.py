@@ -16,7 +16,6 @@ from support.recipes import (
     SIXTEEN_BIT_IN_PLACE,
     Net,
     changed,
-    cycled,
     distance,
     make,
     refused,
@@ -24,6 +23,7 @@ from support.recipes import (
     setting,
     take_steps,
 )
+from support.selection import cycled
 from torch.nn import functional as F
 
 from pgap_kernels.optim import HELENE, PGAP, MeZO

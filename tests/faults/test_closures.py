@@ -14,7 +14,6 @@ from support.recipes import (
     INPUTS,
     LABELS,
     Net,
-    cycled,
     distance,
     in_place,
     loss_of,
@@ -23,6 +22,7 @@ from support.recipes import (
     seeded,
     take_steps,
 )
+from support.selection import cycled
 from torch.nn import functional as F
 
 pytestmark = pytest.mark.filterwarnings("error")

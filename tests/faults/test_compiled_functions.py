@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.models import assert_same_weights
 from support.recipes import EVERY_MODE, INPUTS, LABELS, PGAP_OPTIONS, Net, make, seeded, take_steps
+from support.selection import cycled
 from torch.nn import functional as F
 
 from pgap_kernels.optim import PGAP, MeZO
@@ -30,8 +31,8 @@ def test_a_scripted_model(case):
         assert optimizer.mode == "inplace"
 
 
-@pytest.mark.parametrize("case", EVERY_MODE)
-def test_a_compiled_function_around_the_model(case):
+@pytest.mark.parametrize("case, before", cycled(EVERY_MODE, [True, False]))
+def test_a_compiled_function_around_the_model(case, before):
     """Made before or after the optimizer, and a layer frozen later: as without it, but for forwards of the search."""
     expected = seeded(Net)
     optimizer = make(case, expected)
@@ -39,19 +40,17 @@ def test_a_compiled_function_around_the_model(case):
     expected.first.requires_grad_(False)
     take_steps(optimizer, expected, 3)
     optimizer.merge()
-    for before in (True, False):
-        torch._dynamo.reset()
-        model = seeded(Net)
-        if before:
-            optimizer, compiled = make(case, model), torch.compile(model, backend="eager")
-        else:
-            compiled = torch.compile(model, backend="eager")
-            optimizer = make(case, model)
-        for _ in range(3):
-            optimizer.step(lambda f=compiled: F.cross_entropy(f(INPUTS), LABELS))
-        model.first.requires_grad_(False)
-        for _ in range(3):
-            optimizer.step(lambda f=compiled: F.cross_entropy(f(INPUTS), LABELS))
-        optimizer.merge()
-        assert_same_weights(model, expected)
     torch._dynamo.reset()
+    model = seeded(Net)
+    if before:
+        optimizer, compiled = make(case, model), torch.compile(model, backend="eager")
+    else:
+        compiled = torch.compile(model, backend="eager")
+        optimizer = make(case, model)
+    for frozen in (False, True):
+        model.first.requires_grad_(not frozen)
+        for _ in range(3):
+            optimizer.step(lambda: F.cross_entropy(compiled(INPUTS), LABELS))
+    optimizer.merge()
+    torch._dynamo.reset()
+    assert_same_weights(model, expected)

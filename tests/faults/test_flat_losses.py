@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.recipes import EVERY, HOOKED, Net, cycled, loss_of, make, refused, seeded, take_steps
+from support.recipes import EVERY, HOOKED, Net, loss_of, make, refused, seeded, take_steps
+from support.selection import cycled
 
 from pgap_kernels.optim import MeZO
 

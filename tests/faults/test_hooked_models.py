@@ -19,13 +19,13 @@ from support.recipes import (
     Net,
     adapted,
     changed,
-    cycled,
     in_place,
     loss_of,
     make,
     seeded,
     take_steps,
 )
+from support.selection import cycled
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune as prune_module

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from support.models import assert_same_weights, snapshot
-from support.recipes import EVERY, EVERY_MODE, PGAP_OPTIONS, Net, cycled, make, refused, seeded, take_steps
+from support.recipes import EVERY, EVERY_MODE, PGAP_OPTIONS, Net, make, refused, seeded, take_steps
+from support.selection import cycled
 
 from pgap_kernels.optim import PGAP
 

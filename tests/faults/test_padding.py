@@ -15,12 +15,12 @@ from support.recipes import (
     Bag,
     Tagger,
     bag_loss,
-    cycled,
     make,
     seeded,
     tagging_loss,
     take_steps,
 )
+from support.selection import cycled
 from torch import nn
 
 from pgap_kernels.optim import MeZO

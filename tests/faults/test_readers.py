@@ -15,7 +15,6 @@ from support.recipes import (
     SIXTEEN_BIT_IN_PLACE,
     Net,
     adapted,
-    cycled,
     distance,
     loss_of,
     make,
@@ -23,6 +22,7 @@ from support.recipes import (
     seeded,
     take_steps,
 )
+from support.selection import cycled
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from support.models import assert_same_weights
-from support.recipes import EVERY, EVERY_MODE, HOOKED, Net, cycled, make, refused, seeded, take_steps
+from support.recipes import EVERY, EVERY_MODE, HOOKED, Net, make, refused, seeded, take_steps
+from support.selection import cycled
 from torch import nn
 from torch.nn.utils import prune as prune_module
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from support.models import assert_same_weights, snapshot
-from support.recipes import INPUTS, LABELS, PAIRABLE, Net, cycled, make, refused, seeded, take_steps
+from support.recipes import INPUTS, LABELS, PAIRABLE, Net, make, refused, seeded, take_steps
+from support.selection import cycled
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 from support.models import assert_clean, assert_same_weights, parameters_of, snapshot
-from support.recipes import HOOKED, INPUTS, LABELS, Net, cycled, make, refused, seeded, take_steps
+from support.recipes import HOOKED, INPUTS, LABELS, Net, make, refused, seeded, take_steps
+from support.selection import cycled
 from torch import Tensor
 from torch.nn import functional as F
 

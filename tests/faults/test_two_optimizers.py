@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from support.models import assert_same_weights, snapshot
-from support.recipes import DEFERRED, EVERY_MODE, Net, cycled, distance, loss_of, make, refused, seeded, take_steps
+from support.recipes import DEFERRED, EVERY_MODE, Net, distance, loss_of, make, refused, seeded, take_steps
+from support.selection import cycled
 from torch import nn
 
 pytestmark = pytest.mark.filterwarnings("error")

@@ -7,7 +7,8 @@ import socket
 import pytest
 import torch
 from support.models import assert_same_weights
-from support.recipes import EVERY_MODE, HOOKED, INPUTS, Net, cycled, make, refused, seeded, take_steps
+from support.recipes import EVERY_MODE, HOOKED, INPUTS, Net, make, refused, seeded, take_steps
+from support.selection import cycled
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -45,6 +46,11 @@ def test_weights_that_cannot_be_trained(kind, case):
     take_steps(optimizer, model, 2)
     model.odd.weight.requires_grad_(True)
     refused(error, rf"^params:? {message}", lambda: take_steps(optimizer, model))
+
+
+def test_plain_tensors_that_cannot_be_trained():
+    with pytest.raises(TypeError, match=r"^params: got 'w' with dtype torch\.int64; accepted: torch\.float32"):
+        MeZO([("w", torch.zeros(3, dtype=torch.int64))])
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules")

@@ -1,14 +1,13 @@
 """Optimizers in every mode, and small models that they train: what the tests of faults run.
 
 A fault of a mode needs one recipe in each mode (``EVERY_MODE``); a fault of a recipe, or of what the base class does
-with its state, needs each recipe in one mode besides (``EVERY``). ``cycled`` pairs factors that do not interact.
+with its state, needs each recipe in one mode besides (``EVERY``).
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Sequence
 
 import pytest
 import torch
@@ -100,13 +99,6 @@ DEFERRED = ["pgap-two_pass", "lozo-window"]  # those of them whose parameters ar
 HOOKED = ["helene-scratch", "pgap-folded", "lozo-window"]
 PAIRABLE = ["mezo-scratch", "pgap-scratch", "pgap-folded", "pgap-window"]
 SIXTEEN_BIT_IN_PLACE = r"^16-bit weights are perturbed in place"
-
-
-def cycled(first: Sequence, second: Sequence, each: int = 1) -> list[tuple]:
-    """Every value of the first with ``each`` of the second, taken in turn and all of them; tuples are spread."""
-    assert each * len(first) >= len(second) >= each
-    pairs = [(a, second[(i * each + j) % len(second)]) for i, a in enumerate(first) for j in range(each)]
-    return [tuple(x for value in pair for x in (value if isinstance(value, tuple) else (value,))) for pair in pairs]
 
 
 def make(case: str, params, **options) -> ZOOptimizer:
