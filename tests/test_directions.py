@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bounds import UNIT
-from helpers import DTYPES, assert_same_bits, clones, weights
 from naive.common import descend, two_sided
+from support.bounds import UNIT
 from support.contract import PASS, Contract, build
 from support.counted import Counted
+from support.helpers import DTYPES, assert_same_bits, clones, weights
 from support.methods import METHODS, Row, Step, options_of
 from support.models import IDS, TARGET, Layers, Losses, Words, loss_at, snapshot
 from support.selection import cycled

@@ -8,8 +8,8 @@ import math
 
 import pytest
 import torch
-from helpers import DTYPES
 from support.contract import build
+from support.helpers import DTYPES
 from support.methods import METHODS, ROWS, options_of
 from support.models import IDS, Losses, Words, assert_same_weights, snapshot
 from support.selection import cycled, some_runs, unstacked

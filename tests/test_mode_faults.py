@@ -8,8 +8,8 @@ import math
 
 import pytest
 import torch
-from helpers import bits
 from support.contract import Contract, build
+from support.helpers import bits
 from support.methods import METHODS, ROWS, is_exact
 from support.models import Losses, Words, assert_clean, failing, filled, parameters_of, snapshot
 from support.selection import runs, some_runs, unstacked

@@ -8,8 +8,8 @@ import pickle
 
 import pytest
 import torch
-from helpers import bits
 from support.contract import Contract, build
+from support.helpers import bits
 from support.methods import METHODS, ROWS, is_exact, options_of
 from support.models import Losses, Words, assert_same_weights, snapshot
 from support.selection import cycled, some_runs

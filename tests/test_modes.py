@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import DTYPES, bits
 from support.contract import Contract, Contract16, build
+from support.helpers import DTYPES, bits
 from support.methods import METHODS, ROWS, Row, is_exact
 from support.models import IDS, Words, snapshot
 from support.selection import cycled, runs, some_runs, unstacked

@@ -126,6 +126,7 @@ class Prescribed(ZOOptimizer):
     """Two forwards along a new direction in each step, then the updates of a plan whatever the losses were."""
 
     method = "Prescribed"
+    plans_ahead = True
 
     def __init__(self, walk: Walk, plan: Plan, **options: Any) -> None:
         self.walk, self.plan = walk, plan

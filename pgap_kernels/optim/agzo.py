@@ -101,7 +101,7 @@ class AGZO(LowRankOptimizer):
         bases: list[tuple[Weight, Tensor]] = []
 
         def see(weight: Weight, x: Tensor) -> None:
-            if weight.index in missing:
+            if weight.index in missing and x.is_floating_point():  # not the indices of a tied embedding
                 missing.remove(weight.index)
                 bases.append((weight, self.basis(weight, x.reshape(-1, x.shape[-1]).float())))
 

@@ -62,7 +62,7 @@ class ZOOptimizer(ModeOptimizer):
             them when the method's subspace changes, on ``merge()``, and before a state_dict; until then the model's
             forwards show them, its parameters do not.
         two_pass: in place, the last pass of a step is also the first of the next; between steps the weights are then
-            perturbed, until ``merge`` (a model's forwards and state_dict call it). For methods with ``direction``.
+            perturbed, until ``merge`` (a model's forwards and state_dict call it). For methods that ``plans_ahead``.
         residual: keep a second 16-bit plane beside 16-bit weights, in which no update is lost; else updates of
             16-bit weights round stochastically. Not in place, where the perturbation itself rounds.
         allow_unused: with hooks, accept forwards that never use some weight.

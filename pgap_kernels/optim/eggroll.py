@@ -102,7 +102,8 @@ class EGGROLL(LowRankOptimizer):
             rates = [lr * math.sqrt(N) * sigma for lr, sigma in zip(rates, radius, strict=True)]
         elif self.scale_by_root:
             rates = [lr * math.sqrt(N) for lr in rates]
-        self.apply_update([(d, [lr * a / N for lr in rates]) for d, a in zip(E, amounts, strict=True)])
+        terms = [(d, [lr * a / N for lr in rates]) for d, a in zip(E, amounts, strict=True)]
+        self.apply_update(terms, flush=True)  # the next members have other factors: there is nothing to gather
         return sum(losses) / N
 
     def fitness(self, losses: Sequence[float]) -> list[float]:

@@ -98,8 +98,10 @@ class Evaluation:
         Raises:
             NonFiniteLossError: a loss is not finite.
         """
-        filled = [*points, *[points[-1]] * (-len(points) % self.members)]
+        spare = -len(points) % self.members
+        filled = [*points, *[points[-1]] * spare]
         losses = self.by_group([point for point in filled for _ in range(self.groups)])
+        del self.losses[len(self.losses) - spare * self.groups :]
         means = [sum(losses[i : i + self.groups]) / self.groups for i in range(0, len(losses), self.groups)]
         return means[: len(points)]
 

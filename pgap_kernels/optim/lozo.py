@@ -38,6 +38,7 @@ class LOZO(LowRankOptimizer):
     """
 
     method: ClassVar[str] = "LOZO"
+    plans_ahead: ClassVar[bool] = True
     takes_groups: ClassVar[bool] = True
 
     def __init__(

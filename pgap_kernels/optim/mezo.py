@@ -27,6 +27,7 @@ class MeZO(ZOOptimizer):
     """
 
     method: ClassVar[str] = "MeZO"
+    plans_ahead: ClassVar[bool] = True
     takes_groups: ClassVar[bool] = True
 
     def __init__(

@@ -84,7 +84,7 @@ class ModeOptimizer(ModelOptimizer, metaclass=_EnterMode):
             choice.mode,
             weights,
             two_pass=self.two_pass,
-            knows_first_point=type(self).direction is not ModeOptimizer.direction,
+            plans_ahead=self.plans_ahead,
             members=self.members * self.groups,
             window=self.merges == "window" and mode != "auto",
             residual=self.residual,

@@ -30,6 +30,9 @@ class ModelOptimizer(torch.optim.Optimizer):
     elementwise_state: ClassVar[tuple[str, ...]] = ()  # entries of the state that have their weight's shape
     # Whether updates are passes along a direction and nothing else, which is what residual planes can add to.
     takes_residual: ClassVar[bool] = True
+    plans_ahead: ClassVar[bool] = (
+        False  # whether the first forward of a step sees ``direction(step)``, as two_pass needs
+    )
     takes_groups: ClassVar[bool] = False  # whether groups of examples may have directions of their own
     period: int = 1  # steps after which what a step does repeats; ``cost`` counts one period
 

@@ -49,6 +49,7 @@ class PGAP(LowRankOptimizer):
     """
 
     method: ClassVar[str] = "PGAP"
+    plans_ahead: ClassVar[bool] = True
     takes_groups: ClassVar[bool] = True
 
     def __init__(

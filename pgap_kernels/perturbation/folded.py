@@ -175,7 +175,7 @@ class Folded(Scratch):
     # ---- updates ----------------------------------------------------------------------------------------------------
 
     def apply(self, update: Update) -> None:
-        if not self.defers and not self.window:
+        if not self.window and (update.flush or not self.defers):
             super().apply(update)
             return
         window, keep, passes, direct = list(self.window), list(self.keep), [], []

@@ -104,7 +104,7 @@ def check_options(
     weights: Sequence[Weight],
     *,
     two_pass: bool,
-    knows_first_point: bool,
+    plans_ahead: bool,
     members: int,
     window: bool,
     residual: bool,
@@ -114,7 +114,7 @@ def check_options(
     Raises:
         ValueError: naming the option.
     """
-    if two_pass and (mode != "inplace" or not knows_first_point):
+    if two_pass and (mode != "inplace" or not plans_ahead):
         raise ValueError(
             f"two_pass: got True with mode={mode!r}; accepted: with mode='inplace', for methods that know their first "
             "direction before a step"

@@ -32,7 +32,7 @@ def step(
     N = 2 * len(pairs)
     directions = []
     for factors, noise in zip(pairs, z, strict=True):
-        still = {name: torch.zeros_like(w) for name, w in weights.items()}
+        still = {name: 0.0 * w for name, w in weights.items()}
         low_rank = {name: A @ B.T / math.sqrt(A.shape[1]) for name, (A, B) in factors.items()}
         directions.append({**still, **low_rank, **noise})
     members = [(sign, direction) for direction in directions for sign in (1.0, -1.0)]
