@@ -146,7 +146,8 @@ def test_a_rank_above_the_matrix_is_that_of_the_matrix(row, mode):
     opt.step(Losses(model))
     ranks = {w.name: min(w.tensor.shape) for w in opt.matrices()}
     assert {w.name: opt.rank_of(w) for w in opt.matrices()} == ranks
-    assert {w.name: opt.state[w.tensor]["right"].shape[1] for w in opt.matrices()} == ranks
+    if row.id != "eggroll":  # which keeps no factors
+        assert {w.name: opt.state[w.tensor]["right"].shape[1] for w in opt.matrices()} == ranks
     with pytest.raises(ValueError, match=r"^rank: got 600; accepted: .*512"):
         make(row, nn.Linear(600, 600, bias=False), rank=600, mode=mode)
 

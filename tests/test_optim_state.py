@@ -30,7 +30,7 @@ def test_every_state_moves(row):
         for p, state in opt.state.items():
             for entry, value in state.items():
                 start.setdefault((p, entry), copy.deepcopy(value))
-    assert bool(start) == (row.id not in ("mezo", "mezo-3", "mezo-groups", "pgap-dense") and row.make is not PIZO)
+    assert bool(start) == (row.id != "pgap-dense" and row.make not in (MeZO, PIZO, EGGROLL))
     for (p, entry), first in start.items():
         if entry in opt.state[p] and entry not in row.constant:
             now = opt.state[p][entry]

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
+
 from .. import ops
 from ..directions import Weight, bucket, line_through
 from ..noise import Role
@@ -113,5 +115,5 @@ class DiZO(ZOOptimizer):
             anchors = [self.state[w.tensor]["anchor"] for w in same]
             squares = self.to_host(ops.squared_norms([w.tensor for w in same], anchors))
             for w, anchor, square in zip(same, anchors, squares, strict=True):
-                delta = w.tensor.detach().float() - anchor
+                delta = w.tensor.detach().to(torch.float32, copy=True).sub_(anchor)
                 self.state[w.tensor] |= {"delta": delta, "distance": math.sqrt(square), "ratio": 1.0}

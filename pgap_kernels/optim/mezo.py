@@ -42,7 +42,7 @@ class MeZO(ZOOptimizer):
         **options: Any,
     ) -> None:
         super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay}, **options)
-        self.sampling = Sampling.checked(probes, self.groups, self.members, baseline)
+        self.sampling = Sampling.checked(probes, self.groups, self.members, baseline, "probes")
 
     def direction(self, step: int, number: int = 0) -> Direction:
         return self.noise(self.key(Role.DENSE, number, step))

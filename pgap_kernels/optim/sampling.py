@@ -35,19 +35,19 @@ class Sampling(NamedTuple):
     baseline: str
 
     @classmethod
-    def checked(cls, directions: int, groups: int, members: int, baseline: str) -> Sampling:
-        """The sampling that these options of an optimizer ask for.
+    def checked(cls, directions: int, groups: int, members: int, baseline: str, name: str = "directions") -> Sampling:
+        """The sampling that these options of an optimizer ask for; ``name`` is its own of ``directions``.
 
         Raises:
             ValueError: naming the option.
         """
         checks.choice("baseline", baseline, BASELINES)
-        sampling = cls(at_least_one("directions", directions), groups, baseline)
+        sampling = cls(at_least_one(name, directions), groups, baseline)
         if baseline == "loo" and sampling.directions < 2:
-            raise ValueError(f"directions: got {directions} with baseline='loo'; accepted: 2 or more")
+            raise ValueError(f"{name}: got {directions} with baseline='loo'; accepted: 2 or more")
         if sampling.copies % members:
             raise ValueError(
-                f"members: got {members} for {sampling.copies} points of each group (directions={directions}, "
+                f"members: got {members} for {sampling.copies} points of each group ({name}={directions}, "
                 f"baseline={baseline!r}); accepted: a number that divides them"
             )
         return sampling
