@@ -1,4 +1,4 @@
-"""anchor_affine_: the formula in exact arithmetic, cpu = reference, layouts, refusals."""
+"""anchor_affine_: the formula in exact arithmetic, refusals."""
 
 import math
 from fractions import Fraction
@@ -15,7 +15,6 @@ from pgap_kernels import reference
 BACKENDS = ("reference", "cpu")
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 STOCHASTIC = ROUNDINGS["stochastic"]
-TABLE = torch.ops.pgap_kernels
 
 
 # ---- the formula ---------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""dense_perturb_ and assemble_gradient_: the formula, the backends, layouts, shards, stages, rounding."""
+"""dense_perturb_ and assemble_gradient_: the formula, views, far shards, stages, rounding."""
 
 import bisect
 import functools

@@ -15,7 +15,6 @@ from pgap_kernels.ops.forward import add_lowrank_
 
 BACKENDS = ("reference", "cpu")
 RANKS = (1, 3, 8, 16, 33, 64, 200)
-TABLE = torch.ops.pgap_kernels
 
 
 def problem(rank, dtype=torch.float32, x_dtype=None, transposed=False, rows=(37,), shape=(70, 391), seed=0):

@@ -18,7 +18,6 @@ from pgap_kernels import backends, noise
 pytestmark = gpu.marks
 
 DRAWS = list(zip(KEYS, COEFFICIENTS, strict=True))
-HALF_DTYPES = (torch.bfloat16, torch.float16)
 TABLE = torch.ops.pgap_kernels
 GIB = 1 << 30
 

@@ -1,4 +1,4 @@
-"""lowrank_perturb_ and aligned_core: accuracy against float64, factors, shards, rounding, alignment."""
+"""lowrank_perturb_ and aligned_core: accuracy against float64, factors, rounding, alignment."""
 
 import math
 
@@ -17,7 +17,6 @@ LEFT, RIGHT, CORE, SIGN = (
 )
 ROUNDING = {"rounding": "stochastic", "rounding_key": noise.derive(4, 1, noise.Role.ROUNDING)}
 IDS = [noise.tensor_id(f"w{i}") for i in range(4)]
-TABLE = torch.ops.pgap_kernels
 
 
 def with_cores(ranks) -> list[tuple]:

@@ -1,4 +1,4 @@
-"""masked_perturb_ and threshold_bits: the formula, the three masks, cpu = reference, shards, refusals."""
+"""masked_perturb_ and threshold_bits: the formula, the three masks, refusals."""
 
 import math
 
@@ -13,7 +13,6 @@ from pgap_kernels import noise
 
 BACKENDS = ("reference", "cpu")
 STOCHASTIC = ROUNDINGS["stochastic"]
-TABLE = torch.ops.pgap_kernels
 DRAWS = [(KEYS[0], 1e-1), (KEYS[1], -0.37), (KEYS[2], 2.5e-2)]
 
 

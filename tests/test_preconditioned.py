@@ -1,4 +1,4 @@
-"""preconditioned_update_ and preconditioned_perturb_: the rules in float64, cpu = reference, states, refusals."""
+"""preconditioned_update_ and preconditioned_perturb_: the rules in float64, states, refusals."""
 
 import itertools
 import math
@@ -23,7 +23,6 @@ from support.refusals import refused
 from torch.utils._pytree import tree_map_only
 
 BACKENDS = ("reference", "cpu")
-TABLE = torch.ops.pgap_kernels
 
 
 def own(value, t: int) -> float:

@@ -7,10 +7,8 @@ import math
 import pytest
 import torch
 from support.agreement import SHAPES
-from support.cases import IDS, KEYS, ROUNDINGS, RULES, Case, perturb_arguments, update_arguments
+from support.cases import IDS, KEYS, RULES, Case, perturb_arguments, update_arguments
 from support.helpers import assert_all_same, clones, ops
-
-STOCHASTIC = ROUNDINGS["stochastic"]
 
 
 def update(**options) -> Case:
