@@ -20,7 +20,7 @@ NAMES = {
 }
 FORMS = (
     *("dense", "masked threshold", "masked share", "masked bits", "momentum", "adam", "anchor own torch.float32"),
-    *("low rank full", "dot", "norms torch.float32", "forward"),
+    *("low rank full", "dot", "norms torch.float32", "forward", "forward slices"),
 )
 
 
@@ -84,6 +84,13 @@ BAD = {
     "cores": (lambda v: v * 2, *COMPANIONS[:2], COMPANIONS[3]),
     **dict.fromkeys(("outputs", "inputs"), MATRIX),
 }
+FORWARD = {
+    **dict.fromkeys(("left", "right"), (lambda v: v * 3, each(gappy), each(torch.Tensor.double), each(clipped))),
+    "coefficients": (lambda v: v * 3, each(torch.Tensor.double), each(lambda t: t.repeat(2))),
+    "shape": (lambda v: v[:1], lambda v: [v[0] + 1, v[1]], lambda v: [v[0], v[1] + 1]),
+    "rank": (lambda v: 0, lambda v: v + 1, lambda v: 513),
+    "keys": (),  # nothing is drawn
+}
 # Where a form differs: what it does not read, rows instead of tables, tensors instead of lists.
 OWN = {
     "masked threshold": {"mask_key": ()},
@@ -92,7 +99,8 @@ OWN = {
     "norms torch.float32": {"keys": ()},
     # A core's dtype is seen by a thread of the pool, whose message is lost.
     "low rank full": {"coefficient": ROW, "decay": ROW, "core": (COMPANIONS[0], *COMPANIONS[2:])},
-    "forward": dict.fromkeys(("left", "right"), MATRIX),
+    "forward": FORWARD,
+    "forward slices": FORWARD,
 }
 
 
@@ -103,7 +111,7 @@ SAID = {
     "rounding_key": "rounding_keys",
     **dict.fromkeys(("left", "right", "core"), "factors"),
     **dict.fromkeys(("out", "tensors"), "weights coefficient scalars totals"),
-    **dict.fromkeys(("outputs", "inputs"), "outputs inputs"),
+    **dict.fromkeys(("outputs", "inputs", "shape", "rank"), "outputs inputs left"),
 }
 
 

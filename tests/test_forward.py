@@ -10,6 +10,7 @@ import torch
 from support.helpers import DTYPES, assert_same_bits, clones, ops, weights
 from support.refusals import refused
 
+from pgap_kernels import checks, draw, noise
 from pgap_kernels.arguments import ForwardArguments
 from pgap_kernels.ops.forward import add_lowrank_
 
@@ -171,6 +172,69 @@ def test_the_fast_path_is_the_op():
     assert_same_bits(y, want)
 
 
+# ---- slices with directions of their own ---------------------------------------------------------------------------
+
+KEYS = [noise.derive(3, 4, noise.Role.LEFT, i) for i in range(3)]
+
+
+def of_slices(kind: str, left, right, core, slices: int) -> list[dict]:
+    """What the op takes for each slice: factors that all share, one each, or a key for each; cores or coefficients."""
+    drawn = {"shape": (len(left), len(right)), "tensor_id": 7, "rank": left.shape[1]}
+    made = []
+    for i in range(slices):
+        own = {"left": left, "right": right} if kind == "shared" else {"left": [(i + 1) * left], "right": [right - i]}
+        own |= {"left": [KEYS[i]], "right": [KEYS[-1 - i]], **drawn} if kind == "drawn" else {}
+        own |= {"left": [KEYS[i]], **drawn} if kind == "half drawn" else {}
+        made.append({**own, "cores": [(i - 1.5) * core]} if kind != "drawn" else {**own, "coefficients": [i - 1.5]})
+    return made
+
+
+def together(single: list[dict]) -> dict:
+    """One call for all slices."""
+    several = ("left", "right", "cores", "coefficients")
+    return {
+        name: [v for own in single for v in own[name]] if name in several and isinstance(value, list) else value
+        for name, value in single[0].items()
+    }
+
+
+@pytest.mark.parametrize("kind", ["shared", "own", "drawn", "half drawn"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_slice_is_a_call_of_its_own(backend, dtype, kind):
+    """Whatever the others see: to the bit."""
+    for rank, transposed, rows in ((1, False, (6, 5)), (8, True, (3, 7)), (19, False, (3,))):
+        y, x, left, right, c = problem(rank, dtype, transposed=transposed, rows=rows)
+        options = {"transposed": transposed, "backend": backend}
+        single, got = of_slices(kind, left, right, c, 3), y.clone()
+        ops.lowrank_forward_(got, x, **together(single), **options)
+        for own, *part in zip(single, *(t.chunk(3) for t in (got, y, x)), strict=True):
+            ops.lowrank_forward_(part[1], part[2], **own, **options)
+            assert_same_bits(part[0], part[1])
+        assert not torch.equal(got, problem(rank, dtype, transposed=transposed, rows=rows)[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_drawn_factors_are_those_of_draw(backend, dtype):
+    """Of a shard its rows of the unsharded ones; with indices too."""
+    m, n, rank, base, stride = 70, 391, 5, 3 * 1000 + 40, 1000
+    for span, rows in ((None, (0, 0)), ((base, stride), (3, 40))):
+        for transposed, indices in ((False, False), (True, False), (True, True)):
+            y, x, *_ = problem(rank, dtype, transposed=transposed, rows=(4, 3), shape=(m, n))
+            x = torch.arange(12).view(4, 3) * 5 % m if indices else x
+            left, right = (
+                [draw((size, rank), key, 7, offset=first * rank) for key in keys]
+                for size, first, keys in ((m, rows[0], KEYS[:2]), (n, rows[1], KEYS[1:]))
+            )
+            options = {"coefficients": [1.0, -0.5], "transposed": transposed, "backend": backend}
+            got, want = y.clone(), y.clone()
+            place = {"shape": (m, n), "rank": rank, "tensor_id": 7, "span": span}
+            ops.lowrank_forward_(got, x, KEYS[:2], checks.key_tensor("keys", KEYS[1:]), **place, **options)
+            ops.lowrank_forward_(want, x, left, right, **options)
+            assert_same_bits(got, want)
+
+
 # ---- factors -------------------------------------------------------------------------------------------------------
 
 
@@ -295,7 +359,52 @@ REFUSED = {
     ),
     "index too high": (indexed([0, 1, 2, 3, 4, 6]), ValueError, "inputs: got row indices 0 to 6; accepted: 0 to 5"),
     "index negative": (indexed([0, -1, 2, 3, 4, 5]), ValueError, "inputs: got row indices -1 to 5"),
-    "left none": ({"left": None}, TypeError, "left: got NoneType"),
+    "left none": ({"left": None}, TypeError, "left: got None; accepted: a tensor, or a list"),
+    "left empty": ({"left": []}, TypeError, "left: got \\[\\]; accepted: a tensor, or a list"),
+    "left of another slice": (
+        {"left": weights([(6, 2), (6, 2)])},
+        ValueError,
+        "left: got 2; accepted: 1, one for each slice of the rows",
+    ),
+    "left of two shapes": ({"left": weights([(6, 2), (5, 2)]), "cores": None}, ValueError, r"left\[1\]: got shape"),
+    "left of two dtypes": (
+        {"outputs": torch.ones(4, 3, 6).half(), "left": [torch.ones(6, 2), torch.ones(6, 2).half()], "cores": None},
+        ValueError,
+        r"left\[1\]: got shape .* torch.float16",
+    ),
+    "keys alone": ({"left": [1]}, ValueError, "shape: got None; accepted: of the weight and its factors, as left is"),
+    "keys without an id": ({"left": [1], "shape": (6, 8)}, ValueError, "tensor_id: got None"),
+    "keys without a rank": (
+        {"left": [1], "right": [2], "shape": (6, 8), "tensor_id": 3},
+        ValueError,
+        "rank: got None; accepted: of the weight",
+    ),
+    "another rank": ({"rank": 3}, ValueError, "rank: got 3; accepted: 1 to 512, the rank of the factors"),
+    "keys of another shape": (
+        {"left": [1], "shape": (5, 8), "tensor_id": 3},
+        ValueError,
+        "outputs: got 6 columns; accepted: 5",
+    ),
+    "shape of one": ({"left": [1], "shape": (6,), "tensor_id": 3}, ValueError, r"shape: got \(6,\)"),
+    "an id too large": ({"left": [1], "shape": (6, 8), "tensor_id": 1 << 32}, ValueError, "tensor_id: got"),
+    "a span that ends late": ({"span": (3, 8)}, ValueError, "span: got base 3 and row_stride 8"),
+    "coefficients beside cores": ({"coefficients": [1.0]}, ValueError, "coefficients: got some beside cores"),
+    "coefficients none": ({"cores": None, "coefficients": []}, TypeError, r"coefficients: got \[\]"),
+    "coefficients infinite": (
+        {"cores": None, "coefficients": [1.0, math.inf]},
+        ValueError,
+        r"coefficients\[1\]: got inf",
+    ),
+    "coefficients of a table": (
+        {"cores": None, "coefficients": torch.ones(2, 2)},
+        ValueError,
+        r"coefficients: got torch.float32 of shape \(2, 2\)",
+    ),
+    "coefficients that do not divide the rows": (
+        {"cores": None, "coefficients": [1.0] * 3},
+        ValueError,
+        "coefficients: got 3 for 4 rows",
+    ),
     "left float16": ({"left": torch.ones(6, 2).half()}, TypeError, "left: got .*float16"),
     "left a vector": ({"left": torch.ones(6)}, ValueError, r"left: got shape \(6,\)"),
     "left strided": ({"left": torch.ones(2, 6).T}, ValueError, "left: got shape .* strides"),
@@ -307,7 +416,6 @@ REFUSED = {
     ),
     "right of another rank": ({"right": torch.ones(8, 3)}, ValueError, r"right: got shape \(8, 3\)"),
     "right of other rows": ({"right": torch.ones(7, 2)}, ValueError, r"inputs: got shape .*accepted: \(4, 3, 7\)"),
-    "cores none": ({"cores": None}, TypeError, "cores: got NoneType"),
     "cores a tensor": ({"cores": torch.ones(1, 2, 2)}, TypeError, "cores: got Tensor"),
     "cores empty": ({"cores": []}, ValueError, "cores: got an empty list"),
     "core of another rank": ({"cores": weights([(2, 2), (3, 3)])}, ValueError, r"cores\[1\]: got shape \(3, 3\)"),
@@ -361,5 +469,7 @@ def test_the_kernel_itself_looks_at_row_indices(number, dtype):
     y, left, right = torch.ones(2, 8), torch.ones(6, 2), torch.ones(8, 2)
     indices = torch.tensor([0, number], dtype=dtype)
     with pytest.raises(RuntimeError, match=f"inputs: got row index {number}; accepted: 0 to 5"):
-        torch.ops.pgap_kernels_cpu.forward(y, indices, left, right, [torch.ones(2, 2)], True)
+        torch.ops.pgap_kernels_cpu.forward(
+            y, indices, [left], [right], [torch.ones(2, 2)], [], [], [6, 8], 2, tensor_id=0, span=[], transposed=True
+        )
     assert torch.equal(y, torch.ones(2, 8))

@@ -312,6 +312,14 @@ def forward_arguments(indices: bool, dtype=torch.float32, layout: str = "plain",
     }
 
 
+def slice_arguments(dtype=torch.float32, layout: str = "plain", tokens: int = 14) -> dict:
+    """The same with factors and a coefficient of each of two slices."""
+    arguments = forward_arguments(False, dtype, layout, tokens)
+    sides = {name: [arguments[name], 2 - arguments[name]] for name in ("left", "right")}
+    del arguments["cores"]
+    return {**arguments, **sides, "coefficients": [1.0, -2.0]}
+
+
 def draw_arguments(distribution: str = "normal", layout: str = "plain", shape=(3, 4099)) -> dict:
     """Arguments of ``draw``."""
     offset = 2**33 + 17 if layout == "far" else 0
@@ -433,6 +441,14 @@ def _rows() -> dict[str, Row]:
             layouts=("plain", "strided"),
             large=(("tokens", 254),),
         )
+    rows["forward slices"] = Row(
+        "lowrank_forward_",
+        slice_arguments,
+        ("dtype", "layout"),
+        ("outputs",),
+        layouts=("plain", "strided"),
+        large=(("tokens", 254),),
+    )
     rows["draw"] = Row(
         "draw",
         draw_arguments,

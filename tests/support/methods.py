@@ -342,7 +342,7 @@ ROWS = [
     row("lozo-m-groups", LOZOM, naive_lozo, **LOZO_OPTIONS | {"window": 1}, beta=0.5, weight_decay=4.0, groups={},
         divide_by_rank=True, state={"v": "right", "N": "momentum"}),
     row("mezo-loo", MeZO, naive_mezo, probes=4, baseline="loo", weight_decay=4.0, reported=4, eps=0.05),
-    row("eggroll", EGGROLL, naive_eggroll, population=4, rank=1, update="llm", noise_reuse=3, lr=0.2, reported=4),
+    row("eggroll", EGGROLL, naive_eggroll, population=4, rank=1, update="llm", noise_reuse=3, lr=0.15, reported=4),
     row("eggroll-jax", EGGROLL, naive_eggroll, population=6, update="jax", rank=2, groups={}, lr=2.0, reported=6,
         exclude=["embed*"]),
     row("agzo", AGZO, naive_agzo, rank=2, basis_interval=3, reported=1, state={}),
