@@ -8,7 +8,7 @@ using namespace pgap;
 // Fast path of Python's checks: true if the tensors are matrices with contiguous rows, on one device and, if `alike`,
 // of one dtype, and no two of them overlap. False is inconclusive: Python then looks closer and says what is wrong, if
 // anything.
-bool plain(std::vector<Tensor> tensors, bool alike) {
+bool is_disjoint_rows(std::vector<Tensor> tensors, bool alike) {
     struct Kind { int32_t dtype, device, index, layout; };
     const auto kind_of = [](const Tensor& t) {
         Kind kind;
@@ -66,14 +66,14 @@ void use_isa(std::string name) { select_isa(name.c_str()); }
 }  // namespace
 
 STABLE_TORCH_LIBRARY(pgap_kernels_cpu, m) {
-    m.def("plain(Tensor[] tensors, bool alike) -> bool");
+    m.def("is_disjoint_rows(Tensor[] tensors, bool alike) -> bool");
     m.def("box_muller(Tensor a, Tensor b, Tensor(a!) even, Tensor(b!) odd) -> ()");
     m.def("isa() -> str");
     m.def("use_isa(str name) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pgap_kernels_cpu, CompositeExplicitAutograd, m) {
-    m.impl("plain", TORCH_BOX(&plain));
+    m.impl("is_disjoint_rows", TORCH_BOX(&is_disjoint_rows));
     m.impl("box_muller", TORCH_BOX(&box_muller));
     m.impl("isa", TORCH_BOX(&isa));
     m.impl("use_isa", TORCH_BOX(&use_isa));

@@ -12,7 +12,7 @@ namespace {
 using namespace pgap;
 
 // F_in or F_out of every slice, (rows, rank); one if all slices share it.
-struct Side {
+struct SliceFactors {
     DType dtype;
     int64_t rows;
     std::vector<const void*> data;
@@ -24,7 +24,7 @@ struct Side {
 // A call's arguments, checked. The pass of a slice points into them, and to `indices` here.
 struct ForwardCall {
     ForwardPass pass;
-    Side in, out;
+    SliceFactors in, out;
     int64_t tokens, slices;
     uint32_t tensor_id;
     std::vector<const float*> cores;  // of each slice, or none
@@ -39,11 +39,11 @@ bool overlaps(const Tensor& y, const void* other, int64_t bytes) {
     return data < begin + y.numel() * itemsize(parse_dtype(y)) && begin < data + bytes;
 }
 
-Side parse_side(const std::vector<Tensor>& stored, const Tensor& outputs, int64_t rows, int64_t rank, int64_t slices) {
+SliceFactors parse_factors(const std::vector<Tensor>& stored, const Tensor& outputs, int64_t rows, int64_t rank, int64_t slices) {
     const size_t count = stored.size();
     STD_TORCH_CHECK(count == 0 || count == 1 || count == size_t(slices),
                     "left, right: accepted: one factor, one for each slice, or none where they are drawn");
-    Side side = {.dtype = DType::f32, .rows = rows, .drawn = count == 0};
+    SliceFactors side = {.dtype = DType::f32, .rows = rows, .drawn = count == 0};
     for (const Tensor& t : stored) {
         const std::optional<DType> dtype = try_parse_dtype(t);
         STD_TORCH_CHECK(t.is_cpu() && dtype && (*dtype == DType::f32 || *dtype == parse_dtype(outputs)) &&
@@ -95,8 +95,8 @@ ForwardCall parse_arguments(const Tensor& outputs, const Tensor& inputs, const s
                     "cores, coefficients: accepted: a number of slices that divides the rows");
     STD_TORCH_CHECK(rank >= 1 && rank <= kForwardMaxRank && shape.size() == 2 && shape[0] >= 0 && shape[1] >= 0,
                     "rank, shape: accepted: 1 <= rank <= 512, (m, n)");
-    Side a = parse_side(left, outputs, shape[0], rank, call.slices);
-    Side b = parse_side(right, outputs, shape[1], rank, call.slices);
+    SliceFactors a = parse_factors(left, outputs, shape[0], rank, call.slices);
+    SliceFactors b = parse_factors(right, outputs, shape[1], rank, call.slices);
     if (a.drawn || b.drawn) {
         STD_TORCH_CHECK(keys.size() == size_t(call.slices) && (span.empty() || (span.size() == 2 && span[1] > 0)),
                         "keys, span: accepted: keys of A and B for each slice; (base, row stride) of a shard");
@@ -164,7 +164,7 @@ struct Buffer {
 };
 
 // Draws the factors that are drawn, for the packing to find them as if they were stored.
-std::unique_ptr<Buffer> draw_side(Side& side, int64_t rank, int64_t slices, uint32_t tensor_id) {
+std::unique_ptr<Buffer> draw_factors(SliceFactors& side, int64_t rank, int64_t slices, uint32_t tensor_id) {
     if (!side.drawn) return nullptr;
     constexpr int64_t kChunk = 1 << 14;  // whole groups of noise, where the factor begins with one
     const int64_t size = side.rows * rank, chunks = (size + kChunk - 1) / kChunk;
@@ -195,7 +195,7 @@ void convert_rows(DType dtype, const void* factor, int64_t rank, int64_t begin, 
 }
 
 // A panel of F_out^T: rows begin .. begin + panel - 1 of F_out as columns, with zeros past the last.
-void pack_out_panel(const Side& side, const void* factor, int64_t rank, int64_t begin, int64_t panel, float* to) {
+void pack_out_panel(const SliceFactors& side, const void* factor, int64_t rank, int64_t begin, int64_t panel, float* to) {
     const int64_t rows = std::min(panel, side.rows - begin);
     if (rows < panel) std::fill(to, to + panel * rank, 0.0f);
     if (side.dtype == DType::f32)
@@ -206,7 +206,7 @@ void pack_out_panel(const Side& side, const void* factor, int64_t rank, int64_t 
 }
 
 // Rows begin .. end - 1 of F_in, each followed by zeros.
-void pack_in_rows(const Side& side, const void* factor, int64_t rank, int64_t begin, int64_t end, int64_t padded_rank,
+void pack_in_rows(const SliceFactors& side, const void* factor, int64_t rank, int64_t begin, int64_t end, int64_t padded_rank,
                   float* to) {
     if (padded_rank > rank) std::fill(to, to + (end - begin) * padded_rank, 0.0f);
     convert_rows(side.dtype, factor, rank, begin, end, to, padded_rank);
@@ -229,10 +229,10 @@ void forward(Tensor outputs, Tensor inputs, std::vector<Tensor> left, std::vecto
     if (outputs.numel() == 0 || call.in.rows == 0) return;
     ForwardPass& pass = call.pass;
     pass.outputs = outputs.mutable_data_ptr();
-    Side &in = call.in, &out = call.out;
+    SliceFactors &in = call.in, &out = call.out;
     const int64_t padded_rank = pass.padded_rank, slices = call.slices, panel = kernels().forward_panel;
-    const auto drawn_in = draw_side(in, rank, slices, call.tensor_id);
-    const auto drawn_out = draw_side(out, rank, slices, call.tensor_id);
+    const auto drawn_in = draw_factors(in, rank, slices, call.tensor_id);
+    const auto drawn_out = draw_factors(out, rank, slices, call.tensor_id);
 
     // F_in needs no packing if its rows are float32 and of padded size. With indices the kernel converts rows itself.
     const bool in_as_given = pass.indices || (in.dtype == DType::f32 && padded_rank == rank);
@@ -269,16 +269,16 @@ void forward(Tensor outputs, Tensor inputs, std::vector<Tensor> left, std::vecto
     }
 
     // Threads share units of 4 tokens, the height of the smallest tile; a share may span several slices.
-    constexpr int64_t kFour = 4;
+    constexpr int64_t kTokenUnit = 4;
     constexpr int64_t kProducts = 1 << 18;  // worth starting a thread for
-    const int64_t part = call.tokens / slices, fours = (part + kFour - 1) / kFour;
-    const int64_t products = kFour * rank * (pass.out_features + (pass.indices ? rank : pass.in_features));
+    const int64_t part = call.tokens / slices, fours = (part + kTokenUnit - 1) / kTokenUnit;
+    const int64_t products = kTokenUnit * rank * (pass.out_features + (pass.indices ? rank : pass.in_features));
     const auto apply = [&](int64_t begin, int64_t end) {
         const Buffer scratch(kForwardScratch);
         for (int64_t i = begin / fours; begin < end; ++i) {
             const int64_t start = i * fours, stop = std::min(end, start + fours);
-            kernels().forward(passes[size_t(i)], i * part + (begin - start) * kFour,
-                              i * part + std::min((stop - start) * kFour, part), scratch.data);
+            kernels().forward(passes[size_t(i)], i * part + (begin - start) * kTokenUnit,
+                              i * part + std::min((stop - start) * kTokenUnit, part), scratch.data);
             begin = stop;
         }
     };

@@ -88,14 +88,14 @@ def select(op: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
         reason = backend.refusal(op, device, dtype)
         if reason is None:
             if backend is reference:
-                _say_slow("; ".join(reasons))
+                _warn_slow("; ".join(reasons))
             return backend
         reasons.append(f"{backend.name}: {reason}")
     raise ValueError(f"{op}: no backend serves {device} {dtype}: {'; '.join(reasons)}")
 
 
 @functools.cache
-def _say_slow(reasons: str) -> None:
+def _warn_slow(reasons: str) -> None:
     warnings.warn(
         f"pgap_kernels runs on its plain-PyTorch reference, which is exact but slow ({reasons}); "
         "`pgap-kernels doctor` says more",

@@ -77,7 +77,7 @@ def matrices(
     name: str, value: Sequence[Tensor], dtypes: Sequence[torch.dtype] = WEIGHT_DTYPES, written: bool = True
 ) -> list[Tensor]:
     """A list as ``tensors`` takes it, of what ``matrix_layout`` takes; if ``written``, none share an element."""
-    if _plain(value, True) and value[0].dtype in dtypes:
+    if _is_disjoint_rows(value, True) and value[0].dtype in dtypes:
         return list(value)
     values = tensors(name, value, dtypes)
     layouts = [matrix_layout(f"{name}[{i}]", tensor, written) for i, tensor in enumerate(values)]
@@ -86,19 +86,19 @@ def matrices(
     return values
 
 
-def _plain(value: Any, alike: bool) -> bool:
+def _is_disjoint_rows(value: Any, alike: bool) -> bool:
     """Fast path: True if the extension finds that a list is in rows and disjoint, and if ``alike`` of one dtype.
 
     False is inconclusive: the caller checks tensor by tensor and says what is wrong, if anything is.
     """
     if extension.unavailable or not isinstance(value, (list, tuple)) or not _TENSORS.issuperset(map(type, value)):
         return False
-    return torch.ops.pgap_kernels_cpu.plain.default(value, alike)
+    return torch.ops.pgap_kernels_cpu.is_disjoint_rows.default(value, alike)
 
 
 def disjoint(name: str, values: Sequence[Tensor]) -> None:
     """Refuse lists of matrices in which two share an element (duplicates, overlapping views)."""
-    if not _plain(values, False):
+    if not _is_disjoint_rows(values, False):
         _refuse_overlaps(name, values, [matrix_layout(name, tensor) for tensor in values])
 
 
@@ -308,7 +308,7 @@ def companions(
                 f"{name}[{i}]: got shape {tuple(t.shape)}; accepted: {tuple(w.shape)}, that of weights[{i}]"
             )
     both = given + weights
-    if written and not _plain(both, False):
+    if written and not _is_disjoint_rows(both, False):
         layouts = [matrix_layout(f"{name}[{i}]", t) for i, t in enumerate(given)]
         layouts += [matrix_layout(f"weights[{i}]", t) for i, t in enumerate(weights)]
         _refuse_overlaps(f"{name} + weights", both, layouts)

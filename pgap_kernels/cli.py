@@ -122,14 +122,14 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     finetune.set_defaults(command=_finetune)
-    _add_what(finetune)
+    _add_run_target(finetune)
     _add_method(finetune)
     _add_data(finetune)
     _add_run(finetune)
     return parser
 
 
-def _add_what(parser: argparse.ArgumentParser) -> None:
+def _add_run_target(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what to tune")
     _option(
         group,

@@ -118,7 +118,7 @@ def test_what_is_intended_is_what_directions_add(rank):
     walk = movements.Walk((96, 64), torch.bfloat16, rank)
     (part,) = walk.direction(5)
     added = torch.zeros(96, 64)
-    part.of([0], [added]).apply([added])
+    part.select([0], [added]).apply([added])
     torch.testing.assert_close(added.double(), walk.matrix(5), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(walk.intended(movements.Plan(5, 0.5)), sum(0.5 * walk.matrix(i) for i in range(5)))
     rms = torch.stack([walk.matrix(step).square().mean() for step in range(20)]).mean().sqrt()

@@ -72,7 +72,7 @@ def test_what_is_refused(reason, tensors):
 def test_the_extension_sees_most_lists_at_once():
     """Weights of a model, whatever their order, shapes and dtype; not what needs a closer look."""
     whole = torch.zeros(64)
-    plain = torch.ops.pgap_kernels_cpu.plain
+    plain = torch.ops.pgap_kernels_cpu.is_disjoint_rows
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         weights = [torch.zeros(shape, dtype=dtype) for shape in ((3, 5), (7,), (), (0, 4), (2, 3, 4))]
         assert plain(weights, True) and plain(weights[::-1], True)

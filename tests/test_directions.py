@@ -85,7 +85,7 @@ def displacement(direction: Direction) -> list[Tensor]:
     total = [torch.zeros(shape, dtype=torch.float64) for shape in SHAPES]
     for part in direction:
         zeros = [torch.zeros_like(t) for t in part.tensors]
-        part.of(range(len(zeros)), zeros).apply(zeros)
+        part.select(range(len(zeros)), zeros).apply(zeros)
         for w, zero in zip(part.weights, zeros, strict=True):
             total[w.index] += zero
     return total
@@ -335,7 +335,7 @@ def point_at(model: nn.Module, direction: Direction) -> dict[str, Counted]:
     at = {name: Counted(p.detach().double()) for name, p in model.named_parameters()}
     for part in direction:
         zeros = [torch.zeros_like(w.tensor) for w in part.weights]
-        part.of(range(len(zeros)), zeros).apply(zeros)
+        part.select(range(len(zeros)), zeros).apply(zeros)
         for w, moved in zip(part.weights, zeros, strict=True):
             at[w.name] += Counted(moved.double(), size_on(part, w))
     return {name: w.settled(w.bound(2 * 3 + 2 * PASS)) for name, w in at.items()}

@@ -157,7 +157,7 @@ def own(mode: str, **options: Any) -> Run:
         if mode == "folded" and optimizer.pending and not optimizer.residual:
             seen = walk.model.weight.detach().float()
             for part in optimizer.perturbation.window:  # type: ignore[attr-defined]
-                part.of([0], [seen]).apply([seen])
+                part.select([0], [seen]).apply([seen])
             positions[", before the merge"] = seen.double()
         optimizer.detach()
         positions[""] = walk.model.weight.double()

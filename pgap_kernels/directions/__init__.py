@@ -13,8 +13,8 @@ from .direction import Direction, add_parts
 from .lowrank import Factor, LowRank, Term, concatenated, draw_factor
 from .noise import Mask, Noise
 from .part import Fold, Operands, Part
-from .passes import Pass, RulePass, bytes_of, run_all_or_none, with_padding_kept, writing
-from .weight import Amounts, Weight, address, bucket, extent, storage, uniform
+from .passes import Pass, RulePass, bytes_of, run_all_or_none, with_padding_kept, write_context
+from .weight import Amounts, Weight, address, address_range, bucket, scalar_if_equal, storage
 
 __all__ = [
     "Amounts",
@@ -33,15 +33,15 @@ __all__ = [
     "Weight",
     "add_parts",
     "address",
+    "address_range",
     "bucket",
     "bytes_of",
     "concatenated",
     "draw_factor",
-    "extent",
     "line_through",
     "run_all_or_none",
+    "scalar_if_equal",
     "storage",
-    "uniform",
     "with_padding_kept",
-    "writing",
+    "write_context",
 ]

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import ops
 from .direction import Direction
 from .part import Operands, Part, add_rows, pick, scale_row
-from .weight import Amounts, Weight, bucket, uniform
+from .weight import Amounts, Weight, bucket, scalar_if_equal
 
 
 class Anchored(Part):
@@ -73,9 +73,9 @@ class Anchored(Part):
         if any(decay) if isinstance(decay, (list, tuple)) else decay:
             raise ValueError("weight_decay: got a decay on weights that move along an anchor; accepted: 0 for those")
         options |= {"deltas": self.deltas, "tensor_ids": self.ids, "slices": self.slices}
-        ops.anchor_affine_(tensors, self.anchors, uniform(self._factors()), **options)
+        ops.anchor_affine_(tensors, self.anchors, scalar_if_equal(self._factors()), **options)
 
-    def of(self, chosen: Sequence[int], tensors: Sequence[Tensor] | None = None) -> Anchored:
+    def select(self, chosen: Sequence[int], tensors: Sequence[Tensor] | None = None) -> Anchored:
         rows = (pick(values, chosen) for values in (self.anchors, self.deltas, self.row, self.start))
         return Anchored(self._chosen(chosen, tensors), *rows)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import checks, ops
 from .part import Fold, Operands, Part, add_rows, pick, scale_row
-from .weight import Amounts, Weight, uniform
+from .weight import Amounts, Weight, scalar_if_equal
 
 
 class Factor(NamedTuple):
@@ -53,7 +53,7 @@ class Factor(NamedTuple):
         """Equal for the same tensors or key; values are not compared."""
         return self.key if self.tensors is None else tuple(map(id, self.tensors))
 
-    def of(self, chosen: Sequence[int]) -> Factor:
+    def select(self, chosen: Sequence[int]) -> Factor:
         """The factors of some of the weights."""
         return self if self.tensors is None else Factor.stored(pick(self.tensors, chosen))
 
@@ -130,14 +130,15 @@ class LowRank(Part):
         same_right = self.right.identity() == other.right.identity()
         if same_left and same_right and self.rank == other.rank:
             return self._with(_added(self.terms, other.terms))
-        if self.rank != other.rank or not (same_left or same_right) or not (self._is_bare() and other._is_bare()):
+        bare = self._has_no_core() and other._has_no_core()
+        if self.rank != other.rank or not (same_left or same_right) or not bare:
             return None
         ones = [Term(None, [1.0] * len(self.weights))]
         if same_right:
             return self._with(ones, left=self._sum_of(other, "left", 0))
         return self._with(ones, right=self._sum_of(other, "right", 1))
 
-    def _is_bare(self) -> bool:
+    def _has_no_core(self) -> bool:
         return all(term.cores is None for term in self.terms)
 
     def _sum_of(self, other: LowRank, side: str, number: int) -> Factor:
@@ -155,13 +156,13 @@ class LowRank(Part):
     def condensed(self) -> LowRank:
         """The same with coefficient 1: multiplied into one core of each weight, or into A where there is none."""
         ones = [1.0] * len(self.weights)
-        if not self._is_bare():
+        if not self._has_no_core():
             return self._with([Term(self._cores(), ones)])
         return self._with([Term(None, ones)], left=Factor.stored(self._mixed_left()))
 
     @property
     def core_bytes(self) -> int:
-        held = self.left.tensors or [] if self._is_bare() else [c for term in self.terms for c in term.cores or ()]
+        held = self.left.tensors or [] if self._has_no_core() else [c for term in self.terms for c in term.cores or ()]
         return sum(t.nbytes for t in held)
 
     def _cores(self) -> list[Tensor]:
@@ -184,13 +185,13 @@ class LowRank(Part):
     def _mixed_left(self) -> list[Tensor]:
         """sum_j c_j A C_j."""
         left = [a.float() for a in self.left.materialised(self.weights, 0)]
-        if not self._is_bare():
+        if not self._has_no_core():
             return [a @ core for a, core in zip(left, self._cores(), strict=True)]
         return list(torch._foreach_mul(left, [sum(values) for values in zip(*self.coefficients(), strict=True)]))
 
     def apply(self, tensors: list[Tensor], **options: Any) -> None:
         if len(self.terms) == 1:
-            core, coefficient = self.terms[0].cores, uniform(self.terms[0].row)
+            core, coefficient = self.terms[0].cores, scalar_if_equal(self.terms[0].row)
         else:
             core, coefficient = self._cores(), 1.0
         ops.lowrank_perturb_(
@@ -205,13 +206,13 @@ class LowRank(Part):
             **options,
         )
 
-    def of(self, chosen: Sequence[int], tensors: Sequence[Tensor] | None = None) -> LowRank:
+    def select(self, chosen: Sequence[int], tensors: Sequence[Tensor] | None = None) -> LowRank:
         terms = [Term(t.cores and pick(t.cores, chosen), pick(t.row, chosen)) for t in self.terms]
-        return LowRank(self._chosen(chosen, tensors), self.left.of(chosen), self.right.of(chosen), terms)
+        return LowRank(self._chosen(chosen, tensors), self.left.select(chosen), self.right.select(chosen), terms)
 
     def layout(self) -> Hashable:
         drawn = self.left.tensors is None, self.right.tensors is None
-        return "lowrank", self.indices, self.rank, *drawn, self._is_bare()
+        return "lowrank", self.indices, self.rank, *drawn, self._has_no_core()
 
     def operands(self) -> LowRankOperands:
         return LowRankOperands(self)
@@ -276,7 +277,7 @@ class LowRankOperands(Operands):
         self.device, self.rank, count = part.weights[0].tensor.device, part.rank, len(part.weights)
         self.coefficients = torch.ones(count, 1, dtype=torch.float32, device=self.device)
         self.keys = torch.zeros(3, dtype=torch.int64, device=self.device)
-        shape = (0 if part._is_bare() else count, part.rank, part.rank)
+        shape = (0 if part._has_no_core() else count, part.rank, part.rank)
         self.cores = list(torch.empty(shape, dtype=torch.float32, device=self.device).unbind())
         self.memory = [[self._memory_for(part, side, w) for w in part.weights] for side in (0, 1)]
         self.factors: list[list[Tensor | None]] = [[], []]
@@ -297,7 +298,7 @@ class LowRankOperands(Operands):
     def _memory_for(part: LowRank, side: int, weight: Weight) -> Tensor | None:
         stored = (part.left, part.right)[side].tensors is not None
         padded = side == 0 and weight.padding_row is not None
-        if not padded and not (stored and side == 0 and part._is_bare()):
+        if not padded and not (stored and side == 0 and part._has_no_core()):
             return None
         shape = (weight.tensor.shape[side], part.rank)
         return torch.empty(shape, dtype=torch.float32, device=weight.tensor.device)
@@ -318,7 +319,7 @@ class LowRankOperands(Operands):
                 if memory is None:
                     own.append(None if factor.tensors is None else factor.tensors[i])
                     continue
-                own.append(memory.copy_(factor.of([i]).materialised([w], side)[0]))
+                own.append(memory.copy_(factor.select([i]).materialised([w], side)[0]))
                 if w.padding_row is not None:
                     memory[w.padding_row] = 0.0
             self.factors[side] = own

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import checks, ops
 from .part import Operands, Part, add_rows, pick, scale_row
-from .weight import Amounts, Weight, uniform
+from .weight import Amounts, Weight, scalar_if_equal
 
 
 class Mask(NamedTuple):
@@ -28,7 +28,7 @@ class Mask(NamedTuple):
     share: tuple[int, float] | None = None
     bits: list[Tensor] | None = None
 
-    def of(self, chosen: Sequence[int]) -> Mask:
+    def select(self, chosen: Sequence[int]) -> Mask:
         """The mask of some of the weights."""
         threshold, bits = (None if v is None else pick(v, chosen) for v in (self.threshold, self.bits))
         return Mask(threshold, self.share, bits)
@@ -89,7 +89,7 @@ class Noise(Part):
         return self.draws if plain else None
 
     def apply(self, tensors: list[Tensor], **options: Any) -> None:
-        draws = [(key, uniform(row)) for key, row in self.draws.items()]
+        draws = [(key, scalar_if_equal(row)) for key, row in self.draws.items()]
         options |= {"tensor_ids": self.ids, "distribution": self.distribution, "slices": self.slices}
         if self.mask is not None:
             ops.masked_perturb_(tensors, draws, **self.mask._asdict(), **options)
@@ -98,9 +98,9 @@ class Noise(Part):
         else:
             ops.dense_perturb_(tensors, draws, **options)
 
-    def of(self, chosen: Sequence[int], tensors: Sequence[Tensor] | None = None) -> Noise:
+    def select(self, chosen: Sequence[int], tensors: Sequence[Tensor] | None = None) -> Noise:
         draws = {key: pick(row, chosen) for key, row in self.draws.items()}
-        mask = self.mask and self.mask.of(chosen)
+        mask = self.mask and self.mask.select(chosen)
         curvature = self.curvature and pick(self.curvature, chosen)
         return Noise(self._chosen(chosen, tensors), draws, self.distribution, mask, curvature)
 
@@ -133,7 +133,7 @@ class NoiseOperands(Operands):
         for i, options in enumerate(self.options):
             if part.mask is not None:
                 self.op = "masked_perturb_"
-                options |= _mask_options(part.weights[i].tensor, part.mask.of([i]))
+                options |= _mask_options(part.weights[i].tensor, part.mask.select([i]))
             elif part.curvature is not None:
                 self.op = "preconditioned_perturb_"
                 options["curvature"] = [part.curvature[i]]

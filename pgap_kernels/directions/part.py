@@ -70,7 +70,7 @@ class Part(ABC):
         """Write ``tensors <- tensors - decay * tensors + self`` in one op call; options are the op's."""
 
     @abstractmethod
-    def of(self, chosen: Sequence[int], tensors: Sequence[Tensor] | None = None) -> Part:
+    def select(self, chosen: Sequence[int], tensors: Sequence[Tensor] | None = None) -> Part:
         """The part of some of its weights (positions in ``weights``), stored in other tensors if given."""
 
     def by_kind(self) -> list[Part]:
@@ -78,7 +78,7 @@ class Part(ABC):
         kinds: dict[Hashable, list[int]] = {}
         for position, w in enumerate(self.weights):
             kinds.setdefault((w.tensor.device, w.tensor.dtype), []).append(position)
-        return [self] if len(kinds) == 1 else [self.of(chosen) for chosen in kinds.values()]
+        return [self] if len(kinds) == 1 else [self.select(chosen) for chosen in kinds.values()]
 
     def condensed(self) -> Part:
         """The same displacement in the fewest terms and in memory of its own, to be summed over many steps."""

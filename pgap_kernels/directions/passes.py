@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import ops
 from .part import Part
-from .weight import Weight, uniform
+from .weight import Weight, scalar_if_equal
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,9 @@ class RulePass(Pass):
             ops.preconditioned_update_(
                 part.tensors,
                 [list(tensors) for tensors in self.state],
-                [(key, uniform(draws.get(key, zero))) for key in keys],
+                [(key, scalar_if_equal(draws.get(key, zero))) for key in keys],
                 rule,
-                restore=[uniform(back.get(key, zero)) for key in keys],
+                restore=[scalar_if_equal(back.get(key, zero)) for key in keys],
                 tensor_ids=part.ids,
                 slices=part.slices,
                 **self.options,
@@ -122,12 +122,12 @@ def with_padding_kept(weights: Sequence[Weight], written: Sequence[Tensor], writ
         if w.padding_row is not None
     ]
     write()
-    with writing([row for row, _ in rows]):
+    with write_context([row for row, _ in rows]):
         for row, before in rows:
             row.copy_(before)
 
 
-def writing(tensors: Sequence[Tensor]) -> contextlib.AbstractContextManager:
+def write_context(tensors: Sequence[Tensor]) -> contextlib.AbstractContextManager:
     """The context in which torch may write tensors: those made in inference mode only inside of it."""
     inside = any(t.is_inference() for t in tensors)
     return torch.inference_mode() if inside else contextlib.nullcontext()
@@ -175,7 +175,7 @@ def run_all_or_none(passes: Sequence[Pass], run: Callable[[Pass], None], copy_bu
         for p, copies in reversed(done):
             inverse = p.inverse()
             if copies is not None:
-                with writing(p.written):
+                with write_context(p.written):
                     torch._foreach_copy_(p.written, copies)
             elif inverse is not None:
                 run(inverse)

@@ -66,7 +66,7 @@ def storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def extent(tensor: Tensor) -> tuple[int, int]:
+def address_range(tensor: Tensor) -> tuple[int, int]:
     """First and last address of a tensor's elements, the last not included; equal where there is none."""
     if not storage(tensor) or not tensor.numel():
         return 0, 0
@@ -83,7 +83,7 @@ def bucket(weights: Sequence[Weight], also: Callable[[Weight], Any] = lambda _: 
     return list(found.values())
 
 
-def uniform(values: Sequence[float]) -> float | list[float]:
+def scalar_if_equal(values: Sequence[float]) -> float | list[float]:
     """One float if all are equal: the ops check and copy one scalar faster than one for each tensor."""
     first = values[0]
     return first if values.count(first) == len(values) else list(values)

@@ -93,7 +93,7 @@ class AGZO(LowRankOptimizer):
         for weights in self.by_rank():
             left = Factor.drawn(self.key(Role.LEFT, number, step), self.rank_of(weights[0]))
             parts += self.low_rank(weights, left, Factor.stored(self.stored(weights, "right")))
-        return Direction([*parts, *self.noise(self.key(Role.DENSE, number, step), self.others())])
+        return Direction([*parts, *self.noise(self.key(Role.DENSE, number, step), self.dense_buckets())])
 
     def refresh(self, evaluate: Evaluation) -> None:
         """A of every linear layer, from a forward at W."""

@@ -19,8 +19,8 @@ from ..perturbation import (
     ForwardState,
     StateRule,
     Update,
-    ambient_state_aside,
     modules_of,
+    outside_ambient_state,
     uninterrupted,
 )
 from . import checkpoint
@@ -113,7 +113,7 @@ class ZOOptimizer(ModeOptimizer):
         numbers = range(1, sampling.directions * groups)
         flat = [self.planned(self.steps), *(self.direction(self.steps, number) for number in numbers)]
         directions = [flat[i : i + groups] for i in range(0, len(flat), groups)]
-        losses = evaluate.by_group(sampling.points(directions, radius))
+        losses = evaluate.group_losses(sampling.points(directions, radius))
         if evaluate.rows and len({*radius}) == 1:
             rows = torch.cat([r.reshape(-1, groups * r.shape[-1]) for r in evaluate.rows])
             self.last = signal_of(rows, groups, sampling.baseline, radius[0])
@@ -198,7 +198,7 @@ class ZOOptimizer(ModeOptimizer):
         if not callable(closure):
             raise TypeError(f"closure: got {closure!r}; accepted: a function that returns the loss of a minibatch")
         self.perturbation.refuse_if_released("step")
-        with ambient_state_aside() as ambient:
+        with outside_ambient_state() as ambient:
             self.follow_model()
             evaluate = self._begin(closure, ambient)
             try:
@@ -247,7 +247,7 @@ class ZOOptimizer(ModeOptimizer):
 
     def cost(self) -> Cost:
         """What a step costs beyond its forwards, counted over one dry period: nothing is computed or written."""
-        with ambient_state_aside():
+        with outside_ambient_state():
             self.follow_model()
             return measure_cost(self)
 
@@ -267,7 +267,7 @@ class ZOOptimizer(ModeOptimizer):
         State keeps its dtype, and where it fits its memory.
         """
         self.perturbation.refuse_if_released("load_state_dict")
-        with ambient_state_aside():
+        with outside_ambient_state():
             self.follow_model()
             checkpoint.check(self, state_dict)
             self.merge()

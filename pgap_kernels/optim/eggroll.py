@@ -85,7 +85,7 @@ class EGGROLL(LowRankOptimizer):
             p = self.rank_of(weights[0])
             term = Term(None, [1.0 / math.sqrt(p)] * len(weights))
             parts.append(LowRank(weights, Factor.drawn(left, p), Factor.drawn(right, p), [term]))
-        return Direction([*parts, *self.noise(dense, self.others())])
+        return Direction([*parts, *self.noise(dense, self.dense_buckets())])
 
     def estimate_and_update(self, evaluate: Evaluation) -> float:
         N, signs = self.population, (1.0, -1.0) if self.antithetic else (1.0,)

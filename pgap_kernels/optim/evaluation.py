@@ -100,12 +100,12 @@ class Evaluation:
         """
         spare = -len(points) % self.members
         filled = [*points, *[points[-1]] * spare]
-        losses = self.by_group([point for point in filled for _ in range(self.groups)])
+        losses = self.group_losses([point for point in filled for _ in range(self.groups)])
         del self.losses[len(self.losses) - spare * self.groups :]
         means = [sum(losses[i : i + self.groups]) / self.groups for i in range(0, len(losses), self.groups)]
         return means[: len(points)]
 
-    def by_group(self, points: Sequence[PointSpec]) -> list[float]:
+    def group_losses(self, points: Sequence[PointSpec]) -> list[float]:
         """The mean loss of each group of each copy of the minibatch at a point of its own, all groups of a copy before
         the next.
 
@@ -155,7 +155,7 @@ class Evaluation:
         self._show(points)
         with self.timed("forward"):
             value = self._run_closure()
-            if self.state.learn_changes() or self.perturbation.rehearsed:
+            if self.state.track_changed_buffers() or self.perturbation.must_repeat:
                 value = self._run_closure()
         return self.reduce(self._checked(value, len(points)))
 

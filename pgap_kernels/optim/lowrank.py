@@ -104,7 +104,7 @@ class LowRankOptimizer(ZOOptimizer):
         """The weights with low-rank directions."""
         return self._split()[0]
 
-    def others(self) -> list[list[Weight]]:
+    def dense_buckets(self) -> list[list[Weight]]:
         """The weights that take dense noise, no matrices or excluded by name, in lists that can share an op call."""
         return self._split()[1]
 

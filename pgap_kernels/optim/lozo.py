@@ -69,14 +69,14 @@ class LOZO(LowRankOptimizer):
 
     def update_along(self, directions: Sequence[tuple[Direction, float]], flush: bool) -> None:
         """The update by the directions that were evaluated, with their amounts."""
-        terms = [(d, self.by_rank_if_asked(self.descent(amount))) for d, amount in directions]
+        terms = [(d, self.divided_by_rank(self.descent(amount))) for d, amount in directions]
         self.apply_update(terms, flush=flush)
 
     def direction(self, step: int, number: int = 0) -> Direction:
         """u v^T on the matrices, dense noise on the rest."""
         lists = self.by_rank()
         parts = [part for ws in lists for part in self.low_rank(ws, self.left(ws, step, number), self.right(ws))]
-        return Direction([*parts, *self.noise(self.key(Role.DENSE, number, step), self.others())])
+        return Direction([*parts, *self.noise(self.key(Role.DENSE, number, step), self.dense_buckets())])
 
     def left(self, weights: Sequence[Weight], step: int, number: int = 0) -> Factor:
         """u of matrices of one rank."""
@@ -98,7 +98,7 @@ class LOZO(LowRankOptimizer):
         """Keep a matrix's new v."""
         self.store(weight, right=v)
 
-    def by_rank_if_asked(self, amounts: list[float]) -> list[float]:
+    def divided_by_rank(self, amounts: list[float]) -> list[float]:
         """Amounts of an update, those of matrices divided by r where the paper's form was asked for."""
         for w in self.matrices() if self.divide_by_rank else ():
             amounts[w.index] /= self.rank_of(w)

@@ -62,9 +62,11 @@ class LOZOM(LOZO):
             moved += zip(weights, moments, strict=True)
             one = Term(None, [1.0] * len(weights))
             parts.append(LowRank(weights, Factor.stored(moments), self.right(weights), [one]))
-        others = bucket([w for same in self.others() for w in same], also=lambda w: w.group["beta"])  # a rule has one
+        others = bucket(
+            [w for same in self.dense_buckets() for w in same], also=lambda w: w.group["beta"]
+        )  # a rule has one
         terms = [
-            (Direction(parts), self.by_rank_if_asked([-lr for lr in self.rates()])),
+            (Direction(parts), self.divided_by_rank([-lr for lr in self.rates()])),
             (self.noise(self.key(Role.DENSE), others), fresh),
         ]
         dense = {w.index: self._dense_moment(w) for same in others for w in same}

@@ -17,17 +17,17 @@ from ..perturbation import (
     MODES,
     Perturbation,
     Residual,
-    ambient_state_aside,
     build,
     check_options,
     choose,
+    outside_ambient_state,
     unfolded,
     uninterrupted,
 )
 from .clock import Clock
 from .model import NOTHING_TO_TRAIN, ModelOptimizer
 from .signal import SignalRule
-from .weights import Seen, collect
+from .weights import ModelSnapshot, collect
 
 _log = logging.getLogger("pgap_kernels")
 MERGE = (1 << 24) - 1  # number of the stochastic-rounding key of merges between steps
@@ -40,7 +40,7 @@ class _EnterMode(type):
     """
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        with ambient_state_aside():
+        with outside_ambient_state():
             optimizer = super().__call__(*args, **kwargs)
             optimizer.weights()
             _ = optimizer.perturbation
@@ -72,7 +72,7 @@ class ModeOptimizer(ModelOptimizer, metaclass=_EnterMode):
     def perturbation(self) -> Perturbation:
         """The mode's strategy."""
         if self._perturbation is None:
-            self._enter_mode(self.asked_mode)
+            self._enter_mode(self.requested_mode)
         assert self._perturbation is not None
         return self._perturbation
 
@@ -86,7 +86,7 @@ class ModeOptimizer(ModelOptimizer, metaclass=_EnterMode):
             two_pass=self.two_pass,
             plans_ahead=self.plans_ahead,
             members=self.members * self.groups,
-            window=self.merges == "window" and mode != "auto",
+            window=self.merge_policy == "window" and mode != "auto",
             residual=self.residual,
         )
         if choice.mode == "inplace" and any(w.tensor.dtype != torch.float32 for w in weights):
@@ -96,7 +96,11 @@ class ModeOptimizer(ModelOptimizer, metaclass=_EnterMode):
                 stacklevel=4,
             )
         before = self._perturbation
-        options = {"two_pass": self.two_pass, "allow_unused": self.allow_unused, "defers": self.merges == "window"}
+        options = {
+            "two_pass": self.two_pass,
+            "allow_unused": self.allow_unused,
+            "defers": self.merge_policy == "window",
+        }
         after = build(choice, weights, self.model, **options)
         after.merge_key = noise.derive(self.seed, 0, Role.ROUNDING, MERGE)
         if self.residual:
@@ -125,10 +129,10 @@ class ModeOptimizer(ModelOptimizer, metaclass=_EnterMode):
                 f"mode: got {mode!r} while mode {self.mode!r} has updates or perturbations that are not in the "
                 "weights; call merge() first"
             )
-        with ambient_state_aside():
+        with outside_ambient_state():
             self.follow_model()
             self._enter_mode(mode)
-        self.asked_mode = mode
+        self.requested_mode = mode
 
     @property
     def pending(self) -> bool:
@@ -153,13 +157,13 @@ class ModeOptimizer(ModelOptimizer, metaclass=_EnterMode):
         if self._perturbation is not None:
             if self.pending:
                 self._perturbation.refuse_inside_forward("merge")
-            with ambient_state_aside(), uninterrupted():
+            with outside_ambient_state(), uninterrupted():
                 self._perturbation.merge()
 
     def detach(self) -> None:
         """Merge, and take the hooks off the model: the optimizer has done its work."""
         self.perturbation.refuse_inside_forward("detach")
-        with ambient_state_aside(), uninterrupted():
+        with outside_ambient_state(), uninterrupted():
             self.perturbation.release()
 
     # ---- what others do to the model --------------------------------------------------------------------------------
@@ -172,7 +176,7 @@ class ModeOptimizer(ModelOptimizer, metaclass=_EnterMode):
         super().add_param_group(param_group)
         try:
             self.check_group(self.param_groups[-1])
-            with ambient_state_aside():
+            with outside_ambient_state():
                 if started:
                     self.follow_model()
                 else:
@@ -198,7 +202,7 @@ class ModeOptimizer(ModelOptimizer, metaclass=_EnterMode):
             raise ValueError(NOTHING_TO_TRAIN)
         recast = self._seen is None
         if self._seen is not None:
-            self._seen.refuse_lost(weights, self.model)
+            self._seen.check_weights_remain(weights, self.model)
             recast = self._refuse_resized(weights, self._seen)
         self.merge()
         self._forget_weights()
@@ -207,20 +211,20 @@ class ModeOptimizer(ModelOptimizer, metaclass=_EnterMode):
             for name, value in self.state.get(w.tensor, {}).items():
                 if isinstance(value, Tensor) and value.device != w.tensor.device:
                     self.state[w.tensor][name] = value.to(w.tensor.device)
-        choice = choose(self.asked_mode, weights, self.model, self.lowrank_indices())
+        choice = choose(self.requested_mode, weights, self.model, self.lowrank_indices())
         if recast or choice.mode != self.mode:
-            self._enter_mode(self.asked_mode)
+            self._enter_mode(self.requested_mode)
         else:
-            self.perturbation.adopt(weights)
+            self.perturbation.set_weights(weights)
             if self.residual:
                 self.perturbation.residual = Residual(weights, self.perturbation.residual)
         self._note_model()
 
     def _note_model(self) -> None:
-        self._seen = Seen(self.param_groups, self.model, self.weights())
+        self._seen = ModelSnapshot(self.param_groups, self.model, self.weights())
         self._checked_slices.clear()
 
-    def _refuse_resized(self, weights: Sequence[Weight], seen: Seen) -> bool:
+    def _refuse_resized(self, weights: Sequence[Weight], seen: ModelSnapshot) -> bool:
         """Raise if a weight has outgrown its state; else tell whether one is of another dtype or device than before."""
         recast = False
         for w in weights:

@@ -15,7 +15,7 @@ from .clock import Clock
 from .evaluation import FlatLosses
 from .options import at_least_one, near_names, number, positive
 from .signal import Signal, SignalRule
-from .weights import Seen, collect
+from .weights import ModelSnapshot, collect
 
 Params = nn.Module | Iterable[Any]
 NOTHING_TO_TRAIN = "params: got no trainable parameter (requires_grad); accepted: at least one"
@@ -73,12 +73,12 @@ class ModelOptimizer(torch.optim.Optimizer):
                 f"residual: got True; accepted: False with {self.method}, whose updates depend on state or on the "
                 "stored weights, not on a direction alone"
             )
-        self.asked_mode = checks.choice("mode", mode, MODES)
-        self.merges = checks.choice("merge", merge, MERGES)
+        self.requested_mode = checks.choice("mode", mode, MODES)
+        self.merge_policy = checks.choice("merge", merge, MERGES)
         self.clock = Clock()
         self._perturbation: Perturbation | None = None
         self._weights: list[Weight] | None = None
-        self._seen: Seen | None = None
+        self._seen: ModelSnapshot | None = None
         self._copied = False
         self._planned: tuple[int, Direction] | None = None
         self._buckets: list[list[Weight]] | None = None

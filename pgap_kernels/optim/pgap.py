@@ -111,7 +111,7 @@ class PGAP(LowRankOptimizer):
     def direction(self, step: int, number: int = 0) -> Direction:
         """scale * U Z V^T on the matrices, dense noise on the rest."""
         parts = [part for weights in self.by_rank() for part in self._aligned(weights, step, number)]
-        return Direction([*parts, *self.noise(self.key(Role.DENSE, number, step), self.others())])
+        return Direction([*parts, *self.noise(self.key(Role.DENSE, number, step), self.dense_buckets())])
 
     def _aligned(self, weights: list[Weight], step: int, number: int) -> Direction:
         cores: dict[int, Any] = {}

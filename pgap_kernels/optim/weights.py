@@ -140,7 +140,7 @@ def padding_rows(model: nn.Module | None) -> dict[int, int]:
     return {place: row for place, row in rows.items() if row is not None}
 
 
-class Seen:
+class ModelSnapshot:
     """What a step depends on and others may change, as it was: compared before each step.
 
     Attributes:
@@ -171,7 +171,7 @@ class Seen:
             and all(owner.get(name) is p for owner, name, p in self.owners)
         )
 
-    def refuse_lost(self, weights: Sequence[Weight], model: nn.Module | None) -> None:
+    def check_weights_remain(self, weights: Sequence[Weight], model: nn.Module | None) -> None:
         """Raise RuntimeError if the model had a weight that it has no more: nothing would come of training it."""
         had = {id(p) for _, _, p in self.owners}
         has = {id(p) for module in modules_of(model) for p in module._parameters.values()}

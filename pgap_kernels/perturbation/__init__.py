@@ -16,7 +16,7 @@ from .modes import MERGES, MODES, Choice, build, check_options, choose, unfolded
 from .observers import observing
 from .residual import Residual
 from .scratch import Scratch
-from .step_context import Ambient, Autocast, ForwardState, ambient_state_aside, uninterrupted
+from .step_context import Ambient, Autocast, ForwardState, outside_ambient_state, uninterrupted
 
 __all__ = [
     "MERGES",
@@ -32,12 +32,12 @@ __all__ = [
     "Scratch",
     "StateRule",
     "Update",
-    "ambient_state_aside",
     "build",
     "check_options",
     "choose",
     "modules_of",
     "observing",
+    "outside_ambient_state",
     "unfolded",
     "uninterrupted",
 ]

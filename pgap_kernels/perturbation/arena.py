@@ -40,7 +40,7 @@ class Arena:
         taken = self.memory[device][begin : begin + like.nbytes]
         return taken.view(like.dtype).view(like.shape)
 
-    def idle(self, elements: int, device: torch.device) -> Tensor | None:
+    def borrow(self, elements: int, device: torch.device) -> Tensor | None:
         """Its memory as float32, to use until the next ``take``; None if it has less, or none yet."""
         memory = self.memory.get(device)
         if memory is None or memory.numel() < 4 * elements or self.top[device]:
@@ -51,7 +51,7 @@ class Arena:
         """Release what the last ``take`` of such a tensor gave."""
         self.top[like.device] -= padded_bytes(like)
 
-    def holds(self, tensor: Tensor) -> bool:
+    def contains(self, tensor: Tensor) -> bool:
         """Whether a tensor lies in the arena's memory; True inside vmap, where addresses cannot be read."""
         memory = self.memory.get(tensor.device)
         if memory is None or tensor.layout != torch.strided:

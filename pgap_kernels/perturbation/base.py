@@ -95,7 +95,7 @@ class Perturbation:
         passes_this_step: number of ``perturb_to`` and ``apply`` of this step that wrote weights; it numbers the keys of
             stochastic rounding.
         dry: count passes, run none.
-        rehearsed: the last forward ran other code than the next ones will, and has to be repeated.
+        must_repeat: the last forward ran other code than the next ones will, and has to be repeated.
     """
 
     mode: ClassVar[str]
@@ -106,9 +106,9 @@ class Perturbation:
         self.seconds = 0.0
         self.workspace_bytes = 0  # the most workspace that was lent beyond the memory of the forwards
         self.residual: Residual | None = None
-        self.active = self.dry = self.rehearsed = False
+        self.active = self.dry = self.must_repeat = False
         self.released: str | None = None  # why it no longer serves
-        self.adopt(weights)
+        self.set_weights(weights)
 
     @property
     def scratch_bytes(self) -> int:
@@ -130,7 +130,7 @@ class Perturbation:
         """Whether the weights are not what the model is: see ``merge``."""
         return False
 
-    def adopt(self, weights: Sequence[Weight]) -> None:
+    def set_weights(self, weights: Sequence[Weight]) -> None:
         """Serve these weights from now on."""
         self.weights = list(weights)
         self.numels = [w.tensor.numel() for w in weights]
@@ -147,10 +147,10 @@ class Perturbation:
         twin = copy.copy(self)
         twin.dry, twin.residual = True, None
         twin.weights, twin.passes, twin.seconds, twin.workspace_bytes = weights, 0.0, 0.0, 0
-        twin.forget()
+        twin.drop_cached()
         return twin
 
-    def forget(self) -> None:
+    def drop_cached(self) -> None:
         """Drop what depends on the weights as they were before a change."""
 
     # ---- passes -----------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from ..directions import Direction, Fold, Part, Pass, Weight, add_parts
 from .base import Update
 from .folds import add_lowrank, fold_differentiably, forward_arguments
 from .hooks import EMBEDDING, LINEAR, ModuleUse, ParamRef
-from .scratch import Scratch, Shown
+from .scratch import LoadedPart, Scratch
 from .stacked import check_rows
 
 
@@ -45,10 +45,10 @@ class Folded(Scratch):
         self.window: list[Part] = []  # what has been gathered, not yet written
         super().__init__(weights, model, **options)
 
-    def adopt(self, weights: Sequence[Weight]) -> None:
+    def set_weights(self, weights: Sequence[Weight]) -> None:
         assert not self.window, "a window is merged before the weights change"
         self.keep = [1.0] * len(weights)  # s
-        super().adopt(weights)
+        super().set_weights(weights)
 
     def _make_tables(self) -> None:
         super()._make_tables()
@@ -71,9 +71,9 @@ class Folded(Scratch):
     def state_bytes(self) -> int:
         return super().state_bytes + sum(part.core_bytes for part in self.window)
 
-    def forget(self) -> None:
+    def drop_cached(self) -> None:
         self.window, self.keep = [], [1.0] * len(self.weights)
-        super().forget()
+        super().drop_cached()
 
     def perturb_to(self, points: Sequence[Direction]) -> None:
         super().perturb_to([self._with_window(point) for point in points])
@@ -98,14 +98,14 @@ class Folded(Scratch):
         if len(folds) in (0, len(part.weights)):
             return [part]
         rest = sorted({*range(len(part.weights))} - {*folds})
-        return [part.of(folds), part.of(rest)]
+        return [part.select(folds), part.select(rest)]
 
     def _folds(self, part: Part) -> bool:
         return part.acts_on_outputs and part.indices[0] in self.foldable
 
     # ---- a forward --------------------------------------------------------------------------------------------------
 
-    def fills_of(self, index: int, point: int) -> list[Shown]:
+    def fills_of(self, index: int, point: int) -> list[LoadedPart]:
         shown = self.shown[index][point]
         return [s for s in shown if not s.part.acts_on_outputs] if index in self.foldable else shown
 
@@ -140,7 +140,7 @@ class Folded(Scratch):
 
     def _fold(self, use: ModuleUse, ref: ParamRef, x: Tensor, output: Tensor) -> Tensor:
         if self.fades and not any(self.fills_of(ref.index, point) for point in range(self.count)):
-            output = self._faded_output(use, ref, x, output)
+            output = self._scaled_output(use, ref, x, output)
         output = output.contiguous()
         if self.count > 1:
             check_rows(self, type(use.module).__name__, output.shape[0])
@@ -153,7 +153,7 @@ class Folded(Scratch):
             add_lowrank(output, x, arguments if use.kind == LINEAR else arguments._replace(transposed=True))
         return output
 
-    def _faded_output(self, use: ModuleUse, ref: ParamRef, x: Tensor, output: Tensor) -> Tensor:
+    def _scaled_output(self, use: ModuleUse, ref: ParamRef, x: Tensor, output: Tensor) -> Tensor:
         """s (y - b) + b, with the b that the module has added."""
         faded = self.decay_of(ref.index).view(())
         padding_row = self.weights[ref.index].padding_row

@@ -14,8 +14,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
 
-from ..directions import Weight, address, extent
-from .step_context import ambient_state_aside, uninterrupted
+from ..directions import Weight, address, address_range
+from .step_context import outside_ambient_state, uninterrupted
 
 LINEAR, CONV1D, EMBEDDING = "linear", "conv1d", "embedding"
 
@@ -174,7 +174,7 @@ class _BeforeState(_Before):
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         if self.client.pending:
             self.client.refuse_inside_forward("state_dict")
-        with ambient_state_aside(), uninterrupted():
+        with outside_ambient_state(), uninterrupted():
             self.client.merge()
 
 
@@ -225,7 +225,7 @@ class StrayUses(TorchFunctionMode):
         super().__init__()
         self.names = {w.tensor.data_ptr(): w.name for w in weights if w.tensor.numel()}
         # Views of a weight start anywhere in it.
-        self.extents = sorted(extent(w.tensor) for w in weights if w.tensor.numel() and w.tensor.is_contiguous())
+        self.extents = sorted(address_range(w.tensor) for w in weights if w.tensor.numel() and w.tensor.is_contiguous())
         self.reach = list(itertools.accumulate((end for _, end in self.extents), max))
         self.allowed = allowed
 
@@ -243,7 +243,7 @@ class StrayUses(TorchFunctionMode):
 
     def _weights_in(self, tensor: Tensor) -> list[int]:
         """Addresses of the weights that a tensor shares memory with."""
-        begin, end = extent(tensor)
+        begin, end = address_range(tensor)
         if begin in self.names:
             return [begin]
         found, i = [], bisect.bisect_left(self.extents, (end,)) - 1

@@ -14,7 +14,7 @@ from torch import nn
 from ..directions import Direction, Part, Pass, Weight
 from .base import Perturbation, Update
 from .hooks import Hooks, uses_of
-from .step_context import ambient_state_aside, uninterrupted
+from .step_context import outside_ambient_state, uninterrupted
 
 T = TypeVar("T")
 
@@ -35,14 +35,14 @@ class InPlace(Perturbation):
     def pending(self) -> bool:
         return bool(self.added)
 
-    def adopt(self, weights: Sequence[Weight]) -> None:
-        super().adopt(weights)
+    def set_weights(self, weights: Sequence[Weight]) -> None:
+        super().set_weights(weights)
         self.keep_all = [1.0] * len(weights)
         if self.hooks is not None and self.model is not None:
             self.hooks.remove()
             self.watch(self.model)
 
-    def forget(self) -> None:
+    def drop_cached(self) -> None:
         self.added, self.hooks = [], None
 
     def perturb_to(self, points: Sequence[Direction]) -> None:
@@ -118,7 +118,7 @@ class InPlace(Perturbation):
     def enter(self, number: int) -> None:
         """Before a module's forward."""
         if self.added and not self.active:
-            with ambient_state_aside(), uninterrupted():
+            with outside_ambient_state(), uninterrupted():
                 self.merge()
 
     def leave(self, number: int, args: tuple, kwargs: dict, output: Any) -> Any:

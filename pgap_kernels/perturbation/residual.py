@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..directions import Part, Pass, RulePass, Weight, writing
+from ..directions import Part, Pass, RulePass, Weight, write_context
 
 _FP16_BITS, _FP16_LOWEST = 10, -14
 _FRACTION = 15  # bits of an ulp of float16 that are kept
@@ -58,8 +58,8 @@ class ResidualPass(Pass):
     def run(self) -> None:
         highs = [t.detach() for t in self.part.tensors]
         masters = [joined(high, low) for high, low in zip(highs, self.planes, strict=True)]
-        Pass(self.part.of(range(len(masters)), masters), self.decay).run()
-        with writing(highs):
+        Pass(self.part.select(range(len(masters)), masters), self.decay).run()
+        with write_context(highs):
             for master, high, low in zip(masters, highs, self.planes, strict=True):
                 split(master, high, low)
 
@@ -111,7 +111,7 @@ class Residual:
             raise ValueError("residual: got True with an update by a rule; accepted: methods without one")
         decay = p.decay or [0.0] * len(p.weights)
         return [
-            ResidualPass(p.part.of(chosen), [decay[i] for i in chosen], None, self._planes_of(p, chosen))
+            ResidualPass(p.part.select(chosen), [decay[i] for i in chosen], None, self._planes_of(p, chosen))
             for chosen in self._batches(p.weights)
         ]
 

@@ -47,7 +47,7 @@ def _is_called_compiled() -> bool:
     return any(code.co_name == "compile_wrapper" and code.co_filename == place for code in codes)
 
 
-class Shown(NamedTuple):
+class LoadedPart(NamedTuple):
     """A part whose operands are loaded, and the position of one weight in it."""
 
     part: Part
@@ -72,8 +72,8 @@ class Scratch(Perturbation):
         self.stacked: list[StackedForward] = []
         super().__init__(weights)
 
-    def adopt(self, weights: Sequence[Weight]) -> None:
-        super().adopt(weights)
+    def set_weights(self, weights: Sequence[Weight]) -> None:
+        super().set_weights(weights)
         self._unhook()
         self.uses = uses_of(self.model, self.weights)
         self.arena = Arena(self._capacity())
@@ -132,10 +132,10 @@ class Scratch(Perturbation):
     def workspace(self, elements: int, device: torch.device) -> Tensor:
         if self.dry and max(self.arena.capacity.values()) >= 4 * elements:
             return torch.empty(elements, dtype=torch.float32, device=device)
-        idle = self.arena.idle(elements, device)
+        idle = self.arena.borrow(elements, device)
         return super().workspace(elements, device) if idle is None else idle
 
-    def forget(self) -> None:
+    def drop_cached(self) -> None:
         self.memory, self.checked = {}, set()
         self._make_tables()
         self.restore()
@@ -147,14 +147,14 @@ class Scratch(Perturbation):
             operands.unload()
         self.count = len(points)
         # Of each weight and each point, what is added.
-        self.shown: list[list[list[Shown]]] = [[[] for _ in points] for _ in self.weights]
+        self.shown: list[list[list[LoadedPart]]] = [[[] for _ in points] for _ in self.weights]
         keys = []
         for number, point in enumerate(points):
             for part in point:
                 operands = self._loaded(number, part)
                 keys.append((number, part.layout(), operands.graph_key()))
                 for position, index in enumerate(part.indices):
-                    self.shown[index][number].append(Shown(part, operands, position))
+                    self.shown[index][number].append(LoadedPart(part, operands, position))
         self.key: tuple = tuple(keys)
         # Of each use, the parameters that its module's forward finds replaced by the buffer; read before every layer.
         self.filled = [
@@ -176,7 +176,7 @@ class Scratch(Perturbation):
     def graph_key(self) -> Hashable:
         return self.count, self.key
 
-    def fills_of(self, index: int, point: int) -> list[Shown]:
+    def fills_of(self, index: int, point: int) -> list[LoadedPart]:
         """What is added to a weight in the buffer."""
         return self.shown[index][point]
 
@@ -193,7 +193,7 @@ class Scratch(Perturbation):
     def forward(self, call: Callable[[], T]) -> T:
         self.calls = [1 if self.dry else 0] * len(self.uses)
         self.active, self.captures, self.rows = True, False, 0
-        self.rehearsed, self.source = False, set()
+        self.must_repeat, self.source = False, set()
         training = tuple([module.training for module in self.modules])
         try:
             if training in self.checked or self.dry or self._is_compiled():
@@ -263,7 +263,7 @@ class Scratch(Perturbation):
                 ref.owner._parameters[ref.name] = out  # type: ignore[assignment]
             return
         if self.searching and not any(self.calls):
-            self.rehearsed = _is_called_compiled()
+            self.must_repeat = _is_called_compiled()
         for ref in use.refs:
             if not ref.is_in_place() and id(ref.owner._parameters.get(ref.name)) not in self.lent:
                 raise RuntimeError(
@@ -337,10 +337,10 @@ class Scratch(Perturbation):
     def detached_output(self, output: Any) -> Any:
         """A copy of an output if it lies in the buffer, which will be overwritten; else None."""
         if isinstance(output, Tensor):
-            return output.clone() if self.arena.holds(output) else None
-        if not any(self.arena.holds(t) for t in tensors_in(output)):
+            return output.clone() if self.arena.contains(output) else None
+        if not any(self.arena.contains(t) for t in tensors_in(output)):
             return None
-        return torch.utils._pytree.tree_map_only(Tensor, lambda t: t.clone() if self.arena.holds(t) else t, output)
+        return torch.utils._pytree.tree_map_only(Tensor, lambda t: t.clone() if self.arena.contains(t) else t, output)
 
     def _unwind(self) -> None:
         """Give every module its parameters back, even if a forward stopped half way."""

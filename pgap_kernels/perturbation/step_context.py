@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..directions import extent, storage, writing
+from ..directions import address_range, storage, write_context
 
 _PIECE = 1 << 24  # bytes that a checksum reads at a time
 
@@ -47,7 +47,7 @@ class Ambient:
 
 
 @contextlib.contextmanager
-def ambient_state_aside() -> Iterator[Ambient]:
+def outside_ambient_state() -> Iterator[Ambient]:
     """Run the optimizer outside of the caller's inference mode, whose tensors could not be written later, and of its
     grad mode and default device."""
     ambient = Ambient()
@@ -122,7 +122,7 @@ class ForwardState:
         self.cuda_devices = {t.device for t in tensors if t.device.type == "cuda"}
         self.weights_in: dict[int, list[tuple[int, int]]] = {}  # extents of the weights in each storage
         for t in tensors:
-            self.weights_in.setdefault(storage(t), []).append(extent(t))
+            self.weights_in.setdefault(storage(t), []).append(address_range(t))
         self.changing: set[int] = set()  # large buffers that forwards write, by id
         self.inspected: set[tuple[bool, ...]] = set()  # training flags under which checksums were compared
 
@@ -153,7 +153,7 @@ class ForwardState:
             self.large.append((buffer, _version(buffer), checksum))
 
     def _shares_elements(self, buffer: Tensor) -> bool:
-        begin, end = extent(buffer)
+        begin, end = address_range(buffer)
         return any(begin < stop and start < end for start, stop in self.weights_in.get(storage(buffer), ()))
 
     def restore(self) -> None:
@@ -167,10 +167,10 @@ class ForwardState:
                     buffers[name] = buffer  # a forward has put another tensor there
         if self.copies:
             targets = [buffer for buffer, _ in self.copies]
-            with writing(targets):
+            with write_context(targets):
                 torch._foreach_copy_(targets, [copy for _, copy in self.copies])
 
-    def learn_changes(self) -> bool:
+    def track_changed_buffers(self) -> bool:
         """Whether a forward has changed a large buffer for the first time, or made one.
 
         It is copied from now on, as that forward left it. The caller repeats the forward, so that all forwards of the

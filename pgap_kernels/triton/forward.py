@@ -68,7 +68,7 @@ def token_block(block, tokens, BM: tl.constexpr):
 
 
 @triton.jit
-def mixed(t, core_ptr, j, SHAPE: tl.constexpr, K: tl.constexpr):
+def times_core(t, core_ptr, j, SHAPE: tl.constexpr, K: tl.constexpr):
     """x F N of (BM, K) columns of x F that hold the whole rank, rounded."""
     if SHAPE.cored:
         n = core_tile(core_ptr, tl.arange(0, K)[:, None], j[None, :], SHAPE)
@@ -127,7 +127,7 @@ def project_kernel(
         if SPLIT:
             t = dot(round_to(x.to(tl.float32) - high.to(tl.float32), SHAPE.dtype), f, t, SHAPE.precision)
     if MIXES:
-        t = mixed(t, core_ptr + part * core_stride, j, SHAPE, TILE.columns)
+        t = times_core(t, core_ptr + part * core_stride, j, SHAPE, TILE.columns)
     t_pointer = t_ptr + (i[:, None] * SHAPE.width + j[None, :])
     tl.store(t_pointer, t, mask=inside[:, None] & (j < SHAPE.width)[None, :])
 
@@ -214,7 +214,7 @@ def expand_kernel(
     tl.store(y_pointer, round_to(y + acc, SHAPE.dtype), mask=inside)
 
 
-def spaced(tensors):
+def first_and_stride(tensors):
     """The first tensor and the distance between tensors, in elements; if the distances differ, they are copied."""
     addresses = [t.data_ptr() for t in tensors]
     distances = {after - before for before, after in pairwise(addresses)} or {0}
@@ -229,7 +229,7 @@ def factor_of_slices(a, side, dtype, device):
     """A or B: the first slice's, and the distance to the next one's; drawn ones are made now, in y's dtype."""
     stored = (a.left, a.right)[side]
     if stored:
-        return spaced(stored)
+        return first_and_stride(stored)
     base, row_stride = a.span or (0, 1)
     first, size = (base // row_stride, base % row_stride)[side], a.shape[side] * a.rank
     keys = torch.stack([pair[:2] for pair in a.keys])
@@ -265,7 +265,7 @@ def lowrank_forward_(outputs, inputs, a):
     precision = precision_on(device, dtype, width)
     shape = Shape(a.rank, width, TYPES[dtype], precision, a.transposed, bool(a.cores))
     t = torch.empty(tokens, width, dtype=dtype, device=device)
-    core, core_stride = spaced(a.cores or a.coefficients)
+    core, core_stride = first_and_stride(a.cores or a.coefficients)
     per_slice = tokens // a.slices
     common = {"core_ptr": core, "core_stride": core_stride, "tokens": per_slice, "SHAPE": shape}
 

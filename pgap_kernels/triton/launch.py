@@ -26,7 +26,7 @@ _sticky: dict[torch.device, Tensor] = {}
 
 
 @triton.jit
-def find_bad(scalars_ptr, count, BLOCK: tl.constexpr):
+def find_nonfinite(scalars_ptr, count, BLOCK: tl.constexpr):
     """1 where one of every BLOCK scalars is not finite, (BLOCK,)."""
     bad = tl.zeros((BLOCK,), tl.int32)
     for begin in range(0, count, BLOCK):
@@ -46,8 +46,8 @@ def guard_kernel(
     skip_ptr, sticky_ptr, table0, table1, table2, table3, count0, count1, count2, count3, BLOCK: tl.constexpr
 ):
     """skip <- 1 if a scalar of a table is not finite, else 0; sticky <- sticky | skip."""
-    bad = find_bad(table0, count0, BLOCK) | find_bad(table1, count1, BLOCK)
-    bad |= find_bad(table2, count2, BLOCK) | find_bad(table3, count3, BLOCK)
+    bad = find_nonfinite(table0, count0, BLOCK) | find_nonfinite(table1, count1, BLOCK)
+    bad |= find_nonfinite(table2, count2, BLOCK) | find_nonfinite(table3, count3, BLOCK)
     skip = tl.max(bad, 0)
     tl.store(skip_ptr, skip)
     if skip != 0:

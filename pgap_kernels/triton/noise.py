@@ -23,7 +23,7 @@ class Noise(NamedTuple):
 
 
 @triton.jit
-def _wide(a, b: tl.constexpr):
+def mul_hi_lo(a, b: tl.constexpr):
     """High and low words of a 32 x 32 bit product; a uint64 multiplication compiles to one instruction."""
     product = a.to(tl.uint64) * b
     return (product >> 32).to(tl.uint32), product.to(tl.uint32)
@@ -35,8 +35,8 @@ def philox7(c0, c1, c2, k0, k1):
     x0, x1, x2 = c0, c1, c2
     x3 = c2 ^ c2
     for _ in tl.static_range(7):
-        high0, low0 = _wide(x0, 0xD2511F53)
-        high1, low1 = _wide(x2, 0xCD9E8D57)
+        high0, low0 = mul_hi_lo(x0, 0xD2511F53)
+        high1, low1 = mul_hi_lo(x2, 0xCD9E8D57)
         x0, x1, x2, x3 = high1 ^ x1 ^ k0, low1, high0 ^ x3 ^ k1, low0
         k0 = (k0.to(tl.uint64) + 0x9E3779B9).to(tl.uint32)
         k1 = (k1.to(tl.uint64) + 0xBB67AE85).to(tl.uint32)

@@ -51,7 +51,7 @@ def reduce_kernel(
 
 
 @triton.jit
-def collect_kernel(entries_ptr, parts_ptr, totals_ptr, STEP: tl.constexpr):
+def sum_tiles_kernel(entries_ptr, parts_ptr, totals_ptr, STEP: tl.constexpr):
     """The sum of one tensor's tiles, in order."""
     t = tl.program_id(0).to(tl.int64)
     entry = entries_ptr + t * FIELDS
@@ -84,5 +84,5 @@ def reduce(tensors, arguments: ReductionArguments):
         NOISE=noise_on(device, arguments.distribution, arguments.tier),
     )
     totals_of = {"entries_ptr": table.pointers.entries, "parts_ptr": parts, "totals_ptr": totals}
-    launch(collect_kernel, len(tensors), device, Config(), **totals_of, STEP=1024)
+    launch(sum_tiles_kernel, len(tensors), device, Config(), **totals_of, STEP=1024)
     return totals

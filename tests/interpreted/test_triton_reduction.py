@@ -11,7 +11,7 @@ from support.cases import DISTRIBUTIONS, IDS, KEYS, LAYOUTS, Case, dot_arguments
 from support.helpers import DTYPES, ops, weights
 from support.sums import magnitudes
 
-from pgap_kernels.triton.reduction import collect_kernel
+from pgap_kernels.triton.reduction import sum_tiles_kernel
 from pgap_kernels.triton.table import FIELDS, FIRST_TILE, TILES
 
 NOTHING_AND_ONE = [(), (0,), (0, 4), (1,), (3, 5)]
@@ -91,6 +91,6 @@ def test_parts_of_many_tiles():
         row[FIRST_TILE.value], row[TILES.value] = first, count
         first += count
     totals = torch.full((len(counts),), math.nan, dtype=torch.float64)
-    collect_kernel[(len(counts),)](entries_ptr=table, parts_ptr=parts, totals_ptr=totals, STEP=16)
+    sum_tiles_kernel[(len(counts),)](entries_ptr=table, parts_ptr=parts, totals_ptr=totals, STEP=16)
     for total, own in zip(totals.tolist(), parts.split(counts), strict=True):
         assert abs(total - math.fsum(own.tolist())) <= 1e-12 * own.abs().sum().item()

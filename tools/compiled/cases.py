@@ -217,7 +217,7 @@ def other_cases() -> list[Case]:
             case = _tiled(kernel, config, dtype, op, read * size, written * size, lanes=lanes)
             cases.append(replace(case, function="reduce_kernel") if kernel == "reduce" else case)
     parts = _tiled("reduce", "parts", "fp32", lambda t: squared_norms([_matrix(t)]), 0, 0)
-    return [*cases, replace(parts, function="collect_kernel"), _tiled("guard", "", "fp32", _guard, 0, 0)]
+    return [*cases, replace(parts, function="sum_tiles_kernel"), _tiled("guard", "", "fp32", _guard, 0, 0)]
 
 
 # ---- low rank -------------------------------------------------------------------------------------------------------
