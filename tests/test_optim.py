@@ -134,7 +134,7 @@ def test_low_rank_methods_keep_the_contract_on_the_reference(row, monkeypatch):
 
 
 RATES = {"mezo-3": 0.03, "pgap": 0.03, "pizo-greedy": 0.02, "helene": 0.05, "lozo": 0.02, "lozo-m": 0.02, "dizo": 0.03}
-RATES |= {"eggroll": 30.0, "agzo": 0.1}
+RATES |= {"eggroll": 30.0, "agzo": 0.1, "loren": 0.003}
 
 
 @pytest.mark.parametrize("row", METHODS)

@@ -11,6 +11,7 @@ from .base import Cost, Evaluation, NonFiniteLossError, ZOOptimizer
 from .dizo import DiZO
 from .eggroll import EGGROLL
 from .helene import HELENE
+from .loren import LOREN
 from .lowrank import LowRankOptimizer
 from .lozo import LOZO
 from .lozo_m import LOZOM
@@ -25,6 +26,7 @@ __all__ = [
     "AGZO",
     "EGGROLL",
     "HELENE",
+    "LOREN",
     "LOZO",
     "LOZOM",
     "PGAP",

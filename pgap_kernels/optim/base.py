@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import noise
-from ..directions import Amounts, Direction, Noise, Weight
+from ..directions import Amounts, Direction, Noise, Pass, Weight
 from ..noise import Role
 from ..perturbation import (
     Ambient,
@@ -133,7 +133,13 @@ class ZOOptimizer(ModeOptimizer):
         raise NotImplementedError
 
     def apply_update(
-        self, terms: Sequence[tuple[Direction, Amounts]], *, flush: bool = False, rule: StateRule | None = None
+        self,
+        terms: Sequence[tuple[Direction, Amounts]],
+        *,
+        flush: bool = False,
+        rule: StateRule | None = None,
+        before: Sequence[Pass] = (),
+        after: Sequence[Pass] = (),
     ) -> None:
         """The end of a step: W <- (1 - lr wd) W + sum of amount * direction; the step then counts as taken.
 
@@ -144,6 +150,7 @@ class ZOOptimizer(ModeOptimizer):
             terms: directions with an amount for each weight.
             flush: the next step shall find everything in the weights, whatever the mode defers.
             rule: makes the update of the sum as a gradient estimate, with state.
+            before, after: passes over the state itself, which happen or not with the rest.
         """
         direction = Direction.sum(terms)
         self._refuse_overflow(direction)
@@ -155,7 +162,9 @@ class ZOOptimizer(ModeOptimizer):
             return self.key(Role.ROUNDING, self.perturbation.passes_this_step + n)
 
         with self.timed("perturb"), uninterrupted():
-            self.perturbation.apply(Update(direction, self.decay(), rounding_key, flush, next_point, rule))
+            self.perturbation.apply(
+                Update(direction, self.decay(), rounding_key, flush, next_point, rule, before, after)
+            )
             self.steps += 1
 
     def _refuse_overflow(self, direction: Direction) -> None:
@@ -174,9 +183,9 @@ class ZOOptimizer(ModeOptimizer):
         """
         return losses
 
-    def to_host(self, values: Tensor) -> list[float]:
-        """Values of a reduction on the host; ones when run dry."""
-        return [1.0] * values.numel() if values.is_meta else values.flatten().tolist()
+    def to_host(self, values: Tensor, made_up: float = 1.0) -> list[float]:
+        """Values of a reduction on the host; made up when run dry, where equal ones could make a pass an empty one."""
+        return [made_up] * values.numel() if values.is_meta else values.flatten().tolist()
 
     def timed(self, part: str) -> contextlib.AbstractContextManager[None]:
         """Add the wall seconds of a block to ``seconds[part]``."""

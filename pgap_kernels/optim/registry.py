@@ -12,6 +12,7 @@ from .base import Params, ZOOptimizer
 from .dizo import DiZO
 from .eggroll import EGGROLL
 from .helene import HELENE
+from .loren import LOREN
 from .lowrank import LowRankOptimizer
 from .lozo import LOZO
 from .lozo_m import LOZOM
@@ -26,6 +27,7 @@ _OWN: dict[str, type[ZOOptimizer]] = {
     "dizo": DiZO,
     "eggroll": EGGROLL,
     "helene": HELENE,
+    "loren": LOREN,
     "lozo": LOZO,
     "lozo-m": LOZOM,
     "mezo": MeZO,

@@ -31,8 +31,8 @@ class StateRule(NamedTuple):
     indices: Collection[int] | None = None
 
     def serves(self, part: Part) -> bool:
-        """Whether it updates the weights of a part."""
-        return self.indices is None or part.indices[0] in self.indices
+        """Whether it updates the weights of a part by it; beside a rule for some weights other kinds of part may be."""
+        return self.indices is None or (part.indices[0] in self.indices and part.plain_draws() is not None)
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Update:
         flush: leave everything that was learnt in the weights, whatever the mode defers otherwise.
         next_point: what the next step's first forward adds to the weights, if that is known.
         rule: for updates with state.
+        before, after: passes over the state itself.
     """
 
     direction: Direction
@@ -54,6 +55,8 @@ class Update:
     flush: bool = True
     next_point: Direction | None = None
     rule: StateRule | None = None
+    before: Sequence[Pass] = ()
+    after: Sequence[Pass] = ()
 
     def keep(self) -> list[float]:
         """1 - decay of the weights that move, 1 of the others."""
@@ -66,13 +69,13 @@ class Update:
         If several write a weight, the first one decays it, and each has a rounding key of its own.
         """
         times: dict[int, int] = {}
-        made: list[Pass] = []
+        made = list(self.before)
         for part, restore in moves if moves is not None else [(part, None) for part in self._parts()]:
             decay = [0.0 if w.index in times else self.decay[w.index] for w in part.weights]
             key = self.rounding_key(max(times.get(i, 0) for i in part.indices))
             times |= {i: times.get(i, 0) + 1 for i in part.indices}
             made.append(self._pass(part, decay, key, restore))
-        return made
+        return [*made, *self.after]
 
     def _parts(self) -> list[Part]:
         return list(self.direction) if self.rule else concatenated(self.direction)

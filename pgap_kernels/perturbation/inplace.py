@@ -93,7 +93,8 @@ class InPlace(Perturbation):
                     after.append(entered)
             moves.append((move, None))
         rest = [part for part in self.added if not any(part is p for p in gone)]
-        passes = update.passes(moves) + [Pass(part.removal(keep)) for part in rest]
+        # What is only to be taken off comes first: a rule with state is best last, as it has no inverse.
+        passes = [Pass(part.removal(self.keep_all)) for part in rest] + update.passes(moves)
         self.run_all(passes, copy_budget=0)
         self.added = after
         self.passes_this_step += 1 + len(passes)

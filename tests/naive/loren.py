@@ -8,8 +8,8 @@
     grad_k = sum_rows (f_k - mean f) (c1 - c2) / (sqrt(rho + s) (K - 1)),  c1 = <a~, u> u - a~,
              c2 = (sqrt(rho) + sqrt(rho + s)) (<a~, u>^2 - s) a~ / (s sqrt(rho + s))
 
-rho is ``damping``. The code's lr_a is lr_cov eps^2, with which a never moves. Tensors of fewer than two dimensions are
-one row and have no momentum; decay reaches every tensor.
+Tensors without a are not damped: z_k = u_k. rho is ``damping``. The code's lr_a is lr_cov eps^2, with which a never
+moves. Tensors of fewer than two dimensions are one row and have no momentum; decay reaches every tensor.
 """
 
 import math
@@ -38,7 +38,8 @@ def gradient_of_a(u: Tensor, a: Tensor, damping: float) -> Tensor:
     dot = (a * u).sum()
     c1 = dot * u - a
     c2 = (math.sqrt(damping) + root) * (dot**2 - s) * a / (s * root)
-    return (c1 - c2).view(-1, a.numel()).sum(0) / root
+    rows = c1 - c2
+    return (rows.sum(0) if rows.dim() > 1 else rows) / root
 
 
 def step(
@@ -57,7 +58,7 @@ def step(
 ) -> tuple[Weights, State]:
     """State: a, given before the first step (columns; numel of 1-D tensors); m, which starts at zero."""
     a, m, K = dict(state["a"]), dict(state.get("m", {})), len(u)
-    z = [{name: damped(draw[name], a[name], damping) for name in weights} for draw in u]
+    z = [{n: damped(draw[n], a[n], damping) if n in a else draw[n] for n in weights} for draw in u]
     f = [loss(perturbed(weights, z_k, eps)) for z_k in z]
     centred = [f_k - sum(f) / K for f_k in f]
     new = {}
@@ -70,6 +71,8 @@ def step(
                 term = m[name] = term + (beta * m[name] if name in m else 0.0)
             w = (1 - lr * weight_decay) * w - lr * term
         new[name] = w
+        if name not in a:
+            continue
         moves = [c / (K - 1) * gradient_of_a(draw[name], a[name], damping) for c, draw in zip(centred, u, strict=True)]
         a[name] = (1 - lr_a * weight_decay) * a[name] - lr_a * sum(moves)
     return new, {"a": a, "m": m}

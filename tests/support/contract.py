@@ -226,7 +226,8 @@ class Contract:
 
 
 class Contract16(Contract):
-    """The same of 16-bit weights: each layer runs on its point, rounded to nearest, and an update rounds a weight once.
+    """The same of 16-bit weights: each layer runs on its point, rounded to nearest, and every part of an update rounds
+    a weight once.
 
     The update is stochastic, or with residual planes as exact as in float32 (in float16: 2^-15 of an ulp). No forward
     reads a plane.
@@ -251,7 +252,8 @@ class Contract16(Contract):
 
     def seen_at(self, name: str, w: Counted) -> Counted:
         """A weight as a forward sees it: without its plane, and rounded, as P and B of a 16-bit product are."""
-        return Counted(w.value - self.plane[name], error=w.bound(PASS) + self.unit * (w.size + 2 * self.moved(name, w)))
+        rounded = self.row.parts * self.unit * w.size + 2 * self.unit * self.moved(name, w)
+        return Counted(w.value - self.plane[name], error=w.bound(PASS) + rounded)
 
     def moved(self, name: str, w: Counted) -> Tensor:
         """What of a weight's terms is not what was stored."""
@@ -279,7 +281,8 @@ class Contract16(Contract):
                 nearest = now.to(self.dtype)  # or as near on the other side
                 assert torch.equal((now - p).abs(), (now - nearest).abs()), f"{name}: not its own value's rounding"
             else:
-                bound = Bounded(w.value, w.off + 2 * self.unit * self.moved(name, w))
+                earlier = (self.row.parts - 1) * 2 * self.unit * w.size  # roundings, of up to an ulp each
+                bound = Bounded(w.value, w.off + earlier + 2 * self.unit * self.moved(name, w))
                 assert bound.stored(self.dtype, stochastic=True).holds(p), f"{name}: not the method's update"
             self.weights[name] = known(now)
 

@@ -13,12 +13,12 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from naive import agzo, dizo, eggroll, helene, lozo_m, mezo, pgap, pizo
+from naive import agzo, dizo, eggroll, helene, loren, lozo_m, mezo, pgap, pizo
 from torch import Tensor
 
 from pgap_kernels import draw, noise
 from pgap_kernels.noise import Role
-from pgap_kernels.optim import AGZO, EGGROLL, PGAP, LowRankOptimizer, MeZO, ZOOptimizer
+from pgap_kernels.optim import AGZO, EGGROLL, LOREN, PGAP, LowRankOptimizer, MeZO, ZOOptimizer
 from pgap_kernels.optim.dizo import DiZO
 from pgap_kernels.optim.helene import HELENE
 from pgap_kernels.optim.lozo import LOZO
@@ -210,6 +210,16 @@ def naive_agzo(s: Step):
     return agzo.step(s.weights, s.loss, A, R, z, s.state, lr=rates["lr"], mu=rates["eps"], sides=sides)
 
 
+def naive_loren(s: Step):
+    first = noise.derive(s.options["seed"], 0, Role.RIGHT)
+    a = {n: drawn((w.shape[1],), first, n) for n, w in s.weights.items() if w.dim() == 2}
+    options = s.given("damping", "beta", "momentum")
+    lr_a = s.options["lr_a"] if s.options.get("curvature") == "learned" else 0.0
+    u = [s.z(probe=k) for k in range(s.options["probes"])]
+    rates = {"lr": s.rates["lr"], "eps": s.rates["eps"]}
+    return loren.step(s.weights, s.loss, u, s.state or {"a": a}, lr_a=lr_a, **options, **rates)
+
+
 def naive_dizo(s: Step):
     """Iterations of a projection are steps of their own: each is run after those before it, on the losses they had."""
     kappa, iterations = s.options["kappa"], s.options["iterations"]
@@ -259,6 +269,7 @@ class Row:
         reported: how many of the last losses ``step`` returns the mean of.
         state: entries of the optimizer's state, by their names in the naive method's.
         constant: entries that are not meant to move.
+        parts: of a direction on one weight.
     """
 
     id: str
@@ -269,6 +280,7 @@ class Row:
     reported: int = 2
     state: Mapping[str, str] = field(default_factory=dict)
     constant: Collection[str] = ()
+    parts: int = 1
 
     @property
     def modes(self) -> list[str]:
@@ -305,14 +317,15 @@ def is_exact(mode: str) -> bool:
     return mode not in ("inplace", "two_pass")
 
 
-def row(id: str, make, naive, groups=None, reported: int = 2, state=(), constant=(), **options: Any) -> Row:
+def row(id: str, make, naive, groups=None, reported: int = 2, state=(), constant=(), parts=1, **options: Any) -> Row:
     base = {"lr": 0.05, "eps": 0.02, "seed": 13} | ({} if make is DiZO else {"weight_decay": 0.0})
-    return Row(id, make, naive, base | options, groups, reported, dict(state), constant)
+    return Row(id, make, naive, base | options, groups, reported, dict(state), constant, parts)
 
 
 SMALL_PGAP = {"rank": 3, "window": 3, "probes": 2}
 MOMENTS = {"m": "momentum", "h": "curvature"}
 HELENE_OPTIONS = {"batch_size": 8, "anneal_steps": 5.0, "refresh_every": 3, "floor": 1.0}
+LOREN_STATE = {"a": "a", "m": "momentum"}
 LOZO_OPTIONS = {"rank": 2, "window": 3, "lr": 0.03}
 
 ROWS = [
@@ -347,10 +360,17 @@ ROWS = [
         exclude=["embed*"]),
     row("agzo", AGZO, naive_agzo, rank=2, basis_interval=3, reported=1, state={}),
     row("agzo-two", AGZO, naive_agzo, rank=1, basis_interval=1, sides=2, exclude=["embed*"]),
+    row("loren", LOREN, naive_loren, parts=2, probes=4, eps=0.05, reported=4, state=LOREN_STATE, constant=("a",)),
+    row("loren-learned", LOREN, naive_loren, parts=2, probes=3, eps=0.05, reported=3, beta=0.8, curvature="learned",
+        lr_a=0.3, groups={}, state=LOREN_STATE),
+    row("loren-query", LOREN, naive_loren, parts=2, probes=3, eps=0.05, reported=3, beta=0.7, momentum="per_query",
+        state=LOREN_STATE, constant=("a",)),
     row("dizo", DiZO, naive_dizo, select=["up.weight", "lora*", "down.bias"], kappa=3, iterations=3, tau=0.3, eps_p=0.5,
         s=0.5, constant=("anchor",)),
 ]  # fmt: skip
 # One of each method.
 METHODS = [
-    r for r in ROWS if r.id in ("mezo-3", "pgap", "pizo-greedy", "helene", "lozo", "lozo-m", "dizo", "eggroll", "agzo")
+    r
+    for r in ROWS
+    if r.id in ("mezo-3", "pgap", "pizo-greedy", "helene", "lozo", "lozo-m", "dizo", "eggroll", "agzo", "loren")
 ]
