@@ -457,6 +457,7 @@ def test_built_in_model_and_data_are_what_the_docs_say(built_in):
 
 
 @pytest.mark.model
+@pytest.mark.slow
 def test_a_run_on_the_built_in_model_learns_something_and_reports(built_in, tmp_path):
     result = job.run(
         Config(

@@ -84,23 +84,19 @@ def test_a_buffer_in_the_same_storage_as_a_weight():
 
 @pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
 def test_an_embedding_that_rescales_its_weight_in_the_forward(kind):
-    def rescaled():
-        model = Bag(functools.partial(kind, max_norm=1.0), 3)
-        bag_loss(model)
-        return model
-
+    rescaling = functools.partial(Bag, functools.partial(kind, max_norm=1.0), 3)  # from norms near 3
     message = r"^mode: got 'inplace', but 'words\.weight' is rescaled by the forwards of its \w+ \(max_norm=1\.0\)"
     for case in ("mezo-inplace", "mezo-two_pass", "pgap-inplace"):
         with pytest.raises(ValueError, match=message):
-            make(case, seeded(rescaled))
+            make(case, seeded(rescaling))
     for method, options in ((MeZO, {}), (PGAP, PGAP_OPTIONS)):
-        model = seeded(rescaled)
+        model = seeded(rescaling)
         optimizer = method(model, lr=0.0, **options)
         before = snapshot(model)
         take_steps(optimizer, model, 10, bag_loss)
         assert optimizer.mode == {MeZO: "scratch", PGAP: "folded"}[method]
         assert_same_weights(model, before)
-    model = seeded(rescaled)
+    model = seeded(rescaling)
     model.words.requires_grad_(False)
     take_steps(make("mezo-inplace", model), model, 1, bag_loss)
 
