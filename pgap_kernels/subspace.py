@@ -55,11 +55,30 @@ def randomized_svd(matrix: Tensor, rank: int, test_matrix: Tensor, power_iterati
     # SVD of Q^T G through the QR of its transpose, so that the dense SVD is only p x p.
     v, r = torch.linalg.qr(matrix.T @ q)
     inner_u, s, inner_vh = torch.linalg.svd(r.T)
-    left, right = q @ inner_u[:, :rank], v @ inner_vh.T[:, :rank]
-    # The sign of a pair of singular vectors is arbitrary: u's largest element is made positive, so that rounding does
-    # not choose it.
+    return _signed(q @ inner_u[:, :rank], s[:rank].clone(), v @ inner_vh.T[:, :rank])
+
+
+def product_basis(left: Tensor, right: Tensor, rank: int) -> Basis:
+    """Truncated SVD of L R^T from its factors, (m, p) and (n, p) with p >= rank: the dense SVD is of p x p only.
+
+    Raises:
+        ValueError: rank exceeds p or a side.
+    """
+    limit = min(*left.shape, *right.shape)
+    if not 1 <= rank <= limit:
+        raise ValueError(
+            f"rank: got {rank}; accepted: 1 to {limit} for factors {tuple(left.shape)}, {tuple(right.shape)}"
+        )
+    q, r = torch.linalg.qr(left)
+    w, s = torch.linalg.qr(right)
+    u, singular_values, vh = torch.linalg.svd(r @ s.T)
+    return _signed(q @ u[:, :rank], singular_values[:rank].clone(), w @ vh.T[:, :rank])
+
+
+def _signed(left: Tensor, singular_values: Tensor, right: Tensor) -> Basis:
+    """A pair of singular vectors has a sign to choose: u's largest element is positive, so that rounding does not."""
     sign = left.gather(0, left.abs().argmax(0, keepdim=True)).sign()
-    return Basis((left * sign).contiguous(), s[:rank].clone(), (right * sign).contiguous())
+    return Basis((left * sign).contiguous(), singular_values, (right * sign).contiguous())
 
 
 def gradient_basis(

@@ -93,35 +93,35 @@ class Evaluation:
 
     def population(self, points: Sequence[PointSpec]) -> list[float]:
         """Losses at several points: as many in one forward as the closure's batch holds copies of the minibatch, else
-        one each. Copies that are left over see the last point again.
+        one each.
 
         Raises:
             NonFiniteLossError: a loss is not finite.
         """
-        spare = -len(points) % self.members
-        filled = [*points, *[points[-1]] * spare]
-        losses = self.group_losses([point for point in filled for _ in range(self.groups)])
-        del self.losses[len(self.losses) - spare * self.groups :]
-        means = [sum(losses[i : i + self.groups]) / self.groups for i in range(0, len(losses), self.groups)]
-        return means[: len(points)]
+        losses = self.group_losses([point for point in points for _ in range(self.groups)])
+        return [sum(losses[i : i + self.groups]) / self.groups for i in range(0, len(losses), self.groups)]
 
     def group_losses(self, points: Sequence[PointSpec]) -> list[float]:
         """The mean loss of each group of each copy of the minibatch at a point of its own, all groups of a copy before
-        the next.
+        the next. Copies that are left over see what the last one does.
 
         Raises:
             NonFiniteLossError: a loss is not finite.
         """
         per_forward = self.members * self.groups
-        assert len(points) % per_forward == 0
+        assert len(points) % self.groups == 0
+        filled = list(points)
+        while len(filled) % per_forward:
+            filled += points[-self.groups :]
         self.rows = []
         found: list[Tensor] = []
-        for first in range(0, len(points), per_forward):
-            together = [direction.scaled(radius) for direction, radius in points[first : first + per_forward]]
+        for first in range(0, len(filled), per_forward):
+            together = [direction.scaled(radius) for direction, radius in filled[first : first + per_forward]]
             if per_forward > 1:
                 self._check_slices(together[0], per_forward)
             found.append(self._forward_at(together))
         losses = [value for vector in found for value in vector.tolist()]  # only now, so that no forward waits
+        del losses[len(points) :]
         self.losses += losses
         for i, value in enumerate(losses):
             if not math.isfinite(value):

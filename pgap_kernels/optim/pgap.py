@@ -8,16 +8,14 @@ from typing import Any, ClassVar
 from .. import checks, ops
 from ..directions import Direction, Factor, Weight
 from ..noise import Role
-from ..subspace import Basis, gradient_basis
+from ..subspace import Basis
 from .base import Evaluation, Params
-from .lowrank import LowRankOptimizer
+from .gradient_subspace import GradientSubspaceOptimizer
 from .options import at_least_one, positive
 from .sampling import Sampling
 
-PAPER_PROBE_EPS = 1e-3
 
-
-class PGAP(LowRankOptimizer):
+class PGAP(GradientSubspaceOptimizer):
     """Projected gradient-aligned perturbations.
 
     Every ``window`` steps, h two-sided probes along dense noise Q_j on all weights estimate per matrix
@@ -44,6 +42,8 @@ class PGAP(LowRankOptimizer):
         eps_probe: smoothing radius of the probes; by default eps, or 1e-3 with scale="paper".
         eps_dense, lr_dense: of tensors that take dense noise, in every group; by default the group's eps and lr.
             lr_dense is kept as a ratio to ``lr``, so schedules and groups with their own lr scale it; decay goes by lr.
+        probe_rank: if given, probes are low-rank, on the matrices alone, and each group of examples has its own:
+            probes * groups directions for the same forwards.
         directions, baseline: n cores per step (and group), and what their losses are compared with: ``Sampling``.
         **options: model, seed, tensor_ids, on_nonfinite, mode and its options, of ``ZOOptimizer``.
     """
@@ -70,17 +70,26 @@ class PGAP(LowRankOptimizer):
         eps_probe: float | None = None,
         eps_dense: float | None = None,
         lr_dense: float | None = None,
+        probe_rank: int | None = None,
         directions: int = 1,
         baseline: str = "antithetic",
         **options: Any,
     ) -> None:
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "rank": rank, "delta": delta}
-        super().__init__(params, defaults, window=window, scale=scale, exclude=exclude, **options)
+        super().__init__(
+            params,
+            defaults,
+            window=window,
+            scale=scale,
+            exclude=exclude,
+            probes=probes,
+            eps_probe=eps_probe,
+            probe_rank=probe_rank,
+            **options,
+        )
         self.sampling = Sampling.checked(directions, self.groups, self.members, baseline)
-        self.probes = at_least_one("probes", probes)
         self.delta_steps = None if delta_steps is None else at_least_one("delta_steps", delta_steps)
         self.xi = checks.choice("xi", xi, ("per_matrix", "global", "fixed"))
-        self.eps_probe = None if eps_probe is None else positive("eps_probe", eps_probe)
         self.eps_dense = None if eps_dense is None else positive("eps_dense", eps_dense)
         # The ratio, not the value, is kept: a scheduler then moves both learning rates.
         self.dense_lr_ratio = 1.0
@@ -145,28 +154,3 @@ class PGAP(LowRankOptimizer):
     def rates(self) -> list[float]:
         lowrank = {*self.lowrank_indices()}
         return [lr if i in lowrank else lr * self.dense_lr_ratio for i, lr in enumerate(super().rates())]
-
-    # ---- the refresh --------------------------------------------------------------------------------------------
-
-    def refresh(self, evaluate: Evaluation) -> None:
-        """New U, S, V of every matrix from h probes on this step's minibatch; the weights end as they began."""
-        radius = self.amounts("eps")
-        if self.eps_probe is not None or self.scale == "paper":
-            radius = [self.eps_probe or PAPER_PROBE_EPS] * len(radius)
-        keys = [self.key(Role.PROBE, probe) for probe in range(self.probes)]
-        back = [-eps for eps in radius]
-        losses = evaluate.population([(self.noise(key), sign) for key in keys for sign in (radius, back)])
-        differences = [plus - minus for plus, minus in zip(losses[::2], losses[1::2], strict=True)]
-        evaluate.clear()
-        self.merge()
-        range_key = self.key(Role.RANGE_FINDER)
-        for device in dict.fromkeys(w.tensor.device for w in self.matrices()):
-            matrices = [w for w in self.matrices() if w.tensor.device == device]
-            scratch = self.perturbation.workspace(max(w.tensor.numel() for w in matrices), device)
-            for w in matrices:
-                norm = 2 * radius[w.index] * self.probes
-                draws = [(key, difference / norm) for key, difference in zip(keys, differences, strict=True)]
-                basis = gradient_basis(
-                    w.tensor.shape, draws, self.rank_of(w), tensor_id=w.id, range_key=range_key, scratch=scratch
-                )
-                self.store(w, **basis._asdict())

@@ -11,6 +11,7 @@ from .agzo import AGZO
 from .base import Params, ZOOptimizer
 from .dizo import DiZO
 from .eggroll import EGGROLL
+from .gradient_subspace import GradientSubspaceOptimizer
 from .helene import HELENE
 from .loren import LOREN
 from .lowrank import LowRankOptimizer
@@ -21,6 +22,7 @@ from .model import ModelOptimizer
 from .pgap import PGAP
 from .pizo import PIZO
 
+_TRUNKS = (LowRankOptimizer, GradientSubspaceOptimizer)
 ENTRY_POINTS = "pgap_kernels.methods"
 _OWN: dict[str, type[ZOOptimizer]] = {
     "agzo": AGZO,
@@ -67,7 +69,7 @@ def method_options(name: str) -> dict[str, inspect.Parameter]:
     found: dict[str, inspect.Parameter] = {}
     for cls in method_class(name).__mro__:
         # What the trunk of low-rank methods takes is for their recipes to decide.
-        if "__init__" in vars(cls) and issubclass(cls, ModelOptimizer) and cls is not LowRankOptimizer:
+        if "__init__" in vars(cls) and issubclass(cls, ModelOptimizer) and cls not in _TRUNKS:
             own = inspect.signature(cls.__init__).parameters.values()
             found |= {p.name: p for p in own if p.name not in found and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
             if not any(p.kind is p.VAR_KEYWORD for p in own):

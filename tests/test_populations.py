@@ -1,0 +1,331 @@
+"""Several directions in a step: groups of examples, copies of the minibatch, baselines, and what their losses say.
+
+The model is linear and its loss too: with G the gradient of an example's loss, the loss at a point is exact but for
+float32 rounding, and every estimate has a closed form in the directions that were drawn.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from support.helpers import DTYPES
+from support.models import filled
+from torch import nn
+
+from pgap_kernels import noise, ops
+from pgap_kernels.noise import Role
+from pgap_kernels.optim import LOZO, LOZOM, PGAP, PIZO, MeZO, NonFiniteLossError, SignalRule
+from pgap_kernels.optim.sampling import Sampling
+from pgap_kernels.optim.signal import Signal, signal_of
+from pgap_kernels.subspace import product_basis, randomized_svd
+
+EXAMPLES, IN, OUT = 8, 6, 5
+X = ops.draw((EXAMPLES, IN), 5, 1) + 1.5  # examples have something in common, as in training
+T = ops.draw((EXAMPLES, OUT), 5, 2) + 1.5
+METHODS = {
+    "mezo": (MeZO, {}, "probes"),
+    "pgap": (PGAP, {"rank": 3, "window": 4, "probes": 2}, "directions"),
+    "lozo": (LOZO, {"rank": 2, "window": 4}, "directions"),
+}
+# Rounding of a loss, relative to the sum of its terms' sizes: IN products, OUT of them, and the mean.
+LOSS_ERROR = 32 * 2.0**-24
+
+
+class Linear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(IN, OUT, bias=False)
+        filled(self)
+
+    def rows(self, copies: int = 1) -> torch.Tensor:
+        """The loss of every row of a stacked batch."""
+        return (self.layer(torch.cat([X] * copies)) * torch.cat([T] * copies)).sum(1)
+
+
+def make(name: str, mode: str, **options):
+    cls, own, count = METHODS[name]
+    model = Linear()
+    options = {count if key == "n" else key: value for key, value in options.items()}
+    return model, cls(model, lr=0.1, eps=0.5, seed=7, mode=mode, **{**own, **options})
+
+
+def closure_of(model: Linear, optimizer):
+    stacked = optimizer.members * optimizer.groups > 1
+    return lambda: model.rows(optimizer.members) if stacked else model.rows().mean()
+
+
+def drawn(optimizer, number: int, step: int = 0) -> torch.Tensor:
+    """A direction of a step, dense, in float64."""
+    zero = torch.zeros(OUT, IN)
+    for part in optimizer.direction(step, number):
+        part.select([0], [zero]).apply([zero])
+    return zero.double()
+
+
+def gradients() -> torch.Tensor:
+    """Of every example's loss."""
+    return T.double()[:, :, None] * X.double()[:, None, :]
+
+
+def slack(directions) -> float:
+    """How far float32 losses may move the estimate, elementwise: it is a mean of slopes times directions."""
+    weight, found = Linear().layer.weight.detach().abs(), 0.0
+    for d in directions:
+        size = ((weight + d.abs().float()) @ X.abs().T * T.abs().T).sum(0).max().item()
+        found = max(found, size * d.abs().max().item())
+    return 4 / 0.5 * LOSS_ERROR * found
+
+
+@pytest.mark.parametrize(
+    "name, mode", [("mezo", "scratch"), ("pgap", "scratch"), ("pgap", "folded"), ("lozo", "folded")]
+)
+@pytest.mark.parametrize(
+    "n, groups, members, baseline",
+    [
+        (1, 8, 2, "antithetic"),
+        (2, 4, 4, "antithetic"),
+        (3, 2, 2, "antithetic"),
+        (4, 8, 4, "loo"),
+        (3, 1, 3, "loo"),
+        (2, 4, 3, "clean"),
+        (3, 2, 1, "clean"),
+    ],
+)
+def test_the_update_is_the_sum_over_groups(name, mode, n, groups, members, baseline):
+    """Each direction by the slope of the examples that saw it: a loss that is linear has no other term."""
+    if members == 1 and groups > 1:
+        groups, members = 1, 1
+    model, optimizer = make(name, mode, n=n, groups=groups, members=members, baseline=baseline)
+    if name != "mezo":
+        optimizer.step(closure_of(model, optimizer))  # makes the subspace
+    step, before = optimizer.steps, model.layer.weight.detach().double().clone()
+    flat = [drawn(optimizer, number, step) for number in range(n * groups)]
+    optimizer.step(closure_of(model, optimizer))
+    moved = (model.layer.weight.detach().double() - before) / -0.1
+    expected = torch.zeros_like(before)
+    size = EXAMPLES // groups
+    for g in range(groups):
+        slope = gradients()[g * size : (g + 1) * size].sum(0) / EXAMPLES
+        own = flat[g::groups]
+        along = torch.stack([(slope * d).sum() for d in own])
+        if baseline == "loo":
+            along = (along - along.mean()) * n / (n - 1)
+        expected += sum(a * d for a, d in zip(along, own, strict=True)) / n
+    assert (moved - expected).abs().max() <= slack(flat) + 2**-22 * before.abs().max() / 0.1
+    assert moved.abs().max() > 100 * slack(flat)
+
+
+@pytest.mark.parametrize("name, mode", [("mezo", "scratch"), ("pgap", "folded"), ("lozo", "folded")])
+@pytest.mark.parametrize(
+    "groups, baseline, n", [(1, "antithetic", 2), (4, "antithetic", 1), (8, "loo", 4), (2, "clean", 3)]
+)
+def test_one_forward_or_several(name, mode, groups, baseline, n):
+    """How many copies a forward has changes nothing but its sums' order: the losses are those of the same points."""
+    copies = Sampling(n, groups, baseline).copies
+    runs = []
+    for members in sorted({copies, min(d for d in range(1 + (groups > 1), copies + 1) if copies % d == 0)}):
+        model, optimizer = make(name, mode, n=n, groups=groups, members=members, baseline=baseline)
+        runs.append([optimizer.step(closure_of(model, optimizer)) for _ in range(3)])
+    for a, b in itertools.pairwise(runs):
+        assert a == pytest.approx(b, rel=1e-4)  # losses after updates, whose rounding 1 / (2 eps) multiplies
+
+
+def test_slices_do_not_see_one_another():
+    """Another direction of one group moves the loss of that group alone, to the bit."""
+    model, optimizer = make("pgap", "folded", groups=4, members=2)
+    optimizer.step(closure_of(model, optimizer))
+    perturbation = optimizer.perturbation
+    points = [optimizer.direction(1, number) for number in range(4)] * 2
+    losses = []
+    for other in (None, 1):
+        shown = [optimizer.direction(1, 9) if i == other else p for i, p in enumerate(points)]
+        perturbation.perturb_to([p.scaled([0.5]) for p in shown])
+        losses.append(perturbation.forward(lambda: model.rows(2)).detach())
+        perturbation.restore()
+    same = losses[0] == losses[1]
+    assert same.tolist() == [True] * 2 + [False] * 2 + [True] * 12
+
+
+# ---- what the losses say -------------------------------------------------------------------------------------------
+
+
+def rows_of(baseline: str, groups: int, count: int, seed: int) -> torch.Tensor:
+    """Losses of every example at the points of a step, linear ones, directions of independent elements."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(count):
+        d = torch.randn(groups, OUT, IN, generator=generator, dtype=torch.float64).repeat_interleave(
+            EXAMPLES // groups, 0
+        )
+        slope = (gradients() * d).sum((1, 2))
+        found += [0.5 * slope, -0.5 * slope] if baseline == "antithetic" else [0.5 * slope]
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("baseline, groups, count", [("antithetic", 4, 1), ("antithetic", 1, 2), ("antithetic", 8, 1),
+                                                     ("loo", 4, 4), ("loo", 8, 4)])  # fmt: skip
+def test_estimates_are_unbiased(baseline, groups, count):
+    """The mean of many is the truth, within five standard errors; a lost factor of two is outside."""
+    per_example = gradients()
+    second = per_example.square().sum((1, 2)).mean().item()
+    size = EXAMPLES // groups
+    pairs = [per_example[g * size : (g + 1) * size].flatten(1) for g in range(groups)]
+    products = torch.stack([p @ p.T for p in pairs])
+    found = [signal_of(rows_of(baseline, groups, count, seed), groups, baseline, 0.5) for seed in range(800)]
+
+    def check(values: list[float], truth: float) -> None:
+        t = torch.tensor(values, dtype=torch.float64)
+        error = (t.std() / len(t) ** 0.5).item()
+        assert abs(t.mean().item() - truth) <= 5 * error and abs(t.mean().item() - 2 * truth) > 5 * error
+
+    check([s.second_moment for s in found], second)
+    if size == 1:
+        assert all(s.squared_norm is None and s.trace is None for s in found)
+        return
+    off = (products.sum((1, 2)) - products.diagonal(dim1=1, dim2=2).sum(1)) / (size * (size - 1))
+    check([s.squared_norm for s in found], off.mean().item())
+    assert all(s.trace == pytest.approx(s.second_moment - s.squared_norm) for s in found)
+
+
+def test_an_optimizer_keeps_what_its_losses_say():
+    model, optimizer = make("pgap", "folded", groups=4, members=2)
+    assert optimizer.last == Signal()
+    optimizer.step(closure_of(model, optimizer))
+    assert optimizer.last.squared_norm is not None and optimizer.last.trace is not None
+    model, optimizer = make("pgap", "folded", groups=4, members=2)
+    optimizer.step(lambda: model.rows(2).view(8, -1).mean(1))  # means of groups: one row each
+    assert optimizer.last.squared_norm is None and optimizer.last.second_moment is not None
+
+
+def test_the_step_size_follows_the_signal():
+    rule = SignalRule(window=4, floor=0.25)
+    for _ in range(4):
+        assert rule.factor == 1.0
+        rule.note(Signal(squared_norm=8.0, second_moment=10.0))
+    for _ in range(3):
+        before = rule.factor
+        rule.note(Signal(squared_norm=0.0, second_moment=10.0))
+        assert 0.25 < rule.factor < before
+    for _ in range(20):
+        rule.note(Signal(squared_norm=-5.0, second_moment=10.0))
+    assert rule.factor == 0.25
+    rule.note(Signal())  # nothing was measured
+    assert rule.factor == 0.25
+    other = SignalRule()
+    other.load(rule.state())
+    assert vars(other) == vars(rule)
+
+
+def test_a_rule_of_the_step_size_is_saved_and_scales_the_update():
+    model, optimizer = make("mezo", "scratch", groups=2, members=2, lr_rule="signal")
+    for _ in range(3):
+        optimizer.step(closure_of(model, optimizer))
+    optimizer.signal_rule.load({"steps": 60, "first": 1.0, "squared_norm": 1.0, "second_moment": 4.0})
+    assert optimizer.rates() == [0.1 * 0.25]
+    twin_model, twin = make("mezo", "scratch", groups=2, members=2, lr_rule="signal")
+    twin.load_state_dict(optimizer.state_dict())
+    assert twin.rates() == optimizer.rates()
+
+
+# ---- P-GAP's probes ------------------------------------------------------------------------------------------------
+
+
+def test_the_basis_of_a_product_is_that_of_the_matrix():
+    left, right = ops.draw((9, 4), 1, 1), ops.draw((7, 4), 1, 2)
+    basis = product_basis(left, right, 3)
+    direct = torch.linalg.svd(left.double() @ right.double().T)
+    assert torch.allclose(basis.singular_values.double(), direct.S[:3], rtol=1e-5)
+    projector = direct.U[:, :3] @ direct.U[:, :3].T
+    assert torch.allclose((basis.left @ basis.left.T).double(), projector, atol=1e-5)
+    other = randomized_svd(left @ right.T, 3, ops.draw((7, 7), 1, 3))
+    assert torch.allclose(basis.left, other.left, atol=1e-4) and torch.allclose(basis.right, other.right, atol=1e-4)
+
+
+@pytest.mark.parametrize("groups, probe_rank", [(1, 1), (4, 1), (2, 2)])
+def test_low_rank_probes_estimate_the_gradient(groups, probe_rank):
+    """U, S, V are the SVD of sum_jg rho_jg D_jg / h with the slopes of the examples that saw D_jg."""
+    model, optimizer = make("pgap", "folded", groups=groups, members=2, probe_rank=probe_rank, probes=4, window=1)
+    weight = optimizer.matrices()[0]
+    optimizer.step(closure_of(model, optimizer))
+    estimate, size = torch.zeros(OUT, IN, dtype=torch.float64), EXAMPLES // groups
+    for j, g in itertools.product(range(4), range(groups)):
+        a, b = (
+            ops.draw((side, probe_rank), noise.derive(7, 0, role, j * groups + g), weight.id).double()
+            for side, role in ((OUT, Role.LEFT), (IN, Role.RIGHT))
+        )
+        d = a @ b.T / probe_rank**0.5
+        estimate += (gradients()[g * size : (g + 1) * size].sum(0) / EXAMPLES * d).sum() * d / 4
+    (basis,) = optimizer.bases.values()
+    values = torch.linalg.svdvals(estimate)[:3]
+    assert torch.allclose(basis.singular_values.double(), values, rtol=1e-3, atol=1e-3 * values[0].item())
+    rebuilt = basis.left @ torch.diag(basis.singular_values) @ basis.right.T
+    u, s, vh = torch.linalg.svd(estimate)
+    best = u[:, :3] @ torch.diag(s[:3]) @ vh[:3]
+    assert torch.allclose(rebuilt.double(), best, atol=1e-2 * s[0].item())
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("mezo", {"mode": "inplace", "members": 2}, "members, groups: got 2 slices of a batch with mode='inplace'"),
+        ("mezo", {"mode": "scratch", "members": 3}, "members: got 3 for 2 points of each group"),
+        ("mezo", {"mode": "scratch", "baseline": "loo"}, "probes: got 1 with baseline='loo'; accepted: 2 or more"),
+        ("pgap", {"mode": "folded", "baseline": "rloo"}, "baseline: got 'rloo'; accepted: "),
+        ("pgap", {"mode": "folded", "n": 0}, "directions: got 0; accepted: "),
+        ("pgap", {"mode": "folded", "groups": 0}, "groups: got 0; accepted: "),
+        ("pgap", {"mode": "folded", "probe_rank": 1, "probes": 2}, "rank: got 3 for 'layer.weight' with probe_rank=1"),
+        ("lozo", {"mode": "folded", "lr_rule": "adaptive"}, "lr_rule: got 'adaptive'; accepted: "),
+    ],
+)
+def test_options_that_do_not_fit(name, options, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        make(name, **options)
+
+
+def test_methods_without_groups_say_so():
+    for cls in (PIZO, LOZOM):
+        with pytest.raises(ValueError, match="^groups: got 2; accepted: 1 with"):
+            cls(Linear(), mode="scratch", members=2, groups=2)
+    with pytest.raises(ValueError, match="^directions, baseline: got 2"):
+        LOZOM(Linear(), mode="scratch", directions=2)
+
+
+def test_closures_and_batches_that_do_not_fit():
+    model, optimizer = make("pgap", "folded", groups=4, members=2)
+    before = model.layer.weight.detach().clone()
+    with pytest.raises(ValueError, match="^closure: returned .*accepted: 8 real losses, or a multiple"):
+        optimizer.step(lambda: model.rows(2).mean())
+    with pytest.raises(RuntimeError, match="^points: a Linear got 14 rows, .* for 8 points"):
+        optimizer.step(lambda: model.rows(2)[:14] + 0 * model.layer(torch.cat([X, X])[:14]).sum(1))
+    with pytest.raises(NonFiniteLossError, match="^loss at point"):
+        optimizer.step(lambda: model.rows(2) * torch.tensor([1.0] * 15 + [float("nan")]))
+    model2, alone = make("mezo", "scratch", lr_rule="signal")
+    with pytest.raises(ValueError, match="^lr_rule: got 'signal' without a loss per row"):
+        alone.step(lambda: model2.rows().mean())
+    assert torch.equal(model.layer.weight, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_see_updates_only(dtype):
+    """Whatever the dtype, groups or members: the forwards read the weights that are stored."""
+    model, optimizer = make("pgap", "folded", groups=4, members=4, n=4, baseline="loo")
+    model.to(dtype)
+    seen = []
+
+    def closure():
+        with torch._C.DisableTorchFunction():  # the hooks' search for weights that are read elsewhere
+            seen.append(model.layer.weight.detach().clone())
+        inputs = torch.cat([X] * 4).to(dtype)
+        return (model.layer(inputs).float() * torch.cat([T] * 4)).sum(1)
+
+    for _ in range(3):
+        before = model.layer.weight.detach().clone()
+        del seen[:]
+        optimizer.step(closure)
+        assert seen and all(torch.equal(w, before) for w in seen)
+        assert not torch.equal(model.layer.weight, before)
