@@ -193,15 +193,23 @@ def expand_kernel(
     columns,
     SHAPE: tl.constexpr,
     TILE: tl.constexpr,
+    SLICED: tl.constexpr,  # each slice has its own G
 ):
     """y <- round(y + t G^T): a tile of y."""
     program = tl.program_id(0)
     across = tl.cdiv(columns, TILE.columns)
-    i, inside_rows, part = token_block(program // across, tokens, TILE.rows)
-    factor_ptr += part * factor_stride
+    block = program // across
+    if SLICED:  # a division more, some 45 instructions of a thread
+        blocks = tl.cdiv(tokens, TILE.rows)
+        part = block // blocks
+        block -= part * blocks
+        t_ptr += part.to(tl.int64) * tokens * SHAPE.width
+        y_ptr += part.to(tl.int64) * tokens * columns
+        factor_ptr += part * factor_stride
+    i = block.to(tl.int64) * TILE.rows + tl.arange(0, TILE.rows)
     j = (program % across).to(tl.int64) * TILE.columns + tl.arange(0, TILE.columns)
     k = tl.arange(0, TILE.step)
-    t_pointer = t_ptr + (i[:, None] * SHAPE.width + k[None, :])
+    t_pointer = t_ptr + (tl.minimum(i, tokens - 1)[:, None] * SHAPE.width + k[None, :])
     g_pointer = factor_ptr + (tl.minimum(j, columns - 1)[None, :] * SHAPE.rank + k[:, None])
     acc = tl.zeros((TILE.rows, TILE.columns), tl.float32)
     for first in range(0, SHAPE.width, TILE.step):
@@ -209,7 +217,7 @@ def expand_kernel(
         g = tl.load(g_pointer + first, mask=(first + k < SHAPE.rank)[:, None], other=0.0)
         acc = dot(t, round_to(g.to(tl.float32), SHAPE.dtype), acc, "ieee")
     y_pointer = y_ptr + (i[:, None] * columns + j[None, :])
-    inside = inside_rows[:, None] & (j < columns)[None, :]
+    inside = (i < tokens)[:, None] & (j < columns)[None, :]
     y = load_outputs(y_pointer, inside).to(tl.float32)
     tl.store(y_pointer, round_to(y + acc, SHAPE.dtype), mask=inside)
 
@@ -322,4 +330,5 @@ def lowrank_forward_(outputs, inputs, a):
         columns=columns,
         SHAPE=shape,
         TILE=config.expand,
+        SLICED=slices > 1,
     )
