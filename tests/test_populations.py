@@ -224,7 +224,7 @@ def test_a_rule_of_the_step_size_is_saved_and_scales_the_update():
         optimizer.step(closure_of(model, optimizer))
     optimizer.signal_rule.load({"steps": 60, "first": 1.0, "squared_norm": 1.0, "second_moment": 4.0})
     assert optimizer.rates() == [0.1 * 0.25]
-    twin_model, twin = make("mezo", "scratch", groups=2, members=2, lr_rule="signal")
+    _, twin = make("mezo", "scratch", groups=2, members=2, lr_rule="signal")
     twin.load_state_dict(optimizer.state_dict())
     assert twin.rates() == optimizer.rates()
 
@@ -289,23 +289,23 @@ def test_options_that_do_not_fit(name, options, message):
 
 def test_methods_without_groups_say_so():
     for cls in (PIZO, LOZOM):
-        with pytest.raises(ValueError, match="^groups: got 2; accepted: 1 with"):
+        with pytest.raises(ValueError, match=r"^groups: got 2; accepted: 1 with"):
             cls(Linear(), mode="scratch", members=2, groups=2)
-    with pytest.raises(ValueError, match="^directions, baseline: got 2"):
+    with pytest.raises(ValueError, match=r"^directions, baseline: got 2"):
         LOZOM(Linear(), mode="scratch", directions=2)
 
 
 def test_closures_and_batches_that_do_not_fit():
     model, optimizer = make("pgap", "folded", groups=4, members=2)
     before = model.layer.weight.detach().clone()
-    with pytest.raises(ValueError, match="^closure: returned .*accepted: 8 real losses, or a multiple"):
+    with pytest.raises(ValueError, match=r"^closure: returned .*accepted: 8 real losses, or a multiple"):
         optimizer.step(lambda: model.rows(2).mean())
-    with pytest.raises(RuntimeError, match="^points: a Linear got 14 rows, .* for 8 points"):
+    with pytest.raises(RuntimeError, match=r"^points: a Linear got 14 rows, .* for 8 points"):
         optimizer.step(lambda: model.rows(2)[:14] + 0 * model.layer(torch.cat([X, X])[:14]).sum(1))
-    with pytest.raises(NonFiniteLossError, match="^loss at point"):
+    with pytest.raises(NonFiniteLossError, match=r"^loss at point"):
         optimizer.step(lambda: model.rows(2) * torch.tensor([1.0] * 15 + [float("nan")]))
     model2, alone = make("mezo", "scratch", lr_rule="signal")
-    with pytest.raises(ValueError, match="^lr_rule: got 'signal' without a loss per row"):
+    with pytest.raises(ValueError, match=r"^lr_rule: got 'signal' without a loss per row"):
         alone.step(lambda: model2.rows().mean())
     assert torch.equal(model.layer.weight, before)
 

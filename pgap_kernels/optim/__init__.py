@@ -3,7 +3,8 @@
 A method says which directions, how losses become coefficients and how coefficients become an update. It owns no kernel
 and knows no mode.
 
-Imports: recipes -> lowrank -> base -> (evaluation, checkpoint, cost) -> mode -> model -> weights, options.
+Imports: registry -> recipes -> gradient_subspace -> lowrank -> base -> (checkpoint, cost), drawing -> sampling, mode ->
+model -> evaluation, signal, weights, options.
 """
 
 from .agzo import AGZO

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import noise
-from ..directions import Amounts, Direction, Noise, Pass, Weight
+from ..directions import Amounts, Direction, Pass
 from ..noise import Role
 from ..perturbation import (
     Ambient,
@@ -25,16 +24,15 @@ from ..perturbation import (
 )
 from . import checkpoint
 from .cost import Cost, measure_cost
+from .drawing import DirectionOptimizer
 from .evaluation import Closure, Evaluation, NonFiniteLossError
-from .mode import MERGE, ModeOptimizer
+from .mode import MERGE
 from .model import Params
-from .sampling import Sampling
-from .signal import signal_of
 
 __all__ = ["Closure", "Cost", "Evaluation", "NonFiniteLossError", "Params", "ZOOptimizer"]
 
 
-class ZOOptimizer(ModeOptimizer):
+class ZOOptimizer(DirectionOptimizer):
     """Base of the zeroth-order optimizers: ``step(closure)`` with forward passes only.
 
     ``closure()`` takes no argument, runs one forward on the step's minibatch and returns the loss (a scalar tensor or
@@ -84,47 +82,6 @@ class ZOOptimizer(ModeOptimizer):
             host sees them: work queued on a GPU counts where the host waits for it, and what hooks do inside a compiled
             forward counts to the forward.
     """
-
-    # ---- keys and directions ----------------------------------------------------------------------------------------
-
-    def key(self, role: Role, probe: int = 0, step: int | None = None) -> int:
-        """The key of a step's draw of a role; of this step by default."""
-        return noise.derive(self.seed, self.steps if step is None else step, role, probe)
-
-    def noise(self, key: int, buckets: Sequence[list[Weight]] | None = None, distribution: str = "normal") -> Direction:
-        """The direction z(key) on weights in lists that can share a pass, by default on all."""
-        lists = self.buckets() if buckets is None else buckets
-        return Direction([Noise(weights, {key: [1.0] * len(weights)}, distribution) for weights in lists])
-
-    def descent(self, amount: float) -> list[float]:
-        """-lr amount / eps of each weight: a step along a direction, amount / eps being the slope along it."""
-        return [-lr * amount / eps for lr, eps in zip(self.rates(), self.radius(), strict=True)]
-
-    def planned(self, step: int) -> Direction:
-        """The first direction of a step, made once."""
-        if self._planned is None or self._planned[0] != step:
-            self._planned = (step, self.direction(step))
-        return self._planned[1]
-
-    def estimate(self, evaluate: Evaluation, sampling: Sampling) -> tuple[list[tuple[Direction, float]], float]:
-        """An estimate of the gradient from fresh directions, each with its amount as ``descent`` takes it, and the loss
-        to report."""
-        groups, radius = sampling.groups, self.radius()
-        numbers = range(1, sampling.directions * groups)
-        flat = [self.planned(self.steps), *(self.direction(self.steps, number) for number in numbers)]
-        directions = [flat[i : i + groups] for i in range(0, len(flat), groups)]
-        losses = evaluate.group_losses(sampling.points(directions, radius))
-        if evaluate.rows and len({*radius}) == 1:
-            rows = torch.cat([r.reshape(-1, groups * r.shape[-1]) for r in evaluate.rows])
-            self.last = signal_of(rows, groups, sampling.baseline, radius[0])
-            self.signal_rule.note(self.last)
-        if self.lr_rule and self.last.squared_norm is None:
-            raise ValueError(
-                f"lr_rule: got {self.lr_rule!r} without a loss per row of two examples or more in a group; accepted: "
-                "with members > 1 and such losses"
-            )
-        amounts = sampling.differences(losses)
-        return list(zip(flat, (a for row in amounts for a in row), strict=True)), sampling.reported(losses)
 
     # ---- the step ---------------------------------------------------------------------------------------------------
 
@@ -182,10 +139,6 @@ class ZOOptimizer(ModeOptimizer):
         The sum has to be taken in the same order everywhere, so that all processes make the same update.
         """
         return losses
-
-    def to_host(self, values: Tensor, made_up: float = 1.0) -> list[float]:
-        """Values of a reduction on the host; made up when run dry, where equal ones could make a pass an empty one."""
-        return [made_up] * values.numel() if values.is_meta else values.flatten().tolist()
 
     def timed(self, part: str) -> contextlib.AbstractContextManager[None]:
         """Add the wall seconds of a block to ``seconds[part]``."""

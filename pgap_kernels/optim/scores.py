@@ -11,11 +11,6 @@ def spsa(plus: float, minus: float, eps: float) -> float:
     return (plus - minus) / (2 * eps)
 
 
-def one_sided(loss: float, base: float, eps: float) -> float:
-    """rho = (L(W + eps z) - L(W)) / eps."""
-    return (loss - base) / eps
-
-
 def leave_one_out(losses: Sequence[float], eps: float) -> list[float]:
     """(L_k - mean L) / ((K - 1) eps) of K one-sided losses: each has the mean of the others as its baseline (RLOO)."""
     mean = math.fsum(losses) / len(losses)
