@@ -35,7 +35,7 @@ from pgap_kernels.directions import (
 from pgap_kernels.noise import Role
 from pgap_kernels.optim import LowRankOptimizer
 from pgap_kernels.optim.helene import HELENE
-from pgap_kernels.perturbation import observing
+from pgap_kernels.perturbation import Update, observing
 
 SHAPES = [(7, 5), (6, 9)]
 KEYS = [noise.derive(3, step, Role.DENSE) for step in range(3)]
@@ -239,6 +239,22 @@ def test_a_rule_pass_is_undone_by_copies():
         run_all_or_none([Pass(dense(other, row=(1.0,))), first], run, copy_budget=0)
     for tensor, old in zip([*first.written, other[0].tensor], before, strict=True):
         assert_same_bits(tensor, old)
+
+
+def test_passes_over_one_weight_are_undone_from_the_last():
+    """Each was copied as the one before it had left the weight."""
+    (w,) = make_weights(shapes=SHAPES[:1])
+    before, done = w.tensor.clone(), []
+
+    def run(p: Pass) -> None:
+        if len(done) == 2:
+            raise RuntimeError("stopped")
+        p.run()
+        done.append(p)
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        run_all_or_none([Pass(dense([w], key, (1.0,))) for key in KEYS], run, copy_budget=1 << 20)
+    assert torch.equal(w.tensor, before)
 
 
 def test_a_rule_takes_plain_noise_alone():
@@ -445,6 +461,33 @@ def test_two_parts_on_one_weight_are_evaluated_and_applied(mode):
     for _ in range(4):
         contract.step()
     contract.finish()
+
+
+def test_passes_of_an_update_over_one_weight():
+    """The first decays it; each rounds by a key of its own."""
+    ws = make_weights(torch.bfloat16)
+    update = Update(Direction([dense(ws[:1], row=(1.0,)), low(ws)]), [0.5, 0.25], lambda n: n)
+    assert [(p.decay, p.rounding_key) for p in update.passes()] == [([0.5], 0), ([0.0, 0.25], 1)]
+
+
+def test_a_weight_that_fades_in_a_window_decays_once_under_two_parts():
+    row = next(r for r in METHODS if r.id == "lozo")
+    _, opt, closure = build(row, "window", weight_decay=4.0)
+    opt.step(closure)
+    mode = opt.perturbation
+    faded = {w.index: w for w in opt.matrices() if mode.keep[w.index] < 1}
+    assert faded
+    everywhere = [1.0] * len(opt.matrices())
+    streams = ("normal", "rademacher")
+    mode.perturb_to([Direction([Noise(opt.matrices(), {KEYS[0]: everywhere}, stream) for stream in streams])])
+    for ref in (ref for use in mode.uses for ref in use.refs if ref.index in faded):
+        w, shown = faded[ref.index], torch.empty_like(ref.parameter)
+        mode.fill(ref, shown, 0)
+        want = w.tensor.detach().clone()
+        for stream, decay in zip(streams, (1 - mode.keep[w.index], 0.0), strict=True):
+            ops.dense_perturb_([want], [(KEYS[0], 1.0)], tensor_ids=[w.id], decay=decay, distribution=stream)
+        if w.padding_row is None:
+            assert_same_bits(shown.detach(), want)
 
 
 # ---- observers ------------------------------------------------------------------------------------------------------

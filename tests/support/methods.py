@@ -349,6 +349,8 @@ ROWS = [
     row("agzo-two", AGZO, naive_agzo, rank=1, basis_interval=1, sides=2, exclude=["embed*"]),
     row("dizo", DiZO, naive_dizo, select=["up.weight", "lora*", "down.bias"], kappa=3, iterations=3, tau=0.3, eps_p=0.5,
         s=0.5, constant=("anchor",)),
+    row("dizo-far", DiZO, naive_dizo, select=["up.weight", "lora*", "down.bias"], kappa=3, iterations=3, tau=0.3,
+        eps_p=0.5, s=200.0, constant=("anchor",)),
 ]  # fmt: skip
 # One of each method.
 METHODS = [
