@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from support.bounds import UNIT
-from support.contract import build, losses_of_points
+from support.contract import build
 from support.methods import ROWS
 from support.models import Words
 from torch import Tensor, nn
@@ -117,15 +117,6 @@ def test_directions_of_a_step_differ_on_every_weight(id):
                 seen[w.name].append(moved)
     for moves in seen.values():
         assert len(moves) == 4 and not any(torch.equal(a, b) for a, b in itertools.combinations(moves, 2))
-
-
-def test_each_point_has_one_loss():
-    """A pool of 3 in forwards of 2: the copy that is left over sees a point again, which tells nothing new."""
-    model = Slope()
-    optimizer = PIZO(model, lr=1e-3, eps=1.0, pool=3, alpha=0.4, mode="scratch", members=2)
-    losses = losses_of_points(optimizer)
-    optimizer.step(lambda: (model(torch.cat([X, X])) + torch.cat([B, B])).view(2, -1).mean(1))
-    assert len(losses) == len({*losses}) == 3 + 2
 
 
 # ---- what losses say of the gradient --------------------------------------------------------------------------------
