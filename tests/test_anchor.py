@@ -64,6 +64,36 @@ def test_stochastic_pass_rounds_the_float32_pass(backend, dtype):
     assert not torch.equal(got, value.to(dtype))
 
 
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_stochastic_rounding_at_equality(backend, dtype):
+    """Where the fraction is the word's top bits it rounds toward zero, one unit above them away from it.
+
+    In many short tensors, as the rest of a vector is rounded apart. W is Delta itself: c = 1, W0 = 0.
+    """
+    cut = 16 if dtype == torch.bfloat16 else 13  # bits of float32 that the dtype has not
+    low, ids = torch.full((31,), 1.5), list(range(1, 65))
+    tops = [reference.words(0, 31, i, 77, low.device) >> (32 - cut) for i in ids]
+    for more in (0, 1):
+        deltas = [(low.view(torch.int32) + top.int() + more).view(torch.float32) for top in tops]
+        got, zeros = ([torch.zeros(31, dtype=dtype) for _ in ids] for _ in range(2))
+        options = {"tensor_ids": ids, "rounding": "stochastic", "rounding_key": 77, "backend": backend}
+        ops.anchor_affine_(got, zeros, 1.0, deltas=deltas, **options)
+        want = (low.to(dtype).view(torch.int16) + more).view(dtype)
+        assert_all_same(got, [want] * len(ids))
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ties_go_to_even(backend, dtype):
+    """Halfway between neighbours, in less than two vectors, whose rest is rounded apart. W is Delta: c = 1, W0 = 0."""
+    low = torch.ones(31, dtype=dtype).view(torch.int16) + torch.arange(31, dtype=torch.int16)
+    halfway = (low.view(dtype).float() + (low + 1).view(dtype).float()) / 2
+    got, zeros = torch.zeros(31, dtype=dtype), torch.zeros(31, dtype=dtype)
+    ops.anchor_affine_([got], [zeros], 1.0, deltas=[halfway], backend=backend)
+    assert_same_bits(got, ((low + 1) // 2 * 2).view(dtype))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_zero_is_the_anchor_and_stored_distances_do_not_drift(backend, dtype):

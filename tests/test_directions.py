@@ -32,13 +32,14 @@ from pgap_kernels.directions import (
     bucket,
     run_all_or_none,
 )
+from pgap_kernels.directions.lowrank import concatenated
 from pgap_kernels.noise import Role
 from pgap_kernels.optim import LowRankOptimizer
 from pgap_kernels.optim.helene import HELENE
-from pgap_kernels.perturbation import observing
+from pgap_kernels.perturbation import Update, observing
 
 SHAPES = [(7, 5), (6, 9)]
-KEYS = [noise.derive(3, step, Role.DENSE) for step in range(3)]
+KEYS = [noise.derive(3, step, Role.DENSE) for step in range(4)]
 RANK = 2
 
 
@@ -150,6 +151,23 @@ def test_sums_are_as_few_passes_as_can_be(name):
         assert all(torch.equal(a, b) for a, b in zip(displacement(Direction([part])), before, strict=True))
 
 
+def test_low_rank_parts_are_joined_side_by_side():
+    """Up to the rank that a pass takes; their sum is what it was, coefficients, cores and drawn factors and all."""
+    first, second = drawn(WS).scaled([0.5, -2.0]), low(WS, LEFT, RIGHT, CORES, (3.0, 0.25))
+    third = low(WS, stored(WS, 0, 6, 1), stored(WS, 1, 7, 1), row=(-1.5, 0.75))
+    parts = [first, dense(WS), second, low(WS[:1], row=(2.0,)), third, low(WS)]
+    joined = concatenated(parts)
+    assert [part.indices for part in joined] == [(0, 1), (0, 1), (0,), (0, 1)]
+    assert [part.rank for part in joined if isinstance(part, LowRank)] == [5, RANK, RANK]
+    assert joined[1:] == [parts[1], parts[3], parts[5]]
+    wanted, got = (displacement(Direction(some)) for some in ([first, second, third], joined[:1]))
+    for i, (want, moved) in enumerate(zip(wanted, got, strict=True)):
+        # Both ways: a term of each part's r and of all five products, its coefficients, and their sum.
+        size = sum(size_of(part, i) for part in (first, second, third))
+        assert ((moved - want).abs() <= 2 * (2 * RANK + 5 + 8) * UNIT * size).all()
+        assert all((size_of(part, i) > 0.1).any() for part in (first, second, third))
+
+
 def test_anchored_parts_add_up_along_one_line():
     ws = make_weights()
     line = anchored(ws)
@@ -239,6 +257,22 @@ def test_a_rule_pass_is_undone_by_copies():
         run_all_or_none([Pass(dense(other, row=(1.0,))), first], run, copy_budget=0)
     for tensor, old in zip([*first.written, other[0].tensor], before, strict=True):
         assert_same_bits(tensor, old)
+
+
+def test_passes_over_one_weight_are_undone_from_the_last():
+    """Each was copied as the one before it had left the weight."""
+    (w,) = make_weights(shapes=SHAPES[:1])
+    before, done = w.tensor.clone(), []
+
+    def run(p: Pass) -> None:
+        if len(done) == 2:
+            raise RuntimeError("stopped")
+        p.run()
+        done.append(p)
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        run_all_or_none([Pass(dense([w], key, (1.0,))) for key in KEYS], run, copy_budget=1 << 20)
+    assert torch.equal(w.tensor, before)
 
 
 def test_a_rule_takes_plain_noise_alone():
@@ -353,14 +387,16 @@ def size_on(part, w: Weight) -> Tensor:
 
 
 def lowrank_points(optimizer) -> list[Direction]:
-    """Three points whose factors differ, and beside them noise on another matrix and on all that are none; and W."""
+    """Two points of drawn factors, two of stored ones, beside them noise on another matrix and all that are none; W."""
     matrices, radius = optimizer.matrices(), optimizer.radius()
     rest = [w for w in optimizer.weights() if w not in matrices]
     points = []
-    for key, matrix in zip(KEYS, matrices, strict=False):
+    for number, (key, matrix) in enumerate(zip(KEYS, matrices, strict=False)):
         parts: list = [Noise(ws, {key: [1.0] * len(ws)}) for ws in bucket([*rest, matrix])]
         for ws in bucket(matrices, also=optimizer.rank_of):
             left, right = (Factor.drawn(key + side, optimizer.rank_of(ws[0])) for side in (0, 1))
+            if number >= 2:
+                left, right = (Factor.stored(f.materialised(ws, i)) for i, f in enumerate((left, right)))
             parts.append(LowRank(ws, left, right, [Term(None, [1.0] * len(ws))]))
         points.append(Direction(parts).scaled(radius))
     return [*points, Direction()]
@@ -392,7 +428,7 @@ def test_points_in_place_are_written_and_taken_back():
     model, optimizer, _ = build(LOZO_ROW, "inplace", eps=0.1)
     shown, points = optimizer.perturbation, lowrank_points(optimizer)
     wanted = [point_at(model, point) for point in points]
-    with pytest.raises(ValueError, match=r"^points: got 4 with mode='inplace'"):
+    with pytest.raises(ValueError, match=r"^points: got 5 with mode='inplace'"):
         shown.perturb_to(points)
     off = {name: torch.zeros_like(w.error) for name, w in wanted[0].items()}
     last = wanted[-1]
@@ -445,6 +481,33 @@ def test_two_parts_on_one_weight_are_evaluated_and_applied(mode):
     for _ in range(4):
         contract.step()
     contract.finish()
+
+
+def test_passes_of_an_update_over_one_weight():
+    """The first decays it; each rounds by a key of its own."""
+    ws = make_weights(torch.bfloat16)
+    update = Update(Direction([dense(ws[:1], row=(1.0,)), low(ws)]), [0.5, 0.25], lambda n: n)
+    assert [(p.decay, p.rounding_key) for p in update.passes()] == [([0.5], 0), ([0.0, 0.25], 1)]
+
+
+def test_a_weight_that_fades_in_a_window_decays_once_under_two_parts():
+    row = next(r for r in METHODS if r.id == "lozo")
+    _, opt, closure = build(row, "window", weight_decay=4.0)
+    opt.step(closure)
+    mode = opt.perturbation
+    faded = {w.index: w for w in opt.matrices() if mode.keep[w.index] < 1}
+    assert faded
+    everywhere = [1.0] * len(opt.matrices())
+    streams = ("normal", "rademacher")
+    mode.perturb_to([Direction([Noise(opt.matrices(), {KEYS[0]: everywhere}, stream) for stream in streams])])
+    for ref in (ref for use in mode.uses for ref in use.refs if ref.index in faded):
+        w, shown = faded[ref.index], torch.empty_like(ref.parameter)
+        mode.fill(ref, shown, 0)
+        want = w.tensor.detach().clone()
+        for stream, decay in zip(streams, (1 - mode.keep[w.index], 0.0), strict=True):
+            ops.dense_perturb_([want], [(KEYS[0], 1.0)], tensor_ids=[w.id], decay=decay, distribution=stream)
+        if w.padding_row is None:
+            assert_same_bits(shown.detach(), want)
 
 
 # ---- observers ------------------------------------------------------------------------------------------------------

@@ -275,7 +275,7 @@ def test_instruction_sets_agree(isa):
 def test_instruction_sets_give_the_reference():
     result = isa_result("generic")
     want = {**isa_digests.draw_digests("reference"), **isa_digests.dense_digests("reference")}
-    assert len(want) == 6 + 24
+    assert len(want) == 6 + 27
     assert {name: result[name] for name in want} == want
 
 

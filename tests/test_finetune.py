@@ -124,6 +124,7 @@ def test_batches_depend_only_on_seed_and_step_and_cover_every_epoch():
     drawn = [example for batch in batches for example in batch]
     for epoch in (drawn[:10], drawn[10:]):
         assert sorted(epoch, key=lambda example: example.tokens) == examples
+    assert drawn[:10] != drawn[10:]
     data.permutation.cache_clear()
     assert data.batch(examples, 4, seed=1, step=3) == batches[3]
     assert data.batch(examples, 4, seed=2, step=3) != batches[3]

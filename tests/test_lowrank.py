@@ -225,6 +225,18 @@ def test_stochastic_pass_rounds_the_float32_pass(backend, dtype, decay):
 SINGULAR_VALUES = [torch.linspace(3, 0.01, rank) for rank in (1, 2, 7, 16)]
 
 
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_stochastic_rounding_of_a_wide_matrix(dtype):
+    """The C++ kernel takes its columns in blocks; the words of an element do not depend on them."""
+    w, left, right = (t.to(dtype) for t in weights([(9, 8300), (9, 2), (8300, 2)]))
+    got, value = w.clone(), w.float()
+    for target, options in ((got, ROUNDING), (value, {})):
+        factors = [left.float()], [right.float()]
+        ops.lowrank_perturb_([target], *factors, coefficient=0.125, tensor_ids=IDS[:1], backend="cpu", **options)
+    words = reference.words(0, value.numel(), IDS[0], ROUNDING["rounding_key"], value.device).view(value.shape)
+    assert_same_bits(got, reference.stochastic_round(value, words, dtype))
+
+
 @pytest.mark.parametrize("signs", ["fixed", "per matrix", "global"])
 @pytest.mark.parametrize("delta", [0.0, 0.5, 4.0, 100.0])
 @pytest.mark.parametrize("backend", BACKENDS)

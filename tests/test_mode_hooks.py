@@ -159,34 +159,36 @@ def test_tied_weights(id, mode, alias):
 
 
 class Position(nn.Module):
-    """Gives its own parameter out, whole or a view of it, in a container."""
+    """Gives its own parameter out, whole or a view of it, by itself or in a container."""
 
-    def __init__(self, view: bool) -> None:
+    def __init__(self, view: bool, bare: bool) -> None:
         super().__init__()
-        self.table, self.view = nn.Parameter(torch.zeros(9, 6)), view
+        self.table, self.view, self.bare = nn.Parameter(torch.zeros(9, 6)), view, bare
 
     def forward(self):
-        return {"rows": (self.table[1:9] if self.view else self.table,)}
+        rows = self.table[1:9] if self.view else self.table
+        return rows if self.bare else {"rows": (rows,)}
 
 
 class Positioned(nn.Module):
-    def __init__(self, view: bool) -> None:
+    def __init__(self, view: bool, bare: bool) -> None:
         super().__init__()
-        self.position, self.inner, self.outer = Position(view), nn.Linear(6, 20), nn.Linear(20, 4)
+        self.position, self.inner, self.outer = Position(view, bare), nn.Linear(6, 20), nn.Linear(20, 4)
         filled(self)
 
     def forward(self, x):
-        rows = self.position()["rows"][0]
+        rows = self.position()
+        rows = rows if self.position.bare else rows["rows"][0]
         hidden = torch.tanh(self.inner(x))  # overwrites the buffer
         return self.outer(hidden) + (rows if len(rows) == 8 else rows[1:])[:, :4]
 
 
-@pytest.mark.parametrize("view", [False, True])
+@pytest.mark.parametrize("view, bare", [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("id, mode", HOOKED)
-def test_a_parameter_that_is_given_out_is_not_overwritten(id, mode, view):
+def test_a_parameter_that_is_given_out_is_not_overwritten(id, mode, view, bare):
     options = {"exclude": ["position*"]} if id == "lozo" else {}
-    plain, ours = both(id, mode, lambda: Positioned(view), **options)
-    close(plain[0], ours[0], rounding(Positioned(view)))
+    plain, ours = both(id, mode, lambda: Positioned(view, bare), **options)
+    close(plain[0], ours[0], rounding(Positioned(view, bare)))
 
 
 class Halved(nn.Module):

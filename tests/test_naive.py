@@ -536,3 +536,15 @@ def test_eggroll_moves_biases_only_with_noise():
     moved, _ = eggroll.step(BOTH, loss, pairs, z, {}, update="llm", **options)
     F = [-value for value in loss.losses]
     assert_close(moved["b"], [2 + 0.01 * (F[0] - F[1] - F[2] + F[3]) / 4])
+
+
+def test_eggroll_of_single_members_normalised():
+    """Two members: f is +1 and -1."""
+    single = [{"w": (column(1, -2), column(0.5, 1))}, {"w": (column(2, 1), column(-1, 1))}]
+    options = {"update": "llm", "antithetic": False, "normalise": True, "scale_by_root": True}
+    loss = Quadratic()
+    new, _ = eggroll.step(W, loss, single, [{}, {}], {}, lr=0.01, sigma=0.1, **options)
+    E = [A @ B.T for ((A, B),) in (pair.values() for pair in single)]
+    assert [torch.equal(point["w"], W["w"] + 0.1 * e) for point, e in zip(loss.points, E, strict=True)] == [True] * 2
+    f = 1.0 if loss.losses[0] < loss.losses[1] else -1.0
+    assert_close(new["w"], W["w"] + 0.01 * math.sqrt(2) * f * (E[0] - E[1]) / 2)

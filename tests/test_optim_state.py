@@ -63,6 +63,18 @@ def test_a_state_is_pytorchs_with_a_header(row):
     assert state["zo"].items() >= {"format": 2, "contract_version": 1, "method": row.make.method, "steps": 1}.items()
 
 
+def test_a_loaded_state_is_a_copy():
+    """The dict stays as it is, whatever the optimizer does next; another may load it too."""
+    state = copy.deepcopy(stepped("lozo-m").state_dict())
+    before = copy.deepcopy(state["state"])
+    _, opt, closure = build(ROW["lozo-m"], "inplace")
+    opt.load_state_dict(state)
+    opt.step(closure)
+    assert before
+    for number, entries in before.items():
+        assert all(torch.equal(value, state["state"][number][entry]) for entry, value in entries.items())
+
+
 def test_a_loaded_tensor_takes_the_memory_of_the_one_before():
     """Captured graphs read it there."""
     _model, opt, closure = build(ROW["lozo-m"], "inplace")

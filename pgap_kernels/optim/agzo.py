@@ -70,7 +70,8 @@ class AGZO(LowRankOptimizer):
     def may_be_lowrank(self, weights: Sequence[Weight]) -> list[Weight]:
         """The weights of linear layers."""
         modules = [] if self.model is None else self.model.named_modules()
-        linear = {noise.canonical_name(f"{name}.weight") for name, module in modules if isinstance(module, nn.Linear)}
+        names = [f"{name}.weight" if name else "weight" for name, module in modules if isinstance(module, nn.Linear)]
+        linear = {*map(noise.canonical_name, names)}
         return [w for w in super().may_be_lowrank(weights) if not linear.isdisjoint(w.names)]
 
     def estimate_and_update(self, evaluate: Evaluation) -> float:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.helpers import DTYPES, assert_same_bits, integers, ops, weights
 
-from pgap_kernels import reference
+from pgap_kernels import draw
 from pgap_kernels.triton import forward
 
 FLOAT32, BFLOAT16, FLOAT16 = DTYPES
@@ -118,19 +118,46 @@ def test_small_and_empty(shape):
             agreeing(y, x, left, right, permutation(rank, 5))
 
 
-@pytest.mark.parametrize("even", [True, False])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4), (2, 0, 1, 4, 3)], ids=["even", "uneven"])
 @pytest.mark.parametrize("rank", (3, 33, 70))
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_core_for_every_slice(dtype, rank, even):
-    """The kernels take any number of cores, wherever they are: evenly apart in memory or not."""
+def test_operands_of_every_slice(dtype, rank, order):
+    """Cores, coefficients and factors, any number of them, wherever they are: evenly apart in memory or not."""
+
+    def several(make):
+        made = torch.stack([make(seed) for seed in range(5)])
+        return [made[i] for i in order]
+
+    cores = several(lambda seed: permutation(rank, seed))
+    lefts, rights = (several(lambda seed, size=size: whole((size, rank), 1, 10 + seed)) for size in (M, N))
     for x_dtype in (dtype, torch.int64):
         y, x, left, right, _ = exact(dtype, x_dtype, rank, 5 * 13, True)
-        cores = [*torch.stack([permutation(rank, seed) for seed in range(5)])]
-        cores = cores if even else [cores[i].clone() for i in range(5)]
-        got, want = y.clone(), y.clone()
-        forward.lowrank_forward_(got, x, left, right, cores, True)
-        reference.lowrank_forward_(want, x, left, right, cores, True)
-        assert_same_bits(got, want)
+        agreeing(y, x, left, right, *cores, transposed=True)
+        agreeing(y, x, lefts, right, *cores, transposed=True)
+        results = []
+        for backend in ("triton", "reference"):
+            got, scales = y.clone(), several(lambda seed: torch.tensor(2.0 ** (seed - 2)))
+            options = {"coefficients": torch.stack(scales), "transposed": True, "backend": backend}
+            ops.lowrank_forward_(got, x, left, rights, **options)
+            results.append(got)
+        assert_same_bits(*results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_drawn_factors_are_those_of_draw(dtype):
+    """More than a program draws, of keys beyond 2**63; of a shard its rows of the unsharded ones."""
+    rank, keys = 17, [[2**63 + 5, 8], [9, 2**64 - 1]]
+    for span, first in ((None, (0, 0)), ((3 * 1000 + 40, 1000), (3, 40))):
+        for x_dtype in (dtype, torch.int64):
+            y, x, *_ = exact(dtype, x_dtype, rank, 34, True)
+            left, right = ([draw((size, rank), key, 7, offset=skipped * rank) for key in own]
+                           for size, skipped, own in zip((M, N), first, keys, strict=True))  # fmt: skip
+            options = {"coefficients": [0.01, -0.02], "transposed": True, "backend": "triton"}
+            got, want = y.clone(), y.clone()
+            ops.lowrank_forward_(got, x, *keys, shape=(M, N), rank=rank, tensor_id=7, span=span, **options)
+            ops.lowrank_forward_(want, x, left, right, **options)
+            assert_same_bits(got, want)
+            assert not torch.equal(got, y)
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------

@@ -200,7 +200,7 @@ def test_values_of_the_host_are_found_by_their_bits():
     assert zero is same and zero is not negative
     key, other = (cache.to_device_cached(meta, torch.tensor([x])) for x in (7, 7 + 2**32))
     assert key is cache.to_device_cached(meta, torch.tensor([7])) and key is not other
-    assert cache.to_device_cached(meta, torch.tensor([0])) is not cache.to_device_cached(meta, torch.zeros(1))
+    assert cache.to_device_cached(meta, torch.zeros(1)) is not cache.to_device_cached(meta, torch.zeros(1).int())
 
 
 def test_blackwell_is_not_hopper(monkeypatch):

@@ -149,7 +149,7 @@ def test_rows_of_whole_tiles(row_stride, columns, gap):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_lies_around_stays(dtype, start):
     """Aligned or one element off, of lengths around a vector's, a row's of lanes and a tile's, poison on both sides."""
-    for length in (1, 3, 8, 33, 1025, 4096, 4097):
+    for length in (1, 3, 8, 33, 1025, 2050, 3075, 4096, 4097):
         (values,) = weights([(length,)], dtype)
         buffer = torch.full((length + 64,), math.nan, dtype=dtype)
         view = buffer[start : start + length]

@@ -52,6 +52,9 @@ def dense_digests(backend: str | None) -> dict[str, str]:
                         backend=backend,
                     )
                     result[f"dense {dtype} {distribution} {decay} {rounding}"] = digest(w)
+        w = weights([(4097,)], dtype, scale=2e4)  # beyond what float16 holds
+        ops.dense_perturb_(w, [(11, 3e4)], tensor_ids=IDS[:1], rounding="stochastic", rounding_key=13, backend=backend)
+        result[f"dense {dtype} overflowing"] = digest(w)
     return result
 
 

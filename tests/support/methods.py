@@ -192,12 +192,12 @@ def naive_lozo(s: Step):
 def naive_eggroll(s: Step):
     reuse = s.options.get("noise_reuse", 1)
     drawn = replace(s, number=s.number // reuse * reuse)
-    count = s.options["population"] // 2
+    count = s.options["population"] // (2 if s.options.get("antithetic", True) else 1)
     left, right = ([drawn.factors(r, side, k) for k in range(count)] for side, r in enumerate((Role.LEFT, Role.RIGHT)))
     pairs = [{n: (a[n], b[n]) for n in a} for a, b in zip(left, right, strict=True)]
     z = [drawn.z(probe=k, without=s.matrices()) for k in range(count)]
-    rates = {"lr": s.rates["lr"], "sigma": s.rates["eps"], **s.given("update")}
-    return eggroll.step(s.weights, s.loss, pairs, z, s.state, **rates)
+    options = s.given("update", "antithetic", "normalise", "scale_by_root")
+    return eggroll.step(s.weights, s.loss, pairs, z, s.state, lr=s.rates["lr"], sigma=s.rates["eps"], **options)
 
 
 def naive_agzo(s: Step):
@@ -358,6 +358,8 @@ ROWS = [
     row("eggroll", EGGROLL, naive_eggroll, population=4, rank=1, update="llm", noise_reuse=3, lr=0.15, reported=4),
     row("eggroll-jax", EGGROLL, naive_eggroll, population=6, update="jax", rank=2, groups={}, lr=2.0, reported=6,
         exclude=["embed*"]),
+    row("eggroll-single", EGGROLL, naive_eggroll, population=3, rank=1, update="llm", antithetic=False, normalise=True,
+        scale_by_root=True, lr=0.01, reported=3),
     row("agzo", AGZO, naive_agzo, rank=2, basis_interval=3, reported=1, state={}),
     row("agzo-two", AGZO, naive_agzo, rank=1, basis_interval=1, sides=2, exclude=["embed*"]),
     row("loren", LOREN, naive_loren, parts=2, probes=4, eps=0.05, reported=4, state=LOREN_STATE, constant=("a",)),
@@ -367,6 +369,8 @@ ROWS = [
         state=LOREN_STATE, constant=("a",)),
     row("dizo", DiZO, naive_dizo, select=["up.weight", "lora*", "down.bias"], kappa=3, iterations=3, tau=0.3, eps_p=0.5,
         s=0.5, constant=("anchor",)),
+    row("dizo-far", DiZO, naive_dizo, select=["up.weight", "lora*", "down.bias"], kappa=3, iterations=3, tau=0.3,
+        eps_p=0.5, s=200.0, constant=("anchor",)),
 ]  # fmt: skip
 # One of each method.
 METHODS = [

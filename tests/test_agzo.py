@@ -1,0 +1,75 @@
+"""AGZO's subspace: that of the inputs which the layers get at W."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from naive import agzo
+from support.bounds import UNIT
+from support.helpers import assert_same_bits
+from support.models import filled
+from torch import nn
+
+from pgap_kernels import draw, noise
+from pgap_kernels.noise import Role
+from pgap_kernels.optim import AGZO
+
+N, TOKENS, RANK = 6, 8, 2
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_basis(iterations):
+    """H has singular values 4 and 2 and much smaller ones, so that A is well conditioned."""
+    model = nn.Linear(N, 5)
+    opt = AGZO(model, rank=RANK, iterations=iterations, seed=3)
+    (w,) = opt.matrices()
+    left, right = (torch.linalg.qr(draw((size, N), 1, size).double()).Q for size in (N, TOKENS))
+    H = left * torch.tensor([4.0, 2, 0.4, 0.3, 0.2, 0.1], dtype=torch.float64) @ right.T
+    rows = H.T.float().contiguous()
+    H = rows.T.double()
+    omega = draw((TOKENS, RANK), noise.derive(3, 0, Role.RANGE_FINDER), w.id).double()
+    want = agzo.basis(H, omega, iterations)
+    # A product is off by the length of its sums, and so is a QR, times the condition of what is decomposed.
+    conditions = [torch.linalg.cond(H @ omega), torch.linalg.cond(H @ (H.T @ want))]
+    bound = (N + TOKENS + 2 * RANK * N) * UNIT * (conditions[0] + iterations * conditions[1])
+    assert bound < 1e-3 and (want - agzo.basis(H, omega, iterations - 1)).norm() > 2 * bound
+    assert (opt.basis(w, rows) - want).norm() <= bound
+
+
+class Twice(nn.Module):
+    """A layer that is called twice, one behind it, and an embedding that no linear layer uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.layer, self.last = nn.Embedding(7, N), nn.Linear(N, N), nn.Linear(N, 3)
+        filled(self)
+
+    def forward(self, ids):
+        return self.last(torch.tanh(self.layer(torch.tanh(self.layer(self.words(ids))))))
+
+
+@pytest.mark.parametrize("mode", ["inplace", "scratch", "folded"])
+def test_inputs_are_those_of_the_first_call_at_the_weights(mode):
+    model, ids = Twice(), torch.arange(12).view(4, 3) % 7
+    opt = AGZO(model, rank=RANK, mode=mode)
+    assert [w.name for w in opt.matrices()] == ["layer.weight", "last.weight"]
+    seen: dict[str, list] = {"layer": [], "last": []}
+    for name, inputs in seen.items():
+        hook = lambda module, args, inputs=inputs: inputs.append(args[0].reshape(-1, N))  # noqa: E731
+        getattr(model, name).register_forward_pre_hook(hook)
+    with torch.no_grad():
+        model(ids)
+    wanted = {f"{name}.weight": inputs[0] for name, inputs in seen.items()}
+    wanted = {w.name: opt.basis(w, wanted[w.name]) for w in opt.matrices()}
+    opt.step(lambda: model(ids).square().mean())
+    for w in opt.matrices():
+        assert_same_bits(opt.state[w.tensor]["right"], wanted[w.name])
+
+
+def test_a_layer_that_is_not_called_is_refused():
+    model = nn.ModuleDict({"used": nn.Linear(N, 3), "unused": nn.Linear(N, 3)})
+    opt = AGZO(model, mode="inplace")
+    with pytest.raises(RuntimeError, match=r"^closure: the layer of 'unused.weight' was not called"):
+        opt.step(lambda: model["used"](torch.ones(2, N)).sum())
+    with pytest.raises(ValueError, match=r"^model: got None"):
+        AGZO(list(model.named_parameters()))
