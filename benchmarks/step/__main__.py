@@ -35,7 +35,7 @@ from benchmarks.harness.tables import Table, shown
 from benchmarks.harness.targets import table as targets_table
 from benchmarks.step import against, models
 from benchmarks.step.contenders import METHODS, OTHERS, Contender, specs
-from benchmarks.step.models import MODELS, Workload
+from benchmarks.step.models import Workload
 from benchmarks.step.targets import targets
 
 ALL_MODES = ("inplace", "two_pass", "scratch", "folded")
@@ -101,7 +101,7 @@ def arguments(given: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     parser = options.parser("benchmarks.step", __doc__ + compare.HELP)
     add = parser.add_argument
     dtypes = ("float32", "bfloat16", "float16")
-    add("--model", nargs="+", choices=tuple(MODELS), help="default: all")
+    add("--model", nargs="+", choices=tuple(STEPS), help="default: all")
     add("--tokens", type=int, nargs="+", help="per sentence; default: 8 32 128, of opt13b 8 32")
     add("--dtype", nargs="+", choices=dtypes, default=["float32"], help="default: float32")
     add("--threads", type=int, nargs="+", default=[torch.get_num_threads()], help="default: PyTorch's")
@@ -122,7 +122,7 @@ def arguments(given: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     args = parser.parse_args(given)
     other = args.base or args.package
     quick = {"model": ["smollm2"], "tokens": [8], "ranks": [16], "steps": 2} if args.quick else {}
-    full = {"model": list(MODELS), "ranks": [16, 64], "providers": ["ours"] if other else list(PROVIDERS)}
+    full = {"model": list(STEPS), "ranks": [16, 64], "providers": ["ours"] if other else list(PROVIDERS)}
     options.fill(args, full | quick | ({"steps": 1} if other else {}))
     counts = ("tokens", "threads", "ranks", "steps", "window", "probes", "refresh_forwards", "runs", "rounds")
     options.check_counts(parser, args, counts)

@@ -64,4 +64,16 @@ def _opt13b(dtype: torch.dtype) -> Any:
     return OPTForCausalLM(config).to(dtype)
 
 
-MODELS: dict[str, Callable[[torch.dtype], Any]] = {"smollm2": _smollm2, "opt13b": _opt13b}
+def _tiny(dtype: torch.dtype) -> Any:
+    """Two small layers at random, to try a command out."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).to(dtype)
+
+
+MODELS: dict[str, Callable[[torch.dtype], Any]] = {"smollm2": _smollm2, "opt13b": _opt13b, "tiny": _tiny}
