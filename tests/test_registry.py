@@ -10,7 +10,7 @@ from support.models import Words
 from pgap_kernels.optim import MeZO, ZOOptimizer, available_methods, make_optimizer
 from pgap_kernels.optim.registry import ENTRY_POINTS, method_class, method_options
 
-OWN = ["agzo", "dizo", "eggroll", "helene", "lozo", "lozo-m", "mezo", "pgap", "pizo"]
+OWN = ["agzo", "dizo", "eggroll", "helene", "loren", "lozo", "lozo-m", "mezo", "pgap", "pizo"]
 NEEDED = {"dizo": {"select": ["up.weight"]}, "helene": {"batch_size": 8}}
 
 
