@@ -126,8 +126,8 @@ class Contender:
 
     @contextlib.contextmanager
     def _one_probe(self) -> Iterator[None]:
-        """One is enough for a peak of memory."""
-        probes = getattr(self.optimizer, "probes", None)
+        """One probe of a refresh is enough for a peak of memory."""
+        probes = getattr(self.optimizer, "probes", None) if hasattr(self.optimizer, "window") else None
         if probes is not None:
             self.optimizer.probes = 1
         yield
