@@ -15,7 +15,7 @@ DEMO_OUTPUT ?= runs/demo
 .DELETE_ON_ERROR:
 
 demo: setup fetch
-	$(BIN)/pgap-kernels finetune --baseline --output $(DEMO_OUTPUT)
+	$(BIN)/pgap-kernels finetune --compare --output $(DEMO_OUTPUT)
 
 # Without the network, tests of the built-in model skip (in CI they fail). One thread for each of the two workers: with
 # two each they wait for one another most of the time. Tests of threads ask for theirs.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from .finetune.config import DTYPES, METHODS, Config, UserError, field_default
+from .finetune.config import DTYPES, Config, field_default
+from .finetune.options import Option, UserError, options_of, refuse_unknown
+from .optim import available_methods
 from .perturbation import MODES
 
 EPILOG = """\
@@ -22,7 +25,10 @@ FINETUNE_EPILOG = """\
 examples:
   pgap-kernels finetune
       P-GAP on the built-in model and data; writes runs/finetune/report.json and curves.png.
-  pgap-kernels finetune --method mezo --lr 3e-5 --steps 500 --baseline
+  pgap-kernels finetune --method lozo --help
+      The options of another method. Those of mezo and pgap have defaults that were tried on the built-in model; those
+      of the others are their papers', for longer runs of larger models: expect to raise --lr.
+  pgap-kernels finetune --method mezo --lr 3e-5 --steps 500 --compare
       MeZO, then a few steps of MeZO in plain PyTorch, to compare seconds per step.
   pgap-kernels finetune --model ./my-model --data reviews.csv --text-column review --label-column stars \\
       --template "{text} All in all it was" --verbalizers "5= good,1= bad" --save-model
@@ -39,6 +45,9 @@ exit status: 0 completed, 1 the loss was not finite, 2 an error that you can cor
 """
 
 
+METAVARS = {"int": "N", "float": "X", "str": "WORD", "names": "NAME,NAME", "numbers_by_name": "NAME=X,NAME=X"}
+
+
 class _Parser(argparse.ArgumentParser):
     """Reports a wrong argument like every other user error: one line, no usage text."""
 
@@ -53,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments without the program's name; those of the process by default.
     """
     try:
-        arguments = vars(_parser().parse_args(argv))
+        arguments = vars(_parse(sys.argv[1:] if argv is None else argv))
         return arguments.pop("command")(arguments)
     except UserError as error:
         print(f"pgap-kernels: error: {error}", file=sys.stderr)
@@ -61,6 +70,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("pgap-kernels: interrupted before anything was measured; no report written", file=sys.stderr)
         return 130
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse in two goes: the method says which options there are."""
+    first = _Parser(prog="pgap-kernels finetune", add_help=False, allow_abbrev=False)
+    first.add_argument("--method", default=field_default("method"))
+    method = first.parse_known_args(argv)[0].method
+    parser = _parser(method)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].partition("=")[0]
+        if arguments.command is _finetune and name.startswith("--"):
+            refuse_unknown(method, name[2:].replace("-", "_"))
+        parser.error(f"{unknown[0]}: no such option or command")
+    return arguments
 
 
 def _doctor(arguments: dict[str, Any]) -> int:
@@ -71,7 +95,8 @@ def _doctor(arguments: dict[str, Any]) -> int:
 
 def _finetune(arguments: dict[str, Any]) -> int:
     json_output, fetch_only = arguments.pop("json"), arguments.pop("fetch_only")
-    config = Config(**arguments)
+    own = {name: arguments.pop(name) for name in options_of(arguments["method"]) if name in arguments}
+    config = Config(**arguments, options=own)
     try:
         from .finetune import report, run
 
@@ -99,7 +124,7 @@ def _fetch() -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(method: str) -> argparse.ArgumentParser:
     parser = _Parser(
         prog="pgap-kernels",
         description="Zeroth-order fine-tuning with fused kernels.",
@@ -120,10 +145,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog=FINETUNE_EPILOG,
         description="Fine-tune a causal language model on two-label text, with forward passes only.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # the first go over the arguments knows no other options to tell --meth from
     )
     finetune.set_defaults(command=_finetune)
     _add_run_target(finetune)
     _add_method(finetune)
+    _add_options_of(finetune, method)
     _add_data(finetune)
     _add_run(finetune)
     return parser
@@ -145,24 +172,39 @@ def _add_run_target(parser: argparse.ArgumentParser) -> None:
 
 def _add_method(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("method")
-    _option(group, "method", str, "the zeroth-order method", choices=tuple(METHODS))
+    _option(group, "method", str, f"one of {', '.join(available_methods())}", metavar="METHOD")
     _option(group, "steps", int, "optimizer steps")
     _option(group, "batch-size", int, "sentences per step, and per forward of an evaluation")
-    _option(group, "lr", float, "learning rate")
-    _option(group, "eps", float, "size of the perturbation, in units of the weights per unit of noise")
-    _option(group, "rank", int, "rank of the subspace of every matrix")
-    _option(group, "window", int, "steps between two refreshes of the subspaces")
-    _option(group, "probes", int, "probes of a refresh, two forwards each")
-    _option(group, "delta", float, "strength of the alignment: squared inner product with the normalised gradient")
     _option(
         group,
         "mode",
         str,
         "how perturbations reach the forwards: in place, on a perturbed copy of each layer (scratch), or beside the "
-        "layer's output (folded, pgap only); auto picks",
+        "layer's output (folded, methods with low-rank directions only); auto picks",
         choices=MODES,
     )
     _option(group, "seed", int, "seed of the noise and of the order of the batches")
+
+
+def _add_options_of(parser: argparse.ArgumentParser, method: str) -> None:
+    group = parser.add_argument_group(f"options of {method}")
+    for option in options_of(method).values():
+        more: dict[str, Any] = {"type": option.read, "metavar": METAVARS.get(option.read.__name__)}
+        if option.read is bool:
+            more = {"action": argparse.BooleanOptionalAction}
+        # Absent unless given, so that only given ones are the user's.
+        group.add_argument(option.flag, default=argparse.SUPPRESS, help=_help(option), **more)
+
+
+def _help(option: Option) -> str:
+    default = option.default
+    if default is inspect.Parameter.empty:
+        return f"{option.help} (required)".replace("%", "%%")
+    if isinstance(default, bool):
+        default = "yes" if default else "no"
+    elif isinstance(default, (list, tuple)):
+        default = ",".join(default)
+    return f"{option.help} (default: {'none' if default in (None, '') else default})".replace("%", "%%")
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
@@ -192,15 +234,15 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     _option(group, "eval-limit", int, "dev sentences used during the run (test always uses all)")
     _flag(
         group,
-        "baseline",
+        "compare",
         "afterwards run a few steps of the method in plain PyTorch (torch.normal per parameter, "
         "elementwise ops) from the same weights on the same batches, and compare the seconds",
     )
-    _option(group, "baseline-steps", int, "steps of the baseline")
+    _option(group, "compare-steps", int, "steps in plain PyTorch")
     _flag(
         group,
-        "baseline-full-refresh",
-        "pgap: run the baseline's refresh in full (all probes, an SVD per matrix: "
+        "compare-full-refresh",
+        "pgap: run the refresh in plain PyTorch in full (all probes, an SVD per matrix: "
         "minutes on a CPU) instead of estimating it from one probe and one SVD per distinct shape",
     )
     _flag(group, "json", "print the report as JSON on stdout, and nothing else there")
@@ -212,12 +254,9 @@ def _flag(group: Any, name: str, description: str) -> None:
 
 
 def _option(group: Any, name: str, kind: type, description: str, **more: Any) -> None:
-    """Add an option with its default in the help text; a method's own option names the default per method."""
-    field = name.replace("-", "_")
-    default = field_default(field)
-    per_method = [f"{method} {row[field]}" for method, row in METHODS.items() if field in row]
-    shown = ", ".join(per_method) if per_method else default
-    if shown is not None:
-        description += f" (default: {shown})"
-    more.setdefault("metavar", None if "choices" in more else {int: "N", float: "X"}.get(kind))
+    """Add an option of the run with its default in the help text."""
+    default = field_default(name.replace("-", "_"))
+    if default is not None:
+        description += f" (default: {default})"
+    more.setdefault("metavar", None if "choices" in more else METAVARS.get(kind.__name__))
     group.add_argument(f"--{name}", type=kind, default=default, help=description.replace("%", "%%"), **more)

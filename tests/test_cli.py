@@ -19,6 +19,8 @@ from support.finetune_tiny import csv_file, tiny_model
 
 from pgap_kernels import cli
 from pgap_kernels.finetune import fetch
+from pgap_kernels.finetune.options import options_of
+from pgap_kernels.optim import available_methods
 
 RUN = [
     "finetune",
@@ -89,10 +91,36 @@ def test_help_teaches_and_names_every_default(capsys):
         "$PGAP_CACHE",
         "Q4_1",
         "--fetch-only",
-        "--baseline-steps",
-        "(default: mezo 0.001, pgap 0.001)",
+        "--compare-steps",
+        "options of pgap:",
         "(default: 32)",
         "(default: {text} It was)",
+    )
+
+
+def help_of(method, capsys, monkeypatch) -> str:
+    monkeypatch.setenv("COLUMNS", "1000")  # no word is broken
+    with pytest.raises(SystemExit):
+        cli.main(["finetune", "--method", method, "--help"])
+    return re.sub(r"\s+", " ", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("method", available_methods())
+def test_help_teaches_every_option_of_a_method(method, capsys, monkeypatch):
+    text = help_of(method, capsys, monkeypatch)
+    for option in options_of(method).values():
+        line = rf" {option.flag}(, --no-\S+| \S+) {re.escape(option.help)} \(default: "
+        assert option.help and re.search(line, text), option.name
+
+
+def test_what_is_said_of_an_option_is_what_its_docstring_says(capsys, monkeypatch):
+    assert_has(
+        help_of("lozo-m", capsys, monkeypatch),
+        "--beta X decay rate of the moments, of a group (default: 0.9)",  # its own
+        "--rank N r, of a group (default: 2)",  # of its base
+        "--lr X learning rate, >= 0 (default: 1e-06)",  # "as in" another
+        "--divide-by-rank, --no-divide-by-rank as the paper's equation does, and its code does not (default: no)",
+        '--on-nonfinite WORD "raise" NonFiniteLossError,',  # of every method
     )
 
 
@@ -135,8 +163,8 @@ def test_table_names_what_changed_and_where_the_time_went(model, table, tmp_path
         table,
         "--output",
         str(tmp_path / "run"),
-        "--baseline",
-        "--baseline-steps",
+        "--compare",
+        "--compare-steps",
         "2",
     ]
     assert cli.main([*RUN, *arguments]) == 0
@@ -190,6 +218,25 @@ def test_own_columns_template_and_words(model, tmp_path, capsys):
     assert status == 0
     assert json.loads(out)["data"]["labels"] == ["1", "5"]
     assert "scaled down to 11/4/4" in err
+
+
+@pytest.mark.parametrize(
+    "method, given, expected",
+    [
+        (
+            "lozo",
+            ["--rank", "3", "--divide-by-rank", "--exclude", "*q_proj.weight,*k_proj.weight", "--lr", "1e-5"],
+            {"rank": 3, "divide_by_rank": True, "exclude": ["*q_proj.weight", "*k_proj.weight"], "lr": 1e-5},
+        ),
+        ("eggroll", ["--no-antithetic", "--update=jax"], {"antithetic": False, "update": "jax"}),
+        ("helene", ["--floors", "*q_proj.weight=2,*=0.5"], {"floors": {"*q_proj.weight": 2.0, "*": 0.5}}),
+    ],
+)
+def test_options_of_every_type(method, given, expected, model, table, tmp_path, capsys):
+    run = [*RUN, "--model", model, "--data", table, "--output", str(tmp_path / "run"), "--json"]
+    assert cli.main([*run, "--method", method, *given]) == 0
+    config = json.loads(capsys.readouterr().out)["config"]
+    assert {name: config[name] for name in expected} == expected
 
 
 def test_divergence_is_an_error_with_a_report(model, table, tmp_path, capsys):
@@ -251,11 +298,8 @@ def test_unknown_method(capsys):
     [
         ("--steps", "0", "an integer of at least 1"),
         ("--steps", "many", "int"),
-        ("--eps", "0", "above 0"),
-        ("--lr", "nan", "a finite number"),
         ("--seed", "-1", "an integer from 0"),
         ("--template", "It was", "{text}"),
-        ("--rank", "4", "--lr, --eps"),
         ("--device", "toaster", "auto, cpu, cuda"),
         ("--dtype", "int8", "bfloat16"),
     ],
@@ -263,6 +307,34 @@ def test_unknown_method(capsys):
 def test_option_out_of_range(option, value, accepted, capsys, model, table, tmp_path):
     line = refused(capsys, *RUN, "--model", model, "--data", table, "--output", str(tmp_path / "run"), option, value)
     assert_has(line, option, value, accepted)
+
+
+@pytest.mark.parametrize(
+    "method, given, parts",
+    [
+        ("mezo", ["--eps", "0"], ["--eps", "got 0", "> 0"]),
+        ("mezo", ["--lr", "nan"], ["--lr", "nan", "a finite number"]),
+        ("mezo", ["--rank", "4"], ["--rank", "--method mezo", "--lr, --eps"]),
+        ("mezo", ["--weight-decy=1"], ["--weight-decy", "did you mean --weight-decay?"]),
+        ("mezo", ["--prob", "2"], ["--prob", "did you mean --probes?"]),  # abbreviations are not options
+        ("mezo", ["stray"], ["stray"]),
+        ("lozo", ["--rank", "few"], ["--rank", "few", "int"]),
+        ("lozo", ["--baseline", "mean"], ["--baseline", "'mean'", "'loo'"]),
+        ("lozo-m", ["--groups", "2"], ["--groups", "--method lozo-m"]),
+        ("pizo", ["--pool", "1"], ["--alpha, --pool", "got 0.5 and 1"]),
+        ("helene", ["--floors", "*"], ["--floors", "'*'", "NAME=NUMBER"]),
+        ("helene", ["--floors", "a=1,b=0"], ["--floors", "got 0", "> 0"]),
+        ("helene", ["--compare"], ["--compare", "--method helene", "mezo and pgap"]),
+        ("pgap", ["--compare", "--xi", "fixed"], ["--xi", "fixed", "--compare", "--delta"]),
+    ],
+)
+def test_options_of_a_method_are_refused_before_the_model_is_loaded(method, given, parts, capsys):
+    assert_has(refused(capsys, *RUN, "--method", method, "--model", "no-such.gguf", *given), *parts)
+
+
+def test_patterns_that_match_no_weight_of_the_model(capsys, model, table, tmp_path):
+    run = [*RUN, "--model", model, "--data", table, "--output", str(tmp_path / "run")]
+    assert_has(refused(capsys, *run, "--method", "dizo", "--select", "*query*"), "--select", "'*query*'", "q_proj")
 
 
 @pytest.mark.parametrize("name", ["./no/such/model", "no-such.gguf"])

@@ -17,9 +17,11 @@ from support.finetune_tiny import csv_file, tiny_model
 
 from pgap_kernels.finetune import Config, UserError, data, fetch, job, models, report, run
 from pgap_kernels.finetune.baseline import BaselineMeZO, BaselinePGAP, aligned_core
+from pgap_kernels.finetune.options import OVERRIDES
 from pgap_kernels.finetune.scoring import Scorer
 from pgap_kernels.finetune.snapshot import Snapshot
 from pgap_kernels.finetune.timing import StepClock
+from pgap_kernels.optim import available_methods, method_options
 
 EXAMPLES = [data.Example(tuple(range(3, 3 + length)), length % 2) for length in (2, 5, 9, 3, 7)]
 
@@ -34,8 +36,8 @@ def gpt2(tmp_path_factory):
     return tiny_model(tmp_path_factory.mktemp("gpt2"), "gpt2")
 
 
-def config_for(model, tmp_path, **options):
-    options = {
+def config_for(model, tmp_path, **given):
+    given = {
         "method": "mezo",
         "steps": 6,
         "batch_size": 4,
@@ -45,8 +47,8 @@ def config_for(model, tmp_path, **options):
         "test_size": 8,
         "data": str(csv_file(tmp_path / "data.csv")),
         "output": str(tmp_path / "run"),
-    } | options
-    return Config(model=str(model), device="cpu", **options)
+    } | given
+    return Config(model=str(model), device="cpu", **given)
 
 
 def load(folder):
@@ -291,7 +293,7 @@ def test_json_has_null_for_numbers_that_are_not_finite():
 @pytest.mark.parametrize("method", ["mezo", "pgap"])
 def test_run_writes_a_complete_report(method, llama, tmp_path):
     options = {"rank": 4, "window": 4, "probes": 2} if method == "pgap" else {}
-    result = run(config_for(llama, tmp_path, method=method, baseline=True, baseline_steps=2, **options))
+    result = run(config_for(llama, tmp_path, method=method, options=options, compare=True, compare_steps=2))
     written = json.loads((tmp_path / "run" / "report.json").read_text())
     assert written == json.loads(report.to_json(result))
     assert written["status"] == "completed"
@@ -316,13 +318,14 @@ def test_run_writes_a_complete_report(method, llama, tmp_path):
 @pytest.mark.filterwarnings("ignore:16-bit weights")
 @pytest.mark.parametrize("method", ["mezo", "pgap"])
 def test_sixteen_bit_weights(method, llama, tmp_path):
-    result = run(config_for(llama, tmp_path, method=method, dtype="bfloat16", baseline=True, baseline_steps=2))
+    result = run(config_for(llama, tmp_path, method=method, dtype="bfloat16", compare=True, compare_steps=2))
     assert result["status"] == "completed"
     assert all(math.isfinite(loss) for loss in result["curves"]["train_loss"] + result["baseline"]["losses"])
 
 
 def test_pgap_writes_the_weights_once_per_window_and_saves_what_it_evaluated(llama, tmp_path):
-    options = {"method": "pgap", "rank": 4, "window": 50, "probes": 1, "lr": 1e-2, "save_model": True}
+    own = {"rank": 4, "window": 50, "probes": 1, "lr": 1e-2}
+    options = {"method": "pgap", "options": own, "save_model": True}
     results = {}
     for mode in ("auto", "folded", "scratch"):
         results[mode] = run(config_for(llama, tmp_path, mode=mode, output=str(tmp_path / mode), **options))
@@ -335,6 +338,17 @@ def test_pgap_writes_the_weights_once_per_window_and_saves_what_it_evaluated(lla
     assert results["auto"]["mode"]["name"] == "folded" and passes["auto"] == passes["folded"]
     # The two forwards of a probe each read the weights, and one pass merges; on the scratch a step has three passes.
     assert passes["folded"] == pytest.approx(2 + 1) and passes["scratch"] == pytest.approx(2 + 3 * 6)
+
+
+@pytest.mark.parametrize("method", available_methods())
+def test_every_method_runs_as_it_is(method, llama, tmp_path):
+    config = config_for(llama, tmp_path, method=method, steps=2)
+    result = run(config)
+    assert result["status"] == "completed" and all(math.isfinite(loss) for loss in result["curves"]["train_loss"])
+    assert result["test"]["before"]["loss"] != result["test"]["after"]["loss"]
+    own = {name: parameter.default for name, parameter in method_options(method).items()}
+    changed = OVERRIDES.get(method, {}) | ({"merge": "window"} if "merge" in config.options else {})
+    assert config.options == {name: value for name, value in (own | changed).items() if name in config.options}
 
 
 def test_interrupt_before_the_first_step_leaves_a_valid_report(llama, tmp_path, monkeypatch, capsys):
@@ -354,8 +368,8 @@ def saved_weights(tmp_path, name):
 
 
 def test_baseline_leaves_the_tuned_weights_as_they_were(llama, tmp_path):
-    for name, baseline in (("with", True), ("without", False)):
-        run(config_for(llama, tmp_path, output=str(tmp_path / name), save_model=True, baseline=baseline))
+    for name, compare in (("with", True), ("without", False)):
+        run(config_for(llama, tmp_path, output=str(tmp_path / name), save_model=True, compare=compare))
     without = saved_weights(tmp_path, "without")
     assert all(torch.equal(tensor, without[name]) for name, tensor in saved_weights(tmp_path, "with").items())
 
@@ -393,8 +407,7 @@ def test_mezo_learns_the_tiny_task(llama, tmp_path):
             llama,
             tmp_path,
             steps=300,
-            lr=3e-3,
-            eps=1e-2,
+            options={"lr": 3e-3, "eps": 1e-2},
             batch_size=16,
             eval_every=300,
             train_size=120,

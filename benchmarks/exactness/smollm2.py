@@ -17,6 +17,7 @@ from tqdm import tqdm
 from benchmarks.harness import timer
 from benchmarks.harness.optimizers import mode_options, timed_step
 from pgap_kernels.finetune import Config, data, models
+from pgap_kernels.finetune.options import OVERRIDES
 from pgap_kernels.finetune.scoring import Encoded, Scorer
 from pgap_kernels.optim import PGAP, MeZO
 
@@ -101,7 +102,7 @@ def rows(args: argparse.Namespace) -> Iterator[dict]:
 
 def _options(args: argparse.Namespace, method: str, rank: int) -> dict[str, Any]:
     given = {"rank": rank, "window": args.window, "probes": args.probes} if method == "pgap" else {}
-    return Config(method=method, **given).method_options()
+    return OVERRIDES[method] | given
 
 
 def _group(args: argparse.Namespace, rank: int, methods: tuple[str, ...]) -> Iterator[dict]:

@@ -194,6 +194,10 @@ class BaselinePGAP(Baseline):
             yield parameter, (norm * (u @ z @ v.T)).to(parameter.dtype)
 
 
+#: By the name of the method.
+BASELINES: dict[str, type[Baseline]] = {"mezo": BaselineMeZO, "pgap": BaselinePGAP}
+
+
 def dense_noise(parameter: torch.Tensor) -> torch.Tensor:
     """Standard normal noise of the parameter's shape, type and device."""
     return torch.normal(mean=0, std=1, size=parameter.shape, device=parameter.device, dtype=parameter.dtype)

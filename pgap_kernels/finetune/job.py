@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import platform
 import resource
@@ -15,16 +16,14 @@ import torch
 from tqdm import tqdm
 
 from .. import __version__
-from ..optim import PGAP, MeZO, NonFiniteLossError
+from ..optim import NonFiniteLossError
 from . import data, models, report
-from .baseline import BaselineMeZO, BaselinePGAP
+from .baseline import BASELINES
 from .config import Config, UserError
 from .scoring import Scorer
 from .snapshot import Snapshot
 from .timing import StepClock
 
-OPTIMIZERS = {"mezo": MeZO, "pgap": PGAP}
-BASELINES = {"mezo": BaselineMeZO, "pgap": BaselinePGAP}
 BAR: dict[str, Any] = {"unit": "step", "dynamic_ncols": True}
 
 
@@ -68,7 +67,7 @@ def run(config: Config) -> dict[str, Any]:
 def _tune_and_compare(
     config: Config, model: Any, scorer: Scorer, dataset: data.Dataset, output: Path, result: dict[str, Any]
 ) -> None:
-    start = Snapshot(models.tuned_parameters(model).values(), output) if config.baseline else None
+    start = Snapshot(models.tuned_parameters(model).values(), output) if config.compare else None
     _progress("evaluating on test before")
     result["test"]["before"] = vars(scorer.evaluate(dataset.test, config.batch_size))
     _tune(config, model, scorer, dataset, result)
@@ -85,13 +84,7 @@ def _tune_and_compare(
 
 
 def _tune(config: Config, model: Any, scorer: Scorer, dataset: data.Dataset, result: dict[str, Any]) -> None:
-    options: dict[str, Any] = config.method_options()
-    if config.method == "pgap" and config.mode in ("auto", "folded"):
-        options["merge"] = "window"  # only this loop reads the weights, and it merges when it ends
-    try:
-        optimizer = OPTIMIZERS[config.method](model, **options, seed=config.seed, mode=config.mode)
-    except ValueError as error:
-        raise UserError(f"--{error}") from error
+    optimizer = config.make_optimizer(model)
     result["mode"] = {"name": optimizer.mode, "reason": optimizer.mode_reason}
     clock = StepClock()
     dev = dataset.dev[: config.eval_limit]
@@ -114,30 +107,32 @@ def _tune(config: Config, model: Any, scorer: Scorer, dataset: data.Dataset, res
                 bar.update()
     finally:
         optimizer.detach()  # merges: from here on the parameters are the model
-        refreshes = math.ceil(clock.steps / config.window) if config.window else 0
-        refresh_seconds = clock.seconds["refresh"] / refreshes if refreshes else 0.0
-        result["timing"] = _timing(clock, refresh_seconds, config)
+        window = getattr(optimizer, "window", 1)
+        refreshes = max(1, math.ceil(clock.steps / window))
+        result["timing"] = _timing(clock, clock.seconds["refresh"] / refreshes, window)
         result["weight_passes"] = optimizer.passes
         result["peak_memory_mib"] = _peak_memory_mib(model.device)
 
 
 def _run_baseline(config: Config, model: Any, scorer: Scorer, dataset: data.Dataset, result: dict[str, Any]) -> None:
     """A few steps of the method in plain PyTorch, from the same weights and on the same batches."""
-    options: dict[str, Any] = config.method_options()
-    if config.method == "pgap":
-        options["full_refresh"] = config.baseline_full_refresh
+    make = BASELINES[config.method]
+    known = inspect.signature(make).parameters
+    options = {name: value for name, value in config.options.items() if name in known}
+    if "full_refresh" in known:
+        options["full_refresh"] = config.compare_full_refresh
     _reset_peak_memory(model.device)
-    method = BASELINES[config.method](model, **options, seed=config.seed)
+    method: Any = make(model, **options, seed=config.seed)
     clock = StepClock()
     losses: list[float] = []
-    with tqdm(total=config.baseline_steps, desc=f"{config.method} in plain PyTorch", **BAR) as bar:
-        for step in range(config.baseline_steps):
+    with tqdm(total=config.compare_steps, desc=f"{config.method} in plain PyTorch", **BAR) as bar:
+        for step in range(config.compare_steps):
             losses.append(_timed_step(method, clock, config, scorer, dataset, step))
             bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
             bar.update()
     result["baseline"] = {
         "losses": losses,
-        "timing": _timing(clock, getattr(method, "refresh_seconds", 0.0), config),
+        "timing": _timing(clock, getattr(method, "refresh_seconds", 0.0), getattr(method, "window", 1)),
         "peak_memory_mib": _peak_memory_mib(model.device),
     }
     if not options.get("full_refresh", True):
@@ -159,12 +154,13 @@ def _timed_step(
     return loss
 
 
-def _timing(clock: StepClock, refresh_seconds: float, config: Config) -> dict[str, Any]:
+def _timing(clock: StepClock, refresh_seconds: float, window: int) -> dict[str, Any]:
     return {
         "steps": clock.steps,
         "seconds": clock.seconds,
         "refresh_seconds": refresh_seconds,
-        "seconds_per_step": clock.per_step(refresh_seconds, config.window or 1),
+        "window": window,
+        "seconds_per_step": clock.per_step(refresh_seconds, window),
     }
 
 

@@ -23,10 +23,10 @@ def empty(config: Config, versions: dict[str, Any], model: dict[str, Any], datas
 
     Entries: ``status``; ``config``; ``versions``; ``model``; ``data``; ``test`` (``before`` and ``after``: loss in
     nats, accuracy 0 to 1, examples); ``curves`` (``train_loss`` of every step; ``dev``: step, loss, accuracy);
-    ``timing`` (steps, seconds by part, seconds of one refresh, and seconds per step with the refresh spread over its
-    window); ``mode`` (name and reason, once there is an optimizer); ``weight_passes`` (reads and writes of all tuned
-    weights in the whole run); ``peak_memory_mib``; ``baseline`` (losses, timing, peak memory; null if it did not run);
-    ``notes``.
+    ``timing`` (steps, seconds by part, seconds of one refresh, the window of steps that it serves, and seconds per step
+    with their share of it); ``mode`` (name and reason, once there is an optimizer); ``weight_passes`` (reads and writes
+    of all tuned weights in the whole run); ``peak_memory_mib``; ``baseline`` (the method in plain PyTorch: losses,
+    timing, peak memory; null if it did not run); ``notes``.
     """
     return {
         "status": "running",
@@ -184,7 +184,7 @@ def _time_table(report: dict[str, Any]) -> Table:
         table.add_column(name, justify="right")
     if len(timings) == 2:
         table.add_column("ratio", justify="right")
-    window = report["config"]["window"]
+    window = report["timing"]["window"]
     for part in (*PARTS, "total"):
         seconds = [timing["seconds_per_step"][part] for timing in timings.values()]
         if not any(seconds):

@@ -1,0 +1,161 @@
+"""The options of a method on the command line, read off its signature and docstrings: there is no second list."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from typing import Any
+
+from .. import optim
+from ..optim import LowRankOptimizer, ZOOptimizer, method_options
+from ..optim.registry import method_class
+
+#: What this task changes of a method's own defaults.
+OVERRIDES: dict[str, dict[str, Any]] = {
+    # The method's own 1e-6 is for full tuning of models a hundred times larger. After 100 steps the loss on test was as
+    # low as with twice as much (docs/finetune.md).
+    "mezo": {"lr": 6e-5},
+    # Half as much learns more slowly, twice as much is too much. Rank 16 learns more slowly, and 128, the paper's
+    # smallest, is most of the rank of matrices with 192 rows.
+    "pgap": {"lr": 1.2e-4, "rank": 64},
+}
+
+#: Options of methods that are options of the run as well; methods take the run's value.
+OF_THE_RUN = ("batch_size", "mode", "seed")
+
+
+class UserError(Exception):
+    """Something the user can put right; the message is one line that says what and how."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a method: its name in Python, what makes a value of its text, its default and one line on it."""
+
+    name: str
+    read: Callable[[str], Any]
+    default: Any
+    help: str
+
+    @property
+    def flag(self) -> str:
+        return flag(self.name)
+
+
+def names(text: str) -> list[str]:
+    """A list from NAME,NAME."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def numbers_by_name(text: str) -> dict[str, float]:
+    """A dict from NAME=NUMBER,NAME=NUMBER."""
+    try:
+        pairs = [entry.rpartition("=") for entry in names(text)]
+        return {name.strip(): float(value) for name, _, value in pairs}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}; accepted: NAME=NUMBER,NAME=NUMBER") from None
+
+
+READERS: dict[str, Callable[[str], Any]] = {
+    "bool": bool,  # two flags, --name and --no-name
+    "int": int,
+    "float": float,
+    "str": str,
+    "Sequence[str]": names,
+    "Mapping[str, float]": numbers_by_name,
+}
+
+
+@cache
+def options_of(method: str) -> dict[str, Option]:
+    """The options of a method that make sense on the command line, its own before those of every method.
+
+    Raises:
+        UserError: there is no such method.
+    """
+    try:
+        cls, parameters = method_class(method), method_options(method)
+    except (TypeError, ValueError) as error:
+        raise UserError(as_flags(str(error)).replace("--name:", "--method:")) from error
+    found = {}
+    for name, parameter in parameters.items():
+        read = _reader(parameter.annotation)
+        if read and name not in OF_THE_RUN and _serves(cls, name, parameters):
+            default = OVERRIDES.get(method, {}).get(name, parameter.default)
+            found[name] = Option(name, read, default, described(cls, name))
+    return found
+
+
+def _reader(annotation: Any) -> Callable[[str], Any] | None:
+    """What reads a value of a type; None for those of programs only, such as a module."""
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    return READERS.get(text.replace("collections.abc.", "").removesuffix(" | None"))
+
+
+def _serves(cls: type[ZOOptimizer], name: str, parameters: Any) -> bool:
+    """Whether a method can do anything with an option that every method has."""
+    needs = {
+        "groups": cls.takes_groups,
+        "residual": cls.takes_residual,
+        "two_pass": cls.plans_ahead,
+        "merge": issubclass(cls, LowRankOptimizer),
+        "lr_rule": "baseline" in parameters,  # it listens to the estimate that methods with baselines share
+    }
+    return needs.get(name, True)
+
+
+def refuse_unknown(method: str, given: str) -> None:
+    """Raise UserError if a method has no option of that name."""
+    known = options_of(method)
+    if given in known:
+        return
+    near = get_close_matches(given, known, 1)
+    hint = f" (did you mean {flag(near[0])}?)" if near else ""
+    accepted = ", ".join(option.flag for option in known.values())
+    raise UserError(f"{flag(given)}: no option of --method {method}{hint}; accepted with it: {accepted}")
+
+
+# ---- docstrings -----------------------------------------------------------------------------------------------------
+
+
+def described(cls: type, name: str) -> str:
+    """What the docstring of a class, or else of its bases, says of an argument of ``__init__``: one sentence."""
+    for owner in cls.__mro__:
+        text = _arguments(owner).get(name, "")
+        other = re.match(r"as in ``(\w+)``", text)
+        if other and hasattr(optim, other[1]):
+            return described(getattr(optim, other[1]), name)
+        if text:
+            return re.split(r"(?<=\.)\s+(?=[A-Z])", text.replace("``", ""))[0].removesuffix(".")
+    return ""
+
+
+@cache
+def _arguments(cls: type) -> dict[str, str]:
+    """The section "Args" of a docstring, by argument; what is said of several at once starts with their names."""
+    section = inspect.cleandoc(cls.__doc__ or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
+    found: dict[str, str] = {}
+    for together, text in re.findall(r"^ {4}([\w*, ]+): (.*(?:\n {5,}.*)*)", section, re.MULTILINE):
+        text = " ".join(text.split())
+        if ", " in together and not text.startswith("as in "):
+            text = f"{together}: {text}"
+        found |= dict.fromkeys(together.split(", "), text)
+    return found
+
+
+# ---- names ----------------------------------------------------------------------------------------------------------
+
+
+def flag(name: str) -> str:
+    """A name in Python as it is on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def as_flags(message: str) -> str:
+    """The error message of an optimizer, with the arguments that it begins with as they are on the command line."""
+    return re.sub(r"^\w+(, \w+)*(?=[:\[])", lambda found: ", ".join(map(flag, found[0].split(", "))), message)

@@ -1,0 +1,58 @@
+"""The examples run, learn, and do what they say."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import torch
+
+from pgap_kernels import draw, noise
+from pgap_kernels.noise import Role
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(name, as_program=True):
+    """What an example leaves behind."""
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__" if as_program else name)
+
+
+def test_every_example_is_tested():
+    assert {path.stem for path in EXAMPLES.iterdir()} - {"__pycache__"} == {"own_method", "plain_trainer"}
+
+
+def test_the_method_of_ones_own_learns_and_says_so(capsys):
+    left = run("own_method")
+    assert left["loss"] < 0.5 * left["first"]
+    out = capsys.readouterr().out
+    assert f"{left['first']:.3f} -> {left['loss']:.3f}" in out and "forwards=9.0, weight_passes=9.0" in out
+
+
+def test_the_method_of_ones_own_takes_the_step_of_its_equation():
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(6, 3), torch.randn(10, 6)
+    names, before = zip(*((name, p.detach().double()) for name, p in model.named_parameters()), strict=True)
+    ids = [noise.tensor_id(name) for name in names]
+
+    def signs(i):
+        key = noise.derive(0, 0, Role.DENSE, i)
+        return [draw(w.shape, key, id, distribution="rademacher").double() for w, id in zip(before, ids, strict=True)]
+
+    def loss(u, eps):
+        weight, bias = (w + eps * s for w, s in zip(before, u, strict=True))
+        return (x.double() @ weight.T + bias).square().mean()
+
+    u = [signs(i) for i in range(4)]
+    losses = torch.stack([loss(s, 0.1) for s in u])
+    scores = (losses - loss(u[0], 0.0)) / losses.std(unbiased=False)
+    run("own_method", as_program=False)["FZOO"](model, lr=1.0, eps=0.1, probes=4).step(lambda: model(x).square().mean())
+    for i, (w, p) in enumerate(zip(before, model.parameters(), strict=True)):
+        expected = w - sum(score * s[i] for score, s in zip(scores, u, strict=True)) / 4
+        # Differences of float32 losses, which are a few percent of them, have four digits.
+        torch.testing.assert_close(p.detach().double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_plain_trainer_learns(capsys):
+    left = run("plain_trainer")
+    assert left["accuracy"] > 0.8 and f"accuracy {left['accuracy']:.2f}" in capsys.readouterr().out
