@@ -6,6 +6,7 @@ import argparse
 import inspect
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, NoReturn
 
 from .finetune.config import DTYPES, Config, field_default
@@ -85,7 +86,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if unknown:
         name = unknown[0].partition("=")[0]
         if arguments.command is _finetune and name.startswith("--"):
-            refuse_unknown(method, name[2:].replace("-", "_"))
+            refuse_unknown(method, name[2:].replace("-", "_"), (field.name for field in fields(Config)))
         parser.error(f"{unknown[0]}: no such option or command")
     return arguments
 

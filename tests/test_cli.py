@@ -317,6 +317,7 @@ def test_option_out_of_range(option, value, accepted, capsys, model, table, tmp_
         ("mezo", ["--rank", "4"], ["--rank", "--method mezo", "--lr, --eps"]),
         ("mezo", ["--weight-decy=1"], ["--weight-decy", "did you mean --weight-decay?"]),
         ("mezo", ["--prob", "2"], ["--prob", "did you mean --probes?"]),  # abbreviations are not options
+        ("mezo", ["--batchsize", "2"], ["--batchsize", "did you mean --batch-size?"]),
         ("mezo", ["stray"], ["stray"]),
         ("lozo", ["--rank", "few"], ["--rank", "few", "int"]),
         ("lozo", ["--baseline", "mean"], ["--baseline", "'mean'", "'loo'"]),

@@ -17,7 +17,7 @@ from support.finetune_tiny import csv_file, tiny_model
 
 from pgap_kernels.finetune import Config, UserError, data, fetch, job, models, report, run
 from pgap_kernels.finetune.baseline import BaselineMeZO, BaselinePGAP, aligned_core
-from pgap_kernels.finetune.options import OVERRIDES
+from pgap_kernels.finetune.options import OF_ALL, OVERRIDES
 from pgap_kernels.finetune.scoring import Scorer
 from pgap_kernels.finetune.snapshot import Snapshot
 from pgap_kernels.finetune.timing import StepClock
@@ -346,7 +346,7 @@ def test_every_method_runs_as_it_is(method, llama, tmp_path):
     assert result["status"] == "completed" and all(math.isfinite(loss) for loss in result["curves"]["train_loss"])
     assert result["test"]["before"]["loss"] != result["test"]["after"]["loss"]
     own = {name: parameter.default for name, parameter in method_options(method).items()}
-    changed = OVERRIDES.get(method, {}) | ({"merge": "window"} if "merge" in config.options else {})
+    changed = OVERRIDES.get(method, {}) | OF_ALL
     assert config.options == {name: value for name, value in (own | changed).items() if name in config.options}
 
 

@@ -82,8 +82,8 @@ class Config:
     def _defaults(self) -> dict[str, Any]:
         options = options_of(self.method).items()
         found = {name: option.default for name, option in options if option.default is not inspect.Parameter.empty}
-        if "merge" in found and self.mode in ("auto", "folded"):
-            found["merge"] = "window"  # nobody reads the weights before the run's loop has merged
+        if "merge" in found and self.mode not in ("auto", "folded"):
+            found["merge"] = "step"  # other modes have no window
         return found
 
     def _require(self, name: str, accepted: str, test: Any) -> None:
