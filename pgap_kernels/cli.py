@@ -6,6 +6,7 @@ import argparse
 import inspect
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, NoReturn
 
 from .finetune.config import DTYPES, Config, field_default
@@ -30,6 +31,9 @@ examples:
       of the others are their papers', for longer runs of larger models: expect to raise --lr.
   pgap-kernels finetune --method mezo --lr 3e-5 --steps 500 --compare
       MeZO, then a few steps of MeZO in plain PyTorch, to compare seconds per step.
+  pgap-kernels finetune --members 2 --groups 8 --lr-rule signal
+      Both signs in one forward, a direction for every two sentences, and a learning rate that follows the signal that
+      their losses show: |g|^2, tr Sigma and E |g_i|^2 of every step are in the report, and in a panel of curves.png.
   pgap-kernels finetune --model ./my-model --data reviews.csv --text-column review --label-column stars \\
       --template "{text} All in all it was" --verbalizers "5= good,1= bad" --save-model
       Your own model and data; each word must be one token after the template, hence the leading spaces.
@@ -82,7 +86,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if unknown:
         name = unknown[0].partition("=")[0]
         if arguments.command is _finetune and name.startswith("--"):
-            refuse_unknown(method, name[2:].replace("-", "_"))
+            refuse_unknown(method, name[2:].replace("-", "_"), (field.name for field in fields(Config)))
         parser.error(f"{unknown[0]}: no such option or command")
     return arguments
 

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import runpy
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from pgap_kernels import draw, noise
+from pgap_kernels.finetune import Config
+from pgap_kernels.finetune.options import options_of
 from pgap_kernels.noise import Role
+from pgap_kernels.optim import registry
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+class EntryPoint(NamedTuple):
+    """Of an installed package."""
+
+    name: str
+    value: type
+
+    def load(self):
+        return self.value
 
 
 def run(name, as_program=True):
@@ -51,6 +65,15 @@ def test_the_method_of_ones_own_takes_the_step_of_its_equation():
         expected = w - sum(score * s[i] for score, s in zip(scores, u, strict=True)) / 4
         # Differences of float32 losses, which are a few percent of them, have four digits.
         torch.testing.assert_close(p.detach().double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_method_of_ones_own_has_its_options_on_the_command_line(monkeypatch):
+    FZOO = run("own_method", as_program=False)["FZOO"]
+    points = {"pgap_kernels.methods": [EntryPoint("fzoo", FZOO)]}
+    monkeypatch.setattr(registry, "entry_points", lambda group: points[group])
+    config = Config(method="fzoo", options={"probes": 2})
+    assert config.make_optimizer(torch.nn.Linear(2, 2)).probes == 2 and config.options["lr"] == 5e-5
+    assert {"lr": float, "probes": int}.items() <= {n: o.read for n, o in options_of("fzoo").items()}.items()
 
 
 def test_the_plain_trainer_learns(capsys):

@@ -17,7 +17,7 @@ from support.finetune_tiny import csv_file, tiny_model
 
 from pgap_kernels.finetune import Config, UserError, data, fetch, job, models, report, run
 from pgap_kernels.finetune.baseline import BaselineMeZO, BaselinePGAP, aligned_core
-from pgap_kernels.finetune.options import OVERRIDES
+from pgap_kernels.finetune.options import OF_ALL, OVERRIDES
 from pgap_kernels.finetune.scoring import Scorer
 from pgap_kernels.finetune.snapshot import Snapshot
 from pgap_kernels.finetune.timing import StepClock
@@ -347,8 +347,55 @@ def test_every_method_runs_as_it_is(method, llama, tmp_path):
     assert result["status"] == "completed" and all(math.isfinite(loss) for loss in result["curves"]["train_loss"])
     assert result["test"]["before"]["loss"] != result["test"]["after"]["loss"]
     own = {name: parameter.default for name, parameter in method_options(method).items()}
-    changed = OVERRIDES.get(method, {}) | ({"merge": "window"} if "merge" in config.options else {})
+    changed = OVERRIDES.get(method, {}) | OF_ALL
     assert config.options == {name: value for name, value in (own | changed).items() if name in config.options}
+
+
+STACKED = [
+    ("mezo", {"members": 2, "groups": 4}),
+    ("pgap", {"members": 4, "groups": 2, "directions": 4, "baseline": "loo", "rank": 4, "window": 4, "probes": 2}),
+    ("lozo", {"members": 3, "directions": 2, "baseline": "clean", "lr_rule": "signal"}),
+]
+
+
+@pytest.mark.parametrize("method, own", STACKED, ids=[method for method, _ in STACKED])
+def test_losses_per_row_tell_what_the_gradient_is(method, own, llama, tmp_path, monkeypatch):
+    made = []
+    make = Config.make_optimizer
+    monkeypatch.setattr(Config, "make_optimizer", lambda *given: made.append(make(*given)) or made[-1])
+    config = config_for(llama, tmp_path, method=method, options=own, mode="scratch", batch_size=8)
+    result = run(config)
+    signal = result["curves"]["signal"]
+    assert [point["step"] for point in signal] == list(range(1, 7))
+    last = made[-1].last
+    assert signal[-1] == {"step": 6, "second_moment": last.second_moment, "trace": last.trace,
+                          "squared_norm": last.squared_norm}  # fmt: skip
+    assert all(point["second_moment"] > 0 for point in signal)
+    assert made[-1].signal_rule.steps == 6
+
+
+def test_a_stacked_step_is_the_step_of_one_copy_after_another(llama, tmp_path):
+    alone, stacked = (
+        run(config_for(llama, tmp_path, mode="scratch", options={"members": members})) for members in (1, 2)
+    )
+    assert not alone["curves"]["signal"] and stacked["curves"]["signal"]
+    assert stacked["curves"]["train_loss"] == pytest.approx(alone["curves"]["train_loss"], rel=1e-5)
+
+
+def test_figure_has_a_panel_more_for_the_signal(llama, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    titles = []
+    save = Figure.savefig
+
+    def noting(figure, *given, **options):
+        titles.append([axes.get_title() for axes in figure.axes])
+        return save(figure, *given, **options)
+
+    monkeypatch.setattr(Figure, "savefig", noting)
+    for members in (1, 2):
+        run(config_for(llama, tmp_path, mode="scratch", options={"members": members}))
+    assert [len(found) for found in titles] == [3, 4] and titles[1][1].startswith("gradient")
 
 
 def test_interrupt_before_the_first_step_leaves_a_valid_report(llama, tmp_path, monkeypatch, capsys):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..optim import ZOOptimizer, make_optimizer, method_options
+from ..optim.signal import signal_of
 from ..perturbation import MODES
 from .baseline import BASELINES
 from .options import OF_THE_RUN, UserError, as_flags, flag, names, numbers_by_name, options_of, refuse_unknown
@@ -81,8 +82,8 @@ class Config:
     def _defaults(self) -> dict[str, Any]:
         options = options_of(self.method).items()
         found = {name: option.default for name, option in options if option.default is not inspect.Parameter.empty}
-        if "merge" in found and self.mode in ("auto", "folded"):
-            found["merge"] = "window"  # nobody reads the weights before the run's loop has merged
+        if "merge" in found and self.mode not in ("auto", "folded"):
+            found["merge"] = "step"  # other modes have no window
         return found
 
     def _require(self, name: str, accepted: str, test: Any) -> None:
@@ -119,7 +120,22 @@ class Config:
                 options[name] = {"*" * (i + 1): value for i, value in enumerate(options[name].values())}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self.make_optimizer(weight.to(getattr(torch, self.dtype)), options)
+            optimizer = self.make_optimizer(weight.to(getattr(torch, self.dtype)), options)
+        if self.batch_size % optimizer.groups:
+            raise UserError(
+                f"--groups: got {optimizer.groups}; accepted: a number that divides --batch-size {self.batch_size}"
+            )
+        if optimizer.lr_rule and not self._tells_signal(optimizer):
+            raise UserError(
+                f"--lr-rule: got {optimizer.lr_rule!r}; accepted: with --members or --groups of 2 or more, two "
+                "sentences or more in a group, and two directions or more with --baseline clean"
+            )
+
+    def _tells_signal(self, optimizer: Any) -> bool:
+        """Whether a step's losses will say what the learning rate is to follow."""
+        sampling = optimizer.sampling
+        signal = signal_of(torch.zeros(sampling.copies, self.batch_size), sampling.groups, sampling.baseline, 1.0)
+        return optimizer.members * optimizer.groups > 1 and signal.squared_norm is not None
 
     def make_optimizer(self, model: torch.nn.Module, options: dict[str, Any] | None = None) -> ZOOptimizer:
         """The method's optimizer of a model.

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from .. import __version__
-from ..optim import NonFiniteLossError
+from ..optim import NonFiniteLossError, Signal
 from . import data, models, report
 from .baseline import BASELINES
 from .config import Config, UserError
@@ -101,6 +101,9 @@ def _tune(config: Config, model: Any, scorer: Scorer, dataset: data.Dataset, res
             for step in range(config.steps):
                 loss = _timed_step(optimizer, clock, config, scorer, dataset, step)
                 result["curves"]["train_loss"].append(loss)
+                if math.isfinite(loss) and optimizer.last != Signal():  # a skipped step leaves the one before
+                    signal = {name: getattr(optimizer.last, name) for name in report.SIGNAL}
+                    result["curves"]["signal"].append({"step": step + 1, **signal})
                 if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
                     accuracy = evaluate(step + 1)
                 bar.set_postfix(loss=f"{loss:.3f}", dev_accuracy=accuracy, refresh=False)
@@ -148,8 +151,10 @@ def _timed_step(
     optimizer: Any, clock: StepClock, config: Config, scorer: Scorer, dataset: data.Dataset, step: int
 ) -> float:
     start = time.perf_counter()
-    batch = scorer.encode(data.batch(dataset.train, config.batch_size, config.seed, step))
-    loss = optimizer.step(lambda: scorer.loss(batch))
+    members, groups = (getattr(optimizer, name, 1) for name in ("members", "groups"))
+    batch = scorer.encode(data.batch(dataset.train, config.batch_size, config.seed, step) * members)
+    loss_of = scorer.loss if members * groups == 1 else scorer.losses
+    loss = optimizer.step(lambda: loss_of(batch))
     clock.add(time.perf_counter() - start, optimizer.seconds)
     return loss
 

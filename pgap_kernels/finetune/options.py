@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -24,6 +24,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     # smallest, is most of the rank of matrices with 192 rows.
     "pgap": {"lr": 1.2e-4, "rank": 64},
 }
+
+#: The same of every method that has the option: nobody reads the weights before the run's loop has merged.
+OF_ALL: dict[str, Any] = {"merge": "window"}
 
 #: Options of methods that are options of the run as well; methods take the run's value.
 OF_THE_RUN = ("batch_size", "mode", "seed")
@@ -84,16 +87,20 @@ def options_of(method: str) -> dict[str, Option]:
         raise UserError(as_flags(str(error)).replace("--name:", "--method:")) from error
     found = {}
     for name, parameter in parameters.items():
-        read = _reader(parameter.annotation)
+        read = _reader(parameter)
         if read and name not in OF_THE_RUN and _serves(cls, name, parameters):
-            default = OVERRIDES.get(method, {}).get(name, parameter.default)
+            default = {name: parameter.default, **OF_ALL, **OVERRIDES.get(method, {})}[name]
             found[name] = Option(name, read, default, described(cls, name))
     return found
 
 
-def _reader(annotation: Any) -> Callable[[str], Any] | None:
-    """What reads a value of a type; None for those of programs only, such as a module."""
-    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+def _reader(parameter: inspect.Parameter) -> Callable[[str], Any] | None:
+    """What reads a value of a parameter's type, or its default's; None for those of programs only, such as a module."""
+    text = parameter.annotation
+    if text is parameter.empty:
+        text = type(parameter.default)
+    if not isinstance(text, str):
+        text = inspect.formatannotation(text)
     return READERS.get(text.replace("collections.abc.", "").removesuffix(" | None"))
 
 
@@ -109,12 +116,12 @@ def _serves(cls: type[ZOOptimizer], name: str, parameters: Any) -> bool:
     return needs.get(name, True)
 
 
-def refuse_unknown(method: str, given: str) -> None:
-    """Raise UserError if a method has no option of that name."""
+def refuse_unknown(method: str, given: str, others: Iterable[str] = ()) -> None:
+    """Raise UserError if a method has no option of that name; ``others`` may have been meant too."""
     known = options_of(method)
     if given in known:
         return
-    near = get_close_matches(given, known, 1)
+    near = get_close_matches(given, [*known, *others], 1)
     hint = f" (did you mean {flag(near[0])}?)" if near else ""
     accepted = ", ".join(option.flag for option in known.values())
     raise UserError(f"{flag(given)}: no option of --method {method}{hint}; accepted with it: {accepted}")

@@ -15,6 +15,8 @@ from .config import Config
 from .data import Dataset
 from .timing import PARTS
 
+#: What losses of each row say about the gradient (`pgap_kernels.optim.Signal`), and as it is written in the figure.
+SIGNAL = {"second_moment": "E |gᵢ|²", "trace": "tr Σ", "squared_norm": "|g|²"}
 COLORS = {"forward": "#4c78a8", "perturb": "#f58518", "refresh": "#54a24b", "rest": "#bab0ac"}
 
 
@@ -22,7 +24,8 @@ def empty(config: Config, versions: dict[str, Any], model: dict[str, Any], datas
     """A report with everything known before the first step; the run fills in the rest.
 
     Entries: ``status``; ``config``; ``versions``; ``model``; ``data``; ``test`` (``before`` and ``after``: loss in
-    nats, accuracy 0 to 1, examples); ``curves`` (``train_loss`` of every step; ``dev``: step, loss, accuracy);
+    nats, accuracy 0 to 1, examples); ``curves`` (``train_loss`` of every step; ``signal``: step and what its losses say
+    about the gradient, of steps with a loss per row; ``dev``: step, loss, accuracy);
     ``timing`` (steps, seconds by part, seconds of one refresh, the window of steps that it serves, and seconds per step
     with their share of it); ``mode`` (name and reason, once there is an optimizer); ``weight_passes`` (reads and writes
     of all tuned weights in the whole run); ``peak_memory_mib``; ``baseline`` (the method in plain PyTorch: losses,
@@ -42,7 +45,7 @@ def empty(config: Config, versions: dict[str, Any], model: dict[str, Any], datas
             "dropped": dataset.dropped,
         },
         "test": {"before": None, "after": None},
-        "curves": {"train_loss": [], "dev": []},
+        "curves": {"train_loss": [], "signal": [], "dev": []},
         "mode": None,
         "timing": None,
         "weight_passes": None,
@@ -78,16 +81,15 @@ def write(report: dict[str, Any], folder: Path) -> None:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Draw loss, accuracy and where the time went."""
+    """Draw loss, what the losses say about the gradient if they do, accuracy and where the time went."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    loss, accuracy, seconds = figure.subplots(1, 3)
+    panels = [_draw_loss, *([_draw_signal] if report["curves"]["signal"] else []), _draw_accuracy, _draw_seconds]
+    figure = Figure(figsize=(13 / 3 * len(panels), 4), layout="constrained")
     config = report["config"]
     figure.suptitle(f"{config['method']} on {report['model']['name']}, {report['data']['name']}", fontsize=11)
-    _draw_loss(loss, report)
-    _draw_accuracy(accuracy, report)
-    _draw_seconds(seconds, report)
+    for axes, panel in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        panel(axes, report)
     figure.savefig(path, dpi=130)
 
 
@@ -98,6 +100,17 @@ def _draw_loss(axes: Any, report: dict[str, Any]) -> None:
     axes.plot(steps, _running_mean(train, 20), color="#4c78a8", label="train, mean of last 20")
     axes.plot(_column(dev, "step"), _column(dev, "loss"), color="#f58518", marker="o", markersize=4, label="dev")
     axes.set(title="loss", xlabel="step", ylabel="cross-entropy (nats)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def _draw_signal(axes: Any, report: dict[str, Any]) -> None:
+    signal = report["curves"]["signal"]
+    for name, label in SIGNAL.items():
+        told = [point for point in signal if point[name] is not None]
+        axes.plot(_column(told, "step"), _running_mean(_column(told, name), 20), label=label)
+    axes.set_yscale("log", nonpositive="mask")  # estimates of |g|² may be negative
+    axes.set(title="gradient, mean of last 20", xlabel="step")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
 

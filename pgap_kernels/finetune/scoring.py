@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from ..losses import per_example_loss
 from .data import Example
 
 
@@ -76,6 +77,10 @@ class Scorer:
     def loss(self, batch: Encoded) -> torch.Tensor:
         """Mean cross-entropy over the two label tokens, a scalar in fp32."""
         return functional.cross_entropy(self.logits(batch), batch.labels)
+
+    def losses(self, batch: Encoded) -> torch.Tensor:
+        """Cross-entropy of each row over the two label tokens, in fp32."""
+        return per_example_loss(self.logits(batch), batch.labels)
 
     @torch.no_grad()
     def evaluate(self, examples: Sequence[Example], batch_size: int) -> Score:
