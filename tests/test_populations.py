@@ -189,6 +189,19 @@ def test_estimates_are_unbiased(baseline, groups, count):
     assert all(s.trace == pytest.approx(s.second_moment - s.squared_norm) for s in found)
 
 
+def test_curvature_of_a_quadratic_loss():
+    """l = s.d + d.H.d / 2 along directions of independent elements, each beside the loss at W itself."""
+    h, slope, eps, found = torch.arange(1.0, 13.0, dtype=torch.float64), torch.ones(12, dtype=torch.float64), 0.5, []
+    for seed in range(400):
+        d = torch.randn(3, 12, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        tried = eps * d @ slope + eps**2 / 2 * d.square() @ h
+        found.append(signal_of(torch.cat([tried, torch.zeros(1)])[:, None], 1, "clean", eps).curvature)
+    values = torch.tensor(found)
+    assert abs(values.mean() - h.sum()) <= 5 * values.std() / 20
+    assert abs(values.mean() - 2 * h.sum()) > 5 * values.std() / 20
+    assert signal_of(torch.ones(2, 4), 1, "antithetic", eps).curvature is None
+
+
 def test_an_optimizer_keeps_what_its_losses_say():
     model, optimizer = make("pgap", "folded", groups=4, members=2)
     assert optimizer.last == Signal()
@@ -291,6 +304,8 @@ def test_methods_without_groups_say_so():
     for cls in (PIZO, LOZOM):
         with pytest.raises(ValueError, match=r"^groups: got 2; accepted: 1 with"):
             cls(Linear(), mode="scratch", members=2, groups=2)
+        with pytest.raises(ValueError, match=r"^lr_rule: got 'signal'; accepted: None with"):
+            cls(Linear(), mode="scratch", members=2, lr_rule="signal")
     with pytest.raises(ValueError, match=r"^directions, baseline: got 2"):
         LOZOM(Linear(), mode="scratch", directions=2)
 

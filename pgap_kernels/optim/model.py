@@ -33,7 +33,7 @@ class ModelOptimizer(torch.optim.Optimizer):
     plans_ahead: ClassVar[bool] = (
         False  # whether the first forward of a step sees ``direction(step)``, as two_pass needs
     )
-    takes_groups: ClassVar[bool] = False  # whether groups of examples may have directions of their own
+    takes_groups: ClassVar[bool] = False  # whether it moves by ``estimate``: groups may have their own directions
     period: int = 1  # steps after which what a step does repeats; ``cost`` counts one period
 
     def __init__(
@@ -67,6 +67,10 @@ class ModelOptimizer(torch.optim.Optimizer):
                 f"groups: got {groups}; accepted: 1 with {self.method}, whose directions all examples share"
             )
         self.lr_rule = None if lr_rule is None else checks.choice("lr_rule", lr_rule, ("signal",))
+        if self.lr_rule and not self.takes_groups:
+            raise ValueError(
+                f"lr_rule: got {lr_rule!r}; accepted: None with {self.method}, whose losses do not show the signal"
+            )
         self.signal_rule, self.last = SignalRule(), Signal()
         if self.residual and not self.takes_residual:
             raise ValueError(

@@ -22,7 +22,7 @@ class Signal(NamedTuple):
         squared_norm: |g|^2, where a direction is shared by two examples or more.
         trace: tr Sigma, likewise.
         second_moment: E |g_i|^2 = |g|^2 + tr Sigma.
-        curvature: tr H, where both signs of a direction and W itself were evaluated.
+        curvature: tr H, where W itself was evaluated. One step says little of it: average over hundreds of examples.
     """
 
     squared_norm: float | None = None
@@ -41,7 +41,7 @@ def signal_of(rows: Tensor, groups: int, baseline: str, eps: float) -> Signal:
         eps: the smoothing radius.
     """
     f = rows.double().view(len(rows), groups, -1)
-    examples = f.shape[-1]
+    examples, curvature = f.shape[-1], None
     if baseline == "antithetic":  # rho_i of each pair and example
         rho = (f[::2] - f[1::2]) / (2 * eps)
         products = rho[..., :, None] * rho[..., None, :]
@@ -49,14 +49,15 @@ def signal_of(rows: Tensor, groups: int, baseline: str, eps: float) -> Signal:
         tried = f if baseline == "loo" else f[:-1]
         if len(tried) < 2:
             return Signal()
+        curvature = float(2 * (tried - f[-1]).mean() / eps**2) if baseline == "clean" else None
         centred = (tried - tried.mean(0)) / eps
         products = torch.einsum("kgi,kgj->gij", centred, centred)[None] / (len(tried) - 1)
     diagonal = products.diagonal(dim1=-2, dim2=-1).sum(-1)
     second_moment = float(diagonal.mean() / examples)
     if examples < 2:
-        return Signal(second_moment=second_moment)
+        return Signal(second_moment=second_moment, curvature=curvature)
     squared_norm = float((products.sum((-2, -1)) - diagonal).mean() / (examples * (examples - 1)))
-    return Signal(squared_norm, second_moment - squared_norm, second_moment)
+    return Signal(squared_norm, second_moment - squared_norm, second_moment, curvature)
 
 
 class SignalRule:
