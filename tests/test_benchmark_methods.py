@@ -1,4 +1,4 @@
-"""benchmarks.methods on tiny models: published logic moves along what it evaluated, and what is counted was declared."""
+"""benchmarks.methods on tiny models: published logic moves along what it evaluated; what is counted was declared."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_two_packages_take_the_same_steps(small, capsys):
     class Worker:
         ask = staticmethod(against.answer)
 
-    given = "--model tiny --tokens 3 --only mezo --rounds 2".split()
+    given = ["--model", "tiny", "--tokens", "3", "--only", "mezo", "--rounds", "2"]
     _, args = program.arguments([*given, "--package", str(Path(__file__).parents[1])])
     rows = against.rows({"this": Worker(), "base": Worker()}, args)
     modes = ["ours, inplace", "ours, two_pass", "ours, scratch"]
