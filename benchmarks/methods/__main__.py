@@ -103,7 +103,11 @@ def arguments(given: Sequence[str] | None = None) -> tuple[argparse.ArgumentPars
     compare.add_options(parser)
     args = parser.parse_args(given)
     other = args.base or args.package
-    defaults = {"only": methods(), "providers": ["ours"] if other else list(PROVIDERS), "steps": 1 if other else 6}
+    defaults: dict[str, object] = {
+        "only": methods(),
+        "providers": ["ours"] if other else list(PROVIDERS),
+        "steps": 1 if other else 6,
+    }
     options.fill(args, defaults)
     options.check_counts(parser, args, ("tokens", "steps", "rounds"))
     options.check_files(parser, args)

@@ -21,7 +21,7 @@ from pgap_kernels.finetune.scoring import Scorer
 from pgap_kernels.optim import LowRankOptimizer, available_methods, make_optimizer, method_options
 from pgap_kernels.optim.registry import method_class
 
-# What differs from a method's defaults, for both sides. DiZO's are a sixth of its own, so that a few steps show both of
+# What differs from a method's defaults, for both sides. DiZO's are a tenth of its own, so that a few steps show both of
 # its kinds in the usual ratio.
 OPTIONS: dict[str, dict[str, Any]] = {
     "dizo": {"kappa": 5, "iterations": 1},

@@ -1,0 +1,1 @@
+"""``python -m benchmarks.convergence``: how many forwards and seconds methods need to reach a loss."""

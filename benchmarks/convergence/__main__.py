@@ -1,0 +1,139 @@
+"""How many example-forwards and seconds methods need to reach a loss, each with its best learning rate and schedule.
+
+    python -m benchmarks.convergence --json DIR [--config FILE] [--device cuda] [--max-minutes 60]
+    python -m benchmarks.convergence report DIR [--markdown FILE] [--figure FILE]
+
+Study     benchmarks/convergence/study.toml says which arms there are (methods x learning rates x schedules x batch
+          sizes x seeds), what they learn, the budgets and the targets. SmolLM2-135M learns which movie snippets are
+          positive; model and data are fetched the first time. Needs Python 3.11.
+Cells     each is a file in DIR. A finished one is not run again, a stopped one goes on where it was: after
+          --max-minutes, or Ctrl-C. The most wanted come first, and one seed of all before the second.
+Budgets   a cell ends when its example-forwards and its seconds are used up, so that arms can be compared at equal
+          forwards and at equal seconds. All forwards and seconds of its steps count, refreshes included; evaluations
+          do not, nor do the forwards that try out, once, whether a model keeps the slices of a batch apart.
+
+Seconds are only worth something on an idle machine, and those of one device do not go with those of another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from benchmarks.convergence import report
+from benchmarks.convergence.run import Run, Stopped
+from benchmarks.convergence.store import Store
+from benchmarks.convergence.study import DEFAULT, Cell, Refused, Study, load
+from benchmarks.harness import options
+from benchmarks.harness.tables import console
+from pgap_kernels.finetune import UserError
+
+
+def run(study: Study, store: Store, device: torch.device, minutes: float | None) -> bool:
+    """Run the cells that are not finished; whether all are now."""
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+
+    def over() -> bool:
+        return deadline is not None and time.monotonic() >= deadline
+
+    left = [cell for cell in study.cells if not store.finished(cell)]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console()) as bar:
+        task = bar.add_task("", total=len(left))
+        for done, cell in enumerate(left):
+            bar.update(task, description=cell.name)
+            if over():
+                return False
+            progress = partial(_note_progress, bar, task, done)
+            record = run_cell(cell, study, store, device, progress, over)
+            if record["status"] == "stopped":
+                return False
+            progress(1.0)
+            last = record["checkpoints"][-1]
+            bar.console.print(f"{cell.name}: {record['status']}, test loss {last['loss']:.4f}", highlight=False)
+    return True
+
+
+def _note_progress(bar: Progress, task: TaskID, done: int, share: float) -> None:
+    bar.update(task, completed=done + share)
+
+
+def run_cell(
+    cell: Cell,
+    study: Study,
+    store: Store,
+    device: torch.device,
+    progress: Callable[[float], object],
+    over: Callable[[], bool],
+) -> dict[str, Any]:
+    """Run a cell from where it was stopped, if it was, until it is finished or stopped; returns its record."""
+    run = Run(cell, study, device)
+    before = store.resume(cell, device)
+    if before is not None:
+        run.load(*before)
+    try:
+        run.go(progress, over)
+    except Stopped:
+        store.stop(cell, run.record, run.state())
+    else:
+        store.finish(cell, run.record)
+    run.optimizer.detach()
+    gc.collect()  # a model and its hooks refer to one another
+    return run.record
+
+
+def arguments(given: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """The parser, for refusals to come, and the command line."""
+    parser = options.parser("benchmarks.convergence", __doc__)
+    add = parser.add_argument
+    add(
+        "--json",
+        type=Path,
+        metavar="DIR",
+        default=Path("runs/convergence"),
+        help="of the results; default: %(default)s",
+    )
+    add("--config", type=Path, metavar="FILE", default=DEFAULT, help="default: study.toml of this command")
+    add("--device", default="cpu", help="cpu, cuda, cuda:1, ...; default: %(default)s")
+    add("--only", nargs="+", metavar="ARM", help="default: all")
+    add("--seconds", type=float, help="budget of a cell; default: the study's for the device")
+    add("--max-minutes", type=float, help="stop after so many; the same command goes on later")
+    add("--list", action="store_true", help="print the cells in their order, and run none")
+    args = parser.parse_args(given)
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device: got {args.device!r}, but PyTorch finds no such device here; accepted here: cpu")
+    return parser, args
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    given = sys.argv[1:] if given is None else list(given)
+    if given[:1] == ["report"]:
+        return report.main(given[1:])
+    parser, args = arguments(given)
+    device = torch.device(args.device)
+    try:
+        study = load(args.config, device.type, args.seconds, args.only)
+        if args.list:
+            print("\n".join(cell.name for cell in study.cells))
+            return 0
+        store = Store(args.json)
+        store.begin(study)
+        complete = run(study, store, device, args.max_minutes)
+    except (Refused, UserError) as error:
+        parser.error(str(error))
+    left = sum(not store.finished(cell) for cell in study.cells)
+    print("all cells are finished" if complete else f"stopped; {left} of {len(study.cells)} cells are left")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

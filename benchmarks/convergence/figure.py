@@ -1,0 +1,49 @@
+"""Two panels: test loss over example-forwards and over seconds, of each arm with its best setting."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.convergence import times
+from benchmarks.convergence.times import AXES, Record, Setting
+
+
+def draw(study: Mapping[str, Any], arms: Mapping[str, dict[Setting, dict[int, Record]]], file: Path) -> None:
+    """Draw both; a thin line is a seed, a thick one their mean as far as all seeds go."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 5.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for place, axis in enumerate(AXES, 1):
+        _panel(figure.add_subplot(1, 2, place), study, arms, axis)
+    figure.savefig(file, dpi=150)
+
+
+def _panel(
+    axes: Any, study: Mapping[str, Any], arms: Mapping[str, dict[Setting, dict[int, Record]]], axis: str
+) -> None:
+    for number, (arm, found) in enumerate(arms.items()):
+        best = times.lowest(found, axis, study[axis])
+        color = f"C{number}"
+        curves = [run["checkpoints"][1:] for run in best.runs.values()]  # the start is not on a logarithmic axis
+        for curve in curves:
+            axes.plot([p[axis] for p in curve], [p["loss"] for p in curve], color=color, linewidth=0.6, alpha=0.5)
+        together = list(zip(*curves, strict=False))
+        axes.plot(
+            [statistics.fmean(p[axis] for p in points) for points in together],
+            [statistics.fmean(p["loss"] for p in points) for points in together],
+            color=color, linewidth=2, label=f"{arm}: {best.setting}",
+        )  # fmt: skip
+    for name, target in study["targets"].items():
+        axes.axhline(target, color="gray", linewidth=0.8, linestyle=":")
+        axes.text(1, target, f" {name}", transform=axes.get_yaxis_transform(), fontsize=8, va="center", color="gray")
+    axes.set_xscale("log")
+    axes.set_xlim(right=study[axis])
+    unit = {"forwards": "example-forwards", "seconds": "seconds of steps"}[axis]
+    axes.set(title=f"test loss over {unit}, the best setting of each arm there", xlabel=unit, ylabel="test loss (nats)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)

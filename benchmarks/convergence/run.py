@@ -1,0 +1,148 @@
+"""One cell: steps until both budgets are used up, with evaluations between them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.convergence.study import SCHEDULES, Cell, Study
+from benchmarks.harness import batches, machine
+from pgap_kernels.finetune import data, models
+from pgap_kernels.finetune.scoring import Scorer
+from pgap_kernels.optim import NonFiniteLossError, make_optimizer
+
+EVALUATION_BATCH = 50
+SIGNALS = ("squared_norm", "second_moment")
+# Forwards by which an optimizer finds out, in its first step, whether a model keeps the slices of a batch apart. They
+# are not the method's: those of a cell that was stopped come again.
+TRIALS = 3
+
+
+class Stopped(Exception):
+    """The time is over, or somebody has pressed Ctrl-C; the cell can go on from here."""
+
+
+class Run:
+    """A cell on a model of its own.
+
+    Attributes:
+        record: what is kept of it: its cell, the machine, and by step the losses, the example-forwards and seconds so
+            far, and what the losses say of the gradient; the test's loss and accuracy at checkpoints.
+    """
+
+    def __init__(self, cell: Cell, study: Study, device: torch.device) -> None:
+        self.cell, self.study, self.device = cell, study, device
+        config = study.config()
+        self.model, tokenizer, _ = models.load(config.model, getattr(torch, config.dtype), device)
+        self.dataset = data.load(config, tokenizer)
+        self.scorer = Scorer(self.model, self.dataset.label_tokens, tokenizer.pad_token_id)
+        self.optimizer = make_optimizer(
+            cell.method, self.model, lr=cell.lr, seed=cell.direction_seed, **{"eps": 1e-3, **cell.options}
+        )
+        self.forwards, self.seconds = 0, 0.0
+        self._trials = TRIALS if cell.slices > 1 else 0
+        self.record: dict[str, Any] = {
+            "cell": asdict(cell),
+            "status": "stopped",
+            "mode": self.optimizer.mode,
+            "facts": machine.facts(device),
+            "steps": {name: [] for name in ("losses", "forwards", "seconds", *SIGNALS)},
+            "checkpoints": [],
+        }
+
+    # ---- going on later ---------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """All that `load` needs beside the record."""
+        weights = models.tuned_parameters(self.model)
+        optimizer = self.optimizer.state_dict()  # merges: only then are the weights the model
+        return {"weights": {name: w.detach().cpu() for name, w in weights.items()}, "optimizer": optimizer}
+
+    @torch.no_grad()
+    def load(self, record: dict[str, Any], state: dict[str, Any]) -> None:
+        """Stand where a run was stopped."""
+        for name, w in models.tuned_parameters(self.model).items():
+            w.copy_(state["weights"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.record = record
+        if record["steps"]["losses"]:
+            self.forwards, self.seconds = record["steps"]["forwards"][-1], record["steps"]["seconds"][-1]
+
+    # ---- the run ----------------------------------------------------------------------------------------------------
+
+    def go(self, progress: Callable[[float], object], stop: Callable[[], bool]) -> None:
+        """Run to the end.
+
+        Args:
+            progress: gets the share of the run that is done.
+            stop: asked after each step.
+
+        Raises:
+            Stopped: the record and `state` are of the last whole step.
+        """
+        try:
+            if not self.record["checkpoints"]:
+                self._evaluate()
+            while True:
+                if self._is_due():
+                    self._evaluate()
+                if self._used_up():
+                    break
+                if stop():
+                    raise Stopped
+                self._step()
+                progress(min(self.forwards / self.study.forwards, self.seconds / self.study.seconds, 1.0))
+            self.record["status"] = "completed"
+        except NonFiniteLossError as error:
+            self.record |= {"status": "diverged", "error": str(error)}
+        except KeyboardInterrupt as error:
+            raise Stopped from error
+
+    def _used_up(self) -> bool:
+        return self.forwards >= self.study.forwards and self.seconds >= self.study.seconds
+
+    def _step(self) -> None:
+        cell, number = self.cell, len(self.record["steps"]["losses"])
+        begin, calls = time.perf_counter(), 0
+        batch = self.scorer.encode(data.batch(self.dataset.train, cell.batch, cell.data_seed, number))
+        batch = batches.stacked(batch, cell.copies)
+        factor = SCHEDULES[cell.schedule](self.forwards / self.study.forwards)
+        for group in self.optimizer.param_groups:
+            group["lr"] = cell.lr * factor
+
+        def closure() -> Tensor:
+            nonlocal calls
+            calls += 1
+            return batches.loss(self.scorer, batch, cell.slices)
+
+        loss = self.optimizer.step(closure)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        seconds = time.perf_counter() - begin
+        # Only now: a step that was interrupted is none.
+        self.seconds += seconds
+        self.forwards += (calls - self._trials) * len(batch.labels)
+        self._trials = 0
+        steps, last = self.record["steps"], self.optimizer.last
+        found = {"losses": loss, "forwards": self.forwards, "seconds": self.seconds}
+        found |= {name: getattr(last, name) for name in SIGNALS}
+        for name, value in found.items():
+            steps[name].append(value)
+
+    def _is_due(self) -> bool:
+        """Whether a checkpoint, or a budget, was passed since the last evaluation."""
+        last = self.record["checkpoints"][-1]
+        following = next(due for due in self.study.checkpoints() if due > last["forwards"])
+        return self.forwards >= following or last["seconds"] < self.study.seconds <= self.seconds
+
+    def _evaluate(self) -> None:
+        score = self.scorer.evaluate(self.dataset.test, EVALUATION_BATCH)
+        self.record["checkpoints"].append({
+            "step": len(self.record["steps"]["losses"]), "forwards": self.forwards, "seconds": self.seconds,
+            "loss": score.loss, "accuracy": score.accuracy,
+        })  # fmt: skip

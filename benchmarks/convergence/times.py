@@ -1,0 +1,155 @@
+"""From curves to times: when a run reaches a loss, which setting of an arm is best at that, and ratios of times.
+
+A time is in example-forwards or in seconds, its *axis*. A run that has not reached the target within the budget is
+censored there: its time is at least the budget.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from benchmarks.convergence.study import Refused
+
+AXES = ("forwards", "seconds")
+Record = dict[str, Any]
+
+
+class Time(NamedTuple):
+    """When a run reached a target; if it did not, the budget at which it was given up."""
+
+    value: float
+    reached: bool
+
+    def order(self) -> tuple[bool, float]:
+        """Sooner is less; unreached is last."""
+        return (not self.reached, self.value)
+
+
+class Setting(NamedTuple):
+    """What an arm is tuned by."""
+
+    batch: int
+    schedule: str
+    lr: float
+
+    def __str__(self) -> str:
+        return f"batch {self.batch}, {self.schedule}, lr {self.lr:g}"
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best setting of an arm for one purpose, with its runs by data seed.
+
+    Attributes:
+        at_end: whether its learning rate is an end of the grid, so that a better one may lie beyond.
+    """
+
+    setting: Setting
+    runs: dict[int, Record]
+    at_end: bool
+
+
+def time_to(record: Record, target: float, axis: str, budget: float) -> Time:
+    """When a run's test loss first is at most the target, by interpolation between its checkpoints."""
+    points = [(point[axis], point["loss"]) for point in record["checkpoints"]]
+    if points[0][1] <= target:
+        raise Refused(f"targets: got {target:g}, but the loss starts at {points[0][1]:.4g}; accepted: less")
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        if y1 <= target:
+            x = x0 + (x1 - x0) * (y0 - target) / (y0 - y1)
+            return Time(x, True) if x <= budget else Time(budget, False)
+    return Time(budget, False)
+
+
+def loss_at(record: Record, axis: str, budget: float) -> dict[str, float]:
+    """The checkpoint at a budget: the first with as much, less than a step later.
+
+    The loss of a run that has diverged is infinite, and its accuracy chance.
+    """
+    if record["status"] == "diverged":
+        return {"loss": math.inf, "accuracy": 0.5}
+    return next(point for point in record["checkpoints"] if point[axis] >= budget)
+
+
+def settings(records: Iterable[Record], arm: str) -> dict[Setting, dict[int, Record]]:
+    """The finished runs of an arm by setting and data seed; of its settings only those with as many seeds as any."""
+    found: dict[Setting, dict[int, Record]] = {}
+    for record in records:
+        cell = record["cell"]
+        if cell["arm"] == arm and record["status"] != "stopped":
+            setting = Setting(cell["batch"], cell["schedule"], cell["lr"])
+            found.setdefault(setting, {})[cell["data_seed"]] = record
+    most = max(map(len, found.values()), default=0)
+    return {setting: runs for setting, runs in found.items() if len(runs) == most}
+
+
+def fastest(found: dict[Setting, dict[int, Record]], target: float, axis: str, budget: float) -> Best:
+    """The setting that reaches a target first: with the most runs, then by their median."""
+
+    def order(setting: Setting) -> tuple:
+        times = [time_to(run, target, axis, budget) for run in found[setting].values()]
+        return (sum(not t.reached for t in times), median(times).order())
+
+    return _best(found, min(found, key=order))
+
+
+def lowest(found: dict[Setting, dict[int, Record]], axis: str, budget: float) -> Best:
+    """The setting with the least mean test loss at a budget."""
+
+    def order(setting: Setting) -> float:
+        return statistics.fmean(loss_at(run, axis, budget)["loss"] for run in found[setting].values())
+
+    return _best(found, min(found, key=order))
+
+
+def _best(found: dict[Setting, dict[int, Record]], setting: Setting) -> Best:
+    grid = [s.lr for s in found if (s.batch, s.schedule) == (setting.batch, setting.schedule)]
+    return Best(setting, found[setting], setting.lr in (min(grid), max(grid)))
+
+
+def median(times: Sequence[Time]) -> Time:
+    """Unreached ones count as later than any other; of an even number the later of the two in the middle."""
+    return sorted(times, key=Time.order)[len(times) // 2]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Of two arms' times, paired by data order: the geometric mean over the pairs.
+
+    Attributes:
+        sign: "" for a ratio; "≥" or "≤" for a bound, as some run of one of the two is censored. Of pairs that say
+            nothing, both of their runs being censored or the bounds opposed, there is no ratio: None.
+        low, high: the 95 % interval by Student's t of the logarithms; of two pairs or more without censored runs.
+    """
+
+    value: float
+    sign: str
+    pairs: int
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        if self.low is None:
+            return f"{self.sign} {self.value:.2f}".strip()
+        return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
+
+
+def ratio(pairs: Sequence[tuple[Time, Time]]) -> Ratio | None:
+    """Of the first times over the second."""
+    kinds = {(a.reached, b.reached) for a, b in pairs}
+    if not pairs or (False, False) in kinds or kinds >= {(True, False), (False, True)}:
+        return None
+    logs = [math.log(a.value / b.value) for a, b in pairs]
+    mean = statistics.fmean(logs)
+    sign = "≥" if (False, True) in kinds else "≤" if (True, False) in kinds else ""
+    if sign or len(logs) < 2:
+        return Ratio(math.exp(mean), sign, len(logs))
+    from scipy.stats import t
+
+    half = t.ppf(0.975, len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
+    return Ratio(math.exp(mean), sign, len(logs), math.exp(mean - half), math.exp(mean + half))

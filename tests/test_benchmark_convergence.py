@@ -1,0 +1,293 @@
+"""benchmarks.convergence on a tiny model: cells run, stop and go on; times are told as the protocol has it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("tomllib")
+
+from support.finetune_tiny import csv_file, tiny_model
+
+from benchmarks.convergence import __main__ as program
+from benchmarks.convergence import report, times
+from benchmarks.convergence.store import Store
+from benchmarks.convergence.study import DEFAULT, SCHEDULES, Refused, Study, load
+from benchmarks.convergence.times import Ratio, Setting, Time
+from benchmarks.harness import batches
+
+STUDY = """
+baseline = "MeZO"
+forwards = 120
+first_checkpoint = 16
+seconds = {{ cpu = 0.001 }}
+targets = {{ early = 0.001 }}
+seeds = {{ data = [0], directions = [7] }}
+task = {{ model = "{model}", data = "{data}", train_size = 40, dev_size = 10, test_size = 20 }}
+
+[[arms]]
+name = "MeZO"
+method = "mezo"
+batch = [4]
+schedule = ["linear"]
+lr = [1e-3]
+options = {{ mode = "inplace" }}
+
+[[arms]]
+name = "P-GAP"
+method = "pgap"
+batch = [2]
+schedule = ["constant"]
+lr = [1e-3]
+
+[arms.options]
+rank = 4
+window = 3
+probes = 2
+mode = "folded"
+merge = "window"
+members = 4
+groups = 2
+directions = 4
+baseline = "loo"
+"""
+
+
+@pytest.fixture
+def config(tmp_path, set_threads):
+    set_threads(1)
+    data = csv_file(tmp_path / "data.csv")
+    file = tmp_path / "study.toml"
+    file.write_text(STUDY.format(model=tiny_model(tmp_path / "llama", "llama"), data=data))
+    return file
+
+
+@pytest.fixture
+def study(config) -> Study:
+    return load(config, "cpu")
+
+
+def go(cell, study, store, over=lambda: False):
+    return program.run_cell(cell, study, store, torch.device("cpu"), lambda share: None, over)
+
+
+def after(steps: int):
+    """Is true when asked for the time after so many."""
+    asked = iter(range(steps))
+    return lambda: next(asked, None) is None
+
+
+# ---- the study ------------------------------------------------------------------------------------------------------
+
+
+def test_cells_of_the_study_come_in_the_order_of_interest():
+    study = load(DEFAULT, "cpu")
+    arms = list(dict.fromkeys(cell.arm for cell in study.cells))
+    repeats = list(dict.fromkeys(cell.data_seed for cell in study.cells))
+    assert len(repeats) >= 3
+    assert [cell.data_seed for cell in study.cells] == sorted(cell.data_seed for cell in study.cells)
+    first = [cell for cell in study.cells if cell.data_seed == repeats[0]]
+    assert {cell.arm for cell in first[: len(arms) + 2]} == {*arms}  # MeZO has three entries
+    assert {(c.batch, c.lr) for c in first if c.arm == "MeZO"} >= {(b, lr) for b in (1, 4, 16) for lr in (6e-5, 9.6e-4)}
+    for cell in study.cells:
+        assert cell.batch % cell.options.get("groups", 1) == 0 and cell.data_seed != cell.direction_seed
+
+
+def test_a_study_that_cannot_be_run_is_refused(config):
+    text = config.read_text()
+    for old, new, message in (
+        ('method = "mezo"', 'method = "meso"', "got method 'meso'"),
+        ('"linear"', '"cosine"', "got schedule 'cosine'"),
+        ('baseline = "MeZO"', 'baseline = "SGD"', "baseline: got 'SGD'"),
+        ("first_checkpoint = 16", "", "'first_checkpoint' is unknown or missing"),
+        ("lr = [1e-3]", "lr = [1e-3, 1e-3]", "several cells"),
+    ):
+        config.write_text(text.replace(old, new))
+        with pytest.raises(Refused, match=message):
+            load(config, "cpu")
+    config.write_text(text)
+    with pytest.raises(Refused, match="has none for 'cuda'"):
+        load(config, "cuda")
+    assert load(config, "cuda", seconds=3.0, only=["P-GAP"]).seconds == 3
+
+
+def test_schedules_start_at_one_and_do_not_rise():
+    for schedule in SCHEDULES.values():
+        values = [schedule(used / 10) for used in range(30)]
+        assert values[0] == 1 and values == sorted(values, reverse=True) and values[-1] > 0
+
+
+# ---- cells ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_program_from_cells_to_report(config, tmp_path, capsys, monkeypatch):
+    folder, page = tmp_path / "results", tmp_path / "page.md"
+    command = ["--config", str(config), "--json", str(folder)]
+    assert program.main([*command, "--max-minutes", "0"]) == 0
+    assert "stopped; 2 of 2 cells are left" in capsys.readouterr().out
+    assert program.main(command) == 0
+    records = {record["cell"]["arm"]: record for record in Store(folder).records()}
+    for arm, rows, first in (("MeZO", 8, 8), ("P-GAP", 8, 16)):  # a refresh is four points, and so is a step
+        steps, points = records[arm]["steps"], records[arm]["checkpoints"]
+        assert records[arm]["status"] == "completed" and steps["forwards"][0] == first
+        assert steps["forwards"][-1] >= 120 > steps["forwards"][-2]
+        assert all((b - a) % rows == 0 for a, b in zip(steps["forwards"], steps["forwards"][1:], strict=False))
+        assert points[0]["forwards"] == 0 and points[-1]["forwards"] == steps["forwards"][-1]
+        assert {p["forwards"] for p in points[1:]} <= {*steps["forwards"]} and 5 < len(points) < 15
+        assert (steps["second_moment"][0] is not None) == (arm == "P-GAP")
+    # What is finished is not run again.
+    monkeypatch.setattr(program, "Run", None)
+    capsys.readouterr()
+    assert program.main(command) == 0
+    assert "all cells are finished" in capsys.readouterr().out
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter")
+    given = ["report", str(folder), "--markdown", str(page), "--figure", str(tmp_path / "curves.png")]
+    assert program.main(given) == 0
+    assert "0 of 1" in capsys.readouterr().out
+    text = page.read_text()
+    assert text.startswith("before") and text.endswith("after") and "old" not in text
+    assert "| P-GAP | > 120 | 0 of 1 | none | batch 2, constant, lr 0.001 (end) |" in text
+    assert "(curves.png)" in text and (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("arm", ["MeZO", "P-GAP"])
+@pytest.mark.parametrize("how", ["time", "ctrl-c"])
+def test_a_stopped_cell_goes_on_where_it_was(study, tmp_path, arm, how, monkeypatch):
+    cell = next(cell for cell in study.cells if cell.arm == arm)
+    straight = go(cell, study, Store(tmp_path))
+    store = Store(tmp_path / "stopped")
+    store.begin(study)
+    if how == "time":
+        assert go(cell, study, store, after(2))["status"] == "stopped"
+    else:
+        losses = batches.loss
+        calls = iter(range(5))
+
+        def interrupted(*args):
+            if next(calls, None) is None:
+                raise KeyboardInterrupt
+            return losses(*args)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(batches, "loss", interrupted)
+            assert go(cell, study, store)["status"] == "stopped"
+    assert not store.finished(cell)
+    record = go(cell, study, store)
+    assert store.finished(cell) and record["status"] == "completed"
+    assert [file.name for file in store.folder.glob("*.pt")] == []
+    assert record["steps"]["forwards"] == straight["steps"]["forwards"]
+    if (arm, how) == ("MeZO", "time"):
+        assert record["steps"]["losses"] == straight["steps"]["losses"]
+        assert [p["loss"] for p in record["checkpoints"]] == [p["loss"] for p in straight["checkpoints"]]
+    else:  # Weights were rounded once more, by a merge or a restore: 2^-24 of them, over eps in the slope.
+        assert record["steps"]["losses"] == pytest.approx(straight["steps"]["losses"], rel=1e-4)
+
+
+def test_a_run_that_diverges_is_finished(config, tmp_path):
+    config.write_text(config.read_text().replace("lr = [1e-3]", "lr = [1e30]", 1))
+    study, store = load(config, "cpu", only=["MeZO"]), Store(tmp_path)
+    record = go(study.cells[0], study, store)
+    assert record["status"] == "diverged" and "lr" in record["error"] and store.finished(study.cells[0])
+    assert times.time_to(record, 0.001, "forwards", 120) == Time(120, False)
+    assert times.loss_at(record, "forwards", 120)["loss"] == math.inf
+
+
+def test_a_folder_keeps_the_study_that_it_was_begun_with(config, study, tmp_path):
+    store = Store(tmp_path / "results")
+    store.begin(study)
+    store.begin(load(config, "cpu", only=["MeZO"]))
+    with pytest.raises(Refused, match="seconds: got 9"):
+        store.begin(load(config, "cpu", seconds=9))
+    config.write_text(config.read_text().replace("early = 0.001", "early = 0.5"))
+    with pytest.raises(Refused, match="targets: got"):
+        store.begin(load(config, "cpu"))
+    go(study.cells[0], study, store)
+    config.write_text(config.read_text().replace('mode = "inplace"', 'mode = "scratch"'))
+    with pytest.raises(Refused, match="accepted: the same"):
+        store.finished(load(config, "cpu").cells[0])
+
+
+def test_no_file_is_half_written(study, tmp_path, monkeypatch):
+    store, cell = Store(tmp_path / "results"), study.cells[0]
+    store.begin(study)
+    store.stop(cell, {"cell": None, "status": "stopped"}, {})
+    before = {file.name: file.read_bytes() for file in store.folder.iterdir()}
+    monkeypatch.setattr(torch, "save", lambda value, to: to.write(b"half") and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        store.stop(cell, {}, {})
+    assert before.items() <= {file.name: file.read_bytes() for file in store.folder.iterdir()}.items()
+
+
+# ---- times ----------------------------------------------------------------------------------------------------------
+
+
+def record(losses, arm="A", seed=0, lr=1.0, batch=1, schedule="constant", step=10) -> dict:
+    """A run whose checkpoints are ``step`` forwards, and half as many seconds, apart."""
+    points = [{"forwards": step * i, "seconds": step * i / 2, "loss": y, "accuracy": 0.5} for i, y in enumerate(losses)]
+    cell = {"arm": arm, "data_seed": seed, "lr": lr, "batch": batch, "schedule": schedule}
+    steps = {"forwards": [step], "squared_norm": [None], "second_moment": [4.0]}
+    return {"cell": cell, "status": "completed", "checkpoints": points, "steps": steps, "facts": {"processor": "one"}}
+
+
+def test_times_interpolate_and_are_censored_at_the_budget():
+    curve = record([1.0, 0.8, 0.4, 0.6])
+    assert times.time_to(curve, 0.6, "forwards", 30) == pytest.approx((15.0, True))
+    assert times.time_to(curve, 0.6, "seconds", 15) == pytest.approx((7.5, True))
+    assert times.time_to(curve, 0.6, "forwards", 14) == (14, False)
+    assert times.time_to(curve, 0.3, "forwards", 30) == (30, False)
+    with pytest.raises(Refused, match="the loss starts at 1"):
+        times.time_to(curve, 1.0, "forwards", 30)
+
+
+def test_the_best_setting_reaches_the_target_most_often_then_first():
+    often = [record([1.0, 0.9, 0.4], seed=s, lr=2.0) for s in range(3)]
+    fast = [record([1.0, 0.4, 0.4], seed=s, lr=4.0) for s in range(2)] + [record([1.0, 1.0, 1.0], seed=2, lr=4.0)]
+    few = [record([1.0, 0.1, 0.1], seed=0, lr=1.0)]
+    stopped = [record([1.0, 0.1], seed=s, lr=8.0) | {"status": "stopped"} for s in range(3)]
+    found = times.settings([*often, *fast, *few, *stopped], "A")
+    assert set(found) == {Setting(1, "constant", 2.0), Setting(1, "constant", 4.0)}
+    best = times.fastest(found, 0.5, "forwards", 20)
+    assert best.setting.lr == 2.0 and best.at_end and sorted(best.runs) == [0, 1, 2]
+    inner = [record([1.0, 0.9, 0.9], seed=s, lr=1.0) for s in range(3)]
+    assert not times.fastest(times.settings([*often, *fast, *inner], "A"), 0.5, "forwards", 20).at_end
+    assert times.lowest(found, "forwards", 20).setting.lr == 2.0
+
+
+def test_ratios_are_geometric_means_over_pairs_with_an_interval():
+    pairs = [(Time(2.0, True), Time(4.0, True)), (Time(8.0, True), Time(8.0, True)), (Time(1.0, True), Time(4.0, True))]
+    found = times.ratio(pairs)
+    # Logarithms -1, 0 and -2 of base 2: mean -1, s = 1, and t = 4.3027 for two degrees of freedom.
+    half = 4.302652729911275 / math.sqrt(3)
+    assert (found.value, found.low, found.high) == pytest.approx((0.5, 2 ** (-1 - half), 2 ** (-1 + half)))
+    assert times.ratio(pairs[:1]) == Ratio(pytest.approx(0.5), "", 1)
+
+
+def test_censored_times_give_bounds_and_are_not_dropped():
+    both, early = (Time(2.0, True), Time(4.0, True)), (Time(9.0, True), Time(9.0, True))
+    late, lost, neither = (
+        (Time(8.0, False), Time(4.0, True)),
+        (Time(2.0, True), Time(8.0, False)),
+        (Time(8, False),) * 2,
+    )
+    assert times.ratio([both, late]) == Ratio(pytest.approx(1.0), "≥", 2)
+    assert times.ratio([early, lost]) == Ratio(pytest.approx(0.5), "≤", 2)
+    assert times.ratio([both, neither]) is times.ratio([late, lost]) is times.ratio([]) is None
+    assert times.median([Time(5.0, True), Time(8.0, False), Time(8.0, False)]) == (8.0, False)
+
+
+def test_tables_say_what_the_protocol_asks_for():
+    study = {"baseline": "A", "forwards": 20, "seconds": 10, "targets": {"late": 0.5}}
+    slow = [record([1.0, 1.0, 0.4], "A", seed) for seed in range(2)]
+    fast = [record([1.0, 0.4, 0.3], "B", seed) for seed in range(2)] + [record([1.0, 0.4, 0.3], "B", 2)]
+    text = report.markdown(study, [*slow, *fast], None)
+    forwards = slow_time, fast_time = 10 + 10 * 5 / 6, 10 * 5 / 6
+    ratio = f"{fast_time / slow_time:.2f}"
+    assert f"| A | {forwards[0]:.0f} | 2 of 2 |  | batch 1, constant, lr 1 (end) |" in text
+    assert f"| B | {fast_time:.0f} | 3 of 3 | {ratio} ({ratio} to {ratio}), 2 pairs | " in text
+    assert "### At 20 example-forwards: mean (least to most)" in text and "| A | 0.4000 (0.4000 to 0.4000) |" in text
+    assert "5 finished cells; processor one." in text and "| A |  | 4 |" not in text
+    with pytest.raises(Refused, match="cells of 2 machines"):
+        report.arms_of([*slow, fast[0] | {"facts": {"processor": "two"}}])
