@@ -25,6 +25,7 @@ SMALL = {
     "helene": ({"batch_size": 2}, {}),
     "dizo": ({"select": ["*"], "kappa": 3, "iterations": 4}, {"κ": 3, "J": 4}),
     "agzo": ({"rank": RANK, "basis_interval": 5}, {"k": 5}),
+    "loren": ({"probes": 3}, {"K": 3}),
     "eggroll": ({"rank": RANK, "population": 6}, {"N": 6}),
 }
 MODES = ({"mode": "inplace"}, {"mode": "scratch"}, {"mode": "folded"}, {"mode": "folded", "merge": "window"})
