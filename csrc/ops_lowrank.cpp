@@ -1,6 +1,6 @@
 // The op of lowrank.inl: W <- round(W - decay W + a A C B^T), with A, B and C stored or drawn from keys.
 //
-// The list of weights is worked off in batches, each in three parallel steps: pack C of every weight; pack P = A C and
+// The list of weights is processed in batches, each in three parallel steps: pack C of every weight; pack P = A C and
 // B^T, both rounded to the weights' dtype; pass over the weights.
 #include "factors.h"
 
@@ -43,13 +43,14 @@ void pack_panels(const float* from, int64_t depth, int64_t row_stride, int64_t c
 
 // ---- pairs of bf16 ----------------------------------------------------------------------------------------------
 
-// The magnitudes of some numbers: the least that is not 0, but at most 1, as only small ones matter; and the greatest.
+// The least and the greatest magnitude of some numbers. Zeros do not count, and the least is at most 1: only small ones
+// matter.
 struct MagnitudeRange {
     double least = 1.0, greatest = 0.0;
     void add(const float* values, int64_t count) {
         for (int64_t i = 0; i < count; ++i) {
             const double magnitude = std::fabs(values[i]);
-            if (!(magnitude <= greatest)) greatest = magnitude;  // negated: true of a NaN, too
+            if (!(magnitude <= greatest)) greatest = magnitude;  // not `>`, which is false for a NaN
             if (magnitude != 0.0 && magnitude < least) least = magnitude;
         }
     }
@@ -87,14 +88,14 @@ void pair_rows(const float* values, int64_t rows, int64_t rank, float* pairs) {
 struct PackedWeight {
     Piece piece;
     Factor a, b;
-    std::vector<float> core;         // C in panels, as the right side of P = A C; only its diagonal if it is one
-    std::vector<float> left, right;  // P and, in panels, B^T
+    std::vector<float> core;             // C in panels, as the right side of P = A C; a diagonal core's r numbers
+    std::vector<float> left, right;      // P and, in panels, B^T
     std::vector<MagnitudeRange> ranges;  // of what each item of Packer has packed
     LowrankPass pass;
 };
 
 // Packs P and B^T of a weight. The work is cut into items, so that threads can share one large matrix: first blocks of
-// rows of P, then groups of panels of B^T.
+// rows of P, then groups of panels of B^T. A pass over the weights has items of its own, blocks of rows.
 class Packer {
 public:
     Packer(DType dtype, int64_t rank, Core core, bool pairs) : dtype_(dtype), rank_(rank), core_(core), pairs_(pairs) {}
@@ -212,7 +213,7 @@ void lowrank(std::vector<Tensor> weights, std::vector<Tensor> out, std::vector<T
     const size_t count = out.size();
     const auto one_or_all = [&](const Tensor& t) { return t.numel() == 1 || t.numel() == int64_t(count); };
     STD_TORCH_CHECK(keys.numel() == 3 && one_or_all(coefficient) && one_or_all(decay) && rank > 0,
-                    "keys, coefficient, decay, rank: accepted: 3 keys, one scalar or one per tensor, rank >= 1");
+                    "keys, coefficient, decay, rank: accepted: 3 keys, one value or one per tensor, rank >= 1");
     STD_TORCH_CHECK((left.empty() || left.size() == count) && (right.empty() || right.size() == count) &&
                         (core.empty() || core.size() == count),
                     "left, right, core: accepted: one per weight, or none (drawn from the key)");
@@ -232,7 +233,7 @@ void lowrank(std::vector<Tensor> weights, std::vector<Tensor> out, std::vector<T
                             (core.empty() || core[t].numel() == (kind == Core::full ? rank * rank : rank)),
                         "left, right, core: accepted: (m, rank), (n, rank), (rank,) or (rank, rank)");
         STD_TORCH_CHECK(core.empty() || (core[t].is_cpu() && core[t].is_contiguous()),
-                        "factors: accepted: contiguous CPU tensors");
+                        "core: accepted: contiguous CPU tensors");
         packed[t].piece = p;
         // A shard that begins at row i and column j of the unsharded weight takes A from row i on, and B from row j on.
         packed[t].a = make_factor(left, t, p.base / p.row_stride * rank, p.tensor_id, key[0]);
@@ -248,7 +249,7 @@ void lowrank(std::vector<Tensor> weights, std::vector<Tensor> out, std::vector<T
     const bool pairs = k.pairs && dtype == DType::bf16;
     const Packer packer(dtype, rank, kind, pairs), float_packer(dtype, rank, kind, false);
 
-    // The weights of a batch share each parallel region. Its size bounds the memory of packed factors to some tens of
+    // The weights of a batch share each parallel region. This limit keeps the packed factors of a batch to some tens of
     // MB, except where a single weight takes more.
     constexpr int64_t kBatchFloats = 8 << 20;
     for (size_t begin = 0; begin < count;) {

@@ -1,4 +1,4 @@
-// sum x z(key), or sum x x without a key;  x is the tensor, minus its anchor, in float32, if there is one
+// sum x z(key), or sum x x without a key;  x = W, or W - W0 in float32 with an anchor W0
 //
 // Products of two floats are exact in float64. They are summed in a fixed order, so that the result depends neither on
 // threads nor on the instruction set. A group has 16 sums: in the part of each row that lies in the group, counted from
@@ -6,9 +6,9 @@
 // groups (ops_reduction.cpp).
 constexpr int kReductionSums = 16;
 
-// Adds n consecutive elements of one row. A is the anchor's type; without an anchor, or a key, its pointer is null.
+// Adds n consecutive elements of one row. `origin` is null without an anchor, and z without a key.
 template <class T, class A>
-static void add_products(double (&sums)[kReductionSums], const T* in, const A* anchor, const float* z, int64_t n) {
+static void add_products(double (&sums)[kReductionSums], const T* in, const A* origin, const float* z, int64_t n) {
     constexpr int kVectors = kReductionSums / V::N;
     V::D acc[kVectors];
     for (int v = 0; v < kVectors; ++v) acc[v] = V::load(sums + v * V::N);
@@ -17,12 +17,12 @@ static void add_products(double (&sums)[kReductionSums], const T* in, const A* a
         for (int v = 0; v < kVectors; ++v) {
             const int64_t at = i + v * V::N;
             V::F x = V::load(in + at);
-            if (anchor) x = V::sub(x, V::load(anchor + at));
+            if (origin) x = V::sub(x, V::load(origin + at));
             acc[v] = V::add_product(x, z ? V::load(z + at) : x, acc[v]);
         }
     for (int v = 0; v < kVectors; ++v) V::store(sums + v * V::N, acc[v]);
-    for (int k = 0; i < n; ++i, ++k) {  // the tail: i is a multiple of 16 here
-        const float x = anchor ? to_float(in[i]) - to_float(anchor[i]) : to_float(in[i]);
+    for (int k = 0; i < n; ++i, ++k) {  // the tail: i is a multiple of 16 here, so it belongs to sum 0
+        const float x = origin ? to_float(in[i]) - to_float(origin[i]) : to_float(in[i]);
         sums[k] += double(x) * double(z ? z[i] : x);
     }
 }
@@ -38,8 +38,8 @@ template <class T> static void reduction_groups(const ReductionPass& pass, const
             if (pass.key) add_draw<true>(z, g, pass.distribution, p.tensor_id, *pass.key, 1.0f);
             for_each_row(p, g, [&](int64_t row, int64_t column, int64_t lo, int64_t n) {
                 const T* in = (const T*)p.in + row * p.ld_in + column;
-                with_companion<T>(p.anchor, row, column, [&](auto* anchor) {
-                    add_products(sums, in, anchor, pass.key ? z + lo : nullptr, n);
+                with_companion<T>(p.anchor, row, column, [&](auto* origin) {
+                    add_products(sums, in, origin, pass.key ? z + lo : nullptr, n);
                 });
             });
         }

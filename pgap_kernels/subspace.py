@@ -33,10 +33,10 @@ def randomized_svd(matrix: Tensor, rank: int, test_matrix: Tensor, power_iterati
         matrix: G (m, n), float32.
         rank: 1 <= rank <= min(m, n).
         test_matrix: random Omega (n, p) with rank <= p <= min(m, n); p = rank + ``OVERSAMPLING`` is usual.
-        power_iterations: q; the range is found from G (G^T G)^q Omega, where leading singular values stand out more.
+        power_iterations: k; the range is that of G (G^T G)^k Omega, in which leading singular values stand out more.
 
     Returns:
-        The ``rank`` leading singular triplets, as far as the range of G Omega contains them.
+        The ``rank`` leading singular triplets, as far as that range contains them.
 
     Raises:
         ValueError: rank or test_matrix does not fit the matrix.
@@ -59,7 +59,7 @@ def randomized_svd(matrix: Tensor, rank: int, test_matrix: Tensor, power_iterati
 
 
 def product_basis(left: Tensor, right: Tensor, rank: int) -> Basis:
-    """Truncated SVD of L R^T from its factors, (m, p) and (n, p) with p >= rank: the dense SVD is of p x p only.
+    """Truncated SVD of L R^T from its factors, (m, p) and (n, p) with p >= rank: the dense SVD is only p x p.
 
     Raises:
         ValueError: rank is below 1 or above p, m or n.
@@ -76,9 +76,9 @@ def product_basis(left: Tensor, right: Tensor, rank: int) -> Basis:
 
 
 def _signed(left: Tensor, singular_values: Tensor, right: Tensor) -> Basis:
-    """The basis with the signs fixed: both vectors of a pair may be negated, and rounding would decide.
+    """The basis with fixed signs: u_i and v_i may be negated together, and rounding would decide whether they are.
 
-    The element of u with the largest magnitude becomes positive.
+    The element of u_i with the largest magnitude becomes positive.
     """
     sign = left.gather(0, left.abs().argmax(0, keepdim=True)).sign()
     return Basis((left * sign).contiguous(), singular_values, (right * sign).contiguous())

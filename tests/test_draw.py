@@ -78,7 +78,7 @@ def test_reference_is_the_scalar_definition(offset, ident, key):
     count = 8999
     normal = ops.draw(count, key, ident, offset=offset, backend="reference").tolist()
     signs = ops.draw(count, key, ident, offset=offset, distribution="rademacher", backend="reference").tolist()
-    # Both sides of the ends of sign words, lanes and groups, at offset 0 and 5.
+    # Around the ends of sign words, lanes and groups at offset 0, and of the first lane at offset 5.
     for i in (0, 1, 30, 31, 32, 1018, 1019, 1023, 1024, 2047, 3071, 3072, 4095, 4096, 5000, 8191, 8192, 8998):
         want = scalar_normal(offset + i, ident, key)
         assert abs(normal[i] - want) <= 2e-6 * max(abs(want), 1), i
@@ -108,7 +108,7 @@ def test_stored_transform_vectors_against_float64():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_transform_error_sweep(seed):
-    """|z - float64| <= 2e-6 max(|z|, 1), over 2^19 consecutive radii of all 2^23, and as many random ones."""
+    """|z - float64| <= 2e-6 max(|z|, 1), over 2^19 consecutive ones of the 2^23 radii, and as many random ones."""
     generator = torch.Generator().manual_seed(seed)
     a = torch.randint(2**32, (1 << 20,), generator=generator)
     b = torch.randint(2**32, (1 << 20,), generator=generator)

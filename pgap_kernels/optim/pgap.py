@@ -114,11 +114,12 @@ class PGAP(GradientSubspaceOptimizer):
 
     def estimate_and_update(self, evaluate: Evaluation) -> float:
         self.refresh_if_due("left", evaluate)
-        with self.timed("perturb"):  # made here to be timed: ``estimate`` asks for it again
+        with self.timed("perturb"):  # made here to be timed; ``estimate`` then finds it
             self.planned(self.steps)
         directions, loss = self.estimate(evaluate, self.sampling)
         terms = [(d, self.descent(amount)) for d, amount in directions]
-        self.apply_update(terms, flush=self.refreshes_at(self.steps + 1))  # no deferring past new factors
+        # A refresh replaces the factors that deferred updates and next points depend on: nothing may wait past it.
+        self.apply_update(terms, flush=self.refreshes_at(self.steps + 1))
         return loss
 
     def direction(self, step: int, number: int = 0) -> Direction:

@@ -19,7 +19,10 @@ def forward_arguments(weight: Weight, points: Sequence[Sequence[Fold]]) -> list[
 
 
 def _columns(points: Sequence[Sequence[Fold]]) -> Iterator[list[Fold | None]]:
-    """For each j, the j-th fold of every point, once for each kind among them, with None for points of other kinds."""
+    """The first folds of all points, then the second ones, and so on; those of different kinds in columns of their own.
+
+    None stands for a point that has no such fold.
+    """
     for j in range(max(map(len, points), default=0)):
         column = [folds[j] if j < len(folds) else None for folds in points]
         for kind in dict.fromkeys(fold.kind for fold in column if fold is not None):
@@ -62,7 +65,7 @@ def add_lowrank(output: Tensor, x: Tensor, arguments: ForwardArguments) -> None:
 
 
 def fold_differentiably(kind: str | None, weight: Weight, folds: Sequence[Fold], x: Tensor, output: Tensor) -> Tensor:
-    """The output after all folds of a point, in torch operations: for closures that differentiate by their inputs."""
+    """The output plus all folds of a point, by torch operations: for closures that take gradients of their inputs."""
     for fold in folds:
         left, right = (_materialised(weight, fold, side) for side in (0, 1))
         core = fold.core if fold.core is not None else fold.coefficient * torch.eye(fold.rank, device=output.device)

@@ -1,7 +1,7 @@
 """In place: W + point is written into the weights, and later taken off again, up to rounding. Serves any closure.
 
-three passes:  + eps z,   - 2 eps z,   then with decay d  + ((1 - d) eps - lr rho) z,  as decay shrinks W - eps z whole
-two passes:    the last pass of a step also writes the first point of the next,  + eps z_next
+three passes:  W + eps z,   then - 2 eps z,   then + ((1 - d) eps - lr rho) z with decay d, which acts on W - eps z
+two passes:    the third of a step is also the first of the next,  + ((1 - d) eps - lr rho) z + eps z_next
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class InPlace(Perturbation):
         return None, part
 
     def _write(self, move: Part, before: Part | None, after: Part | None) -> bool:
-        """Run the pass that replaces one part in the weights by another; whether it wrote anything.
+        """Run the pass that replaces one part in the weights by another; return whether it wrote anything.
 
         ``added`` is brought up to date after each pass, so that it is right if the next one fails.
         """
@@ -104,11 +104,11 @@ class InPlace(Perturbation):
         passes = [Pass(part.removal(self.keep_all)) for part in rest] + update.passes(moves)
         self.run_all(passes, copy_budget=0)  # passes are undone by their inverses: this mode takes no memory
         self.added = after
-        self.passes_this_step += 1 + len(passes)
+        self.passes_this_step += 1 + len(passes)  # beyond the rounding keys that these have used
 
     def merge(self) -> None:
         # Some weights may have been cast or moved since, and a pass takes those of one device and dtype.
-        self.added = [same for part in self.added for same in part.by_kind()]
+        self.added = [piece for part in self.added for piece in part.by_kind()]
         self.restore()
 
     # ---- the model between steps, with two_pass ---------------------------------------------------------------------

@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 def _nothing() -> None:
-    """What undoes a push that filled no parameters."""
+    """Undoes a push that filled no parameters."""
 
 
 def _uncompiled() -> contextlib.AbstractContextManager:
@@ -40,7 +40,7 @@ def _uncompiled() -> contextlib.AbstractContextManager:
 
 
 def _is_called_compiled() -> bool:
-    """Whether a compiled function is on the call stack, which ``_uncompiled`` makes run as Python code."""
+    """Whether the forward was called by a compiled function, even if ``_uncompiled`` makes it run as Python code."""
     if "torch._dynamo" not in sys.modules:
         return False
     codes = (frame.f_code for frame, _ in traceback.walk_stack(None))
@@ -91,12 +91,13 @@ class Scratch(Perturbation):
         self.calls: list[int] = []  # of each use's module, in the last forward
         self.replays: set[Hashable] = set()  # graph keys of forwards that were captured in a CUDA graph
         self.checked: set[Hashable] = set()  # training flags under which stray uses were looked for
-        self.memory: dict[Hashable, Operands] = {}  # by point and layout, used again in every step
+        self.memory: dict[Hashable, Operands] = {}  # by point and layout, reused by all steps
         self._make_tables()
         self.restore()
         self.hooks = Hooks(self.uses, self)
 
     def __getstate__(self) -> dict[str, Any]:
+        # Without operands, and what refers to them or to captured graphs.
         return {**self.__dict__, "memory": {}, "shown": [], "key": (), "replays": set()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -161,7 +162,7 @@ class Scratch(Perturbation):
                 for position, index in enumerate(part.indices):
                     self.shown[index][number].append(LoadedPart(part, operands, position))
         self.key: tuple = tuple(keys)
-        # Worked out once, as it is read before every layer.
+        # Computed here once, as it is read before every layer.
         self.filled = [
             [ref for ref in use.refs if any(self.fills_of(ref.index, point) for point in range(self.count))]
             for use in self.uses
@@ -264,8 +265,9 @@ class Scratch(Perturbation):
                     f"members: got {self.count} points in one forward of a compiled model; accepted: one, or models "
                     "without torch.compile"
                 )
-            self.calls[number] = 1  # traced once, then run without this hook; compiled code allocates for itself
+            self.calls[number] = 1
             for ref in self.refs_to_fill(use):
+                # Not from the arena: compiled code plans its own memory.
                 out = torch.empty(ref.parameter.shape, dtype=ref.parameter.dtype, device=ref.parameter.device)
                 self.fill(ref, out, 0)
                 ref.owner._parameters[ref.name] = out  # type: ignore[assignment]
@@ -363,7 +365,7 @@ class Scratch(Perturbation):
 
     def apply(self, update: Update) -> None:
         self.run_all(update.passes(), copy_budget=self.largest)
-        self.passes_this_step += 1 + len(update.direction.parts)
+        self.passes_this_step += 1 + len(update.direction.parts)  # beyond the rounding keys that these have used
         self.restore()
 
     def release(self, why: str = "the optimizer was detached from its model") -> None:

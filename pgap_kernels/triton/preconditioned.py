@@ -1,6 +1,6 @@
 """Weights and their state in one read and one write; rules and scalars in ``ops.preconditioned``.
 
-g = sum_j c_j z_j estimates the gradient, b = sum_j r_j z_j restores the weights
+g = sum_j c_j z_j estimates the gradient, b = sum_j r_j z_j takes the perturbation off
 new state and delta by the rule;  delta = fma(-d, W, delta) if d != 0
 W <- round(W + delta)
 """
@@ -36,7 +36,7 @@ class PreconditionedScalars(NamedTuple):
 
 @triton.jit
 def apply_rule(tile, lane, z, g, b, place0, place1, scalars_ptr, stride, RULE: tl.constexpr):
-    """delta of one lane; its state, at the two places, is read and written.
+    """delta of one lane; its state, at two addresses, is read and written.
 
     The i-th scalar, in the order of the rule's ``scalars()``, is at ``scalars_ptr + i * stride``.
     """
@@ -104,7 +104,7 @@ def preconditioned_kernel(
     g0, g1, g2, g3 = unstack(g)
     b0, b1, b2, b3 = unstack(b)
     z0, z1, z2, z3 = unstack(z)  # for HiZOO, which has one draw
-    x0, x1, x2, x3 = counter, counter, counter, counter  # any tensors: not read without stochastic rounding
+    x0, x1, x2, x3 = counter, counter, counter, counter  # placeholders: read only if rounding is stochastic
     if UPDATE.stochastic:
         x0, x1, x2, x3 = group_words(tile.group, counter, tile.tensor_id, tl.load(scalars.rounding_key))
     for lane in range(4):

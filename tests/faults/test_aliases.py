@@ -30,10 +30,10 @@ pytestmark = pytest.mark.filterwarnings("error")
 class TiedByHand(nn.Module):
     """An embedding whose head is a buffer: a view of the weight, or of some of its rows."""
 
-    def __init__(self, rows=slice(None)) -> None:
+    def __init__(self, shared=slice(None)) -> None:
         super().__init__()
         self.words = nn.Embedding(20, 16)
-        self.register_buffer("head", self.words.weight.detach()[rows])
+        self.register_buffer("head", self.words.weight.detach()[shared])
 
     def forward(self, rows: Tensor) -> Tensor:
         return self.words(rows) @ self.head.T
@@ -86,19 +86,19 @@ def test_a_buffer_in_the_same_storage_as_a_weight():
 @pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
 def test_an_embedding_that_rescales_its_weight_in_the_forward(kind):
     # The rows of the weight have norms near 3, so that a forward changes them.
-    rescaling = functools.partial(Bag, functools.partial(kind, max_norm=1.0), padding_idx=3)
+    rescaled_bag = functools.partial(Bag, functools.partial(kind, max_norm=1.0), padding_idx=3)
     message = r"^mode: got 'inplace', but 'words\.weight' is rescaled by the forwards of its \w+ \(max_norm=1\.0\)"
     for case in ("mezo-inplace", "mezo-two_pass", "pgap-inplace"):
         with pytest.raises(ValueError, match=message):
-            make(case, seeded(rescaling))
-    for method, options in ((MeZO, {}), (PGAP, PGAP_OPTIONS)):  # the default mode never writes the weight
-        model = seeded(rescaling)
+            make(case, seeded(rescaled_bag))
+    for method, options in ((MeZO, {}), (PGAP, PGAP_OPTIONS)):  # default modes leave the weight alone
+        model = seeded(rescaled_bag)
         optimizer = method(model, lr=0.0, **options)
         before = snapshot(model)
         take_steps(optimizer, model, 10, bag_loss)
         assert optimizer.mode == {MeZO: "scratch", PGAP: "folded"}[method]
         assert_same_weights(model, before)
-    model = seeded(rescaling)
+    model = seeded(rescaled_bag)
     model.words.requires_grad_(False)  # a frozen embedding is not perturbed, so it may be rescaled
     take_steps(make("mezo-inplace", model), model, 1, bag_loss)
 
