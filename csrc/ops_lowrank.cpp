@@ -1,7 +1,7 @@
 // The op of lowrank.inl: W <- round(W - decay W + a A C B^T), with A, B and C stored or drawn from keys.
 //
-// Three parallel steps for every batch of weights: pack C; pack P = A C and B^T, both rounded to the weights' dtype;
-// pass over the weights.
+// The list of weights is processed in batches, each in three parallel steps: pack C of every weight; pack P = A C and
+// B^T, both rounded to the weights' dtype; pass over the weights.
 #include "factors.h"
 
 #include <cmath>
@@ -11,7 +11,7 @@ namespace {
 
 using namespace pgap;
 
-enum class Core { none, diagonal, full, regenerated };
+enum class Core { none, diagonal, full, regenerated };  // regenerated: full, drawn from its key
 
 Core parse_core(const std::string& name) {
     if (name == "none") return Core::none;
@@ -23,6 +23,7 @@ Core parse_core(const std::string& name) {
 
 // ---- factors ----------------------------------------------------------------------------------------------------
 
+// The factor of weight t: stored[t], or if none are stored, the normals of `key` from index `base` on.
 Factor make_factor(const std::vector<Tensor>& stored, size_t t, int64_t base, uint32_t tensor_id, uint64_t key) {
     if (stored.empty())
         return {.dtype = DType::f32, .data = nullptr, .base = base, .tensor_id = tensor_id, .key = key};
@@ -30,25 +31,26 @@ Factor make_factor(const std::vector<Tensor>& stored, size_t t, int64_t base, ui
     return {.dtype = parse_dtype(stored[t], "factors"), .data = stored[t].const_data_ptr()};
 }
 
-// Writes a matrix of `depth` rows, with these strides between rows and columns, as panels of [depth][lowrank_panel].
+// Copies a matrix of `depth` rows, read with these strides, into panels of `width` columns: [panel][depth][width].
 void pack_panels(const float* from, int64_t depth, int64_t row_stride, int64_t columns, int64_t column_stride,
                  float* panels) {
-    const int64_t panel = kernels().lowrank_panel;
+    const int64_t width = kernels().lowrank_panel;
     for (int64_t j = 0; j < columns; ++j) {
-        float* to = panels + j / panel * panel * depth + j % panel;
-        for (int64_t k = 0; k < depth; ++k) to[k * panel] = from[k * row_stride + j * column_stride];
+        float* to = panels + j / width * width * depth + j % width;
+        for (int64_t k = 0; k < depth; ++k) to[k * width] = from[k * row_stride + j * column_stride];
     }
 }
 
 // ---- pairs of bf16 ----------------------------------------------------------------------------------------------
 
-// The least and greatest magnitude of some numbers other than 0.
+// The least and the greatest magnitude of some numbers. Zeros do not count, and the least is at most 1: only small ones
+// matter.
 struct MagnitudeRange {
     double least = 1.0, greatest = 0.0;
     void add(const float* values, int64_t count) {
         for (int64_t i = 0; i < count; ++i) {
             const double magnitude = std::fabs(values[i]);
-            if (!(magnitude <= greatest)) greatest = magnitude;  // negated, so that a NaN is kept
+            if (!(magnitude <= greatest)) greatest = magnitude;  // not `>`, which is false for a NaN
             if (magnitude != 0.0 && magnitude < least) least = magnitude;
         }
     }
@@ -58,16 +60,17 @@ struct MagnitudeRange {
     }
 };
 
-// The instruction for pairs flushes subnormal numbers to zero. True if no factor, product or partial sum can be
-// subnormal or overflow, so that it gives the bits of a chain of fma. bf16 has 8 bits, so that products, and with them
-// all partial sums, are multiples of 2^-14 times the power of two below the least product, and therefore of 2^-126.
+// Whether the instruction for pairs gives the same bits as a chain of fma. It flushes subnormal numbers to zero, so no
+// factor, product or partial sum may be subnormal; and none may overflow. Two bf16, of 8 significant bits each, with
+// leading bits 2^i and 2^j, have a product that is a multiple of 2^(i + j - 14). With i + j >= -112, which the bound on
+// the least product ensures, all products, and so all partial sums, are multiples of 2^-126: zero or normal.
 bool exact_in_pairs(const MagnitudeRange& a, const MagnitudeRange& b, int64_t rank) {
     return std::min(a.least, b.least) >= 0x1p-126 && a.least * b.least >= 0x1p-110 &&
            a.greatest * b.greatest * double(rank) <= 0x1p126;
 }
 
-// Rows of `rank` floats that bf16 can hold -> rows of pairs: even k in the high half, odd k, or 0, in the low one. In
-// place if `pairs` is `values`.
+// Joins the values of each row, which bf16 can hold, in pairs of 32 bits: k = 2 i in the high half, 2 i + 1, or 0 after
+// the last, in the low one. `pairs` may be `values`.
 void pair_rows(const float* values, int64_t rows, int64_t rank, float* pairs) {
     for (int64_t row = 0; row < rows; ++row, values += rank)
         for (int64_t k = 0; k < rank; k += 2) {
@@ -85,13 +88,14 @@ void pair_rows(const float* values, int64_t rows, int64_t rank, float* pairs) {
 struct PackedWeight {
     Piece piece;
     Factor a, b;
-    std::vector<float> core;  // packed as the right side of P = A C; a diagonal core unpacked
-    std::vector<float> left, right;
-    std::vector<MagnitudeRange> ranges;  // of every item
+    std::vector<float> core;             // C in panels, as the right side of P = A C; a diagonal core's r numbers
+    std::vector<float> left, right;      // P and, in panels, B^T
+    std::vector<MagnitudeRange> ranges;  // of what each item of Packer has packed
     LowrankPass pass;
 };
 
-// Packs P and B^T in items, so that threads share the work on one large matrix: first those of P, then those of B^T.
+// Packs P and B^T of a weight. The work is cut into items, so that threads can share one large matrix: first blocks of
+// rows of P, then groups of panels of B^T. A pass over the weights has items of its own, blocks of rows.
 class Packer {
 public:
     Packer(DType dtype, int64_t rank, Core core, bool pairs) : dtype_(dtype), rank_(rank), core_(core), pairs_(pairs) {}
@@ -103,7 +107,7 @@ public:
     void allocate(PackedWeight& w) const {
         const int64_t panel = kernels().lowrank_panel, panels = (w.piece.cols + panel - 1) / panel;
         w.left.resize(size_t(w.piece.rows * depth()));
-        w.right.assign(size_t(panels * panel * depth()), 0.0f);
+        w.right.assign(size_t(panels * panel * depth()), 0.0f);  // zeros pad the last panel
         w.ranges.assign(size_t(item_count(w)), MagnitudeRange());
     }
     void pack_item(PackedWeight& w, int64_t item) const {
@@ -112,21 +116,23 @@ public:
         if (item < left) pack_left(w, item * kLeftRows, std::min((item + 1) * kLeftRows, w.piece.rows), range);
         else pack_right(w, (item - left) * right_columns(), range);
     }
-    bool exact(const PackedWeight& w) const {
+    // Whether pairs of this weight, all of whose items are packed, give the same bits as floats.
+    bool pairs_are_exact(const PackedWeight& w) const {
         MagnitudeRange left, right;
         for (size_t i = 0; i < w.ranges.size(); ++i) (int64_t(i) < left_items(w) ? left : right).add(w.ranges[i]);
         return exact_in_pairs(left, right, rank_);
     }
 
 private:
-    static constexpr int64_t kLeftRows = 192;  // of an item, a multiple of every tile's height
-    static constexpr int64_t kRightPanels = 4;
+    static constexpr int64_t kLeftRows = 192;   // rows of P in an item: a multiple of every tile's height
+    static constexpr int64_t kRightPanels = 4;  // panels of B^T in an item
 
     static int64_t right_columns() { return kRightPanels * kernels().lowrank_panel; }
     int64_t left_items(const PackedWeight& w) const { return (w.piece.rows + kLeftRows - 1) / kLeftRows; }
+    // Floats, or pairs, in a row of P and a column of B^T.
     int64_t depth() const { return pairs_ ? (rank_ + 1) / 2 : rank_; }
 
-    // Rounds rows of P or B to a 16-bit dtype, and joins pairs if the pass takes pairs.
+    // Rounds rows of P or B to the weights' dtype and, if the pass takes pairs, joins them.
     void round_and_pair(std::vector<float>& rows, MagnitudeRange& range) const {
         const int64_t count = int64_t(rows.size());
         if (dtype_ != DType::f32) kernels().round_to(dtype_, rows.data(), count);
@@ -136,7 +142,7 @@ private:
         rows.resize(size_t(count / rank_ * depth()));
     }
 
-    // P = A C is itself a product of low rank, so the kernel makes it, with C as the packed side.
+    // P = A C is itself a product of the form P B^T, so the kernel makes it: A takes the place of P, and C of B^T.
     void pack_left(PackedWeight& w, int64_t begin, int64_t end, MagnitudeRange& range) const {
         std::vector<float> buffer, p(size_t((end - begin) * rank_));
         const float* a = read_factor(w.a, begin * rank_, (end - begin) * rank_, buffer);
@@ -166,7 +172,7 @@ private:
         std::vector<float> buffer;
         const float* b = read_factor(w.b, begin * rank_, count, buffer);
         if (dtype_ != DType::f32) {
-            if (b != buffer.data()) buffer.assign(b, b + count);
+            if (b != buffer.data()) buffer.assign(b, b + count);  // b is the caller's tensor: round a copy
             round_and_pair(buffer, range);
             b = buffer.data();
         }
@@ -194,7 +200,7 @@ std::vector<float> pack_core(Core kind, const std::vector<Tensor>& stored, size_
 
 // ---- the op -----------------------------------------------------------------------------------------------------
 
-// keys: of A, B and C, for those that are not stored.
+// keys: one each for A, B and C; those of what is stored are ignored.
 void lowrank(std::vector<Tensor> weights, std::vector<Tensor> out, std::vector<Tensor> left, std::vector<Tensor> right,
              std::vector<Tensor> core, Tensor keys, Tensor coefficient, Tensor decay,
              std::optional<Tensor> rounding_key, std::vector<int64_t> tensor_ids, std::vector<int64_t> slices,
@@ -207,18 +213,18 @@ void lowrank(std::vector<Tensor> weights, std::vector<Tensor> out, std::vector<T
     const size_t count = out.size();
     const auto one_or_all = [&](const Tensor& t) { return t.numel() == 1 || t.numel() == int64_t(count); };
     STD_TORCH_CHECK(keys.numel() == 3 && one_or_all(coefficient) && one_or_all(decay) && rank > 0,
-                    "keys, coefficient, decay, rank: accepted: 3 keys, scalars one or one per tensor, rank >= 1");
+                    "keys, coefficient, decay, rank: accepted: 3 keys, one value or one per tensor, rank >= 1");
     STD_TORCH_CHECK((left.empty() || left.size() == count) && (right.empty() || right.size() == count) &&
                         (core.empty() || core.size() == count),
-                    "left, right, core: accepted: empty (regenerated) or one per weight");
+                    "left, right, core: accepted: one per weight, or none (drawn from the key)");
     const Core kind = parse_core(core_kind);
     STD_TORCH_CHECK((kind == Core::full || kind == Core::diagonal) == !core.empty(),
-                    "core: accepted: tensors for a diagonal or full core only");
+                    "core: accepted: tensors if core_kind is diagonal or full, else none");
     const DType dtype = parse_dtype(out[0]);
     const std::vector<Piece> pieces = make_pieces(weights, out, tensor_ids, slices, dtype);
     const uint64_t* key = (const uint64_t*)keys.const_data_ptr();
-    const float* a = (const float*)coefficient.const_data_ptr();
-    const float* d = (const float*)decay.const_data_ptr();
+    const float* coefficients = (const float*)coefficient.const_data_ptr();
+    const float* decays = (const float*)decay.const_data_ptr();
     std::vector<PackedWeight> packed(count);
     for (size_t t = 0; t < count; ++t) {
         const Piece& p = pieces[t];
@@ -227,23 +233,24 @@ void lowrank(std::vector<Tensor> weights, std::vector<Tensor> out, std::vector<T
                             (core.empty() || core[t].numel() == (kind == Core::full ? rank * rank : rank)),
                         "left, right, core: accepted: (m, rank), (n, rank), (rank,) or (rank, rank)");
         STD_TORCH_CHECK(core.empty() || (core[t].is_cpu() && core[t].is_contiguous()),
-                        "factors: accepted: contiguous CPU tensors");
+                        "core: accepted: contiguous CPU tensors");
         packed[t].piece = p;
-        // A shard's first row and column in the unsharded weight are those of its slices of A and B.
+        // A shard that begins at row i and column j of the unsharded weight takes A from row i on, and B from row j on.
         packed[t].a = make_factor(left, t, p.base / p.row_stride * rank, p.tensor_id, key[0]);
         packed[t].b = make_factor(right, t, p.base % p.row_stride * rank, p.tensor_id, key[1]);
         packed[t].pass = {.dtype = dtype,
                           .piece = p,
                           .rank = rank,
-                          .coefficient = a[coefficient.numel() == 1 ? 0 : t],
-                          .decay = d[decay.numel() == 1 ? 0 : t],
+                          .coefficient = coefficients[coefficient.numel() == 1 ? 0 : t],
+                          .decay = decays[decay.numel() == 1 ? 0 : t],
                           .rounding_key = rounding};
     }
     const Kernels& k = kernels();
     const bool pairs = k.pairs && dtype == DType::bf16;
-    const Packer packer(dtype, rank, kind, pairs), single_packer(dtype, rank, kind, false);
+    const Packer packer(dtype, rank, kind, pairs), float_packer(dtype, rank, kind, false);
 
-    // A batch shares the parallel regions; its size bounds the memory of packed factors to some tens of MB.
+    // The weights of a batch share each parallel region. This limit keeps the packed factors of a batch to some tens of
+    // MB, except where a single weight takes more.
     constexpr int64_t kBatchFloats = 8 << 20;
     for (size_t begin = 0; begin < count;) {
         size_t end = begin;
@@ -263,15 +270,15 @@ void lowrank(std::vector<Tensor> weights, std::vector<Tensor> out, std::vector<T
             });
         for (size_t t = begin; t < end; ++t) {
             PackedWeight& w = packed[t];
-            w.pass.pairs = pairs && packer.exact(w);
-            if (pairs && !w.pass.pairs) {  // rare: values too small or too large for pairs; pack floats instead
-                single_packer.allocate(w);
-                for (int64_t item = 0; item < single_packer.item_count(w); ++item) single_packer.pack_item(w, item);
+            w.pass.pairs = pairs && packer.pairs_are_exact(w);
+            if (pairs && !w.pass.pairs) {  // too small or too large for pairs: floats, packed serially, as this is rare
+                float_packer.allocate(w);
+                for (int64_t item = 0; item < float_packer.item_count(w); ++item) float_packer.pack_item(w, item);
             }
             w.pass.left = w.left.data();
             w.pass.right = w.right.data();
         }
-        constexpr int64_t kRows = 24;  // of an item, a multiple of every tile's height
+        constexpr int64_t kRows = 24;  // rows of W in an item: a multiple of every tile's height
         parallel_for_items(
             end - begin, 2,
             [&](size_t i) {

@@ -1,10 +1,12 @@
-// sum x z(key), or sum x x without a key;  x = T, or T - T0 in float32 with an anchor
+// sum x z(key), or sum x x without a key;  x = W, or W - W0 in float32 with an anchor W0
 //
 // Products of two floats are exact in float64. They are summed in a fixed order, so that the result depends neither on
-// threads nor on the instruction set: in every group, elements i, i + 16, i + 32 .. of each row go into sum i; then
-// these 16 sums are added in order, and then those of the groups (ops_reduction.cpp).
+// threads nor on the instruction set. A group has 16 sums: in the part of each row that lies in the group, counted from
+// its start, elements i, i + 16, i + 32 .. go into sum i. The 16 are then added in order, and so are the totals of the
+// groups (ops_reduction.cpp).
 constexpr int kReductionSums = 16;
 
+// Adds n consecutive elements of one row. `origin` is null without an anchor, and z without a key.
 template <class T, class A>
 static void add_products(double (&sums)[kReductionSums], const T* in, const A* origin, const float* z, int64_t n) {
     constexpr int kVectors = kReductionSums / V::N;
@@ -19,12 +21,13 @@ static void add_products(double (&sums)[kReductionSums], const T* in, const A* o
             acc[v] = V::add_product(x, z ? V::load(z + at) : x, acc[v]);
         }
     for (int v = 0; v < kVectors; ++v) V::store(sums + v * V::N, acc[v]);
-    for (int k = 0; i < n; ++i, ++k) {
+    for (int k = 0; i < n; ++i, ++k) {  // the tail: i is a multiple of 16 here, so it belongs to sum 0
         const float x = origin ? to_float(in[i]) - to_float(origin[i]) : to_float(in[i]);
         sums[k] += double(x) * double(z ? z[i] : x);
     }
 }
 
+// Writes the total of each group, 0 where the piece has no element in it.
 template <class T> static void reduction_groups(const ReductionPass& pass, const Piece& p, int64_t group_begin,
                                                 int64_t group_end, double* partials) {
     alignas(64) float z[kGroup];

@@ -1,4 +1,4 @@
-"""P-GAP's subspace: gradient assembly from probe losses, and its randomised SVD."""
+"""P-GAP's subspace: a matrix's gradient, assembled from probe losses, and the truncated SVD of it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Basis(NamedTuple):
 
 
 def orthonormal(matrix: Tensor) -> Tensor:
-    """Q of the QR of a matrix with R's diagonal >= 0, which makes it unique where the columns are independent."""
+    """Q of the QR decomposition in which R's diagonal is >= 0: with independent columns there is only one."""
     q, r = torch.linalg.qr(matrix)
     return (q * torch.where(r.diagonal() < 0, -1.0, 1.0)).contiguous()
 
@@ -32,14 +32,14 @@ def randomized_svd(matrix: Tensor, rank: int, test_matrix: Tensor, power_iterati
     Args:
         matrix: G (m, n), float32.
         rank: 1 <= rank <= min(m, n).
-        test_matrix: Omega (n, p) with p >= rank; p = rank + ``OVERSAMPLING`` is usual.
-        power_iterations: each multiplies the gap between singular values.
+        test_matrix: random Omega (n, p) with rank <= p <= min(m, n); p = rank + ``OVERSAMPLING`` is usual.
+        power_iterations: k; the range is that of G (G^T G)^k Omega, in which leading singular values stand out more.
 
     Returns:
-        The ``rank`` leading singular triplets, as far as the range of G Omega contains them.
+        The ``rank`` leading singular triplets, as far as that range contains them.
 
     Raises:
-        ValueError: rank or test_matrix do not fit.
+        ValueError: rank or test_matrix does not fit the matrix.
     """
     m, n = matrix.shape
     if not 1 <= rank <= min(m, n):
@@ -52,31 +52,34 @@ def randomized_svd(matrix: Tensor, rank: int, test_matrix: Tensor, power_iterati
     for _ in range(power_iterations):
         q = torch.linalg.qr(matrix.T @ q).Q
         q = torch.linalg.qr(matrix @ q).Q
-    # SVD of Q^T G through the QR of its transpose, so that the dense SVD is only p x p.
+    # The SVD of Q^T G (p, n) through the QR of its transpose, so that the dense SVD is only p x p.
     v, r = torch.linalg.qr(matrix.T @ q)
     inner_u, s, inner_vh = torch.linalg.svd(r.T)
     return _signed(q @ inner_u[:, :rank], s[:rank].clone(), v @ inner_vh.T[:, :rank])
 
 
 def product_basis(left: Tensor, right: Tensor, rank: int) -> Basis:
-    """Truncated SVD of L R^T from its factors, (m, p) and (n, p) with p >= rank: the dense SVD is of p x p only.
+    """Truncated SVD of L R^T from its factors, (m, p) and (n, p) with p >= rank: the dense SVD is only p x p.
 
     Raises:
-        ValueError: rank exceeds p or a side.
+        ValueError: rank is below 1 or above p, m or n.
     """
     limit = min(*left.shape, *right.shape)
     if not 1 <= rank <= limit:
         raise ValueError(
             f"rank: got {rank}; accepted: 1 to {limit} for factors {tuple(left.shape)}, {tuple(right.shape)}"
         )
-    q, r = torch.linalg.qr(left)
-    w, s = torch.linalg.qr(right)
-    u, singular_values, vh = torch.linalg.svd(r @ s.T)
-    return _signed(q @ u[:, :rank], singular_values[:rank].clone(), w @ vh.T[:, :rank])
+    q_left, r_left = torch.linalg.qr(left)
+    q_right, r_right = torch.linalg.qr(right)
+    inner_u, s, inner_vh = torch.linalg.svd(r_left @ r_right.T)
+    return _signed(q_left @ inner_u[:, :rank], s[:rank].clone(), q_right @ inner_vh.T[:, :rank])
 
 
 def _signed(left: Tensor, singular_values: Tensor, right: Tensor) -> Basis:
-    """A pair of singular vectors has a sign to choose: u's largest element is positive, so that rounding does not."""
+    """The basis with fixed signs: u_i and v_i may be negated together, and rounding would decide whether they are.
+
+    The element of u_i with the largest magnitude becomes positive.
+    """
     sign = left.gather(0, left.abs().argmax(0, keepdim=True)).sign()
     return Basis((left * sign).contiguous(), singular_values, (right * sign).contiguous())
 
@@ -84,15 +87,15 @@ def _signed(left: Tensor, singular_values: Tensor, right: Tensor) -> Basis:
 def gradient_basis(
     shape: torch.Size, draws: list, rank: int, *, tensor_id: int, range_key: int, scratch: Tensor
 ) -> Basis:
-    """Basis of one matrix from its probes:  G = sum_j (rho_j / h) Q_j  in ``scratch``, then the randomised SVD.
+    """The basis of one matrix from its h probes:  G = sum_j (rho_j / h) Q_j,  then the randomised SVD.
 
     Args:
         shape: (m, n) of the matrix.
-        draws: (key of Q_j, rho_j / h).
+        draws: for each probe, (key of Q_j, rho_j / h).
         rank: of the basis, <= min(m, n).
         tensor_id: of the matrix.
-        range_key: key of role 9, for the test matrix.
-        scratch: float32, at least m * n elements on the matrix's device; overwritten.
+        range_key: key of the test matrix, of ``Role.RANGE_FINDER``.
+        scratch: memory for G: float32, at least m * n elements on the matrix's device; overwritten.
     """
     m, n = shape
     gradient = scratch[: m * n].view(m, n)

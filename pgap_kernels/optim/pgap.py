@@ -18,33 +18,37 @@ from .sampling import Sampling
 class PGAP(GradientSubspaceOptimizer):
     """Projected gradient-aligned perturbations.
 
-    Every ``window`` steps, h two-sided probes along dense noise Q_j on all weights estimate per matrix
+    Every ``window`` steps, h two-sided probes along dense noise Q_j on all weights estimate each matrix's gradient,
     G = (1/h) sum_j rho_j Q_j, whose truncated SVD gives U, S, V. Every step draws Z (r x r), shifts it along S so that
-    <S, Z> = xi sqrt(delta) |S|, and takes a two-sided step along  scale * U Z V^T:
+    <S, Z> = xi sqrt(delta) |S|, and takes a two-sided step along  D = scale * U Z V^T:
 
         rho = (L(W + eps D) - L(W - eps D)) / (2 eps),   W <- (1 - lr wd) W - lr rho D.
 
-    Tensors that are not matrices take dense noise in the same step. 2 + 2h/window forwards a step; the probes are not
-    stored and G is assembled one matrix at a time. State: U, S and V of each matrix, (m + n + 1) r floats.
+    Tensors that are not matrices take dense noise as their D. A step has 2 + 2h/window forwards on average. Probes are
+    not stored, and G is assembled for one matrix at a time. State: U, S and V of each matrix, (m + n + 1) r floats.
 
     Args:
         params: a model, named parameters or param groups.
         lr, eps, weight_decay: as in ``MeZO``.
-        rank: r, of a group; a matrix whose short side is smaller uses that (LoRA factors).
+        rank: r, of a param group; a matrix too small for it, such as a LoRA factor, takes its shorter side.
         window: steps between refreshes of the subspaces; the first step refreshes.
         probes: h, probes per refresh.
-        delta: alignment strength of a group, >= 0; 1 keeps the estimator unbiased within the subspace, 0 removes the
-            aligned part.
-        delta_steps: if given, delta falls linearly to 0 over so many steps.
-        xi: sign of the alignment: "per_matrix" random, "global" random (one per step), or "fixed" +1.
-        scale: "subzero": sqrt(m n)/r, the norm of dense noise, so that MeZO's eps and lr carry over; "paper": 1.
+        delta: alignment strength of a param group, >= 0; 1 keeps the estimator unbiased within the subspace, 0 removes
+            the aligned part.
+        delta_steps: if given, delta falls linearly to 0 over this many steps.
+        xi: sign of the alignment, drawn in every step for each matrix ("per_matrix") or once for all ("global"), or
+            always +1 ("fixed").
+        scale: "subzero": sqrt(m n)/r, which gives D the norm of dense noise, so that MeZO's eps and lr carry over;
+            "paper": 1.
         exclude: names (fnmatch patterns, e.g. "*embed*") of matrices that take dense noise instead.
         eps_probe: smoothing radius of the probes; by default eps, or 1e-3 with scale="paper".
-        eps_dense, lr_dense: of tensors that take dense noise, in every group; by default the group's eps and lr.
-            lr_dense is kept as a ratio to ``lr``, so schedules and groups with their own lr scale it; decay goes by lr.
-        probe_rank: if given, probes are low-rank, on the matrices alone, and each group of examples has its own:
-            probes * groups directions for the same forwards.
-        directions, baseline: n cores per step (and group), and what their losses are compared with: ``Sampling``.
+        eps_dense, lr_dense: eps and lr of tensors that take dense noise, in all param groups; by default the group's.
+            lr_dense counts as a ratio to ``lr``, so schedules and groups with their own lr scale it; their decay still
+            follows lr.
+        probe_rank: if given, probes are low-rank, on the matrices alone, and each group of examples (``groups=``) has
+            its own: probes * groups directions for the same forwards.
+        directions: n, cores per step, for each group of examples.
+        baseline: what the losses of the n directions are compared with: ``Sampling``.
         **options: model, seed, tensor_ids, on_nonfinite, mode and its options, of ``ZOOptimizer``.
     """
 
@@ -110,10 +114,11 @@ class PGAP(GradientSubspaceOptimizer):
 
     def estimate_and_update(self, evaluate: Evaluation) -> float:
         self.refresh_if_due("left", evaluate)
-        with self.timed("perturb"):
+        with self.timed("perturb"):  # made here to be timed; ``estimate`` then finds it
             self.planned(self.steps)
         directions, loss = self.estimate(evaluate, self.sampling)
         terms = [(d, self.descent(amount)) for d, amount in directions]
+        # A refresh replaces the factors that deferred updates and next points depend on: nothing may wait past it.
         self.apply_update(terms, flush=self.refreshes_at(self.steps + 1))
         return loss
 
@@ -125,7 +130,7 @@ class PGAP(GradientSubspaceOptimizer):
     def _aligned(self, weights: list[Weight], step: int, number: int) -> Direction:
         cores: dict[int, Any] = {}
         deltas = self.amounts("delta")
-        for delta in dict.fromkeys(deltas[w.index] for w in weights):
+        for delta in dict.fromkeys(deltas[w.index] for w in weights):  # one op call for each delta
             same = [w for w in weights if deltas[w.index] == delta]
             cores |= zip(
                 map(id, same), self._cores(same, positive("delta", delta, zero=True), step, number), strict=True

@@ -14,12 +14,15 @@ from .hooks import EMBEDDING, LINEAR
 
 
 def forward_arguments(weight: Weight, points: Sequence[Sequence[Fold]]) -> list[ForwardArguments]:
-    """The calls that add the folds of each point to its own slice of the rows."""
+    """Arguments of the calls that add the folds of every point, each to that point's slice of the rows."""
     return [_joined(weight, column) for column in _columns(points)]
 
 
 def _columns(points: Sequence[Sequence[Fold]]) -> Iterator[list[Fold | None]]:
-    """One fold of each point, all of one kind; None for points that have none left of that kind."""
+    """The first folds of all points, then the second ones, and so on; those of different kinds in columns of their own.
+
+    None stands for a point that has no such fold.
+    """
     for j in range(max(map(len, points), default=0)):
         column = [folds[j] if j < len(folds) else None for folds in points]
         for kind in dict.fromkeys(fold.kind for fold in column if fold is not None):
@@ -27,12 +30,13 @@ def _columns(points: Sequence[Sequence[Fold]]) -> Iterator[list[Fold | None]]:
 
 
 def _joined(weight: Weight, column: Sequence[Fold | None]) -> ForwardArguments:
+    """One call for a column: a point without a fold gets one that adds 0, as a call serves every slice."""
     some = next(fold for fold in column if fold is not None)
-    still = some._replace(
+    zero = some._replace(
         core=None if some.core is None else torch.zeros_like(some.core),
         coefficient=torch.zeros_like(some.coefficient),
     )
-    folds = [still if fold is None else fold for fold in column]
+    folds = [zero if fold is None else fold for fold in column]
     return ForwardArguments(
         left=_shared([fold.left for fold in folds]),
         right=_shared([fold.right for fold in folds]),
@@ -47,30 +51,32 @@ def _joined(weight: Weight, column: Sequence[Fold | None]) -> ForwardArguments:
 
 
 def _shared(factors: Sequence[Tensor | None]) -> list[Tensor]:
-    """One factor where all slices have the same; none where they are drawn."""
+    """The stored factors: one for each slice, or a single one that all share; none where they are drawn."""
     stored = [factor for factor in factors if factor is not None]
     return stored[:1] if len({*map(id, stored)}) == 1 else stored
 
 
 def add_lowrank(output: Tensor, x: Tensor, arguments: ForwardArguments) -> None:
     """output <- output + x (A C B^T)^T, or x (A C B^T) if transposed, slice by slice of the rows."""
-    if torch.compiler.is_compiling():  # the op itself can be traced, its checked and its unchecked entry cannot
+    if torch.compiler.is_compiling():  # torch can trace the op itself, but none of the Python functions that call it
         ops.torch_ops.lowrank_forward_(output, x, **arguments._asdict())
     else:
         ops.add_lowrank_(output, x, arguments)
 
 
 def fold_differentiably(kind: str | None, weight: Weight, folds: Sequence[Fold], x: Tensor, output: Tensor) -> Tensor:
-    """The same with torch's operations, for closures that differentiate by their inputs."""
+    """The output plus all folds of a point, by torch operations: for closures that take gradients of their inputs."""
     for fold in folds:
         left, right = (_materialised(weight, fold, side) for side in (0, 1))
         core = fold.core if fold.core is not None else fold.coefficient * torch.eye(fold.rank, device=output.device)
-        into, m, out_of = (left, core, right) if kind != LINEAR else (right, core.T, left)
-        t = into[x] if kind == EMBEDDING else x.float() @ into
-        output = output + (t @ m @ out_of.T).to(output.dtype)
+        # A linear layer has y = x W^T; embeddings and Conv1D have y = x W.
+        first, middle, last = (right, core.T, left) if kind == LINEAR else (left, core, right)
+        projected = first[x] if kind == EMBEDDING else x.float() @ first
+        output = output + (projected @ middle @ last.T).to(output.dtype)
     return output
 
 
 def _materialised(weight: Weight, fold: Fold, side: int) -> Tensor:
+    """A (side 0) or B (side 1), drawn now if it is not stored."""
     stored = (fold.left, fold.right)[side]
     return draw_factor(weight, side, fold.rank, fold.keys[side]) if stored is None else stored

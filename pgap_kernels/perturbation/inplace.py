@@ -1,7 +1,7 @@
-"""In place: W + point is written into the weights, and they are restored to rounding. Serves any closure.
+"""In place: W + point is written into the weights, and later taken off again, up to rounding. Serves any closure.
 
-three passes:  W + eps z,  then - 2 eps z,  then + ((1 - d) eps - lr rho) z with decay d
-two passes:    the last of a step is the first of the next, + ((1 - d) eps - lr rho) z_t + eps z_{t+1}
+three passes:  W + eps z,   then - 2 eps z,   then + ((1 - d) eps - lr rho) z with decay d, which acts on W - eps z
+two passes:    the third of a step is also the first of the next,  + ((1 - d) eps - lr rho) z + eps z_next
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class InPlace(Perturbation):
-    """Writes the weights before each forward; between the steps of the two-pass schedule they stay perturbed."""
+    """Writes the weights before each forward; with ``two_pass`` they stay perturbed between steps."""
 
     mode: ClassVar[str] = "inplace"
 
@@ -29,7 +29,7 @@ class InPlace(Perturbation):
         self.hooks: Hooks | None = None
         super().__init__(weights)
         self.two_pass = two_pass
-        self.added: list[Part] = []  # what is added to the weights at the moment
+        self.added: list[Part] = []  # parts that are in the weights now, to be taken off
 
     @property
     def pending(self) -> bool:
@@ -37,13 +37,13 @@ class InPlace(Perturbation):
 
     def set_weights(self, weights: Sequence[Weight]) -> None:
         super().set_weights(weights)
-        self.keep_all = [1.0] * len(weights)
+        self.keep_all = [1.0] * len(weights)  # ``keep`` of passes that do not decay
         if self.hooks is not None and self.model is not None:
             self.hooks.remove()
             self.watch(self.model)
 
     def drop_cached(self) -> None:
-        self.added, self.hooks = [], None
+        self.added, self.hooks = [], None  # in a dry copy: the hooks stay the original's
 
     def perturb_to(self, points: Sequence[Direction]) -> None:
         if len(points) != 1:
@@ -51,16 +51,19 @@ class InPlace(Perturbation):
                 f"points: got {len(points)} with mode='inplace', which writes the weights for all rows; accepted: one "
                 "(choose mode 'scratch' or 'folded')"
             )
-        moved, wanted = False, list(points[0])
+        wrote, wanted = False, list(points[0])
         for part in wanted:
             before, move = self._move_to(part, self.keep_all)
-            moved |= self._write(move, before, part)
-        for part in [p for p in self.added if not any(p is w for w in wanted)]:
-            moved |= self._write(part.removal(self.keep_all), part, None)
-        self.passes_this_step += moved
+            wrote |= self._write(move, before, part)
+        for part in [p for p in self.added if not any(p is q for q in wanted)]:
+            wrote |= self._write(part.removal(self.keep_all), part, None)
+        self.passes_this_step += wrote
 
     def _move_to(self, part: Part, keep: Sequence[float]) -> tuple[Part | None, Part]:
-        """The added part that one pass can exchange for a given one, and the part of that pass."""
+        """The part in the weights that one pass can replace by this one, and what that pass adds.
+
+        If there is none to replace, None and the part itself.
+        """
         for before in self.added:
             move = part.moved_from(before, keep)
             if move is not None:
@@ -68,7 +71,10 @@ class InPlace(Perturbation):
         return None, part
 
     def _write(self, move: Part, before: Part | None, after: Part | None) -> bool:
-        """One pass of a perturbation; ``added`` is correct after each, even if the next one fails."""
+        """Run the pass that replaces one part in the weights by another; return whether it wrote anything.
+
+        ``added`` is brought up to date after each pass, so that it is right if the next one fails.
+        """
         p = Pass(move)
         if not p.is_empty():
             self.run(p)
@@ -78,35 +84,37 @@ class InPlace(Perturbation):
     def apply(self, update: Update) -> None:
         keep = update.keep()
         moves: list[tuple[Part, Part | None]] = []
-        after: list[Part] = []
-        gone: list[Part] = []
+        after: list[Part] = []  # what is in the weights when all passes have run
+        replaced: list[Part] = []
         for part in update.direction:
             before, move = self._move_to(part, keep)
-            gone += [] if before is None else [before]
+            replaced += [] if before is None else [before]
             if update.rule is not None and update.rule.serves(part):
                 moves.append((part, None if before is None else before.removal(keep)))
                 continue
-            for entered in update.next_point or ():
-                both = move.plus(entered)
+            for coming in update.next_point or ():  # what no pass can take along is left to the next perturb_to
+                both = move.plus(coming)
                 if both is not None:
                     move = both
-                    after.append(entered)
+                    after.append(coming)
             moves.append((move, None))
-        rest = [part for part in self.added if not any(part is p for p in gone)]
-        # What is only to be taken off comes first: a rule with state is best last, as it has no inverse.
+        rest = [part for part in self.added if not any(part is p for p in replaced)]
+        # Parts that are only taken off come first. A pass of a rule is best last: it has no inverse, so before others
+        # all that it writes would be copied.
         passes = [Pass(part.removal(self.keep_all)) for part in rest] + update.passes(moves)
-        self.run_all(passes, copy_budget=0)
+        self.run_all(passes, copy_budget=0)  # passes are undone by their inverses: this mode takes no memory
         self.added = after
-        self.passes_this_step += 1 + len(passes)
+        self.passes_this_step += 1 + len(passes)  # beyond the rounding keys that these have used
 
     def merge(self) -> None:
-        self.added = [same for part in self.added for same in part.by_kind()]
+        # Some weights may have been cast or moved since, and a pass takes those of one device and dtype.
+        self.added = [piece for part in self.added for piece in part.by_kind()]
         self.restore()
 
-    # ---- the model between the steps of the two-pass schedule -------------------------------------------------------
+    # ---- the model between steps, with two_pass ---------------------------------------------------------------------
 
     def watch(self, model: nn.Module) -> None:
-        """Restore the weights before anything evaluates or saves the model between steps."""
+        """From now on, restore the weights before anything evaluates or saves the model between steps."""
         self.model, self.hooks = model, Hooks(uses_of(model, self.weights), self)
 
     def forward(self, call: Callable[[], T]) -> T:
@@ -117,7 +125,7 @@ class InPlace(Perturbation):
             self.active = False
 
     def enter(self, number: int) -> None:
-        """Before a module's forward."""
+        """Before a module's forward: one outside of a step sees restored weights."""
         if self.added and not self.active:
             with outside_ambient_state(), uninterrupted():
                 self.merge()

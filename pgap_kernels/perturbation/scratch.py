@@ -1,7 +1,7 @@
-"""Scratch: W + point is written to one reused buffer right before a layer's forward; W itself is never touched.
+"""Scratch: W + point is written to one reused buffer right before a layer's forward; only updates write W.
 
     forward of a module:   buffer <- W + c z(key)   or   W + A C B^T,   the module runs on the buffer
-    update:                W <- round_stochastic((1 - d) W - lr rho z), the only write
+    update:                W <- round_stochastic((1 - d) W - lr rho z)
 
 Keys, coefficients and cores are in tensors at fixed addresses, so that forwards can be compiled, or captured in a CUDA
 graph and replayed.
@@ -29,22 +29,23 @@ T = TypeVar("T")
 
 
 def _nothing() -> None:
-    """What gives a module back that has its own parameters."""
+    """Undoes a push that filled no parameters."""
 
 
 def _uncompiled() -> contextlib.AbstractContextManager:
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes seconds
+    """Run compiled functions as the Python code that they were made from."""
+    if "torch._dynamo" not in sys.modules:  # then nothing is compiled; importing it only to see that takes seconds
         return contextlib.nullcontext()
     return torch.compiler.set_stance("force_eager")
 
 
 def _is_called_compiled() -> bool:
-    """Whether a compiled function around the model is being called, which ``_uncompiled`` has disabled."""
+    """Whether the forward was called by a compiled function, even if ``_uncompiled`` makes it run as Python code."""
     if "torch._dynamo" not in sys.modules:
         return False
     codes = (frame.f_code for frame, _ in traceback.walk_stack(None))
-    place = torch._dynamo.eval_frame.__file__
-    return any(code.co_name == "compile_wrapper" and code.co_filename == place for code in codes)
+    file = torch._dynamo.eval_frame.__file__
+    return any(code.co_name == "compile_wrapper" and code.co_filename == file for code in codes)
 
 
 class LoadedPart(NamedTuple):
@@ -61,7 +62,7 @@ class Scratch(Perturbation):
     Args:
         weights: to perturb; every one is used by a module of the model.
         model: whose forward the closure runs.
-        allow_unused: accept forwards that do not call a weight's module.
+        allow_unused: accept forwards that do not call the modules of some weights.
     """
 
     mode: ClassVar[str] = "scratch"
@@ -77,23 +78,26 @@ class Scratch(Perturbation):
         self._unhook()
         self.uses = uses_of(self.model, self.weights)
         self.arena = Arena(self._capacity())
-        self.active = self.captures = self.searching = False
-        self.rows, self.count = 0, 1  # of a stacked batch: its leading dimension, and its points
+        self.active = False
+        self.captures = False  # the forward is being captured in a CUDA graph
+        self.searching = False  # the forward is being searched for stray uses
+        self.rows, self.count = 0, 1  # of a stacked batch: its rows, 0 before a module has seen it, and its points
         self.modules = list(self.model.modules())
         self.on_cuda = any(w.tensor.is_cuda for w in self.weights)
-        # Uses whose modules run, each with what gives its parameters back.
+        # A stack: the uses whose forwards are running, each with what gives the module its parameters back.
         self.frames: list[tuple[int, Callable[[], None]]] = []
-        self.lent: set[int] = set()  # ids of the buffers that owners have in place of their parameters
-        self.source: set[int] = set()  # address of the parameter that a buffer is being filled from
-        self.calls: list[int] = []  # of each use in a forward
+        self.lent: set[int] = set()  # ids of the buffer's tensors that stand in for parameters now
+        self.source: set[int] = set()  # address of the parameter that is being read to fill the buffer, if any
+        self.calls: list[int] = []  # of each use's module, in the last forward
         self.replays: set[Hashable] = set()  # graph keys of forwards that were captured in a CUDA graph
         self.checked: set[Hashable] = set()  # training flags under which stray uses were looked for
-        self.memory: dict[Hashable, Operands] = {}
+        self.memory: dict[Hashable, Operands] = {}  # by point and layout, reused by all steps
         self._make_tables()
         self.restore()
         self.hooks = Hooks(self.uses, self)
 
     def __getstate__(self) -> dict[str, Any]:
+        # Without operands, and what refers to them or to captured graphs.
         return {**self.__dict__, "memory": {}, "shown": [], "key": (), "replays": set()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -103,18 +107,19 @@ class Scratch(Perturbation):
         self.restore()
 
     def _make_tables(self) -> None:
+        """Allocate the scalars that fills read on the device."""
         devices = {w.tensor.device for w in self.weights}
         self.no_decay = {d: torch.zeros(1, 1, dtype=torch.float32, device=d) for d in devices}
 
     def _capacity(self) -> dict[torch.device, int]:
-        """The most that a module and those that contain it need at one time: usually the largest layer."""
-        own = {use.name: use for use in self.uses}
+        """Bytes of the buffer: the most that a module and those around it need together; usually the largest layer."""
+        use_of = {use.name: use for use in self.uses}
         capacity: dict[torch.device, int] = {}
         for use in self.uses:
             around = [use.name[:i] for i, c in enumerate(use.name) if c == "."] + ([""] if use.name else [])
             needed: dict[torch.device, int] = {}
             for name in [*around, use.name]:
-                for ref in own[name].refs if name in own else ():
+                for ref in use_of[name].refs if name in use_of else ():
                     tensor = self.weights[ref.index].tensor
                     needed[tensor.device] = needed.get(tensor.device, 0) + padded_bytes(tensor)
             for device, size in needed.items():
@@ -130,6 +135,7 @@ class Scratch(Perturbation):
         return sum(operands.nbytes for operands in self.memory.values())
 
     def workspace(self, elements: int, device: torch.device) -> Tensor:
+        # A dry copy has no buffer to lend; where a real one would do, the memory does not count as extra.
         if self.dry and max(self.arena.capacity.values()) >= 4 * elements:
             return torch.empty(elements, dtype=torch.float32, device=device)
         idle = self.arena.borrow(elements, device)
@@ -146,7 +152,7 @@ class Scratch(Perturbation):
         for operands in self.memory.values():
             operands.unload()
         self.count = len(points)
-        # Of each weight and each point, what is added.
+        # shown[weight][point]: what is added to the weight there.
         self.shown: list[list[list[LoadedPart]]] = [[[] for _ in points] for _ in self.weights]
         keys = []
         for number, point in enumerate(points):
@@ -156,7 +162,7 @@ class Scratch(Perturbation):
                 for position, index in enumerate(part.indices):
                     self.shown[index][number].append(LoadedPart(part, operands, position))
         self.key: tuple = tuple(keys)
-        # Of each use, the parameters that its module's forward finds replaced by the buffer; read before every layer.
+        # Computed here once, as it is read before every layer.
         self.filled = [
             [ref for ref in use.refs if any(self.fills_of(ref.index, point) for point in range(self.count))]
             for use in self.uses
@@ -165,7 +171,7 @@ class Scratch(Perturbation):
             self.stacked = [StackedForward(self, use) for use in self.uses]
 
     def _loaded(self, number: int, part: Part) -> Operands:
-        """The part's operands, in the memory that a part of its layout had before at this point."""
+        """The part's operands, in the memory that an earlier part of the same layout had at this point."""
         key = (number, part.layout())
         if key not in self.memory:
             self.memory[key] = part.operands()
@@ -177,7 +183,7 @@ class Scratch(Perturbation):
         return self.count, self.key
 
     def fills_of(self, index: int, point: int) -> list[LoadedPart]:
-        """What is added to a weight in the buffer."""
+        """What is added to a weight by filling the buffer."""
         return self.shown[index][point]
 
     def refs_to_fill(self, use: ModuleUse) -> list[ParamRef]:
@@ -185,7 +191,7 @@ class Scratch(Perturbation):
         return self.filled[use.number]
 
     def decay_of(self, index: int) -> Tensor:
-        """The share of a weight that the buffer leaves out, (1, 1)."""
+        """The share of a weight that a fill leaves out, (1, 1): none here, 1 - s in mode folded."""
         return self.no_decay[self.weights[index].tensor.device]
 
     # ---- a forward --------------------------------------------------------------------------------------------------
@@ -198,8 +204,8 @@ class Scratch(Perturbation):
         try:
             if training in self.checked or self.dry or self._is_compiled():
                 result = call()
-            else:  # a branch that runs for the first time may use a weight in another way
-                # Torch cannot trace this search, so a compiled forward is searched uncompiled.
+            else:  # the first forward with these flags: it may take other branches, with stray uses
+                # Torch cannot trace the search, so a compiled function around the model runs uncompiled meanwhile.
                 self.searching = True
                 with StrayUses(self.weights, self._readable), _uncompiled():
                     result = call()
@@ -217,11 +223,14 @@ class Scratch(Perturbation):
         return result
 
     def _is_compiled(self) -> bool:
-        """Run forwards uncompiled: torch cannot trace the search for stray uses."""
+        """Whether modules of the model are compiled: they are not searched, as torch cannot trace the search."""
         return any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in self.modules)
 
     def _readable(self) -> set[int]:
-        """Addresses of the weights that may be read now: of modules that run, unless they run on the buffer."""
+        """Addresses of the weights that may be read now.
+
+        They are those of running modules that the buffer does not replace, and the one that it is being filled from.
+        """
         return self.source | {
             ref.parameter.data_ptr()
             for number, _ in self.frames
@@ -232,38 +241,39 @@ class Scratch(Perturbation):
     def _check_called(self) -> None:
         if self.allow_unused or all(self.calls):
             return
-        if not any(self.calls) and self.graph_key in self.replays:
+        if not any(self.calls) and self.graph_key in self.replays:  # a replayed graph calls no modules
             return
         reached = {ref.index for use, times in zip(self.uses, self.calls, strict=True) if times for ref in use.refs}
         missed = [w.name for w in self.weights if w.index not in reached and any(self.shown[w.index])]
         if missed:
-            what = f"{missed[0]!r} was" if len(missed) == 1 else f"{missed[0]!r} and {len(missed) - 1} others were"
+            what = f"{missed[0]!r} was" if len(missed) == 1 else f"{missed[0]!r} and {len(missed) - 1} more were"
             raise RuntimeError(
-                f"closure: {what} not perturbed, as the forward did not call the module (it may use the weight by "
-                "another way, like MultiheadAttention its out_proj, or the model was compiled before the optimizer was "
-                "made). Freeze such parameters, choose mode='inplace', or pass allow_unused=True if the forward "
-                "rightly never uses them"
+                f"closure: {what} not perturbed, as the forward did not call the module (it may use the weight "
+                "without calling it, as MultiheadAttention does with out_proj, or the model was compiled before the "
+                "optimizer was made). Freeze such parameters, choose mode='inplace', or pass allow_unused=True if the "
+                "forward rightly never uses them"
             )
 
     def enter(self, number: int) -> None:
-        """Before a module's forward: it gets perturbed parameters."""
+        """Before a module's forward: replace its parameters by perturbed ones."""
         if not self.active:
             return
         use = self.uses[number]
         if torch.compiler.is_compiling():
             if self.count > 1:
                 raise RuntimeError(
-                    f"members: got {self.count} points in a forward with torch.compile; accepted: models that are not "
-                    "compiled"
+                    f"members: got {self.count} points in one forward of a compiled model; accepted: one, or models "
+                    "without torch.compile"
                 )
             self.calls[number] = 1
             for ref in self.refs_to_fill(use):
+                # Not from the arena: compiled code plans its own memory.
                 out = torch.empty(ref.parameter.shape, dtype=ref.parameter.dtype, device=ref.parameter.device)
                 self.fill(ref, out, 0)
                 ref.owner._parameters[ref.name] = out  # type: ignore[assignment]
             return
         if self.searching and not any(self.calls):
-            self.must_repeat = _is_called_compiled()
+            self.must_repeat = _is_called_compiled()  # as the next ones will run compiled, and may round differently
         for ref in use.refs:
             if not ref.is_in_place() and id(ref.owner._parameters.get(ref.name)) not in self.lent:
                 raise RuntimeError(
@@ -274,15 +284,15 @@ class Scratch(Perturbation):
         self.calls[number] += 1
         if self.on_cuda and torch.cuda.is_current_stream_capturing():
             self.captures = True
-        # With several points the module's forward is a StackedForward, which fills for each.
+        # With several points nothing is filled yet: the module's forward is a StackedForward, which fills for each.
         self._push(number, [] if self.count > 1 else self.refs_to_fill(use), 0)
 
     def push(self, use: ModuleUse, refs: Sequence[ParamRef], point: int) -> None:
-        """Fill parameters of a module for one of several points, until ``pop``."""
+        """Replace parameters of a module by those at one of several points, until ``pop``."""
         self._push(use.number, refs, point)
 
     def _push(self, number: int, refs: Sequence[ParamRef], point: int) -> None:
-        if not refs:  # as of most layers in mode "folded"
+        if not refs:  # most layers in mode "folded"
             self.frames.append((number, _nothing))
             return
         begin = time.perf_counter()
@@ -290,7 +300,7 @@ class Scratch(Perturbation):
 
         def undo() -> None:
             for ref, out, before in reversed(taken):
-                ref.owner._parameters[ref.name] = before  # of a module inside itself, the buffer of the outer call
+                ref.owner._parameters[ref.name] = before  # not the parameter if the module runs inside itself
                 self.lent.discard(id(out))
                 self.arena.give_back(ref.parameter)
 
@@ -306,36 +316,36 @@ class Scratch(Perturbation):
         self.seconds += time.perf_counter() - begin
 
     def pop(self) -> None:
-        """Take back the last push."""
+        """Undo the last push."""
         _, undo = self.frames.pop()
         undo()
 
     def fill(self, ref: ParamRef, out: Tensor, point: int) -> None:
         """out <- W + what is added to it at a point."""
         source, decay = ref.parameter, self.decay_of(ref.index)
-        for shown in self.fills_of(ref.index, point):
-            shown.operands.fill(shown.position, source, out, decay)
+        for loaded in self.fills_of(ref.index, point):  # the first part reads W, the others add to what is there
+            loaded.operands.fill(loaded.position, source, out, decay)
             source, decay = out, self.no_decay[out.device]  # type: ignore[assignment]
-        if source is not out:  # clean at this point
+        if source is not out:  # nothing is added
             out.copy_(source)
         row = self.weights[ref.index].padding_row
         if row is not None:
             out[row] = ref.parameter[row]
 
     def leave(self, number: int, args: tuple, kwargs: dict, output: Any) -> Any:
-        """After a module's forward: it has its own parameters back."""
+        """After a module's forward: give it its own parameters back. Returns an output that replaces the module's."""
         if not self.active:
             return None
         if torch.compiler.is_compiling():
             for ref in self.uses[number].refs:
                 ref.put_back()
             return None
-        kept = self.detached_output(output)
+        copy = self.detached_output(output)
         self.pop()
-        return kept
+        return copy
 
     def detached_output(self, output: Any) -> Any:
-        """A copy of an output if it lies in the buffer, which will be overwritten; else None."""
+        """A copy of an output that lies in the buffer, which will be overwritten; None if it does not."""
         if isinstance(output, Tensor):
             return output.clone() if self.arena.contains(output) else None
         if not any(self.arena.contains(t) for t in tensors_in(output)):
@@ -346,7 +356,7 @@ class Scratch(Perturbation):
         """Give every module its parameters back, even if a forward stopped half way."""
         while self.frames:
             self.pop()
-        for use in self.uses:  # of a compiled forward
+        for use in self.uses:  # compiled forwards push nothing, and may have stopped before ``leave``
             for ref in use.refs:
                 if not isinstance(ref.owner._parameters.get(ref.name), nn.Parameter):
                     ref.put_back()
@@ -355,7 +365,7 @@ class Scratch(Perturbation):
 
     def apply(self, update: Update) -> None:
         self.run_all(update.passes(), copy_budget=self.largest)
-        self.passes_this_step += 1 + len(update.direction.parts)
+        self.passes_this_step += 1 + len(update.direction.parts)  # beyond the rounding keys that these have used
         self.restore()
 
     def release(self, why: str = "the optimizer was detached from its model") -> None:

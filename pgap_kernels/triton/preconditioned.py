@@ -1,6 +1,7 @@
 """Weights and their state in one read and one write; rules and scalars in ``ops.preconditioned``.
 
-g = sum_j c_j z_j,  b = sum_j r_j z_j;   new state and delta by the rule;  delta = fma(-d, W, delta) if d != 0
+g = sum_j c_j z_j estimates the gradient, b = sum_j r_j z_j takes the perturbation off
+new state and delta by the rule;  delta = fma(-d, W, delta) if d != 0
 W <- round(W + delta)
 """
 
@@ -23,19 +24,22 @@ STATE0, STATE1 = EXTRA0, EXTRA1
 
 
 class PreconditionedScalars(NamedTuple):
-    """Keys and scalars; tables of scalars have a row for each draw, and the rule's for each of its scalars."""
+    """Keys, and tables of scalars with a column for each tensor."""
 
     keys: Tensor
-    gradient: Tensor  # c
-    restore: Tensor  # r
-    rule: Tensor
-    decay: Tensor
+    gradient: Tensor  # c, a row for each draw
+    restore: Tensor  # r, a row for each draw
+    rule: Tensor  # the rule's scalars, a row for each
+    decay: Tensor  # d, one row
     rounding_key: Tensor | None
 
 
 @triton.jit
 def apply_rule(tile, lane, z, g, b, place0, place1, scalars_ptr, stride, RULE: tl.constexpr):
-    """delta of one lane; its state, at two addresses, is read and written. A rule's scalars are ``stride`` apart."""
+    """delta of one lane; its state, at two addresses, is read and written.
+
+    The i-th scalar, in the order of the rule's ``scalars()``, is at ``scalars_ptr + i * stride``.
+    """
     state0 = load_lane(tile, place0, lane, tl.float32)
     if RULE == "perturb":
         delta = tl.div_rn(b, tl.sqrt_rn(state0))
@@ -43,8 +47,8 @@ def apply_rule(tile, lane, z, g, b, place0, place1, scalars_ptr, stride, RULE: t
         state0 = tl.fma(state0, tl.load(scalars_ptr + stride), g)
         delta = tl.fma(state0, -tl.load(scalars_ptr), b)
     elif RULE == "hizoo":
-        grown = tl.load(scalars_ptr + 2 * stride) * state0
-        new = tl.fma(grown, z * z, tl.load(scalars_ptr + stride) * state0)
+        scaled = tl.load(scalars_ptr + 2 * stride) * state0
+        new = tl.fma(scaled, z * z, tl.load(scalars_ptr + stride) * state0)
         delta = tl.fma(tl.div_rn(g, tl.sqrt_rn(new)), -tl.load(scalars_ptr), tl.div_rn(b, tl.sqrt_rn(state0)))
         state0 = new
     else:
@@ -52,17 +56,17 @@ def apply_rule(tile, lane, z, g, b, place0, place1, scalars_ptr, stride, RULE: t
         state1 = load_lane(tile, place1, lane, tl.float32)
         if RULE == "adam":
             state1 = tl.fma(state1, tl.load(scalars_ptr + 3 * stride), tl.load(scalars_ptr + 4 * stride) * (g * g))
-            scale = tl.sqrt_rn(state1 * tl.load(scalars_ptr + 5 * stride)) + tl.load(scalars_ptr + 6 * stride)
+            divisor = tl.sqrt_rn(state1 * tl.load(scalars_ptr + 5 * stride)) + tl.load(scalars_ptr + 6 * stride)
         else:
             if RULE == "helene_refresh":
                 state1 = tl.fma(state1, tl.load(scalars_ptr + 6 * stride), tl.load(scalars_ptr + 7 * stride) * (g * g))
             floor = tl.load(scalars_ptr + 4 * stride)
-            above = tl.where(state1 > floor, state1, floor)
-            scale = tl.fma(above, tl.load(scalars_ptr + 3 * stride), tl.load(scalars_ptr + 5 * stride))
-        delta = tl.fma(tl.div_rn(state0, scale), -tl.load(scalars_ptr), b)
-        if RULE != "helene":
+            raised = tl.where(state1 > floor, state1, floor)
+            divisor = tl.fma(raised, tl.load(scalars_ptr + 3 * stride), tl.load(scalars_ptr + 5 * stride))
+        delta = tl.fma(tl.div_rn(state0, divisor), -tl.load(scalars_ptr), b)
+        if RULE != "helene":  # which only reads h
             store_lane(tile, place1, lane, state1, tl.float32)
-    if RULE != "perturb":
+    if RULE != "perturb":  # which only reads the curvature
         store_lane(tile, place0, lane, state0, tl.float32)
     return delta
 
@@ -84,14 +88,14 @@ def preconditioned_kernel(
     if tl.load(skip_ptr) != 0:
         return
     counter = counters(counters_ptr)
-    # Read before the first store: after one, the compiler would read the table again.
+    # Addresses are computed before the first store: after one, the compiler would read the table again.
     place0 = address(tile, STATE0, tl.float32)
-    place1 = place0
+    place1 = place0  # not used by rules with one state
     if RULE == "adam" or RULE == "helene" or RULE == "helene_refresh":
         place1 = address(tile, STATE1, tl.float32)
     source, target = address(tile, IN, UPDATE.dtype), address(tile, OUT, UPDATE.dtype)
     decay = tl.load(scalars.decay + tile.scalar)
-    g = tl.full((BLOCK // 8, 8, 2, 2), -0.0, tl.float32)
+    g = tl.full((BLOCK // 8, 8, 2, 2), -0.0, tl.float32)  # -0 + x is x for every x; +0 + -0 would be +0
     b, z = g, g
     for j in range(draws):
         z = tile_noise(tile, counter, tl.load(scalars.keys + j), NOISE)
@@ -99,13 +103,13 @@ def preconditioned_kernel(
         b = tl.fma(z, tl.load(scalars.restore + j * stride + tile.scalar), b)
     g0, g1, g2, g3 = unstack(g)
     b0, b1, b2, b3 = unstack(b)
-    z0, z1, z2, z3 = unstack(z)
-    x0, x1, x2, x3 = counter, counter, counter, counter
+    z0, z1, z2, z3 = unstack(z)  # for HiZOO, which has one draw
+    x0, x1, x2, x3 = counter, counter, counter, counter  # placeholders: read only if rounding is stochastic
     if UPDATE.stochastic:
         x0, x1, x2, x3 = group_words(tile.group, counter, tile.tensor_id, tl.load(scalars.rounding_key))
     for lane in range(4):
-        noise = (pick_lane(lane, z0, z1, z2, z3), pick_lane(lane, g0, g1, g2, g3), pick_lane(lane, b0, b1, b2, b3))
-        delta = apply_rule(tile, lane, *noise, place0, place1, scalars.rule + tile.scalar, stride, RULE)
+        z_g_b = (pick_lane(lane, z0, z1, z2, z3), pick_lane(lane, g0, g1, g2, g3), pick_lane(lane, b0, b1, b2, b3))
+        delta = apply_rule(tile, lane, *z_g_b, place0, place1, scalars.rule + tile.scalar, stride, RULE)
         value = add_delta(load_lane(tile, source, lane, UPDATE.dtype), delta, decay, UPDATE)
         if UPDATE.stochastic:
             value = stochastic(value, pick_lane(lane, x0, x1, x2, x3), UPDATE.dtype)
