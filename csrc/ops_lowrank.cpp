@@ -50,13 +50,18 @@ struct MagnitudeRange {
     void add(const float* values, int64_t count) {
         for (int64_t i = 0; i < count; ++i) {
             const double magnitude = std::fabs(values[i]);
-            if (!(magnitude <= greatest)) greatest = magnitude;  // not `>`, which is false for a NaN
+            raise_to(magnitude);
             if (magnitude != 0.0 && magnitude < least) least = magnitude;
         }
     }
     void add(const MagnitudeRange& other) {
         least = std::min(least, other.least);
-        if (!(other.greatest <= greatest)) greatest = other.greatest;
+        raise_to(other.greatest);
+    }
+
+private:
+    void raise_to(double magnitude) {
+        if (!(magnitude <= greatest) && greatest == greatest) greatest = magnitude;  // a NaN comes in, and stays
     }
 };
 
