@@ -131,7 +131,7 @@ def test_a_module_that_is_never_called_is_named(id, mode):
         optimizer(id, mode, model, **({"exclude": ["gain"]} if id == "lozo" else {})),
     )
     before = snapshot(model)
-    with pytest.raises(RuntimeError, match=r"^closure: 'idle\.weight' and 1 others were not perturbed.*allow_unused"):
+    with pytest.raises(RuntimeError, match=r"^closure: 'idle\.weight' and 1 more were not perturbed.*allow_unused"):
         opt.step(lambda: loss_of(model))
     assert opt.steps == 0 and all(torch.equal(w, before[name]) for name, w in snapshot(model).items())
     assert_clean(parameters)
