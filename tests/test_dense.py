@@ -73,6 +73,15 @@ def test_fma_of_signs_rounds_once(backend):
         assert g == exact_dense(x, list(z), [0.3, 0.3, -0.6], 0.3)
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.03])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_draw_of_signs(dtype, decay):
+    """The C++ kernel keeps it in registers over a whole group, if rounded to nearest."""
+    options = {"decay": decay, "distribution": "rademacher"}
+    got, want = (perturbed(weights(SHAPES, dtype), DRAWS[:1], backend=b, **options) for b in ("cpu", "reference"))
+    assert_all_same(got, want)
+
+
 @pytest.mark.parametrize("tier", ["exact", "fast"])
 def test_cpu_serves_both_tiers_exactly(tier):
     w = weights(SHAPES)

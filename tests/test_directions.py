@@ -348,6 +348,14 @@ def test_a_shard_moves_as_its_slice_of_the_whole(kind, rows, columns):
     assert_same_bits(seen[1], seen[0][rows, columns].contiguous())
 
 
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_drawn_factor_of_a_shard_is_rows_of_the_wholes(side):
+    (whole,) = make_weights(shapes=[(6, 9)])
+    cut = (slice(2, 5), slice(3, 8))
+    drawn_of = Factor.drawn(KEYS[0], RANK).materialised
+    assert_same_bits(drawn_of([sharded(whole, *cut)], side)[0], drawn_of([whole], side)[0][cut[side]])
+
+
 # ---- padding rows ---------------------------------------------------------------------------------------------------
 
 

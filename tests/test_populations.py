@@ -1,4 +1,4 @@
-"""Several directions in a step: groups of examples, copies of the minibatch, baselines, and what their losses say.
+"""Several directions in a step of every method that has them: groups of examples, copies of the minibatch, baselines.
 
 The model is linear and its loss too: with G the gradient of an example's loss, the loss at a point is exact but for
 float32 rounding, and every estimate has a closed form in the directions that were drawn.
@@ -16,9 +16,9 @@ from torch import nn
 
 from pgap_kernels import noise, ops
 from pgap_kernels.noise import Role
-from pgap_kernels.optim import LOZO, LOZOM, PGAP, PIZO, MeZO, NonFiniteLossError, SignalRule
+from pgap_kernels.optim import LOZO, LOZOM, PGAP, PIZO, MeZO, NonFiniteLossError
 from pgap_kernels.optim.sampling import Sampling
-from pgap_kernels.optim.signal import Signal, signal_of
+from pgap_kernels.optim.signal import signal_of
 from pgap_kernels.subspace import product_basis, randomized_svd
 
 EXAMPLES, IN, OUT = 8, 6, 5
@@ -151,44 +151,6 @@ def test_slices_do_not_see_one_another():
 # ---- what the losses say -------------------------------------------------------------------------------------------
 
 
-def rows_of(baseline: str, groups: int, count: int, seed: int) -> torch.Tensor:
-    """Losses of every example at the points of a step, linear ones, directions of independent elements."""
-    generator = torch.Generator().manual_seed(seed)
-    found = []
-    for _ in range(count):
-        d = torch.randn(groups, OUT, IN, generator=generator, dtype=torch.float64).repeat_interleave(
-            EXAMPLES // groups, 0
-        )
-        slope = (gradients() * d).sum((1, 2))
-        found += [0.5 * slope, -0.5 * slope] if baseline == "antithetic" else [0.5 * slope]
-    return torch.stack(found)
-
-
-@pytest.mark.parametrize("baseline, groups, count", [("antithetic", 4, 1), ("antithetic", 1, 2), ("antithetic", 8, 1),
-                                                     ("loo", 4, 4), ("loo", 8, 4)])  # fmt: skip
-def test_estimates_are_unbiased(baseline, groups, count):
-    """The mean of many is the truth, within five standard errors; a lost factor of two is outside."""
-    per_example = gradients()
-    second = per_example.square().sum((1, 2)).mean().item()
-    size = EXAMPLES // groups
-    pairs = [per_example[g * size : (g + 1) * size].flatten(1) for g in range(groups)]
-    products = torch.stack([p @ p.T for p in pairs])
-    found = [signal_of(rows_of(baseline, groups, count, seed), groups, baseline, 0.5) for seed in range(800)]
-
-    def check(values: list[float], truth: float) -> None:
-        t = torch.tensor(values, dtype=torch.float64)
-        error = (t.std() / len(t) ** 0.5).item()
-        assert abs(t.mean().item() - truth) <= 5 * error and abs(t.mean().item() - 2 * truth) > 5 * error
-
-    check([s.second_moment for s in found], second)
-    if size == 1:
-        assert all(s.squared_norm is None and s.trace is None for s in found)
-        return
-    off = (products.sum((1, 2)) - products.diagonal(dim1=1, dim2=2).sum(1)) / (size * (size - 1))
-    check([s.squared_norm for s in found], off.mean().item())
-    assert all(s.trace == pytest.approx(s.second_moment - s.squared_norm) for s in found)
-
-
 def test_curvature_of_a_quadratic_loss():
     """l = s.d + d.H.d / 2 along directions of independent elements, each beside the loss at W itself."""
     h, slope, eps, found = torch.arange(1.0, 13.0, dtype=torch.float64), torch.ones(12, dtype=torch.float64), 0.5, []
@@ -200,46 +162,6 @@ def test_curvature_of_a_quadratic_loss():
     assert abs(values.mean() - h.sum()) <= 5 * values.std() / 20
     assert abs(values.mean() - 2 * h.sum()) > 5 * values.std() / 20
     assert signal_of(torch.ones(2, 4), 1, "antithetic", eps).curvature is None
-
-
-def test_an_optimizer_keeps_what_its_losses_say():
-    model, optimizer = make("pgap", "folded", groups=4, members=2)
-    assert optimizer.last == Signal()
-    optimizer.step(closure_of(model, optimizer))
-    assert optimizer.last.squared_norm is not None and optimizer.last.trace is not None
-    model, optimizer = make("pgap", "folded", groups=4, members=2)
-    optimizer.step(lambda: model.rows(2).view(8, -1).mean(1))  # means of groups: one row each
-    assert optimizer.last.squared_norm is None and optimizer.last.second_moment is not None
-
-
-def test_the_step_size_follows_the_signal():
-    rule = SignalRule(window=4, floor=0.25)
-    for _ in range(4):
-        assert rule.factor == 1.0
-        rule.note(Signal(squared_norm=8.0, second_moment=10.0))
-    for _ in range(3):
-        before = rule.factor
-        rule.note(Signal(squared_norm=0.0, second_moment=10.0))
-        assert 0.25 < rule.factor < before
-    for _ in range(20):
-        rule.note(Signal(squared_norm=-5.0, second_moment=10.0))
-    assert rule.factor == 0.25
-    rule.note(Signal())  # nothing was measured
-    assert rule.factor == 0.25
-    other = SignalRule()
-    other.load(rule.state())
-    assert vars(other) == vars(rule)
-
-
-def test_a_rule_of_the_step_size_is_saved_and_scales_the_update():
-    model, optimizer = make("mezo", "scratch", groups=2, members=2, lr_rule="signal")
-    for _ in range(3):
-        optimizer.step(closure_of(model, optimizer))
-    optimizer.signal_rule.load({"steps": 60, "first": 1.0, "squared_norm": 1.0, "second_moment": 4.0})
-    assert optimizer.rates() == [0.1 * 0.25]
-    _, twin = make("mezo", "scratch", groups=2, members=2, lr_rule="signal")
-    twin.load_state_dict(optimizer.state_dict())
-    assert twin.rates() == optimizer.rates()
 
 
 # ---- P-GAP's probes ------------------------------------------------------------------------------------------------

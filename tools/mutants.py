@@ -199,7 +199,8 @@ FAULTS = [
         ("triton-words-from-0", "e = tl.load(entry + BASE) + i *", "e = i *", "shards")),
     *faults(f"{TRITON}/forward.py", interpreted("forward"),
         ("triton-slices-share-a-core", "core_ptr += part * core_stride", "core_ptr += 0", "slice"),
-        ("triton-slices-share-an-in-factor", "factor_ptr += part * factor_stride\n    f_pointer", "f_pointer", "slice"),
+        ("triton-slices-share-an-in-factor", "part * factor_stride\n    f_pointer", "0\n    f_pointer", "slice"),
+        ("triton-slices-share-an-out-factor", "part * factor_stride\n    i =", "0\n    i =", "slice"),
         ("triton-draw-of-the-left-side", "keys_ptr=keys[:, side:]", "keys_ptr=keys", "drawn")),
     *faults(f"{TRITON}/launch.py", interpreted("guard"),
         ("triton-fourth-table-unguarded", " | find_nonfinite(table3, count3, BLOCK)", "", "")),
@@ -318,6 +319,11 @@ FAULTS = [
          "in missing and x.is_floating_point():  # not the indices of a tied embedding\n                missing.remove",
          "in self.lowrank_indices() and x.is_floating_point():\n                missing.discard", "first_call"),
         ("slope-from-zero", "amount = loss - clean", "amount = loss", "agzo-inplace")),
+    *faults(f"{PACKAGE}/optim/loren.py", METHODS,
+        ("momentum-of-vectors", "if w.tensor.dim() > 1 and beta}", "if beta}", "loren-inplace"),
+        ("rank-one-term-decays", "{i: c / decay for i, c in sums.items()}", "sums", "loren-inplace")),
+    *faults(f"{PACKAGE}/optim/gradient_subspace.py", SAMPLING,
+        ("probes-without-their-rank", "1.0 / (radius[w.index] * math.sqrt(own))", "1.0 / radius[w.index]", "probes")),
     *faults(f"{PACKAGE}/optim/registry.py", ["tests/test_registry.py"],
         ("options-of-the-trunk", " and cls not in _TRUNKS:", ":", "options"),
         ("anything-is-a-method", "if not (isinstance(found, type) and issubclass(found, ZOOptimizer)):", "if False:",
@@ -338,7 +344,7 @@ FAULTS = [
         ("momentum-of-biases-lost", 'setdefault("momentum", dense[w.index])', "values()", "lozo-m-inplace")),
     *faults(f"{PACKAGE}/optim/dizo.py", METHODS,
         ("ratio-without-a-lower-bound", "[min(max(c, 1 - self.tau), 1 + self.tau) for c", "[min(c, 1 + self.tau) for c",
-         "dizo and inplace")),
+         "dizo-far")),
     *faults(f"{PACKAGE}/optim/scores.py", ["tests/test_optim.py", "tests/test_scores.py"],
         ("leave-none-out", "((len(losses) - 1) * eps)", "(len(losses) * eps)", "scores")),
     # ---- finetune ---------------------------------------------------------------------------------------------------
@@ -418,8 +424,9 @@ WHOLE_SUITE = Tests(["tests"], "")
 def run(tree: Path, tests: Tests) -> Outcome:
     """Run tests of the copy, up to the first that fails."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=short", "-k", tests.k]
-    # Its tests look for the texts that a fault has changed.
-    command += ["--ignore=tests/test_mutants.py", *tests.files]
+    # Slow tests too: whether any sees the fault is the question. Those of this file look for the texts that a fault has
+    # changed.
+    command += ["-m", "", "--ignore=tests/test_mutants.py", *tests.files]
     environment = {n: v for n, v in os.environ.items() if not n.startswith(("PYTEST_", "PGAP_", "TRITON_"))}
     # No bytecode: a fault and its repair within one second, of one length, would be taken for the same file.
     environment |= {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}

@@ -22,12 +22,17 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
+from ..arguments import ForwardArguments
 from ..directions import Direction, Fold, Part, Pass, Weight, add_parts
 from .base import Update
 from .folds import add_lowrank, fold_differentiably, forward_arguments
 from .hooks import EMBEDDING, LINEAR, ModuleUse, ParamRef
 from .scratch import LoadedPart, Scratch
 from .stacked import check_rows
+
+# Of each weight: what each point adds to its layer's output, and the op calls for that.
+Prepared = tuple[list[list[list[Fold]]], list[list[ForwardArguments]]]
+_PREPARED = 4  # of a step: its points, a refresh's, nothing
 
 
 class Folded(Scratch):
@@ -52,6 +57,7 @@ class Folded(Scratch):
 
     def _make_tables(self) -> None:
         super()._make_tables()
+        self.prepared: dict[Hashable, Prepared] = {}
         self.foldable = foldable_weights(self.uses)
         shape = (len(self.weights), 1, 1)
         devices = {w.tensor.device for w in self.weights}
@@ -77,12 +83,22 @@ class Folded(Scratch):
 
     def perturb_to(self, points: Sequence[Direction]) -> None:
         super().perturb_to([self._with_window(point) for point in points])
-        # Of each weight, the folds of each point, and the calls that make them: put together once, not at every layer.
-        self.folds = [[self.folds_of(w.index, point) for point in range(self.count)] for w in self.weights]
-        self.calls_of = [forward_arguments(w, folds) for w, folds in zip(self.weights, self.folds, strict=True)]
+        self.folds, self.calls_of = self._prepared()
         self.fades = any(s != 1.0 for s in self.keep)
         for faded in self.faded.values():
             faded.copy_(torch.tensor([1.0 - s for s in self.keep], dtype=torch.float32, device="cpu")[:, None, None])
+
+    def _prepared(self) -> Prepared:
+        """Of each weight the folds of each point, and the calls that make them: put together once for all the steps
+        that show parts of the same layout and factors, whose operands keep their place."""
+        key = (self.count, self.key)
+        if key not in self.prepared:
+            if len(self.prepared) >= _PREPARED:  # other factors than before
+                self.prepared.clear()
+            folds = [[self.folds_of(w.index, point) for point in range(self.count)] for w in self.weights]
+            calls = [forward_arguments(w, own) for w, own in zip(self.weights, folds, strict=True)]
+            self.prepared[key] = (folds, calls)
+        return self.prepared[key]
 
     def _with_window(self, point: Direction) -> Direction:
         """What the window holds and the point add up to; cores of one subspace become one."""

@@ -37,12 +37,13 @@ def _joined(weight: Weight, column: Sequence[Fold | None]) -> ForwardArguments:
         coefficient=torch.zeros_like(some.coefficient),
     )
     folds = [zero if fold is None else fold for fold in column]
+    drawn = some.left is None or some.right is None
     return ForwardArguments(
         left=_shared([fold.left for fold in folds]),
         right=_shared([fold.right for fold in folds]),
         cores=[fold.core for fold in folds if fold.core is not None],
         coefficients=[] if some.core is not None else [fold.coefficient for fold in folds],
-        keys=[fold.keys for fold in folds],
+        keys=[fold.keys for fold in folds] if drawn else [],
         shape=list(weight.tensor.shape),
         rank=some.rank,
         tensor_id=weight.id,
