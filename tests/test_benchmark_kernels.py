@@ -159,6 +159,7 @@ def test_the_forward_is_compared_with_its_layer(no_compiler):
     assert all((r["shape"], r["tokens"]) == ([48, 32], 4) for r in rows)
 
 
+@pytest.mark.slow  # the harness itself takes turns in test_benchmark_harness.py
 def test_two_packages(command, tmp_path, capsys):
     given = ["--op", "dense", "--dtype", "float32", "--shape", "64", "64", "--threads", "1", "--repeats", "1"]
     file = tmp_path / "rows.json"
