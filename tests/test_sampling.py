@@ -155,6 +155,8 @@ def test_signal_rule_by_hand():
         factors.append(rule.factor)
         rule.note(Signal())  # tells nothing
     assert factors == [1.0, 1.0, 2.5 / 4, 1.0, 0.1]
+    rule.floor = 0.25
+    assert rule.factor == 0.25
     again = SignalRule()
     again.load(rule.state())
     assert vars(again) == vars(rule)
@@ -174,6 +176,7 @@ def test_the_step_size_follows_the_signal():
 
 def test_a_signal_is_noted_and_saved():
     _, optimizer, closure = optimizer_and_closure(2, lr_rule="signal")
+    assert optimizer.last == Signal()
     optimizer.step(closure)
     rule = optimizer.signal_rule
     assert (rule.steps, rule.squared_norm, rule.second_moment) == (1, optimizer.last.squared_norm, optimizer.last[2])
