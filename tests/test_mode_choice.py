@@ -109,6 +109,7 @@ def test_a_mode_that_was_asked_for(mode):
         ("helene", {"mode": "inplace", "two_pass": True}, r"^two_pass: got True with mode='inplace'.*know their first"),
         ("mezo", {"mode": "inplace", "members": 2}, r"^members, groups: got 2 slices of a batch with mode='inplace'"),
         ("mezo", {"mode": "inplace", "residual": True}, r"^residual: got True with mode='inplace'"),
+        ("loren-query", {"mode": "scratch", "weight_decay": 0.1}, r"^weight_decay: got some with momentum='per_query'"),
         ("mezo", {"mode": "scratch", "residual": True}, r"^residual: got True with .*torch.float32"),
         ("dizo", {"mode": "scratch", "residual": True}, r"^residual: got True; accepted: False with DiZO"),
         ("helene", {"mode": "scratch", "residual": True}, r"^residual: got True; accepted: False with HELENE"),

@@ -177,6 +177,7 @@ def test_the_step_size_follows_the_signal():
 def test_a_signal_is_noted_and_saved():
     _, optimizer, closure = optimizer_and_closure(2, lr_rule="signal")
     assert optimizer.last == Signal()
+    assert optimizer.cost().forwards == 1  # although a dry run's losses tell nothing
     optimizer.step(closure)
     rule = optimizer.signal_rule
     assert (rule.steps, rule.squared_norm, rule.second_moment) == (1, optimizer.last.squared_norm, optimizer.last[2])

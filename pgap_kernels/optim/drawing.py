@@ -50,7 +50,7 @@ class DirectionOptimizer(ModeOptimizer):
             rows = torch.cat([r.reshape(-1, groups * r.shape[-1]) for r in evaluate.rows])
             self.last = signal_of(rows, groups, sampling.baseline, radius[0])
             self.signal_rule.note(self.last)
-        if self.lr_rule and self.last.squared_norm is None:
+        if self.lr_rule and self.last.squared_norm is None and not self.perturbation.dry:
             raise ValueError(
                 f"lr_rule: got {self.lr_rule!r} without a loss per row of two examples or more in a group; accepted: "
                 "with members > 1 and such losses"

@@ -73,6 +73,10 @@ class LOREN(ZOOptimizer):
         if isinstance(probes, bool) or not isinstance(probes, int) or probes < 2:
             raise ValueError(f"probes: got {probes!r}; accepted: an integer, 2 or more")
         self.probes = probes
+        self.check_schedule()
+
+    def check_schedule(self) -> None:
+        super().check_schedule()
         if self.momentum == "per_query" and any(group["weight_decay"] for group in self.param_groups):
             raise ValueError("weight_decay: got some with momentum='per_query'; accepted: 0, or momentum='per_step'")
 

@@ -55,6 +55,9 @@ class Folded(Scratch):
         self.keep = [1.0] * len(weights)  # s
         super().set_weights(weights)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "prepared": {}, "folds": [], "calls_of": []}
+
     def _make_tables(self) -> None:
         super()._make_tables()
         self.prepared: dict[Hashable, Prepared] = {}
