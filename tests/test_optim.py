@@ -83,7 +83,7 @@ def test_scores():
     """Pure functions of losses, by hand."""
     losses = [3.0, 1.0, 2.0, 1.0]
     assert scores.spsa(3.0, 1.0, 0.5) == 2.0
-    assert scores.leave_one_out(losses, 0.5) == pytest.approx([1.25 / 1.5, -0.75 / 1.5, 0.25 / 1.5, -0.75 / 1.5])
+    assert scores.leave_one_out(losses) == pytest.approx([1.25 / 3, -0.75 / 3, 0.25 / 3, -0.75 / 3])
     assert scores.top_minus_rest(losses, 1) == [-1 / 3, 1.0, -1 / 3, -1 / 3]  # of a tie the lower index
     assert scores.top_minus_rest(losses, 2) == [-0.5, 0.5, -0.5, 0.5]
     assert scores.best_only(losses) == [0.0, 1.0, 0.0, 0.0]
@@ -91,6 +91,7 @@ def test_scores():
     assert scores.standardised(losses) == pytest.approx([1.25 / spread, -0.75 / spread, 0.25 / spread, -0.75 / spread])
     assert scores.standardised(losses, base=1.0, ddof=1)[0] == pytest.approx(2.0 / (11 / 12) ** 0.5)
     assert scores.standardised([2.0, 2.0]) == [0.0, 0.0]
+    assert scores.standardised([3.0, 1.0], floor=3.0) == [0.5, -0.5]
 
 
 def test_time_is_accounted_once():

@@ -10,7 +10,7 @@ Imports: passes, anchored -> direction, noise, lowrank -> part -> weight.
 
 from .anchored import Anchored, line_through
 from .direction import Direction, add_parts
-from .lowrank import Factor, LowRank, Term, concatenated, draw_factor
+from .lowrank import Factor, LowRank, Term, concatenated, draw_factor, product_of_draws
 from .noise import Mask, Noise
 from .part import Fold, Operands, Part
 from .passes import Pass, RulePass, bytes_of, run_all_or_none, with_padding_kept, write_context
@@ -39,6 +39,7 @@ __all__ = [
     "concatenated",
     "draw_factor",
     "line_through",
+    "product_of_draws",
     "run_all_or_none",
     "scalar_if_equal",
     "storage",

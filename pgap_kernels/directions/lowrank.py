@@ -6,6 +6,7 @@ A (sum_j c_j C_j) B^T       A (m, r), B (n, r): stored, or drawn from a key;   C
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -216,6 +217,12 @@ class LowRank(Part):
 
     def operands(self) -> LowRankOperands:
         return LowRankOperands(self)
+
+
+def product_of_draws(weights: Sequence[Weight], left: int, right: int, rank: int) -> LowRank:
+    """A B^T / sqrt(r) with A and B drawn from their keys: its elements have variance 1, as those of dense noise."""
+    row = [1.0 / math.sqrt(rank)] * len(weights)
+    return LowRank(weights, Factor.drawn(left, rank), Factor.drawn(right, rank), [Term(None, row)])
 
 
 def concatenated(parts: Iterable[Part]) -> list[Part]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from .. import checks
-from ..directions import Direction, Factor, LowRank, Term
+from ..directions import Direction, product_of_draws
 from ..noise import Role
 from . import scores
 from .base import Evaluation, Params
@@ -80,11 +80,7 @@ class EGGROLL(LowRankOptimizer):
         """E_k on the matrices, dense noise on the rest."""
         step = step // self.noise_reuse * self.noise_reuse if self.noise_reuse else 0
         left, right, dense = (self.key(role, number, step) for role in (Role.LEFT, Role.RIGHT, Role.DENSE))
-        parts = []
-        for weights in self.by_rank():
-            p = self.rank_of(weights[0])
-            term = Term(None, [1.0 / math.sqrt(p)] * len(weights))
-            parts.append(LowRank(weights, Factor.drawn(left, p), Factor.drawn(right, p), [term]))
+        parts = [product_of_draws(ws, left, right, self.rank_of(ws[0])) for ws in self.by_rank()]
         return Direction([*parts, *self.noise(dense, self.dense_buckets())])
 
     def estimate_and_update(self, evaluate: Evaluation) -> float:
@@ -108,7 +104,6 @@ class EGGROLL(LowRankOptimizer):
 
     def fitness(self, losses: Sequence[float]) -> list[float]:
         """f of the members; fitness is maximised."""
-        if self.update == "llm" and self.normalise:
-            return [-v for v in scores.standardised(losses)]
-        floor = _VARIANCE_FLOOR if self.update == "jax" else None
-        return [-v for v in scores.centred(losses, floor)]
+        if self.update == "jax":
+            return [-v for v in scores.standardised(losses, floor=_VARIANCE_FLOOR)]
+        return [-v for v in (scores.standardised if self.normalise else scores.centred)(losses)]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..directions import Direction, Factor, LowRank, Term, Weight, bucket, draw_factor
+from ..directions import Direction, Weight, bucket, draw_factor, product_of_draws
 from ..noise import Role
 from ..subspace import Basis, gradient_basis, product_basis
 from .base import Evaluation, Params
@@ -103,9 +103,5 @@ class GradientSubspaceOptimizer(LowRankOptimizer):
             yield w, product_basis(torch.cat(left, 1) * scale, torch.cat(right, 1), self.rank_of(w))
 
     def _probe(self, left: int, right: int, p: int) -> Direction:
-        parts = []
-        for weights in bucket(self.matrices(), also=lambda w: min(p, *w.tensor.shape)):
-            own = min(p, *weights[0].tensor.shape)
-            term = Term(None, [1.0 / math.sqrt(own)] * len(weights))
-            parts.append(LowRank(weights, Factor.drawn(left, own), Factor.drawn(right, own), [term]))
-        return Direction(parts)
+        same = bucket(self.matrices(), also=lambda w: min(p, *w.tensor.shape))
+        return Direction([product_of_draws(ws, left, right, min(p, *ws[0].tensor.shape)) for ws in same])

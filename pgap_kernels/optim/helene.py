@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from .. import ops
@@ -113,7 +112,5 @@ class HELENE(ZOOptimizer):
         """m and h of weights."""
         states = [self.state[w.tensor] for w in weights]
         for w, state in zip(weights, states, strict=True):
-            for name in ("momentum", "curvature"):
-                if name not in state:
-                    state[name] = torch.zeros_like(w.tensor, dtype=torch.float32)
+            state.update({name: self.moment(w, name) for name in ("momentum", "curvature")})
         return [[state[name] for state in states] for name in ("momentum", "curvature")]

@@ -95,7 +95,7 @@ class LOREN(ZOOptimizer):
         amounts = [{i: -shrink[i] * dot for i, dot in row.items()} for row in dots]
         z = [Direction([*self.noise(key), *line.scaled(row)]) for key, row in zip(keys, amounts, strict=True)]
         losses = evaluate.population([(d, self.radius()) for d in z])
-        centred = scores.leave_one_out(losses, 1.0)
+        centred = scores.leave_one_out(losses)
         slopes = [[c / eps for eps in self.radius()] for c in centred]
         evaluate.clear()
         self._update(keys, line, amounts, slopes)
@@ -151,7 +151,7 @@ class LOREN(ZOOptimizer):
         """W and M after the losses; z_k is u_k plus an amount of ``line``."""
         K, beta, rates = self.probes, self.beta, self.rates()
         moving = {w.index: w for w in self.weights() if w.tensor.dim() > 1 and beta}
-        M = {i: self._momentum(w) for i, w in moving.items()}
+        M = {i: self.moment(w) for i, w in moving.items()}
         # M <- decay M + sum of share w z by the rule, and its step; "per_query" is K such steps in one.
         decay, multiple, share = beta, 1.0, [1.0] * K
         if self.momentum == "per_query" and beta:
@@ -197,10 +197,6 @@ class LOREN(ZOOptimizer):
         parts = [part.scaled(amounts) for part in direction]
         on_state = [part.select(range(len(part.weights)), [M[i] for i in part.indices]) for part in parts]
         return [Pass(part, [decay] * len(part.weights)) for part in on_state]
-
-    def _momentum(self, weight: Weight) -> Tensor:
-        moment = self.state[weight.tensor].get("momentum")
-        return torch.zeros_like(weight.tensor, dtype=torch.float32) if moment is None else moment
 
     def _move(
         self, matrices: Sequence[Weight], keys: list[int], dots: list[dict[int, float]], centred: list[float]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from .. import ops
@@ -69,7 +68,7 @@ class LOZOM(LOZO):
             (Direction(parts), self.divided_by_rank([-lr for lr in self.rates()])),
             (self.noise(self.key(Role.DENSE), others), fresh),
         ]
-        dense = {w.index: self._dense_moment(w) for same in others for w in same}
+        dense = {w.index: self.moment(w) for same in others for w in same}
         rule = StateRule(self._rule_of, lambda weights: [[dense[w.index] for w in weights]], dense)
         self.apply_update(terms, flush=flush, rule=rule)
         # Only now, as a first step is known by the moment that is not there: a failed one leaves none behind.
@@ -102,7 +101,3 @@ class LOZOM(LOZO):
     def _rule_of(self, weights: Sequence[Weight]) -> ops.MomentumRule:
         rates = self.rates()
         return ops.MomentumRule(lr=[rates[w.index] for w in weights], beta=fraction("beta", weights[0].group["beta"]))
-
-    def _dense_moment(self, weight: Weight) -> Tensor:
-        moment = self.state[weight.tensor].get("momentum")
-        return torch.zeros_like(weight.tensor, dtype=torch.float32) if moment is None else moment

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import checks, noise
 from ..directions import Direction, Weight, bucket
@@ -140,6 +140,11 @@ class ModelOptimizer(torch.optim.Optimizer):
             return [number(name, self.param_groups[0][name])] * len(weights)
         values = {id(group): number(name, group[name]) for group in self.param_groups}
         return [values[id(w.group)] for w in weights]
+
+    def moment(self, weight: Weight, name: str = "momentum") -> Tensor:
+        """An entry of a weight's state of its size, float32; zeros that are not stored yet where there is none."""
+        found = self.state[weight.tensor].get(name)
+        return torch.zeros_like(weight.tensor, dtype=torch.float32) if found is None else found
 
     def radius(self) -> list[float]:
         """The smoothing radius of each weight."""

@@ -83,7 +83,7 @@ class Sampling(NamedTuple):
             pairs = zip(losses[::2], losses[1::2], strict=True)
             return [(plus - minus) / (2 * self.directions) for plus, minus in pairs]
         if self.baseline == "loo":
-            return scores.leave_one_out(losses, 1.0)
+            return scores.leave_one_out(losses)
         *tried, base = losses
         return [(loss - base) / self.directions for loss in tried]
 

@@ -11,28 +11,26 @@ def spsa(plus: float, minus: float, eps: float) -> float:
     return (plus - minus) / (2 * eps)
 
 
-def leave_one_out(losses: Sequence[float], eps: float) -> list[float]:
-    """(L_k - mean L) / ((K - 1) eps) of K one-sided losses: each has the mean of the others as its baseline (RLOO)."""
+def centred(losses: Sequence[float]) -> list[float]:
+    """L_k - mean L."""
     mean = math.fsum(losses) / len(losses)
-    return [(loss - mean) / ((len(losses) - 1) * eps) for loss in losses]
+    return [loss - mean for loss in losses]
 
 
-def standardised(losses: Sequence[float], base: float | None = None, ddof: int = 0) -> list[float]:
-    """(L_k - base) / std of the losses, the base being their mean by default; zeros where all are equal."""
-    mean = math.fsum(losses) / len(losses)
-    variance = math.fsum((loss - mean) ** 2 for loss in losses) / (len(losses) - ddof)
+def leave_one_out(losses: Sequence[float]) -> list[float]:
+    """(L_k - mean L) / (K - 1) of K one-sided losses: 1/K of how each differs from the mean of the others (RLOO)."""
+    return [difference / (len(losses) - 1) for difference in centred(losses)]
+
+
+def standardised(losses: Sequence[float], base: float | None = None, ddof: int = 0, floor: float = 0.0) -> list[float]:
+    """(L_k - base) / sqrt(var L + floor), the base being the mean by default; zeros where that root is 0."""
+    differences = centred(losses)
+    variance = math.fsum(d**2 for d in differences) / (len(losses) - ddof) + floor
     if variance == 0:
         return [0.0] * len(losses)
-    return [(loss - (mean if base is None else base)) / math.sqrt(variance) for loss in losses]
-
-
-def centred(losses: Sequence[float], variance_floor: float | None = None) -> list[float]:
-    """L_k - mean L, divided by sqrt(var L + floor) where a floor is given."""
-    mean = math.fsum(losses) / len(losses)
-    scale = 1.0
-    if variance_floor is not None:
-        scale = math.sqrt(math.fsum((loss - mean) ** 2 for loss in losses) / len(losses) + variance_floor)
-    return [(loss - mean) / scale for loss in losses]
+    if base is not None:
+        differences = [loss - base for loss in losses]
+    return [d / math.sqrt(variance) for d in differences]
 
 
 def top_minus_rest(losses: Sequence[float], top: int) -> list[float]:
