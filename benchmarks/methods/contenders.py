@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks.harness import batches
-from benchmarks.harness.optimizers import PARTS, mode_options, timed_step
+from benchmarks.harness.optimizers import PARTS, mode_options
 from benchmarks.methods.published import PUBLISHED
 from benchmarks.step import memory, models
-from benchmarks.step.contenders import EPS, LR, Sampled
+from benchmarks.step.contenders import EPS, LR, InTurns, Sampled
 from benchmarks.step.models import LABEL_TOKENS, Workload
 from pgap_kernels.finetune.scoring import Scorer
 from pgap_kernels.optim import LowRankOptimizer, available_methods, make_optimizer, method_options
@@ -83,7 +83,7 @@ def make(spec: Spec, model: Any) -> Any:
     return make_optimizer(spec.method, model, allow_unused=True, **options)
 
 
-class Contender:
+class Contender(InTurns):
     """A method on a workload, and what its steps cost.
 
     Contenders share the workload's weights, and leave them as they found them but for rounding and small updates.
@@ -148,28 +148,10 @@ class Contender:
         made_up = 2 * getattr(optimizer, "probes", 0) - 2 * self.copies
         return seconds + max(0, made_up) / self.copies * statistics.mean(closure.seconds)
 
-    # ---- in turns ---------------------------------------------------------------------------------------------------
-
-    def block(self, steps: Iterable[int]) -> None:
-        """Take timed steps."""
-        if self.spec.mode == "two_pass":
-            self._take(Sampled(self.closure(0), real=0))  # enters the schedule: such a step has three passes
-        for step in steps:
-            self.seconds.append(self._take(self.closure(step)))
-        self.rest()
-
-    def rest(self) -> None:
-        """Leave clean weights to the others."""
-        if self.spec.mode == "two_pass":
-            self.optimizer.merge()
-
     def closure(self, step: int, tokens: int | None = None) -> Callable[[], Tensor]:
         """The losses of a step's batch."""
         batch = batches.stacked(self.workload.batch(tokens or self.tokens, step), self.copies)
         return lambda: batches.loss(self.scorer, batch, self.copies)
-
-    def _take(self, closure: Callable[[], Tensor]) -> dict[str, float]:
-        return timed_step(self.optimizer, closure)
 
     # ---- what it cost -----------------------------------------------------------------------------------------------
 

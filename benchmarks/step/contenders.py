@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -68,7 +68,35 @@ class Sampled:
         return self.loss
 
 
-class Contender:
+class InTurns:
+    """Takes timed steps in turns with others; ``seconds`` has those of each step.
+
+    Subclasses have a ``spec`` with a mode, an ``optimizer``, and the ``closure`` of a step's batch.
+    """
+
+    spec: Any
+    optimizer: Any
+    seconds: list[dict[str, float]]
+    closure: Callable[..., Callable[[], Tensor]]
+
+    def block(self, steps: Iterable[int]) -> None:
+        """Take timed steps."""
+        if self.spec.mode == "two_pass":
+            self._take(Sampled(self.closure(0), real=0))  # enters the schedule: such a step has three passes
+        for step in steps:
+            self.seconds.append(self._take(self.closure(step)))
+        self.rest()
+
+    def rest(self) -> None:
+        """Leave clean weights to the others."""
+        if self.spec.mode == "two_pass":
+            self.optimizer.merge()
+
+    def _take(self, closure: Callable[[], Tensor]) -> dict[str, float]:
+        return timed_step(self.optimizer, closure)
+
+
+class Contender(InTurns):
     """A way to take steps on a workload, and what they cost.
 
     All contenders of a workload share its weights, and leave them as they found them, but for rounding and the small
@@ -122,28 +150,10 @@ class Contender:
         self.optimizer.window = self.window
         return seconds + (2 * self.probes - len(closure.seconds)) * statistics.mean(closure.seconds)
 
-    # ---- in turns ---------------------------------------------------------------------------------------------------
-
-    def block(self, steps: range) -> None:
-        """Take timed steps."""
-        if self.spec.mode == "two_pass":
-            self._take(Sampled(self.closure(0), real=0))  # enters the schedule: such a step has three passes
-        for step in steps:
-            self.seconds.append(self._take(self.closure(step)))
-        self.rest()
-
-    def rest(self) -> None:
-        """Leave clean weights to the others."""
-        if self.spec.mode == "two_pass":
-            self.optimizer.merge()
-
     def closure(self, step: int) -> Callable[[], Tensor]:
         """The loss of a step's batch."""
         batch = self.workload.batch(self.tokens, step)
         return lambda: self.loss(batch)
-
-    def _take(self, closure: Callable[[], Tensor]) -> dict[str, float]:
-        return timed_step(self.optimizer, closure)
 
     # ---- what it cost -----------------------------------------------------------------------------------------------
 
