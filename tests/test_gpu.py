@@ -150,6 +150,14 @@ def test_zeros_of_the_host_keep_their_signs():
     assert not torch.equal(want[1].signbit(), want[-1].signbit())
 
 
+def test_what_a_mask_drops_keeps_its_sign_of_zero():
+    w = [torch.full((5000,), -0.0)]
+    there = moved(w)
+    for mask in ({"share": (KEYS[1], 0.0)}, {"bits": [torch.zeros(157, dtype=torch.int32)]}):
+        ops.masked_perturb_(there, [(KEYS[0], 0.5)], tensor_ids=IDS[:1], backend="triton", **moved(mask))
+        assert_same_bits(there[0].cpu(), w[0])
+
+
 # ---- sums ------------------------------------------------------------------------------------------------------------
 
 

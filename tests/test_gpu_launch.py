@@ -266,7 +266,8 @@ def test_compiled_ops_are_the_eager_ones(dtype, compiler):
 def trained(method, device: torch.device, dtype, steps: int, **options):
     """Losses and weights of a run whose losses are computed in float64 on the CPU, whatever the device."""
     model, skeleton = classifier().to(device, dtype), classifier().double()
-    optimizer = method(model, **{"lr": 0.05, "eps": 1e-2, "seed": 11, **options})
+    # In place: the closure reads the weights, and never calls the model.
+    optimizer = method(model, **{"lr": 0.05, "eps": 1e-2, "seed": 11, "mode": "inplace", **options})
 
     def loss():
         state = {name: p.detach().cpu().double() for name, p in model.named_parameters()}

@@ -19,9 +19,10 @@ LABEL_TOKENS = (3, 4)
 class Workload:
     """A model whose linear layers are tuned. Tokens are random: what they say costs no time."""
 
-    def __init__(self, name: str, dtype: torch.dtype) -> None:
+    def __init__(self, name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         self.name = name
-        self.model = MODELS[name](dtype).eval()
+        with torch.device(device):
+            self.model = MODELS[name](dtype).eval().to(device)
         models.freeze_all_but_linear_layers(self.model)
         for parameter in self.model.parameters():  # in memory, rather than where a file is mapped
             parameter.data = parameter.data.clone()
@@ -35,6 +36,7 @@ class Workload:
         generator = torch.Generator().manual_seed(step)
         ids = torch.randint(self.model.config.vocab_size, (BATCH, tokens), generator=generator)
         labels = torch.randint(2, (BATCH,), generator=generator)
+        ids, labels = ids.to(self.model.device), labels.to(self.model.device)
         return Encoded({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, labels)
 
 
@@ -47,21 +49,30 @@ def _smollm2(dtype: torch.dtype) -> Any:
     return models.load("default", dtype, torch.device("cpu"))[0]
 
 
-def _opt13b(dtype: torch.dtype) -> Any:
-    """One decoder layer with OPT-13B's shapes, at random; its vocabulary is small, so that the layer is the model."""
+def _opt(dtype: torch.dtype, hidden: int, heads: int, layers: int, vocabulary: int) -> Any:
     from transformers import OPTConfig, OPTForCausalLM
 
     torch.manual_seed(0)
     config = OPTConfig(
-        vocab_size=512,
-        hidden_size=5120,
-        word_embed_proj_dim=5120,
-        ffn_dim=20480,
-        num_attention_heads=40,
-        num_hidden_layers=1,
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        word_embed_proj_dim=hidden,
+        ffn_dim=4 * hidden,
+        num_attention_heads=heads,
+        num_hidden_layers=layers,
         max_position_embeddings=2048,
     )
     return OPTForCausalLM(config).to(dtype)
+
+
+def _opt13b(dtype: torch.dtype) -> Any:
+    """One decoder layer with OPT-13B's shapes, at random; its vocabulary is small, so that the layer is the model."""
+    return _opt(dtype, hidden=5120, heads=40, layers=1, vocabulary=512)
+
+
+def _opt1_3b(dtype: torch.dtype) -> Any:
+    """OPT-1.3B's shapes, at random."""
+    return _opt(dtype, hidden=2048, heads=32, layers=24, vocabulary=50272)
 
 
 def _tiny(dtype: torch.dtype) -> Any:
@@ -76,4 +87,9 @@ def _tiny(dtype: torch.dtype) -> Any:
     return LlamaForCausalLM(config).to(dtype)
 
 
-MODELS: dict[str, Callable[[torch.dtype], Any]] = {"smollm2": _smollm2, "opt13b": _opt13b, "tiny": _tiny}
+MODELS: dict[str, Callable[[torch.dtype], Any]] = {
+    "smollm2": _smollm2,
+    "opt13b": _opt13b,
+    "opt1.3b": _opt1_3b,
+    "tiny": _tiny,
+}

@@ -136,10 +136,13 @@ def lowrank_forward_(
             raise ValueError(f"{name}: got a tensor on {t.device}; accepted: {outputs.device}, as outputs")
         if begin and t.data_ptr() < end and begin < _end(t):
             raise ValueError(f"{name}: shares memory with outputs; accepted: tensors apart from what is written")
-    none = torch.zeros(slices, dtype=torch.int64, device="cpu")
-    keys = torch.stack([(none if side.keys is None else side.keys).to(outputs.device) for side in sides], dim=1)
+    # Made on the device: a copy from the host would wait for it, and cannot be captured in a graph.
+    keys = torch.zeros(slices, 2, dtype=torch.int64, device=outputs.device)
+    for i, side in enumerate(sides):
+        if side.keys is not None:
+            keys[:, i] = side.keys
     if not middle and scale is None:
-        scale = torch.ones(slices, dtype=torch.float32, device="cpu")
+        scale = torch.ones(slices, dtype=torch.float32, device=outputs.device)
     arguments = ForwardArguments(
         left=sides[0].tensors,
         right=sides[1].tensors,

@@ -167,7 +167,12 @@ class Evaluation:
     def _checked(self, value: Tensor | float, count: int) -> Tensor:
         if not isinstance(value, (Tensor, int, float)):
             raise TypeError(f"closure: returned {type(value).__name__}; accepted: a scalar tensor or a float")
-        loss = value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")
+        # A copy: losses are read when all forwards are over, and a closure may return the same tensor each time, as one
+        # that replays a CUDA graph does.
+        if isinstance(value, Tensor):
+            loss = value.detach().clone()
+        else:
+            loss = torch.tensor(value, dtype=torch.float64, device="cpu")
         several = count > 1 and loss.numel() and loss.numel() % count == 0
         if loss.is_complex() or not (several or loss.numel() == count):
             accepted = "a real scalar loss" if count == 1 else f"{count} real losses, or a multiple: one of each row"

@@ -17,7 +17,7 @@ from ..arguments import AssembleArguments, DenseArguments, MaskedArguments
 from .cache import broadcast_scalars, counter_table, keys_on, to_device_cached
 from .config import DENSE, FOUR_EACH
 from .launch import guard, launch, noise_on
-from .rounding import add_delta, round_to, stochastic, update_of
+from .rounding import add_delta, negative_zero, round_to, stochastic, update_of
 from .table import EXTRA0, IN, OUT, ROWS, dense_table
 from .tiles import BLOCK, address, counters, load_tile, locate, stack, store_tile, tile_noise, tile_words
 
@@ -31,7 +31,7 @@ class DenseScalars(NamedTuple):
     coefficients: Tensor
     decay: Tensor
     rounding_keys: Tensor | None
-    stage_ends: Tensor | None  # draws before the end of each stage
+    stage_bounds: Tensor | None  # draws before each stage, and all of them
     mask_key: Tensor | None
     mask_level: Tensor | None
 
@@ -59,16 +59,16 @@ def lane_bits(bits_ptr, first, size):
 def masked_delta(tile, counter, w, delta, scalars, MASK: tl.constexpr):
     """delta, or -0 where the mask does not keep: adding it leaves every W as it is."""
     if MASK == "threshold":
-        delta = tl.where(tl.abs(w) <= tl.load(scalars.mask_level + tile.scalar), delta, -0.0)
+        delta = tl.where(tl.abs(w) <= tl.load(scalars.mask_level + tile.scalar), delta, negative_zero())
     elif MASK == "share":
         word = tile_words(tile, counter, tl.load(scalars.mask_key))
-        delta = tl.where(word.to(tl.int64) < tl.load(scalars.mask_level + tile.scalar), delta, -0.0)
+        delta = tl.where(word.to(tl.int64) < tl.load(scalars.mask_level + tile.scalar), delta, negative_zero())
     elif MASK == "bits":
         bits_ptr = tl.load(tile.entry + MASK_BITS).to(tl.pointer_type(tl.int8))
         first, size = tile.row * tile.columns + tile.offset, tl.load(tile.entry + ROWS) * tile.columns
         k0, k1 = lane_bits(bits_ptr, first, size), lane_bits(bits_ptr, first + 1024, size)
         k2, k3 = lane_bits(bits_ptr, first + 2048, size), lane_bits(bits_ptr, first + 3072, size)
-        delta = tl.where(stack(k0, k1, k2, k3) != 0, delta, -0.0)
+        delta = tl.where(stack(k0, k1, k2, k3) != 0, delta, negative_zero())
     return delta
 
 
@@ -95,11 +95,12 @@ def dense_kernel(
     w = value.to(UPDATE.dtype)  # the value between stages
     if PASS.staged:
         w = round_to(load_tile(tile, source, UPDATE.dtype), UPDATE.dtype)
-    begin = 0
     for stage in range(stages if PASS.staged else 1):
-        end = tl.load(scalars.stage_ends + stage) if PASS.staged else draws
+        # Read, not carried from stage to stage: Triton 3.6 takes the start of an inner loop for what it was at first.
+        begin = tl.load(scalars.stage_bounds + stage) if PASS.staged else 0
+        end = tl.load(scalars.stage_bounds + stage + 1) if PASS.staged else draws
         # From -0 the first fma is the product, sign of zero included; a stage without draws adds +0.
-        zero = tl.where(begin == end, 0.0, -0.0) if PASS.staged else -0.0
+        zero = tl.where(begin == end, 0.0, negative_zero()) if PASS.staged else negative_zero()
         delta = tl.full((BLOCK // 8, 8, 2, 2), zero, tl.float32)
         if PASS.draws > 0:
             for j in tl.static_range(PASS.draws):
@@ -109,7 +110,6 @@ def dense_kernel(
             for j in range(begin, end):
                 z = tile_noise(tile, counter, tl.load(scalars.keys + j), NOISE)
                 delta = tl.fma(z, tl.load(scalars.coefficients + j * stride + tile.scalar), delta)
-        begin = end
         if PASS.reads:
             if PASS.staged:
                 value = w.to(tl.float32)
@@ -135,7 +135,7 @@ def _run(out, source, arguments, decay, rounding_keys, stages, mask: MaskedArgum
     tables, per_tensor = broadcast_scalars(device, coefficients, decay, level)
     table = dense_table(out, source, arguments.tensor_ids, arguments.slices, per_tensor, bits, same_shape=False)
     staged = len(stages) > 1 or stages[0] == 0
-    ends = torch.tensor([*itertools.accumulate(stages)], dtype=torch.int32, device="cpu")
+    bounds = torch.tensor([*itertools.accumulate(stages, initial=0)], dtype=torch.int32, device="cpu")
     launch(
         dense_kernel,
         table.programs,
@@ -149,7 +149,7 @@ def _run(out, source, arguments, decay, rounding_keys, stages, mask: MaskedArgum
             coefficients=tables[0],
             decay=tables[1],
             rounding_keys=keys_on(device, rounding_keys),
-            stage_ends=to_device_cached(device, ends) if staged else None,
+            stage_bounds=to_device_cached(device, bounds) if staged else None,
             mask_key=to_device_cached(device, mask.mask_key) if mask else None,
             mask_level=tables[2] if mask else None,
         ),

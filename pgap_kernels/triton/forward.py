@@ -68,6 +68,12 @@ def token_block(block, tokens, BM: tl.constexpr):
 
 
 @triton.jit
+def plus(x, product):
+    """x + product, rounded once. Triton makes one product that starts from x of a plain sum of the two."""
+    return tl.fma(product, 1.0, x)
+
+
+@triton.jit
 def times_core(t, core_ptr, j, SHAPE: tl.constexpr, K: tl.constexpr):
     """x F N of (BM, K) columns of x F that hold the whole rank, rounded."""
     if SHAPE.cored:
@@ -123,7 +129,10 @@ def project_kernel(
         f = tl.load(f_pointer + offset, mask=(first + k < columns)[:, None] & (j < SHAPE.rank)[None, :], other=0.0)
         f = round_to(f.to(tl.float32), SHAPE.dtype)
         high = round_to(x.to(tl.float32), SHAPE.dtype)
-        t = dot(high, f, t, SHAPE.precision)
+        if SHAPE.dtype == tl.float32:  # sums of sums: a single chain over all columns would lose bits
+            t = plus(t, dot(high, f, tl.zeros((TILE.rows, TILE.columns), tl.float32), SHAPE.precision))
+        else:
+            t = dot(high, f, t, SHAPE.precision)
         if SPLIT:
             t = dot(round_to(x.to(tl.float32) - high.to(tl.float32), SHAPE.dtype), f, t, SHAPE.precision)
     if MIXES:
@@ -219,7 +228,7 @@ def expand_kernel(
     y_pointer = y_ptr + (i[:, None] * columns + j[None, :])
     inside = (i < tokens)[:, None] & (j < columns)[None, :]
     y = load_outputs(y_pointer, inside).to(tl.float32)
-    tl.store(y_pointer, round_to(y + acc, SHAPE.dtype), mask=inside)
+    tl.store(y_pointer, round_to(plus(y, acc), SHAPE.dtype), mask=inside)
 
 
 def first_and_stride(tensors):

@@ -16,7 +16,7 @@ from .cache import broadcast_scalars, counter_table, keys_on, to_device_cached
 from .config import FOUR_EACH
 from .launch import guard, launch, noise_on
 from .noise import group_words
-from .rounding import add_delta, stochastic, update_of
+from .rounding import add_delta, negative_zero, stochastic, update_of
 from .table import EXTRA0, EXTRA1, IN, OUT, dense_table
 from .tiles import BLOCK, address, counters, load_lane, locate, pick_lane, store_lane, tile_noise, unstack
 
@@ -95,7 +95,7 @@ def preconditioned_kernel(
         place1 = address(tile, STATE1, tl.float32)
     source, target = address(tile, IN, UPDATE.dtype), address(tile, OUT, UPDATE.dtype)
     decay = tl.load(scalars.decay + tile.scalar)
-    g = tl.full((BLOCK // 8, 8, 2, 2), -0.0, tl.float32)  # -0 + x is x for every x; +0 + -0 would be +0
+    g = tl.full((BLOCK // 8, 8, 2, 2), negative_zero(), tl.float32)  # +0 + -0 would be +0
     b, z = g, g
     for j in range(draws):
         z = tile_noise(tile, counter, tl.load(scalars.keys + j), NOISE)

@@ -29,6 +29,12 @@ def update_of(weight: Tensor, decay: Tensor | None, rounding_keys: Tensor | None
 
 
 @triton.jit
+def negative_zero():
+    """-0.0, to which adding any x gives x. Triton makes +0.0 of a literal -0.0."""
+    return tl.full((), 0x80000000, tl.uint32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def add_delta(w, delta, decay, UPDATE: tl.constexpr):
     """W + delta - decay W, in float32."""
     if UPDATE.decay:

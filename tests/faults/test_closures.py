@@ -56,6 +56,26 @@ def test_asking_a_weight_about_itself_in_the_closure(case):
 
 
 @pytest.mark.parametrize("case", EVERY_MODE)
+def test_a_closure_that_returns_the_same_tensor_each_time(case):
+    """As one that replays a CUDA graph does: the next forward overwrites the loss of the last."""
+    model, plain = seeded(Net), seeded(Net)
+    optimizer, expected = make(case, model), make(case, plain)
+    kept: list[torch.Tensor] = []
+
+    def closure():
+        loss = loss_of(model).detach()
+        kept[:] = kept or [loss.clone()]
+        return kept[0].copy_(loss)
+
+    for _ in range(4):
+        optimizer.step(closure)
+        take_steps(expected, plain)
+    optimizer.merge()
+    expected.merge()
+    assert distance(model, snapshot(plain)) == 0
+
+
+@pytest.mark.parametrize("case", EVERY_MODE)
 @pytest.mark.parametrize("mode", ["grad", "inference"])
 def test_grad_and_inference_mode_inside_the_closure(case, mode):
     contexts = {"grad": torch.enable_grad, "inference": torch.inference_mode}

@@ -47,6 +47,8 @@ def moved(value, device: torch.device | None = None, seen: dict | None = None):
 def run_there(case: Case) -> list[Tensor]:
     """``cases.run`` on the device, by the Triton backend; what it left behind, on the CPU."""
     arguments = moved(case.build())
+    if case.op == "draw":  # has no tensor that names the device
+        arguments["device"] = DEVICE
     returned = getattr(ops, case.op)(**arguments, backend="triton")
-    left = [storage(t) for name in case.written for t in flat(arguments[name])] if case.written else [returned]
+    left = [storage(t) for name in case.written for t in flat(arguments[name])] if case.written else flat(returned)
     return [t.cpu() for t in left]

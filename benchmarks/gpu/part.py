@@ -1,0 +1,70 @@
+"""What a part of ``benchmarks.gpu`` is given, and the process that it runs in.
+
+``python -m benchmarks.gpu.part NAME OUT SECONDS [--rehearse]`` is how ``benchmarks.gpu`` starts it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Part:
+    """Where a part writes, and until when it may run.
+
+    Args:
+        out: the folder of results; a part writes ``NAME.jsonl`` there and may add files of its own.
+        seconds: its share of the time. What is not over then is stopped from outside, so it stops itself before.
+        rehearse: run every line on a CPU, on small tensors.
+    """
+
+    name: str
+    out: Path
+    seconds: float
+    rehearse: bool = False
+    begin: float = field(default_factory=time.monotonic)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu") if self.rehearse else torch.device("cuda", torch.cuda.current_device())
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self.begin + self.seconds - time.monotonic()
+
+    @property
+    def file(self) -> Path:
+        return self.out / f"{self.name}.jsonl"
+
+    def write(self, **row: Any) -> None:
+        """Add a row of results, at once: whatever comes next may crash."""
+        with self.file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rows(self) -> list[dict]:
+        """What was written so far; a line that was cut off is none."""
+        found = []
+        for line in self.file.read_text().splitlines() if self.file.exists() else ():
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError:
+                print(f"{self.file}: not a whole line: {line[:80]}", file=sys.stderr)
+        return found
+
+
+def main(name: str, out: str, seconds: str, *flags: str) -> None:
+    part = Part(name, Path(out), float(seconds), "--rehearse" in flags)
+    importlib.import_module(f"benchmarks.gpu.{name}").run(part)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,258 @@
+"""Whole steps on OPT-1.3B's shapes, in bfloat16, against their forwards, with and without CUDA graphs."""
+
+from __future__ import annotations
+
+import cProfile
+import io
+import pstats
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.part import Part
+from benchmarks.harness import batches
+from benchmarks.harness.tables import Table, shown
+from benchmarks.step.contenders import EPS, LR
+from benchmarks.step.mezo import CompiledMeZO
+from benchmarks.step.models import LABEL_TOKENS, Workload
+from pgap_kernels.finetune.baseline import BaselineMeZO
+from pgap_kernels.finetune.scoring import Scorer
+from pgap_kernels.optim import make_optimizer
+
+MODEL, TOKENS = "opt1.3b", 128
+STEPS, SPLIT = 9, 3  # timed as they are; timed with a wait before and after each forward
+SECONDS = 12  # that a contender may take, with what it compiles
+RANK, WINDOW, PROBES = 64, 100, 10
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method in a mode.
+
+    Args:
+        method: of ``make_optimizer``, or "published" or "torch.compile" for MeZO of that kind.
+        captured: the forwards are captured in a CUDA graph, and those that it is compared with.
+        copies: of the minibatch, stacked in one forward.
+    """
+
+    title: str
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+    captured: bool = False
+    copies: int = 1
+
+    @property
+    def slices(self) -> int:
+        return self.copies * self.options.get("groups", 1)
+
+    def make(self, model: torch.nn.Module) -> Any:
+        if self.method in ("published", "torch.compile"):
+            return {"published": BaselineMeZO, "torch.compile": CompiledMeZO}[self.method](
+                model, lr=LR, eps=EPS, seed=0
+            )
+        return make_optimizer(self.method, model, lr=LR, eps=EPS, seed=0, **self.options)
+
+
+def contenders() -> list[Contender]:
+    """What is most worth knowing first."""
+    pgap = {"rank": RANK, "window": WINDOW, "probes": PROBES}
+    window = {**pgap, "mode": "folded", "merge": "window"}
+    pairs = {"mode": "folded", "members": 2, "groups": 16}
+    return [
+        Contender("MeZO, in place", "mezo", {"mode": "inplace"}),
+        Contender("MeZO, published", "published"),
+        Contender(f"P-GAP {RANK}, folded, window", "pgap", window),
+        Contender(f"P-GAP {RANK}, folded, window, captured", "pgap", window, captured=True),
+        Contender("MeZO, in place, captured", "mezo", {"mode": "inplace"}, captured=True),
+        Contender("MeZO, scratch", "mezo", {"mode": "scratch"}),
+        Contender("MeZO, scratch, captured", "mezo", {"mode": "scratch"}, captured=True),
+        Contender("MeZO, two_pass", "mezo", {"mode": "inplace", "two_pass": True}),
+        Contender(f"P-GAP {RANK}, folded", "pgap", {**pgap, "mode": "folded"}),
+        Contender("LOZO 1, 16 groups, captured", "lozo", {**pairs, "rank": 1}, captured=True, copies=2),
+        Contender(f"P-GAP {RANK}, 16 groups, captured", "pgap", {**pgap, **pairs}, captured=True, copies=2),
+        Contender("LOZO 1, 16 groups", "lozo", {**pairs, "rank": 1}, copies=2),
+        Contender(f"P-GAP {RANK}, in place", "pgap", {**pgap, "mode": "inplace"}),
+        Contender("MeZO, torch.compile", "torch.compile"),
+    ]
+
+
+class Replayed:
+    """A loss whose forward is captured in a CUDA graph: one for each key, replayed from the second call with it on."""
+
+    def __init__(self, loss: Callable[[], Tensor], key: Callable[[], Hashable]) -> None:
+        self.loss, self.key = loss, key
+        self.graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.ready = False  # the first step looks the model over, uncaptured
+
+    def __call__(self) -> Tensor:
+        if not self.ready:
+            return self.loss()
+        key = self.key()
+        if key not in self.graphs:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self.loss()  # what is compiled or allocated at the first call
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                value = self.loss()
+            self.graphs[key] = graph, value
+        graph, value = self.graphs[key]
+        graph.replay()
+        return value
+
+
+class Bench:
+    """The model, its batch, and the steps of contenders beside plain forwards of the same rows."""
+
+    def __init__(self, part: Part) -> None:
+        self.part, self.on_gpu = part, part.device.type == "cuda"
+        begin = time.perf_counter()
+        self.workload = Workload("tiny" if part.rehearse else MODEL, torch.bfloat16, part.device)
+        self.tokens = 4 if part.rehearse else TOKENS
+        tuned = sum(p.numel() for p in self.workload.model.parameters() if p.requires_grad)
+        part.write(model=self.workload.name, tuned=tuned, tokens=self.tokens, seconds=time.perf_counter() - begin)
+
+    def wait(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+    def seconds(self, call: Callable[[], object]) -> float:
+        self.wait()
+        begin = time.perf_counter()
+        call()
+        self.wait()
+        return time.perf_counter() - begin
+
+    def peak(self, call: Callable[[], object]) -> int:
+        """Bytes of tensors at most, beyond those there before."""
+        if not self.on_gpu:
+            call()
+            return 0
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+
+    @torch.no_grad()
+    def measure(self, contender: Contender) -> dict[str, Any]:
+        """Medians over steps that alternate with plain forwards."""
+        model = self.workload.fork()
+        scorer, other = (Scorer(m, LABEL_TOKENS, pad_token=0) for m in (model, self.workload.fork()))
+        batch = batches.stacked(self.workload.batch(self.tokens, 0), contender.copies)
+        captured = contender.captured and self.on_gpu
+
+        def loss() -> Tensor:
+            return batches.loss(scorer, batch, contender.slices)
+
+        # On modules of its own: hooks of a window show it in every forward.
+        plain = Replayed(lambda: batches.loss(other, batch, contender.slices), lambda: None)
+        forward_peak = self.peak(loss)
+        own = Replayed(loss, lambda: optimizer.perturbation.graph_key)
+        forwards: list[float] = []
+
+        def split() -> Tensor:
+            value: list[Tensor] = []
+            forwards.append(self.seconds(lambda: value.append(own())))
+            return value[0]
+
+        optimizer: Any = None
+
+        def first() -> None:
+            nonlocal optimizer
+            optimizer = contender.make(model)
+            for _ in range(2):
+                optimizer.step(loss)
+
+        peak = self.peak(first)
+        plain.ready = own.ready = captured
+        for _ in range(2):  # captures
+            optimizer.step(own)
+            plain().sum().item()
+        sides: int = len(own.graphs) or 1
+        del forwards[:]
+        optimizer.step(split)
+        calls = len(forwards)
+        totals, floors = [], []
+        for _ in range(STEPS):
+            floors.append(self.seconds(lambda: [plain().sum().item() for _ in range(calls)]))
+            totals.append(self.seconds(lambda: optimizer.step(own)))
+        del forwards[:]
+        split_totals = [self.seconds(lambda: optimizer.step(split)) for _ in range(SPLIT)]
+        forward = statistics.median(sum(forwards[i : i + calls]) for i in range(0, len(forwards), calls))
+        total, floor = statistics.median(totals), statistics.median(floors)
+        row = {
+            "total": total, "floor": floor, "ratio": total / floor, "calls": calls, "forward": forward,
+            "outside": statistics.median(split_totals) - forward, "graphs": sides, "rows": len(batch.labels),
+            "peak_mb": (peak - forward_peak) / 1e6, "passes": getattr(optimizer, "passes", None), "totals": totals,
+            "mode": getattr(optimizer, "mode", None),
+        }  # fmt: skip
+        if contender.method == "pgap":
+            optimizer.window = 1
+            before = optimizer.seconds["refresh"]
+            whole = self.seconds(lambda: optimizer.step(own if contender.slices == 1 else loss))
+            refresh = whole - total
+            row |= {"refresh": refresh, "refresh_clock": optimizer.seconds["refresh"] - before}
+            row["ratio_with_refresh"] = (total + refresh / WINDOW) / floor
+            optimizer.window = WINDOW
+        if not captured:
+            row["profile"] = _profile(lambda: self.seconds(lambda: optimizer.step(own)))
+        if hasattr(optimizer, "merge"):
+            optimizer.merge()
+        if hasattr(optimizer, "detach"):
+            optimizer.detach()
+        return row
+
+
+def _profile(call: Callable[[], object]) -> str:
+    """Where the host spends a step: the most expensive functions."""
+    profile = cProfile.Profile()
+    profile.runcall(call)
+    text = io.StringIO()
+    pstats.Stats(profile, stream=text).strip_dirs().sort_stats("tottime").print_stats(30)
+    return text.getvalue()
+
+
+def run(part: Part) -> None:
+    bench = Bench(part)
+    for contender in contenders():
+        if part.left < (0 if part.rehearse else SECONDS):
+            part.write(not_run=contender.title)
+            continue
+        try:
+            row = bench.measure(contender)
+        except Exception as error:  # the finding of this contender; the others go on
+            traceback.print_exc()
+            part.write(contender=contender.title, error=f"{type(error).__name__}: {error}"[:2000])
+            if "CUDA error" in str(error):  # nothing works in this process after it
+                raise
+            continue
+        print(contender.title, row.pop("profile", ""), flush=True)
+        part.write(contender=contender.title, **row)
+        if part.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def failures(rows: Sequence[dict]) -> list[str]:
+    return [f"{row['contender']}: {row['error'].splitlines()[0]}" for row in rows if "error" in row]
+
+
+def tables(rows: Sequence[dict]) -> list[Table]:
+    columns = ["contender", "step, ms", "its forwards plain, ms", "x", "x with refresh", "forwards, ms", "outside, ms"]
+    columns += ["refresh, ms", "MB over forward"]
+    lines = []
+    for row in (r for r in rows if "total" in r):
+        line = [row["contender"], *(f"{1e3 * row[name]:.2f}" for name in ("total", "floor")), f"{row['ratio']:.3f}"]
+        line.append(shown(row.get("ratio_with_refresh"), ".3f"))
+        line += [f"{1e3 * row[name]:.2f}" for name in ("forward", "outside")]
+        line.append(f"{1e3 * row['refresh']:.0f}" if "refresh" in row else "")
+        lines.append([*line, f"{row['peak_mb']:.0f}"])
+    caption = "; ".join(f"not run: {row['not_run']}" for row in rows if "not_run" in row)
+    return [Table(columns, lines, "Steps", caption)]
