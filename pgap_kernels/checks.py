@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextvars import ContextVar
 from numbers import Real
 from typing import Any
 
@@ -16,6 +17,8 @@ from .noise import check_uint
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INDEX_LIMIT = (1 << 63) - 1
 _LARGEST = torch.finfo(torch.float32).max
+# Set while all scalars that are on the device were checked on the host, so that no launch has to look at them there.
+trusted: ContextVar[bool] = ContextVar("trusted", default=False)
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))  # other subclasses may override dtype or strides
 
 

@@ -47,11 +47,11 @@ GRACE = 5.0  # seconds beyond its share after which a part is killed
 
 def run_part(part: Part) -> str:
     """Run a part in a process of its own; how it ended."""
-    flags = ["--rehearse"] if part.rehearse else []
     environment = dict(os.environ)
     if part.rehearse and part.name in ("known", "kernels", "tuning", "profile"):
         environment["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-m", "benchmarks.gpu.part", part.name, str(part.out), f"{part.seconds:.1f}", *flags]
+    given = [part.name, str(part.out), f"{part.seconds:.1f}", "rehearse" if part.rehearse else "run", *part.tests]
+    command = [sys.executable, "-m", "benchmarks.gpu.part", *given]
     with (part.out / f"{part.name}.log").open("w") as log:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -76,7 +76,7 @@ def main(given: Sequence[str] | None = None) -> int:
     bad = False
     for number, name in enumerate(args.only):
         share = SHARES[name] / sum(SHARES[other] for other in args.only[number:])
-        part = Part(name, args.out, max(1.0, (end - time.monotonic()) * share), args.rehearse)
+        part = Part(name, args.out, max(1.0, (end - time.monotonic()) * share), args.rehearse, tuple(args.tests))
         part.file.unlink(missing_ok=True)
         print(f"{name}: up to {part.seconds:.0f} s, rows in {part.file}", flush=True)
         how = run_part(part)
@@ -100,6 +100,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     add("--minutes", type=float, default=8.0, help="for all parts together; default: %(default)g")
     add("--out", type=Path, metavar="DIR", default=Path("runs/gpu"), help="default: %(default)s")
     add("--only", nargs="+", choices=tuple(SHARES), metavar="PART", default=USUAL, help="default: all but tuning")
+    add("--tests", nargs="+", metavar="TEST", default=[], help="of part tests, as pytest takes them; default: all")
     add("--rehearse", action="store_true", help="on a CPU: shows that only the GPU can be new")
     args = parser.parse_args(given)
     if not args.minutes > 0:

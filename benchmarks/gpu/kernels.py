@@ -7,9 +7,11 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from benchmarks.gpu.host import profile
 from benchmarks.gpu.part import Part
 from benchmarks.harness.tables import Table
-from benchmarks.kernels.sweep import Point, Sweep
+from benchmarks.kernels.ops import weights
+from benchmarks.kernels.sweep import Point, Sweep, make_case
 from pgap_kernels import use_backend
 
 SHAPE, SMALL = (16384, 32768), (64, 96)  # 1 GiB in bfloat16
@@ -60,6 +62,11 @@ def run(part: Part) -> None:
                 continue
             for row in rows:
                 part.write(**row)
+        for op in ("dense",) if part.rehearse else ("dense", "list", "lowrank", "forward"):
+            point = next(p for p, _ in points(part) if p.op == op)
+            case = make_case(point, weights(point.shape, point.dtype, part.device))
+            case.ours()
+            print(op, profile(case.ours, 1 if part.rehearse else 20), flush=True)
 
 
 def failures(rows: Iterable[dict]) -> list[str]:

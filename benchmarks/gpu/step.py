@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import cProfile
-import io
-import pstats
 import statistics
 import time
 import traceback
@@ -15,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.host import profile
 from benchmarks.gpu.part import Part
 from benchmarks.harness import batches
 from benchmarks.harness.tables import Table, shown
@@ -52,11 +50,13 @@ class Contender:
         return self.copies * self.options.get("groups", 1)
 
     def make(self, model: torch.nn.Module) -> Any:
-        if self.method in ("published", "torch.compile"):
-            return {"published": BaselineMeZO, "torch.compile": CompiledMeZO}[self.method](
-                model, lr=LR, eps=EPS, seed=0
-            )
-        return make_optimizer(self.method, model, lr=LR, eps=EPS, seed=0, **self.options)
+        others = {"published": BaselineMeZO, "torch.compile": CompiledMeZO}
+        if self.method in others:
+            return others[self.method](model, lr=LR, eps=EPS, seed=0)
+        # A bias that differs from slice to slice takes a linear layer apart: populations leave them out.
+        least = 2 if self.slices > 1 else 0
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p.dim() >= least]
+        return make_optimizer(self.method, named, model=model, lr=LR, eps=EPS, seed=0, **self.options)
 
 
 def contenders() -> list[Contender]:
@@ -203,21 +203,12 @@ class Bench:
             row["ratio_with_refresh"] = (total + refresh / WINDOW) / floor
             optimizer.window = WINDOW
         if not captured:
-            row["profile"] = _profile(lambda: self.seconds(lambda: optimizer.step(own)))
+            row["profile"] = profile(lambda: self.seconds(lambda: optimizer.step(own)))
         if hasattr(optimizer, "merge"):
             optimizer.merge()
         if hasattr(optimizer, "detach"):
             optimizer.detach()
         return row
-
-
-def _profile(call: Callable[[], object]) -> str:
-    """Where the host spends a step: the most expensive functions."""
-    profile = cProfile.Profile()
-    profile.runcall(call)
-    text = io.StringIO()
-    pstats.Stats(profile, stream=text).strip_dirs().sort_stats("tottime").print_stats(30)
-    return text.getvalue()
 
 
 def run(part: Part) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import groupby, product
 from typing import Any, NamedTuple
 
 import torch
@@ -20,11 +20,11 @@ from benchmarks.harness.timer import Call, medians, on_gpu, on_host
 from benchmarks.kernels.ops import OPS, weights
 from pgap_kernels import use_backend
 from pgap_kernels.triton import config
-from pgap_kernels.triton.config import BUCKETS, FORWARD_BUCKETS, Config
+from pgap_kernels.triton.config import BUCKETS, FORWARD_BUCKETS, Config, ForwardConfig, LowRankConfig
 
 BFLOAT16 = torch.bfloat16
-REPEATS = 15
-COMPILERS = 12
+REPEATS = 9
+COMPILERS = 15
 
 
 class Alternative(NamedTuple):
@@ -41,32 +41,35 @@ def alternatives() -> list[Alternative]:
     """The usual entry first, of each setting."""
     found = []
     for op in ("dense", "rademacher", "fast"):
-        entries = dict.fromkeys([config.DENSE[BFLOAT16], *(Config(num_warps=n) for n in (4, 8, 16))])
-        found += [Alternative(op, None, "DENSE", BFLOAT16, entry) for entry in entries]
+        entries = [config.DENSE[BFLOAT16]]
+        entries += [Config(warps, registers=n) for warps in (4, 8) for n in (128, 96, 80, 72, 64, 56)]
+        found += [Alternative(op, None, "DENSE", BFLOAT16, entry) for entry in dict.fromkeys(entries)]
     for rank in (16, 64, 128):
         key = (BFLOAT16, next(limit for limit in BUCKETS if rank <= limit))
-        usual = config.LOWRANK[key]
-        entries = {usual: None}
-        for (rows, columns), warps, strip in itertools.product(
-            ((32, 128), (64, 64), (64, 128), (128, 64)), (4, 8), (8, 32)
-        ):
-            if rows * columns <= 4096 * (warps // 2):
-                entries[usual._replace(rows=rows, columns=columns, strip=strip, config=Config(num_warps=warps))] = None
-        found += [Alternative("lowrank", rank, "LOWRANK", key, entry) for entry in entries]
+        entries = [config.LOWRANK[key], *(_lowrank(config.LOWRANK[key], rank))]
+        found += [Alternative("lowrank", rank, "LOWRANK", key, entry) for entry in dict.fromkeys(entries)]
     for rank in (16, 64):
         key = (BFLOAT16, next(limit for limit in FORWARD_BUCKETS if rank <= limit))
-        usual = config.FORWARD[key]
-        entries = {usual: None}
-        for rows, step, stages in ((16, 128, 4), (32, 64, 4), (32, 128, 4), (64, 64, 4), (64, 128, 3)):
-            project = usual.project._replace(
-                rows=rows, step=step, config=Config(usual.project.config.num_warps, stages)
-            )
-            entries[usual._replace(project=project)] = None
-        for rows, columns, warps in ((32, 128, 4), (64, 64, 4), (128, 128, 8), (64, 256, 8)):
-            expand = usual.expand._replace(rows=rows, columns=columns, config=Config(num_warps=warps))
-            entries[usual._replace(expand=expand)] = None
-        found += [Alternative("forward", rank, "FORWARD", key, entry) for entry in entries]
+        entries = [config.FORWARD[key], *_forward(config.FORWARD[key])]
+        found += [Alternative("forward", rank, "FORWARD", key, entry) for entry in dict.fromkeys(entries)]
     return found
+
+
+def _lowrank(usual: LowRankConfig, rank: int) -> Iterator[LowRankConfig]:
+    tiles = ((32, 128), (64, 64), (64, 128), (128, 64), (128, 128), (64, 256), (32, 256))
+    held = (True, False) if rank > 64 else (True,)
+    for (rows, columns), warps, stages, registers, resident in product(tiles, (4, 8), (1, 2, 3), (128, 255), held):
+        if rows * columns <= 32 * warps * 96:
+            compiled = Config(warps, stages, registers)
+            yield usual._replace(rows=rows, columns=columns, resident=resident, config=compiled)
+
+
+def _forward(usual: ForwardConfig) -> Iterator[ForwardConfig]:
+    for rows, step, stages, warps in product((16, 32), (64, 128, 256), (3, 4), (4, 8)):
+        yield usual._replace(project=usual.project._replace(rows=rows, step=step, config=Config(warps, stages)))
+    for (rows, columns), warps, stages in product(((64, 128), (128, 64), (64, 64), (32, 128)), (4, 8), (1, 2)):
+        expand = usual.expand._replace(rows=rows, columns=columns, config=Config(warps, stages))
+        yield usual._replace(expand=expand)
 
 
 @contextlib.contextmanager
@@ -98,7 +101,7 @@ def run(part: Part) -> None:
 
 def _measure(part: Part, found: Sequence[Alternative]) -> None:
     timer = on_host if part.rehearse else on_gpu(part.device)
-    for (op, rank), group in itertools.groupby(found, key=lambda a: (a.op, a.rank)):
+    for (op, rank), group in groupby(found, key=lambda a: (a.op, a.rank)):
         shape, tokens = (LAYER if op == "forward" else SHAPE), TOKENS
         if part.rehearse:
             shape, tokens = SMALL, 8
@@ -151,7 +154,7 @@ def failures(rows: Sequence[dict]) -> list[str]:
 
 def tables(rows: Sequence[dict]) -> list[Table]:
     lines = []
-    for (op, rank), group in itertools.groupby((r for r in rows if "seconds" in r), key=lambda r: (r["op"], r["rank"])):
+    for (op, rank), group in groupby((r for r in rows if "seconds" in r), key=lambda r: (r["op"], r["rank"])):
         own = list(group)
         for row in [own[0], *sorted(own[1:], key=lambda r: r["seconds"])[:5]]:
             relative = row["seconds"] / own[0]["seconds"]

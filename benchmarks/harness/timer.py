@@ -11,6 +11,7 @@ import torch
 
 Call = Callable[[], object]
 _FLUSH_BYTES = 1 << 29  # larger than any last-level cache
+_FLUSHES = 12  # more than a millisecond, in which the host prepares the call
 
 
 class Seconds(NamedTuple):
@@ -43,7 +44,7 @@ def on_gpu(device: torch.device) -> Timer:
         with torch.cuda.device(device):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize()
-            for _ in range(4):
+            for _ in range(_FLUSHES):
                 flush.zero_()
             begin.record()
             start = time.perf_counter()

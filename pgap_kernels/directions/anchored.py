@@ -125,8 +125,8 @@ class AnchoredOperands(Operands):
     def fill(self, position: int, tensor: Tensor, out: Tensor, decay: Tensor) -> None:
         ops.write_into(
             "anchor_affine_",
-            tensor,
-            out,
+            [tensor],
+            [out],
             anchors=[self.anchors[position]],
             deltas=[self.deltas[position]],
             **self.options[position],

@@ -339,7 +339,7 @@ class LowRankOperands(Operands):
     def fill(self, position: int, tensor: Tensor, out: Tensor, decay: Tensor) -> None:
         left, right = ([f] if (f := side[position]) is not None else [] for side in self.factors)
         options = self.options[position]
-        ops.write_into("lowrank_perturb_", tensor, out, left=left, right=right, decay=decay[0], **options)
+        ops.write_into("lowrank_perturb_", [tensor], [out], left=left, right=right, decay=decay[0], **options)
 
     def fold(self, position: int) -> Fold:
         left, right = (side[position] for side in self.factors)

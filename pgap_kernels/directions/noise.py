@@ -147,12 +147,33 @@ class NoiseOperands(Operands):
     def load(self, part: Part) -> None:
         assert isinstance(part, Noise)
         keys = [checks.key_bits("key", key) for key in part.draws]
-        self.keys.copy_(torch.tensor(keys, dtype=torch.int64, device="cpu"))
-        rows = torch.tensor(list(part.draws.values()), dtype=torch.float32, device="cpu")
-        self.coefficients.copy_(rows.T[..., None])
+        self.host_keys = torch.tensor(keys, dtype=torch.int64, device="cpu")
+        self.rows = torch.tensor(list(part.draws.values()), dtype=torch.float32, device="cpu")  # (J, T)
+        self.keys.copy_(self.host_keys)
+        self.coefficients.copy_(self.rows.T[..., None])
 
     def fill(self, position: int, tensor: Tensor, out: Tensor, decay: Tensor) -> None:
-        ops.write_into(self.op, tensor, out, decay=decay, **self.options[position])
+        ops.write_into(self.op, [tensor], [out], decay=decay, **self.options[position])
+
+    def fill_all(
+        self, positions: Sequence[int], tensors: Sequence[Tensor], out: Sequence[Tensor], decay: Sequence[float]
+    ) -> None:
+        if self.op != "dense_perturb_":  # each has a mask or a curvature of its own
+            super().fill_all(positions, tensors, out, decay)
+            return
+        options = [self.options[i] for i in positions]
+        ops.write_into(
+            self.op,
+            list(tensors),
+            list(out),
+            keys=self.host_keys,
+            coefficients=self.rows[:, list(positions)],
+            decay=torch.tensor([decay], dtype=torch.float32, device="cpu"),
+            tensor_ids=[x for own in options for x in own["tensor_ids"]],
+            slices=[x for own in options for x in own["slices"]],
+            distribution=options[0]["distribution"],
+            stages=options[0]["stages"],
+        )
 
 
 def _mask_options(tensor: Tensor, mask: Mask) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .weight import Amounts, Weight
@@ -146,6 +147,13 @@ class Operands(ABC):
     @abstractmethod
     def fill(self, position: int, tensor: Tensor, out: Tensor, decay: Tensor) -> None:
         """out <- tensor - decay * tensor + the part, for the weight at a position; decay is a (1, 1) device tensor."""
+
+    def fill_all(
+        self, positions: Sequence[int], tensors: Sequence[Tensor], out: Sequence[Tensor], decay: Sequence[float]
+    ) -> None:
+        """``fill`` for several weights, with what was loaded last and decays of the host."""
+        for position, tensor, filled, d in zip(positions, tensors, out, decay, strict=True):
+            self.fill(position, tensor, filled, torch.full((1, 1), d, dtype=torch.float32, device="cpu"))
 
     def fold(self, position: int) -> Fold:
         """The factors and the core of one weight, for parts that act on outputs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, checks
 from ..arguments import schema
 
 library = torch.library.Library("pgap_kernels", "DEF")
@@ -58,19 +59,24 @@ def call_pass(op: Any, weights: list[Tensor], arguments: Any, out: list[Tensor] 
             op.out(weights, **arguments._asdict(), out=out)
 
 
-def write_into(name: str, tensor: Tensor, out: Tensor, **arguments: Any) -> None:
-    """Unchecked fast path for hooks: called before every layer's forward. ``out``, which may be ``tensor``, is written.
+def write_into(name: str, tensors: list[Tensor], out: list[Tensor], **arguments: Any) -> None:
+    """Unchecked fast path for hooks, called before every layer's forward. Writes ``out``, which may be ``tensors``.
 
+    Scalars on the device are those that the host has checked.
     The dispatcher takes longer over the arguments than a small call over all the rest: only tracing goes through it.
     """
-    written = [out]
-    read = written if tensor is out else [tensor]
+    same = all(map(operator.is_, tensors, out))
+    read = out if same else tensors
     if not torch.compiler.is_compiling():
-        _passes[name](read, out=written, **arguments)
-    elif tensor is out:
-        getattr(torch_ops, name).default(written, **arguments)
+        token = checks.trusted.set(True)
+        try:
+            _passes[name](read, out=out, **arguments)
+        finally:
+            checks.trusted.reset(token)
+    elif same:
+        getattr(torch_ops, name).default(out, **arguments)
     else:
-        getattr(torch_ops, name).out(read, **arguments, out=written)
+        getattr(torch_ops, name).out(read, **arguments, out=out)
 
 
 def bump_versions(*lists: Sequence[Tensor]) -> None:

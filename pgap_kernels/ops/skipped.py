@@ -19,8 +19,8 @@ def raise_if_skipped(device: torch.device | str | None = None) -> None:
     Raises:
         FloatingPointError: a pass was skipped since the last call.
     """
-    launch = sys.modules.get("pgap_kernels.triton.launch")  # if it was never imported, nothing was launched
-    skipped = launch.take_skipped(None if device is None else torch.device(device)) if launch else []
+    guard = sys.modules.get("pgap_kernels.triton.guard")  # if it was never imported, nothing was launched
+    skipped = guard.take_skipped(None if device is None else torch.device(device)) if guard else []
     if skipped:
         names = ", ".join(map(str, skipped))
         raise FloatingPointError(

@@ -16,6 +16,15 @@ def padded_bytes(tensor: Tensor) -> int:
     return -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
+def in_memory(tensor: Tensor, memory: Tensor) -> bool:
+    """Whether a tensor lies in some memory; True inside vmap, where addresses cannot be read."""
+    if tensor.device != memory.device or tensor.layout != torch.strided:
+        return False
+    if is_functorch_wrapped_tensor(tensor):
+        return True
+    return 0 <= tensor.data_ptr() - memory.data_ptr() < memory.nbytes
+
+
 class Arena:
     """Memory for the tensors that exist at one time.
 
@@ -52,13 +61,9 @@ class Arena:
         self.top[like.device] -= padded_bytes(like)
 
     def contains(self, tensor: Tensor) -> bool:
-        """Whether a tensor lies in the arena's memory; True inside vmap, where addresses cannot be read."""
+        """Whether a tensor lies in the arena's memory."""
         memory = self.memory.get(tensor.device)
-        if memory is None or tensor.layout != torch.strided:
-            return False
-        if is_functorch_wrapped_tensor(tensor):  # inside vmap
-            return True
-        return 0 <= tensor.data_ptr() - memory.data_ptr() < memory.nbytes
+        return memory is not None and in_memory(tensor, memory)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "memory": {}}

@@ -24,6 +24,7 @@ from .arena import Arena, padded_bytes
 from .base import Perturbation, Update
 from .hooks import Hooks, ModuleUse, ParamRef, StrayUses, tensors_in, uses_of
 from .stacked import StackedForward
+from .vectors import Vectors
 
 T = TypeVar("T")
 
@@ -77,10 +78,12 @@ class Scratch(Perturbation):
         super().set_weights(weights)
         self._unhook()
         self.uses = uses_of(self.model, self.weights)
+        self.vectors = Vectors(self.weights)
         self.arena = Arena(self._capacity())
         self.active = False
         self.captures = False  # the forward is being captured in a CUDA graph
         self.searching = False  # the forward is being searched for stray uses
+        self.most_points = 1
         self.rows, self.count = 0, 1  # of a stacked batch: its rows, 0 before a module has seen it, and its points
         self.modules = list(self.model.modules())
         self.on_cuda = any(w.tensor.is_cuda for w in self.weights)
@@ -120,6 +123,8 @@ class Scratch(Perturbation):
             needed: dict[torch.device, int] = {}
             for name in [*around, use.name]:
                 for ref in use_of[name].refs if name in use_of else ():
+                    if self._is_early(ref):
+                        continue
                     tensor = self.weights[ref.index].tensor
                     needed[tensor.device] = needed.get(tensor.device, 0) + padded_bytes(tensor)
             for device, size in needed.items():
@@ -128,7 +133,7 @@ class Scratch(Perturbation):
 
     @property
     def scratch_bytes(self) -> int:
-        return sum(self.arena.capacity.values())
+        return sum(self.arena.capacity.values()) + self.vectors.nbytes * self.most_points
 
     @property
     def state_bytes(self) -> int:
@@ -152,6 +157,7 @@ class Scratch(Perturbation):
         for operands in self.memory.values():
             operands.unload()
         self.count = len(points)
+        self.most_points = max(self.most_points, self.count)
         # shown[weight][point]: what is added to the weight there.
         self.shown: list[list[list[LoadedPart]]] = [[[] for _ in points] for _ in self.weights]
         keys = []
@@ -167,8 +173,33 @@ class Scratch(Perturbation):
             [ref for ref in use.refs if any(self.fills_of(ref.index, point) for point in range(self.count))]
             for use in self.uses
         ]
+        if not self.dry:
+            for number in range(self.count):
+                self._fill_vectors(number)
         if self.count > 1 and not self.stacked and not self.dry:
             self.stacked = [StackedForward(self, use) for use in self.uses]
+
+    def _fill_vectors(self, point: int) -> None:
+        """The vectors' copies at a point: each op call fills those of a part together."""
+        moved = {ref.index for refs in self.filled for ref in refs if self._is_early(ref)}  # here or at another point
+        shown = {index: fills for index in moved if (fills := self.fills_of(index, point))}
+        for index in moved - shown.keys():
+            self.vectors.at(index, point).copy_(self.weights[index].tensor)
+        first: dict[int, list[tuple[int, LoadedPart]]] = {}  # by operands: all first parts that one call can serve
+        for index, (loaded, *_) in shown.items():
+            first.setdefault(id(loaded.operands), []).append((index, loaded))
+        for group in first.values():
+            indices = [index for index, _ in group]
+            group[0][1].operands.fill_all(
+                [loaded.position for _, loaded in group],
+                [self.weights[i].tensor for i in indices],
+                [self.vectors.at(i, point) for i in indices],
+                [self.faded_share(i) for i in indices],
+            )
+        for index, (_, *others) in shown.items():
+            for loaded in others:
+                out = self.vectors.at(index, point)
+                loaded.operands.fill(loaded.position, out, out, self.no_decay[out.device])
 
     def _loaded(self, number: int, part: Part) -> Operands:
         """The part's operands, in the memory that an earlier part of the same layout had at this point."""
@@ -193,6 +224,10 @@ class Scratch(Perturbation):
     def decay_of(self, index: int) -> Tensor:
         """The share of a weight that a fill leaves out, (1, 1): none here, 1 - s in mode folded."""
         return self.no_decay[self.weights[index].tensor.device]
+
+    def faded_share(self, index: int) -> float:
+        """``decay_of`` as the host has it."""
+        return 0.0
 
     # ---- a forward --------------------------------------------------------------------------------------------------
 
@@ -302,16 +337,19 @@ class Scratch(Perturbation):
             for ref, out, before in reversed(taken):
                 ref.owner._parameters[ref.name] = before  # not the parameter if the module runs inside itself
                 self.lent.discard(id(out))
-                self.arena.give_back(ref.parameter)
+                if not self._is_early(ref):
+                    self.arena.give_back(ref.parameter)
 
         self.frames.append((number, undo))
         for ref in refs:
-            out = self.arena.take(ref.parameter)
+            early = self._is_early(ref)
+            out = self.vectors.at(ref.index, point) if early else self.arena.take(ref.parameter)
             taken.append((ref, out, ref.owner._parameters[ref.name]))
             self.lent.add(id(out))
             ref.owner._parameters[ref.name] = out  # type: ignore[assignment]
-            self.source = {ref.parameter.data_ptr()}
-            self.fill(ref, out, point)
+            if not early:
+                self.source = {ref.parameter.data_ptr()}
+                self.fill(ref, out, point)
         self.source = set()
         self.seconds += time.perf_counter() - begin
 
@@ -319,6 +357,14 @@ class Scratch(Perturbation):
         """Undo the last push."""
         _, undo = self.frames.pop()
         undo()
+
+    def _is_early(self, ref: ParamRef) -> bool:
+        """Whether a parameter's copy was filled when the point was shown."""
+        return ref.index in self.vectors.places
+
+    def _lends(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in memory that will be overwritten."""
+        return self.arena.contains(tensor) or self.vectors.contains(tensor)
 
     def fill(self, ref: ParamRef, out: Tensor, point: int) -> None:
         """out <- W + what is added to it at a point."""
@@ -347,10 +393,10 @@ class Scratch(Perturbation):
     def detached_output(self, output: Any) -> Any:
         """A copy of an output that lies in the buffer, which will be overwritten; None if it does not."""
         if isinstance(output, Tensor):
-            return output.clone() if self.arena.contains(output) else None
-        if not any(self.arena.contains(t) for t in tensors_in(output)):
+            return output.clone() if self._lends(output) else None
+        if not any(map(self._lends, tensors_in(output))):
             return None
-        return torch.utils._pytree.tree_map_only(Tensor, lambda t: t.clone() if self.arena.contains(t) else t, output)
+        return torch.utils._pytree.tree_map_only(Tensor, lambda t: t.clone() if self._lends(t) else t, output)
 
     def _unwind(self) -> None:
         """Give every module its parameters back, even if a forward stopped half way."""

@@ -6,7 +6,8 @@ import triton.language as tl
 from ..arguments import AnchorArguments
 from .cache import broadcast_scalars, counter_table, keys_on
 from .config import DENSE
-from .launch import guard, launch
+from .guard import guard
+from .launch import launch
 from .rounding import TYPES, stochastic, update_of
 from .table import EXTRA0, IN, OUT, dense_table
 from .tiles import address, counters, load_tile, locate, store_tile, tile_words

@@ -10,6 +10,21 @@ import torch
 from torch import Tensor
 
 
+class Hashed:
+    """A key that is hashed once: that of a list of hundreds of tensors takes longer than a launch."""
+
+    __slots__ = ("hash", "value")
+
+    def __init__(self, value: Hashable) -> None:
+        self.value, self.hash = value, hash(value)
+
+    def __hash__(self) -> int:
+        return self.hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Hashed) and self.hash == other.hash and self.value == other.value
+
+
 class Cache:
     """LRU cache of device tensors, keyed by their source values.
 

@@ -18,16 +18,17 @@ class Config(NamedTuple):
 
     num_warps: int = 4
     num_stages: int = 1
+    registers: int = 128  # of a thread, at most
 
     def options(self, architecture: str) -> dict[str, int | bool]:
         """Compiler options; contraction is off, since bits are part of the contract.
 
         ``warps`` counts warps of 32 lanes; AMD's waves have 64, so half as many do. NVIDIA's assembler takes as many
-        registers as make one program fast; a limit of 128 keeps four programs on a processor.
+        registers as make one program fast; the limit keeps several programs on a processor.
         """
         warps = self.num_warps // 2 if architecture == "cdna" else self.num_warps
         options: dict[str, int | bool] = {"num_warps": warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
-        return options | {"maxnreg": 128} if architecture in NVIDIA else options
+        return options | {"maxnreg": self.registers} if architecture in NVIDIA else options
 
 
 # A thread's share of a tile is 128 bits of each lane: 8 elements of 16 bits, or 4 of 32.

@@ -16,7 +16,8 @@ from torch import Tensor
 from ..arguments import AssembleArguments, DenseArguments, MaskedArguments
 from .cache import broadcast_scalars, counter_table, keys_on, to_device_cached
 from .config import DENSE, FOUR_EACH
-from .launch import guard, launch, noise_on
+from .guard import guard
+from .launch import launch, noise_on
 from .rounding import add_delta, negative_zero, round_to, stochastic, update_of
 from .table import EXTRA0, IN, OUT, ROWS, dense_table
 from .tiles import BLOCK, address, counters, load_tile, locate, stack, store_tile, tile_noise, tile_words
@@ -135,7 +136,10 @@ def _run(out, source, arguments, decay, rounding_keys, stages, mask: MaskedArgum
     tables, per_tensor = broadcast_scalars(device, coefficients, decay, level)
     table = dense_table(out, source, arguments.tensor_ids, arguments.slices, per_tensor, bits, same_shape=False)
     staged = len(stages) > 1 or stages[0] == 0
-    bounds = torch.tensor([*itertools.accumulate(stages, initial=0)], dtype=torch.int32, device="cpu")
+    bounds = None
+    if staged:
+        ends = torch.tensor([*itertools.accumulate(stages, initial=0)], dtype=torch.int32, device="cpu")
+        bounds = to_device_cached(device, ends)
     launch(
         dense_kernel,
         table.programs,
@@ -149,7 +153,7 @@ def _run(out, source, arguments, decay, rounding_keys, stages, mask: MaskedArgum
             coefficients=tables[0],
             decay=tables[1],
             rounding_keys=keys_on(device, rounding_keys),
-            stage_bounds=to_device_cached(device, bounds) if staged else None,
+            stage_bounds=bounds,
             mask_key=to_device_cached(device, mask.mask_key) if mask else None,
             mask_level=tables[2] if mask else None,
         ),

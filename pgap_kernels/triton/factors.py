@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import PRODUCT
-from .launch import is_nvidia, launch
+from .launch import blocks, is_nvidia, launch
 from .noise import element_normal
 from .rounding import TYPES, round_to
 from .table import (
@@ -194,7 +194,7 @@ def make_factors(
             }
             for t in range(count)
         ]
-        return build_table(entries, [triton.cdiv(m, PRODUCT.rows) for m in rows], device)
+        return build_table(entries, [blocks(m, PRODUCT.rows) for m in rows], device)
 
     columns = (places, factors.places, cores, tensor_ids, rows, first_rows)
     table = cached_table(("product", device, *map(tuple, columns)), build)

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from .config import DRAW, DRAW_CONFIG, forward_config
 from .factors import precision_on
-from .launch import launch
+from .launch import blocks, launch
 from .lowrank import dot
 from .noise import element_normal
 from .rounding import TYPES, round_to
@@ -253,7 +253,7 @@ def factor_of_slices(a, side, dtype, device):
     drawn = torch.empty(a.slices, size, dtype=dtype, device=device)
     launch(
         draw_kernel,
-        a.slices * triton.cdiv(size, DRAW),
+        a.slices * blocks(size, DRAW),
         device,
         DRAW_CONFIG,
         keys_ptr=keys[:, side:],
@@ -272,7 +272,7 @@ def lowrank_forward_(outputs, inputs, a):
 
     No table and nothing from the host: a captured graph replays with what the tensors hold then.
     """
-    device, dtype, tokens = outputs.device, outputs.dtype, len(outputs)
+    device, dtype, tokens = outputs.device, outputs.dtype, outputs.shape[0]
     left, right = (factor_of_slices(a, side, dtype, device) for side in (0, 1))
     (into, into_stride), (out_of, out_of_stride) = (left, right) if a.transposed else (right, left)
     gather = not inputs.is_floating_point()
@@ -287,7 +287,7 @@ def lowrank_forward_(outputs, inputs, a):
     common = {"core_ptr": core, "core_stride": core_stride, "tokens": per_slice, "SHAPE": shape}
 
     def programs(tile):
-        return a.slices * triton.cdiv(per_slice, tile.rows) * triton.cdiv(width, tile.columns)
+        return a.slices * blocks(per_slice, tile.rows) * blocks(width, tile.columns)
 
     rows, rows_stride, stride = into, into_stride, a.rank
     if not gather:
@@ -328,7 +328,7 @@ def lowrank_forward_(outputs, inputs, a):
     slices, own, columns = (a.slices, per_slice, outputs.shape[1]) if out_of_stride else (1, tokens, outputs.shape[1])
     launch(
         expand_kernel,
-        slices * triton.cdiv(own, config.expand.rows) * triton.cdiv(columns, config.expand.columns),
+        slices * blocks(own, config.expand.rows) * blocks(columns, config.expand.columns),
         device,
         config.expand.config,
         t_ptr=t,

@@ -1,4 +1,4 @@
-"""How kernels are launched: on the tensors' device, with the target's options, and after a look at device scalars.
+"""How kernels are launched: on the tensors' device, with the target's options, and quickly the second time.
 
 Scalars and keys that come from the host are copied once per value (cache.py); those on the device are passed as they
 are, so a captured CUDA graph replays with what they hold then.
@@ -8,97 +8,38 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Hashable
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cache import to_device_cached
 from .config import NVIDIA, Config
 from .noise import Noise
 from .rounding import INTERPRETED
 
-# ---- the guard ----------------------------------------------------------------------------------------------------
-
-_sticky: dict[torch.device, Tensor] = {}
-
-
-@triton.jit
-def find_nonfinite(scalars_ptr, count, BLOCK: tl.constexpr):
-    """1 where one of every BLOCK scalars is not finite, (BLOCK,)."""
-    bad = tl.zeros((BLOCK,), tl.int32)
-    for begin in range(0, count, BLOCK):
-        i = begin + tl.arange(0, BLOCK)
-        x = tl.load(scalars_ptr + i, mask=i < count, other=0.0)
-        bad |= (tl.abs(x) <= 3.4028234663852886e38).to(tl.int32) ^ 1
-    return bad
-
-
-_TABLES = ("table0", "table1", "table2", "table3")
-_COUNTS = ("count0", "count1", "count2", "count3")
-
-
-# Separate arguments, because Triton specialises every element of a tuple: one kernel serves tables of any size.
-@triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=_TABLES)
-def guard_kernel(
-    skip_ptr, sticky_ptr, table0, table1, table2, table3, count0, count1, count2, count3, BLOCK: tl.constexpr
-):
-    """skip <- 1 if a scalar of a table is not finite, else 0; sticky <- sticky | skip."""
-    bad = find_nonfinite(table0, count0, BLOCK) | find_nonfinite(table1, count1, BLOCK)
-    bad |= find_nonfinite(table2, count2, BLOCK) | find_nonfinite(table3, count3, BLOCK)
-    skip = tl.max(bad, 0)
-    tl.store(skip_ptr, skip)
-    if skip != 0:
-        tl.store(sticky_ptr, 1)
-
-
-def sticky_flag(device: torch.device) -> Tensor:
-    """The device's flag: not 0 once a launch was skipped. Copied from the host, as ``cache.counter_table`` is."""
-    if device not in _sticky:
-        _sticky[device] = torch.zeros(1, dtype=torch.int32, device="cpu").to(device)
-    return _sticky[device]
-
-
-def guard(device: torch.device, *tables: Tensor) -> Tensor:
-    """A flag for the kernel to read: not 0 if a scalar that was on the device is not finite.
-
-    Host scalars were checked when they were passed.
-    """
-    sticky = sticky_flag(device)
-    scalars = [t.contiguous() for t in tables if t.device == device and t.is_floating_point()]
-    if not scalars:
-        return to_device_cached(device, torch.zeros(1, dtype=torch.int32, device="cpu"))
-    skip = torch.empty(1, dtype=torch.int32, device=device)
-    counts = [t.numel() for t in scalars] + [0] * (len(_TABLES) - len(scalars))
-    scalars += scalars[:1] * (len(_TABLES) - len(scalars))
-    given = {**dict(zip(_TABLES, scalars, strict=True)), **dict(zip(_COUNTS, counts, strict=True))}
-    launch(guard_kernel, 1, device, Config(), skip_ptr=skip, sticky_ptr=sticky, **given, BLOCK=256)
-    return skip
-
-
-def take_skipped(device: torch.device | None = None) -> list[torch.device]:
-    """Devices (all, one, or all of a type) on which a launch was skipped since the last call. Waits for them."""
-    found = [d for d, flag in _sticky.items() if device in (None, d, torch.device(d.type)) and flag.item()]
-    for d in found:
-        _sticky[d].zero_()
-    return found
-
-
-# ---- launching ----------------------------------------------------------------------------------------------------
+_HERE = contextlib.nullcontext()
+# Compiled kernels, and their arguments that are constants (by position), by all that Triton specialises a kernel for.
+# Triton finds that out anew at each launch, which takes it a tenth of a millisecond.
+_compiled: dict[Hashable, tuple[Any, dict[int, Any]]] = {}
 
 
 def active(device: torch.device) -> contextlib.AbstractContextManager:
     """The tensors' device as the active one: a launch goes to that, wherever its pointers are."""
-    if device.type == "cpu":
-        return contextlib.nullcontext()
+    if device.type == "cpu" or (device.type == "cuda" and torch.cuda.current_device() == device.index):
+        return _HERE
     return torch.get_device_module(device).device(device)
 
 
 @functools.cache
 def _wrapped(group_type: type, group: tuple) -> tuple:
     return group_type(*map(tl.constexpr, group))
+
+
+def blocks(size: int, block: int) -> int:
+    """How many blocks hold so many elements; Triton's own function takes longer than all around it."""
+    return -(-size // block)
 
 
 def wrap_constants(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -112,9 +53,40 @@ def wrap_constants(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def launch(kernel, programs: int, device: torch.device, config: Config, **arguments: Any) -> None:
     """Launch by keyword on the tensors' device."""
-    if programs:
-        with active(device):
-            kernel[(programs,)](**wrap_constants(arguments), **config.options(architecture(device)))
+    if not programs:
+        return
+    with active(device):
+        values = [arguments[name] for name in kernel.arg_names]
+        kinds = [x if constant else _specialised(x) for x, constant in zip(values, _constants(kernel), strict=True)]
+        key = (kernel, device, config, tuple(kinds))
+        if key not in _compiled:
+            wrapped = wrap_constants(arguments)
+            compiled = kernel[(programs,)](**wrapped, **config.options(architecture(device)))
+            if not INTERPRETED.value:
+                named = zip(range(len(values)), kernel.arg_names, _constants(kernel), strict=True)
+                _compiled[key] = compiled, {i: wrapped[name] for i, name, constant in named if constant}
+            return
+        compiled, constants = _compiled[key]
+        for i, constant in constants.items():
+            values[i] = constant
+        compiled[(programs, 1, 1)](*values)
+
+
+@functools.cache
+def _constants(kernel) -> tuple[bool, ...]:
+    """Which arguments of a kernel are constants: those named in capitals."""
+    return tuple(name.isupper() for name in kernel.arg_names)
+
+
+def _specialised(value: Any) -> Hashable:
+    """What of an argument's value Triton may compile in."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if isinstance(value, tuple):
+        return tuple(map(_specialised, value))
+    if isinstance(value, int):
+        return value == 1, value % 16 == 0, -(2**31) <= value < 2**31, value < 2**63
+    return value
 
 
 @functools.cache

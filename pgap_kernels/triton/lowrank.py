@@ -29,7 +29,8 @@ from .factors import (
     product_tile,
     stored_factors,
 )
-from .launch import architecture, guard, launch
+from .guard import guard
+from .launch import architecture, blocks, launch
 from .noise import element_word
 from .rounding import INTERPRETED, round_to, stochastic, update_of
 from .table import (
@@ -297,7 +298,7 @@ def lowrank_table(
         for t, (w, o) in enumerate(zip(weights, out, strict=True)):
             m, n, ld_in = checks.matrix_layout("weights", w, written=False)
             ld_out = checks.matrix_layout("out", o)[2]
-            size, strips = w.element_size(), triton.cdiv(n, config.columns * config.strip)
+            size, strips = w.element_size(), blocks(n, config.columns * config.strip)
             addresses = (w.data_ptr(), o.data_ptr(), ld_in * size, ld_out * size)
             base, row_stride = slices[2 * t : 2 * t + 2]
             entries.append(
@@ -320,7 +321,7 @@ def lowrank_table(
                     LEADING + OUT: ld_out,
                 }
             )
-            tiles.append(triton.cdiv(m, config.rows) * strips)
+            tiles.append(blocks(m, config.rows) * strips)
         return build_table(entries, tiles, device)
 
     columns = (left.places, right.places, cores, tensor_ids, slices)

@@ -14,7 +14,8 @@ from torch import Tensor
 from ..arguments import PreconditionedArguments
 from .cache import broadcast_scalars, counter_table, keys_on, to_device_cached
 from .config import FOUR_EACH
-from .launch import guard, launch, noise_on
+from .guard import guard
+from .launch import launch, noise_on
 from .noise import group_words
 from .rounding import add_delta, negative_zero, stochastic, update_of
 from .table import EXTRA0, EXTRA1, IN, OUT, dense_table

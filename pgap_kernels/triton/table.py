@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import checks
-from .cache import Cache
+from .cache import Cache, Hashed
 
 # Columns. The first four are addresses: LEADING + OUT is the row stride in memory of what OUT points to, and so on.
 OUT = tl.constexpr(0)  # written
@@ -58,12 +58,19 @@ _tables = Cache(2048)
 
 def table_key(*lists: Sequence[Tensor]) -> Hashable:
     """Everything that a table holds of these tensors: equal keys mean equal tables."""
-    return tuple(tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors) for tensors in lists)
+    found: list[Hashable] = []
+    for i, tensors in enumerate(lists):
+        earlier = next((j for j in range(i) if lists[j] is tensors), None)  # in place, what is read is what is written
+        if earlier is None:
+            found.append(tuple([(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors]))
+        else:
+            found.append(earlier)
+    return tuple(found)
 
 
 def cached_table(key: Hashable, build: Callable[[], Table]) -> Table:
     """The table built earlier for the same key, which holds the ``table_key`` of every tensor in it."""
-    return _tables.get(key, build)
+    return _tables.get(Hashed(key), build)
 
 
 def build_table(entries: list[dict[tl.constexpr, int]], tiles: list[int], device: torch.device) -> Table:

@@ -8,7 +8,7 @@ import torch
 from support.helpers import assert_all_same, clones, weights
 
 from pgap_kernels import raise_if_skipped, use_backend
-from pgap_kernels.triton import launch
+from pgap_kernels.triton import guard
 
 TABLE = torch.ops.pgap_kernels
 BAD = (math.inf, -math.inf, math.nan)
@@ -75,11 +75,11 @@ def test_nothing_is_written_and_a_mark_stays(name):
         broken[at].view(-1)[-1] = BAD[i % 3]
         op(*lists, **broken)
         assert_all_same(watched, before)
-        assert launch.take_skipped() == CPU
-        assert launch.take_skipped() == []
+        assert guard.take_skipped() == CPU
+        assert guard.take_skipped() == []
     op(*lists, **keywords)
     assert not any(torch.equal(t, b) for t, b in zip(watched, before, strict=True))
-    assert launch.take_skipped() == []
+    assert guard.take_skipped() == []
 
 
 def dense(w, coefficients) -> None:
@@ -95,13 +95,13 @@ def test_every_scalar_of_a_long_table_is_looked_at(at, bad):
     w, coefficients = [torch.zeros(3)], torch.ones(1, 600)
     coefficients[0, at] = bad
     dense(w, coefficients)
-    assert (w[0] == 0).all() and launch.take_skipped() == CPU
+    assert (w[0] == 0).all() and guard.take_skipped() == CPU
 
 
 def test_the_largest_numbers_are_finite():
     w, largest = [torch.zeros(3)], torch.full((1, 1), -torch.finfo(torch.float32).max)
     dense(w, largest)
-    assert (w[0] != 0).all() and launch.take_skipped() == []
+    assert (w[0] != 0).all() and guard.take_skipped() == []
 
 
 def test_marks_of_several_passes_are_one_and_of_their_device():
@@ -117,7 +117,7 @@ def test_marks_of_several_passes_are_one_and_of_their_device():
 def test_a_device_without_a_number_is_every_such_device(monkeypatch):
     """raise_if_skipped("cuda") is what one writes; flags are kept for cuda:0 and cuda:1."""
     flags = {torch.device(f"cuda:{i}"): torch.tensor([i], dtype=torch.int32) for i in range(2)}
-    monkeypatch.setattr(launch, "_sticky", flags)
-    assert launch.take_skipped(torch.device("cuda:0")) == []
-    assert launch.take_skipped(torch.device("cuda")) == [torch.device("cuda:1")]
-    assert launch.take_skipped() == []
+    monkeypatch.setattr(guard, "_sticky", flags)
+    assert guard.take_skipped(torch.device("cuda:0")) == []
+    assert guard.take_skipped(torch.device("cuda")) == [torch.device("cuda:1")]
+    assert guard.take_skipped() == []

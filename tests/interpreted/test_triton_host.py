@@ -8,7 +8,7 @@ from support.cases import IDS, KEYS
 from support.helpers import assert_all_same, assert_same_bits, clones, ops, weights
 
 from pgap_kernels import use_backend
-from pgap_kernels.triton import cache, launch, table
+from pgap_kernels.triton import cache, guard, launch, table
 from pgap_kernels.triton.table import ALIGNED
 
 TABLE = torch.ops.pgap_kernels
@@ -181,13 +181,13 @@ def test_factors_of_a_captured_pass_may_lie_anywhere(capture, monkeypatch, rank)
 @pytest.mark.parametrize("call", [perturb, add_lowrank])
 def test_a_refused_capture_leaves_no_flag_behind(capture, monkeypatch, call):
     """It would lie in the memory of a graph that never is: a flag is made at the first call that is not refused."""
-    monkeypatch.setattr(launch, "_sticky", {})
+    monkeypatch.setattr(guard, "_sticky", {})
     w = weights([(9, 7)])
     before = clones(w)
     capture()
     with pytest.raises(RuntimeError, match="new to a graph capture"):
         call(w, tensor_ids=IDS[:1])
-    assert launch._sticky == {}
+    assert guard._sticky == {}
     assert_all_same(w, before)
 
 

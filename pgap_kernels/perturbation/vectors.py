@@ -1,0 +1,49 @@
+"""Perturbed copies of the vectors (biases, norms): made for all of them at once, when a point is shown.
+
+A launch for each of them, before its layer, would take longer than the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..directions import Weight
+from .arena import in_memory, padded_bytes
+
+
+class Vectors:
+    """Memory that keeps its place, for the vectors among some weights at each point."""
+
+    def __init__(self, weights: Sequence[Weight]) -> None:
+        self.size: dict[torch.device, int] = {}
+        self.places: dict[int, tuple[Tensor, int]] = {}  # by index: the vector, and the first byte of its copy
+        self.memory: dict[tuple[torch.device, int], Tensor] = {}  # by device and point
+        for w in weights:
+            if w.tensor.dim() < 2:
+                begin = self.size.get(w.tensor.device, 0)
+                self.places[w.index] = w.tensor, begin
+                self.size[w.tensor.device] = begin + padded_bytes(w.tensor)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all copies at one point."""
+        return sum(self.size.values())
+
+    def at(self, index: int, point: int) -> Tensor:
+        """The copy of a vector at a point."""
+        like, begin = self.places[index]
+        key = like.device, point
+        if key not in self.memory:
+            with torch.inference_mode(False):  # the next forward may run in another inference mode
+                self.memory[key] = torch.empty(self.size[like.device], dtype=torch.uint8, device=like.device)
+        return self.memory[key][begin : begin + like.nbytes].view(like.dtype).view(like.shape)
+
+    def contains(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in this memory."""
+        return any(in_memory(tensor, memory) for memory in self.memory.values())
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "memory": {}}
