@@ -1,4 +1,4 @@
-"""On a GPU: forwards captured in a CUDA graph and replayed are the forwards, in scratch and folded."""
+"""On a GPU: forwards captured in a CUDA graph and replayed are the forwards, in every mode."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from support.counted import UNIT
 from support.methods import METHODS, options_of
 from support.models import IDS, TARGET, Words
 
+from pgap_kernels.optim import CapturedClosure
+
 pytestmark = gpu.marks
-RUNS = [pytest.param(r, m, id=f"{r.id}-{m}") for r in METHODS for m in r.modes if m in ("scratch", "folded", "window")]
+MODES = ("inplace", "scratch", "folded", "window")
+RUNS = [pytest.param(row, m, id=f"{row.id}-{m}") for row in METHODS for m in row.modes if m in MODES]
 
 
 def losses_of(row, mode, dtype, captured: bool):
@@ -18,35 +21,18 @@ def losses_of(row, mode, dtype, captured: bool):
     model = Words().to(gpu.DEVICE, dtype)
     ids, target = IDS.to(gpu.DEVICE), TARGET.to(gpu.DEVICE)
     opt = row.make(model, **{**row.options, "lr": 0.02, **options_of(mode)})
-    graphs, seen = {}, []
-
-    def loss():
-        return (model(ids).float() * target).mean()
+    seen = []
+    own = CapturedClosure(opt, lambda: (model(ids).float() * target).mean())
 
     def closure():
-        key = opt.perturbation.graph_key
-        if not captured or not opt.steps:  # the first step tries the model out
-            value = loss()
-        else:
-            if key not in graphs:
-                side = torch.cuda.Stream()
-                side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
-                    loss()  # what is compiled or allocated at the first call
-                torch.cuda.current_stream().wait_stream(side)
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    value = loss()
-                graphs[key] = graph, value
-            graph, value = graphs[key]
-            graph.replay()
+        value = own() if captured else own.closure()
         seen.append(value.item())
         return value
 
     for _ in range(2 * row.period + 2):
         opt.step(closure)
     opt.merge()
-    return torch.tensor(seen), [p.detach().cpu() for p in model.parameters()], len(graphs)
+    return torch.tensor(seen), [p.detach().cpu() for p in model.parameters()], len(own.graphs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -45,11 +45,11 @@ def alternatives() -> list[Alternative]:
         entries += [Config(warps, registers=n) for warps in (4, 8) for n in (128, 96, 80, 72, 64, 56)]
         found += [Alternative(op, None, "DENSE", BFLOAT16, entry) for entry in dict.fromkeys(entries)]
     for rank in (16, 64, 128):
-        key = (BFLOAT16, next(limit for limit in BUCKETS if rank <= limit))
+        key = (True, BFLOAT16, next(limit for limit in BUCKETS if rank <= limit))
         entries = [config.LOWRANK[key], *(_lowrank(config.LOWRANK[key], rank))]
         found += [Alternative("lowrank", rank, "LOWRANK", key, entry) for entry in dict.fromkeys(entries)]
     for rank in (16, 64):
-        key = (BFLOAT16, next(limit for limit in FORWARD_BUCKETS if rank <= limit))
+        key = (True, BFLOAT16, next(limit for limit in FORWARD_BUCKETS if rank <= limit))
         entries = [config.FORWARD[key], *_forward(config.FORWARD[key])]
         found += [Alternative("forward", rank, "FORWARD", key, entry) for entry in dict.fromkeys(entries)]
     return found

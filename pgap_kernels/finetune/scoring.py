@@ -45,6 +45,7 @@ class Scorer:
         self.model = model
         self.label_tokens = list(label_tokens)
         self.pad_token = pad_token
+        self._columns: dict[torch.device, torch.Tensor] = {}
 
     @cached_property
     def _accepted(self) -> frozenset[str]:
@@ -71,8 +72,15 @@ class Scorer:
         """Scores of the two label tokens in fp32, shape (batch, 2)."""
         # Only the last position goes through the vocabulary-wide head.
         keep = {"logits_to_keep": 1} if "logits_to_keep" in self._accepted else {}
-        output = self.model(**batch.inputs, **keep, use_cache=False)
-        return output.logits[:, -1, self.label_tokens].float()
+        logits = self.model(**batch.inputs, **keep, use_cache=False).logits
+        return logits[:, -1].index_select(1, self._labels_on(logits.device)).float()
+
+    def _labels_on(self, device: torch.device) -> torch.Tensor:
+        """The label tokens on a device: a list would be copied there in every forward, which no CUDA graph can do."""
+        if device not in self._columns:
+            with torch.inference_mode(False):
+                self._columns[device] = torch.tensor(self.label_tokens, device=device)
+        return self._columns[device]
 
     def loss(self, batch: Encoded) -> torch.Tensor:
         """Mean cross-entropy over the two label tokens, a scalar in fp32."""

@@ -4,11 +4,12 @@ A method says which directions, how losses become coefficients and how coefficie
 and knows no mode.
 
 Imports: registry -> recipes -> gradient_subspace -> lowrank -> base -> (checkpoint, cost), drawing -> sampling, mode ->
-model -> evaluation, signal, weights, options.
+model -> evaluation, signal, weights, options; beside them captured -> base.
 """
 
 from .agzo import AGZO
 from .base import Cost, Evaluation, NonFiniteLossError, ZOOptimizer
+from .captured import CapturedClosure
 from .dizo import DiZO
 from .eggroll import EGGROLL
 from .helene import HELENE
@@ -32,6 +33,7 @@ __all__ = [
     "LOZOM",
     "PGAP",
     "PIZO",
+    "CapturedClosure",
     "Cost",
     "DiZO",
     "Evaluation",

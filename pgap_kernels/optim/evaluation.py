@@ -139,7 +139,11 @@ class Evaluation:
                     see(w, w.tensor.new_empty(w.tensor.shape[1], w.tensor.shape[1]))
             return self.loss()
         with observing(self.model, self.weights, see):
-            return self.loss()
+            self.perturbation.watched = True
+            try:
+                return self.loss()
+            finally:
+                self.perturbation.watched = False
 
     def clear(self) -> None:
         """Show W itself again, before the memory of the forwards is used for something else."""

@@ -98,6 +98,7 @@ class Perturbation:
         passes_this_step: number of ``perturb_to`` and ``apply`` of this step that wrote weights; it numbers the keys of
             stochastic rounding.
         dry: count passes, run none.
+        watched: something looks on while the forward runs, so that replaying it would not do.
         must_repeat: the last forward ran other code than the next ones will, and has to be repeated.
     """
 
@@ -109,7 +110,7 @@ class Perturbation:
         self.seconds = 0.0
         self.workspace_bytes = 0  # the most workspace that was lent beyond the memory of the forwards
         self.residual: Residual | None = None
-        self.active = self.dry = self.must_repeat = False
+        self.active = self.dry = self.must_repeat = self.watched = False
         self.released: str | None = None  # why it no longer serves
         self.set_weights(weights)
 

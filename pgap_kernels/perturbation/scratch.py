@@ -81,8 +81,8 @@ class Scratch(Perturbation):
         self.vectors = Vectors(self.weights)
         self.arena = Arena(self._capacity())
         self.active = False
-        self.captures = False  # the forward is being captured in a CUDA graph
         self.searching = False  # the forward is being searched for stray uses
+        self.captures = False  # the forward is being captured in a CUDA graph
         self.most_points = 1
         self.rows, self.count = 0, 1  # of a stacked batch: its rows, 0 before a module has seen it, and its points
         self.modules = list(self.model.modules())
@@ -235,18 +235,20 @@ class Scratch(Perturbation):
         self.calls = [1 if self.dry else 0] * len(self.uses)
         self.active, self.captures, self.rows = True, False, 0
         self.must_repeat, self.source = False, set()
+        watched = self.watched
         training = tuple([module.training for module in self.modules])
         try:
             if training in self.checked or self.dry or self._is_compiled():
                 result = call()
             else:  # the first forward with these flags: it may take other branches, with stray uses
                 # Torch cannot trace the search, so a compiled function around the model runs uncompiled meanwhile.
-                self.searching = True
+                self.searching = self.watched = True
                 with StrayUses(self.weights, self._readable), _uncompiled():
                     result = call()
             self.checked.add(training)
         finally:
             self.active = self.searching = False
+            self.watched = watched
             self._unwind()
             for use, times in zip(self.uses, self.calls, strict=True):
                 if times:

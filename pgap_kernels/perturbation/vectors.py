@@ -21,6 +21,7 @@ class Vectors:
         self.size: dict[torch.device, int] = {}
         self.places: dict[int, tuple[Tensor, int]] = {}  # by index: the vector, and the first byte of its copy
         self.memory: dict[tuple[torch.device, int], Tensor] = {}  # by device and point
+        self.copies: dict[tuple[int, int], Tensor] = {}  # by index and point
         for w in weights:
             if w.tensor.dim() < 2:
                 begin = self.size.get(w.tensor.device, 0)
@@ -34,6 +35,11 @@ class Vectors:
 
     def at(self, index: int, point: int) -> Tensor:
         """The copy of a vector at a point."""
+        if (index, point) not in self.copies:
+            self.copies[index, point] = self._view(index, point)
+        return self.copies[index, point]
+
+    def _view(self, index: int, point: int) -> Tensor:
         like, begin = self.places[index]
         key = like.device, point
         if key not in self.memory:
@@ -46,4 +52,4 @@ class Vectors:
         return any(in_memory(tensor, memory) for memory in self.memory.values())
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "memory": {}}
+        return {**self.__dict__, "memory": {}, "copies": {}}

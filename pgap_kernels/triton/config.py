@@ -33,9 +33,17 @@ class Config(NamedTuple):
 
 # A thread's share of a tile is 128 bits of each lane: 8 elements of 16 bits, or 4 of 32.
 DENSE = {torch.float32: Config(num_warps=8), torch.bfloat16: Config(), torch.float16: Config()}
+# One draw and little else fits into fewer registers, so that seven programs run on a processor instead of five.
+LEAN = Config(registers=72)
 # Kernels with extra operands process 4 elements per thread for every dtype: 128-bit accesses for float32 state, and 8
 # would exceed 128 registers. 16-bit weights are then accessed 64 bits at a time.
 FOUR_EACH = Config(num_warps=8)
+
+
+def dense_config(dtype: torch.dtype, draws: int, lean: bool) -> Config:
+    """The configuration of a dense pass over so many unrolled draws (0: in a loop); ``lean``: it does no more than add
+    them to weights."""
+    return LEAN if lean and draws == 1 and dtype != torch.float32 else DENSE[dtype]
 
 
 class LowRankConfig(NamedTuple):
@@ -60,35 +68,45 @@ class ProductConfig(NamedTuple):
 
 PRODUCT = ProductConfig(rows=32, step=16)
 _EIGHT_WARPS = Config(num_warps=8)
-BUCKETS = (8, 15, 32, 64, 512)
-# float32 products are IEEE and made by fma, whose operands fill the registers; 16-bit ones go to tensor cores.
-_FLOAT32 = (
-    LowRankConfig(16, 64, resident=True, makes=True),
-    LowRankConfig(32, 64, resident=False, makes=False),
-    LowRankConfig(32, 64, resident=False, makes=False, config=_EIGHT_WARPS),
-    LowRankConfig(32, 64, resident=False, makes=False, config=_EIGHT_WARPS),
-    LowRankConfig(32, 64, resident=False, makes=False, config=_EIGHT_WARPS),
-)
+BUCKETS = (8, 15, 32, 64, 128, 512)
+# Ranks below 16 are sums of outer products, whatever the target.
+_SMALL = (LowRankConfig(16, 64, resident=True, makes=True), LowRankConfig(32, 64, resident=False, makes=False))
+# float32 products are IEEE and made by fma, whose operands fill the registers; 16-bit ones go to tensor cores. Chosen
+# so that nothing spills with 128 registers: P is made in the pass, or held by it, where that fits beside a tile.
+_STEPS = LowRankConfig(32, 64, resident=False, makes=False, config=_EIGHT_WARPS)
+_FLOAT32 = (*_SMALL, *[_STEPS] * 4)
 _HALF = (
-    LowRankConfig(16, 64, resident=True, makes=True),
-    LowRankConfig(32, 64, resident=False, makes=False),
-    LowRankConfig(64, 128, resident=True, makes=True, strip=32, config=_EIGHT_WARPS),
-    LowRankConfig(64, 128, resident=True, makes=False, strip=32, config=_EIGHT_WARPS),
-    LowRankConfig(64, 128, resident=False, makes=False, step=32, strip=32, config=_EIGHT_WARPS),
+    *_SMALL,
+    LowRankConfig(64, 64, resident=True, makes=True, strip=32, config=_EIGHT_WARPS),
+    LowRankConfig(64, 64, resident=True, makes=False, strip=32, config=_EIGHT_WARPS),
+    *[_STEPS._replace(strip=32)] * 2,
 )
-# Chosen so that nothing spills with 128 registers: P is made in the pass, or held by it, where that fits beside a tile.
+# The fastest of those that benchmarks.gpu.tuning has timed on an H200, spills or not (of rank 16, 2 % slower than the
+# fastest, which spills). float32 takes three products of TF32 there (factors.py).
+_HOPPER_FLOAT32 = (
+    *_SMALL,
+    LowRankConfig(64, 64, resident=False, makes=False, config=Config(registers=255)),
+    LowRankConfig(128, 64, resident=True, makes=False, config=_EIGHT_WARPS),
+    *[LowRankConfig(64, 64, resident=False, makes=False, config=Config(registers=255))] * 2,
+)
+_HOPPER_HALF = (
+    *_SMALL,
+    LowRankConfig(32, 256, resident=True, makes=True, strip=32),
+    *[LowRankConfig(128, 64, resident=True, makes=False, strip=32)] * 2,
+    LowRankConfig(128, 128, resident=False, makes=False, step=32, strip=32, config=_EIGHT_WARPS),
+)
+# By whether the target has warp-group products, dtype and largest rank of the bucket.
 LOWRANK = {
-    (dtype, limit): config
-    for dtype, row in ((torch.float32, _FLOAT32), (torch.bfloat16, _HALF), (torch.float16, _HALF))
+    (hopper, dtype, limit): config
+    for hopper, rows in ((False, (_FLOAT32, _HALF)), (True, (_HOPPER_FLOAT32, _HOPPER_HALF)))
+    for dtype, row in zip((torch.float32, torch.bfloat16, torch.float16), (*rows, rows[1]), strict=True)
     for limit, config in zip(BUCKETS, row, strict=True)
 }
 
 
 def lowrank_config(dtype: torch.dtype, rank: int, stochastic: bool, architecture: str) -> LowRankConfig:
-    """The configuration of a dtype's rank bucket; tiles are smaller if operands or random words need registers."""
-    config = LOWRANK[dtype, next(limit for limit in BUCKETS if rank <= limit)]
-    if config.columns == 128 and architecture != "hopper":
-        config = config._replace(rows=64 if config.resident else 32, columns=64, step=16)
+    """The configuration of a dtype's rank bucket; tiles are narrower if random words need registers."""
+    config = LOWRANK[architecture == "hopper", dtype, next(limit for limit in BUCKETS if rank <= limit)]
     return config._replace(columns=config.columns // 2) if stochastic else config
 
 
@@ -168,18 +186,20 @@ _FORWARD_HALF = (
         ForwardTile(64, 128, 32, Config(8, 3)),
     ),
 )
+# Of Hopper's, again the fastest that were timed: with 16 tokens two thousand of them occupy every processor.
+_HOPPER_FORWARD_HALF = tuple(
+    config._replace(project=config.project._replace(rows=16, step=128, config=Config(warps, 4))) if warps else config
+    for config, warps in zip(_FORWARD_HALF, (4, 0, 8, 0), strict=True)
+)
 FORWARD = {
-    (dtype, limit): config
-    for dtype, row in (
-        (torch.float32, _FORWARD_FLOAT32),
-        (torch.bfloat16, _FORWARD_HALF),
-        (torch.float16, _FORWARD_HALF),
-    )
+    (hopper, dtype, limit): config
+    for hopper, half in ((False, _FORWARD_HALF), (True, _HOPPER_FORWARD_HALF))
+    for dtype, row in zip((torch.float32, torch.bfloat16, torch.float16), (_FORWARD_FLOAT32, half, half), strict=True)
     for limit, config in zip(FORWARD_BUCKETS, row, strict=True)
 }
 
 
-def forward_config(dtype: torch.dtype, rank: int, split: bool = False) -> ForwardConfig:
+def forward_config(dtype: torch.dtype, rank: int, architecture: str, split: bool = False) -> ForwardConfig:
     """The configuration of a dtype's rank bucket; it takes less of x at a time if each x is two operands."""
-    config = FORWARD[dtype, next(limit for limit in FORWARD_BUCKETS if rank <= limit)]
+    config = FORWARD[architecture == "hopper", dtype, next(limit for limit in FORWARD_BUCKETS if rank <= limit)]
     return config._replace(project=config.project._replace(rows=32, step=32)) if split else config

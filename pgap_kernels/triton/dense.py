@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..arguments import AssembleArguments, DenseArguments, MaskedArguments
 from .cache import broadcast_scalars, counter_table, keys_on, to_device_cached
-from .config import DENSE, FOUR_EACH
+from .config import FOUR_EACH, dense_config
 from .guard import guard
 from .launch import launch, noise_on
 from .rounding import add_delta, negative_zero, round_to, stochastic, update_of
@@ -140,11 +140,15 @@ def _run(out, source, arguments, decay, rounding_keys, stages, mask: MaskedArgum
     if staged:
         ends = torch.tensor([*itertools.accumulate(stages, initial=0)], dtype=torch.int32, device="cpu")
         bounds = to_device_cached(device, ends)
+    update, draws = update_of(out[0], decay, rounding_keys), stages[0] if not staged and stages[0] <= 2 else 0
+    config = (
+        FOUR_EACH if staged else dense_config(out[0].dtype, draws, bool(source) and not (mask or update.stochastic))
+    )
     launch(
         dense_kernel,
         table.programs,
         device,
-        FOUR_EACH if staged else DENSE[out[0].dtype],
+        config,
         table=table.pointers,
         skip_ptr=guard(device, coefficients, decay, *([level] if mask else [])),
         counters_ptr=counter_table(device),
@@ -164,10 +168,10 @@ def _run(out, source, arguments, decay, rounding_keys, stages, mask: MaskedArgum
         PASS=DensePass(
             reads=bool(source),
             staged=staged,
-            draws=stages[0] if not staged and stages[0] <= 2 else 0,
+            draws=draws,
             mask=mask.mask if mask else "none",
         ),
-        UPDATE=update_of(out[0], decay, rounding_keys),
+        UPDATE=update,
     )
 
 

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from .config import DRAW, DRAW_CONFIG, forward_config
 from .factors import precision_on
-from .launch import blocks, launch
+from .launch import architecture, blocks, launch
 from .lowrank import dot
 from .noise import element_normal
 from .rounding import TYPES, round_to
@@ -277,7 +277,7 @@ def lowrank_forward_(outputs, inputs, a):
     (into, into_stride), (out_of, out_of_stride) = (left, right) if a.transposed else (right, left)
     gather = not inputs.is_floating_point()
     split = not gather and inputs.dtype != dtype != torch.float32
-    config = forward_config(dtype, a.rank, split)
+    config = forward_config(dtype, a.rank, architecture(device), split)
     width, mixes = config.width(a.rank), config.mixes and not gather
     precision = precision_on(device, dtype, width)
     shape = Shape(a.rank, width, TYPES[dtype], precision, a.transposed, bool(a.cores))

@@ -29,7 +29,7 @@ from pgap_kernels import (
     seeded_dot,
     squared_norms,
 )
-from pgap_kernels.triton import launch
+from pgap_kernels.triton import guard
 from pgap_kernels.triton.config import forward_config
 from tools.compiled import baselines, inductor
 from tools.compiled.launches import Launch, recorded
@@ -206,7 +206,7 @@ OTHERS: list[tuple[str, str, Op, int, int, int]] = [
 
 def _guard(dtype: torch.dtype) -> None:
     scalars = torch.empty(1, 1, device="meta")
-    launch.guard(scalars.device, scalars)
+    guard.guard(scalars.device, scalars)
 
 
 def other_cases() -> list[Case]:
@@ -344,7 +344,7 @@ def _forward_case(config: str, rank: int, x_dtype: torch.dtype | None, dtype: st
         return replace(case, read=size, written=size, loops=loops, readers=("load_outputs",), numbers=SIDE * SIDE)
     if kernel == "project":
         read = 4 if x_dtype else BYTES[dtype]
-        wide = forward_config(DTYPES[dtype], rank).project.columns
+        wide = forward_config(DTYPES[dtype], rank, "other").project.columns  # the same for every target
         times = -(-rank // wide)  # that x is read
         tile, loops = (lambda x: x["TILE"].rows * x["TILE"].step), (lambda _, tiles: (tiles,))
         readers, numbers = ("load_inputs",), SIDE * SIDE * times

@@ -1,0 +1,69 @@
+"""Forwards captured in CUDA graphs: a small model's hooks and launches then cost the host nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor
+
+from .base import ZOOptimizer
+
+
+class CapturedClosure:
+    """A closure whose forward is captured in a CUDA graph, once for each kind of forward, and replayed from then on.
+
+        closure = CapturedClosure(optimizer, lambda: loss_of(model(inputs), labels))
+        for batch in batches:
+            inputs.copy_(batch)
+            optimizer.step(closure)
+
+    Keep it from step to step, and the tensors that the closure reads where they are: new batches are copied into them.
+    The forwards of a first step run as they are, and so does one in which the optimizer looks on (for stray uses of
+    its weights, or for a layer's inputs); if weights are moved or cast, it begins anew. A forward that waits for the
+    device cannot be captured, and PyTorch says so.
+
+    Args:
+        optimizer: whose ``step`` the closure is for.
+        closure: returns the loss as a tensor on a CUDA device.
+
+    Raises:
+        ValueError: the optimizer has weights that are not on a CUDA device.
+    """
+
+    def __init__(self, optimizer: ZOOptimizer, closure: Callable[[], Tensor]) -> None:
+        devices = {w.tensor.device for w in optimizer.weights()}
+        if other := [device for device in devices if device.type != "cuda"]:
+            raise ValueError(f"optimizer: got weights on {other[0]}; accepted: weights on a CUDA device")
+        self.optimizer, self.closure = optimizer, closure
+        self.graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.weights: object = None  # the list that the graphs were captured with
+        self.first = 0
+
+    def __call__(self) -> Tensor:
+        perturbation = self.optimizer.perturbation
+        if perturbation.weights is not self.weights:
+            self.graphs.clear()
+            self.weights, self.first = perturbation.weights, self.optimizer.steps
+        if self.optimizer.steps == self.first or perturbation.watched:
+            return self.closure()
+        key = perturbation.graph_key
+        if key not in self.graphs:
+            self.graphs[key] = capture(self.closure)
+        graph, loss = self.graphs[key]
+        graph.replay()
+        return loss
+
+
+def capture(call: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """A graph of a call, after one on another stream: what is compiled or allocated at the first is not in the graph;
+    and the tensor that it returned, which every replay overwrites."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        value = call()
+    return graph, value
