@@ -18,7 +18,7 @@ SHAPE, SMALL = (16384, 32768), (64, 96)  # 1 GiB in bfloat16
 LAYER, TOKENS = (8192, 2048), 2048  # OPT-1.3B's widest
 RANKS = (16, 64, 128)
 REPEATS = 31
-SECONDS = 20  # a point, with its compilation, seldom takes more
+SECONDS = 8  # a point, with its compilation, seldom takes more
 PROVIDERS = ("ours", "idiom", "addmm_", "lerp", "two_passes", "to_nearest", "one_by_one", "in_place")
 
 
