@@ -219,7 +219,7 @@ FAULTS = [
     *faults(f"{PACKAGE}/directions/anchored.py", DIRECTIONS,
         ("start-on-the-line-lost", "[1.0 + a + s for a, s", "[1.0 + a for a, s", "anchored")),
     *faults(f"{PACKAGE}/directions/lowrank.py", DIRECTIONS,
-        ("factor-of-a-shard-from-0", "offset=first * rank", "offset=0", "shard"),
+        ("factor-of-a-shard-from-0", "spans.append((first * rank, rank))", "spans.append((0, rank))", "shard"),
         ("joined-without-coefficients", "zip(*(part._mixed_left() for part in parts)",
          "zip(*(part.left.materialised(part.weights, 0) for part in parts)", "joined"),
         ("joined-beyond-the-rank", "len(ranks) == len(parts) and sum(ranks) <= limit", "len(ranks) == len(parts)",

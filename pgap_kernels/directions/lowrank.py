@@ -6,6 +6,8 @@ A (sum_j c_j C_j) B^T       A (m, r), B (n, r): stored, or drawn from a key;   C
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 import math
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -16,6 +18,8 @@ from torch import Tensor
 from .. import checks, ops
 from .part import Fold, Operands, Part, add_rows, pick, scale_row
 from .weight import Amounts, Weight, scalar_if_equal
+
+_LINE = 32  # floats: factors that are drawn together begin at multiples of 128 bytes
 
 
 class Factor(NamedTuple):
@@ -63,15 +67,28 @@ class Factor(NamedTuple):
         if self.tensors is not None:
             return self.tensors
         assert self.key is not None
-        return [draw_factor(w, side, self.columns, self.key) for w in weights]
+        return draw_factors(weights, side, self.columns, self.key)
+
+
+def draw_factors(weights: Sequence[Weight], side: int, rank: int, key: int | Tensor) -> list[Tensor]:
+    """A (side 0) or B (1) of weights of one device, in one op call; of a shard, its rows of the unsharded one's."""
+    rows = [w.tensor.shape[side] for w in weights]
+    places = [0, *itertools.accumulate(-(-count * rank // _LINE) * _LINE for count in rows)]
+    # One piece of memory: a GPU's table of addresses is then found again in the next step.
+    memory = torch.empty(places[-1], dtype=torch.float32, device=weights[0].tensor.device)
+    factors = [memory[at : at + count * rank].view(count, rank) for at, count in zip(places, rows, strict=False)]
+    spans = []
+    for w in weights:
+        base, row_stride = w.span or (0, w.tensor.shape[1])
+        first = (base // max(row_stride, 1), base % max(row_stride, 1))[side]
+        spans.append((first * rank, rank))
+    ops.assemble_gradient_(factors, [(key, 1.0)], tensor_ids=[w.id for w in weights], slices=spans)
+    return factors
 
 
 def draw_factor(weight: Weight, side: int, rank: int, key: int | Tensor) -> Tensor:
-    """A (side 0) or B (1) of a weight; of a shard, its rows of the unsharded one's."""
-    base, row_stride = weight.span or (0, weight.tensor.shape[1])
-    first = (base // row_stride, base % row_stride)[side]
-    shape = (weight.tensor.shape[side], rank)
-    return ops.draw(shape, key, weight.id, offset=first * rank, device=weight.tensor.device)
+    """A (side 0) or B (1) of one weight."""
+    return draw_factors([weight], side, rank, key)[0]
 
 
 class Term(NamedTuple):
@@ -143,16 +160,13 @@ class LowRank(Part):
         return all(term.cores is None for term in self.terms)
 
     def _sum_of(self, other: LowRank, side: str, number: int) -> Factor:
-        total: list[Tensor] = []
+        moved = []
         for part in (self, other):
             factors = getattr(part, side).materialised(self.weights, number)
             rows = [sum(values) for values in zip(*part.coefficients(), strict=True)]
-            moved = torch._foreach_mul(factors, rows)
-            if total:
-                torch._foreach_add_(total, moved)
-            else:
-                total = list(moved)
-        return Factor.stored(total)
+            unchanged = all(row == 1.0 for row in rows)  # as in a sum of parts
+            moved.append(factors if unchanged else torch._foreach_mul(factors, rows))
+        return Factor.stored(torch._foreach_add(*moved))
 
     def condensed(self) -> LowRank:
         """The same with coefficient 1: multiplied into one core of each weight, or into A where there is none."""
@@ -168,6 +182,10 @@ class LowRank(Part):
 
     def _cores(self) -> list[Tensor]:
         """sum_j c_j C_j, float32 (r, r)."""
+        stacks = [stack for term in self.terms if (stack := stack_of(term.cores or ())) is not None]
+        if len(stacks) == len(self.terms) and all(stack.dim() == 3 for stack in stacks):
+            products = [stack * _column(term.row, stack) for stack, term in zip(stacks, self.terms, strict=True)]
+            return list(functools.reduce(Tensor.add_, products).unbind())
         total: list[Tensor] = []
         for term in self.terms:
             cores = term.cores
@@ -273,6 +291,24 @@ def _added(terms: Sequence[Term], others: Sequence[Term]) -> list[Term]:
     return total
 
 
+def stack_of(tensors: Sequence[Tensor]) -> Tensor | None:
+    """The tensor that these are all slices of, in order; None if there is none. One call on it serves them all."""
+    base = tensors[0]._base if tensors else None
+    if base is None or base.shape != (len(tensors), *tensors[0].shape) or not base.is_contiguous():
+        return None
+    size, first = tensors[0].numel(), base.storage_offset()
+    own = all(t._base is base and t.storage_offset() == first + i * size for i, t in enumerate(tensors))
+    return base if own else None
+
+
+def _column(row: Sequence[float], stack: Tensor) -> Tensor | float:
+    """A coefficient for each slice, or the one of all."""
+    value = scalar_if_equal(row)
+    if isinstance(value, float):
+        return value
+    return torch.tensor(row, dtype=torch.float32, device="cpu").to(stack.device)[:, None, None]
+
+
 class LowRankOperands(Operands):
     """Factors and the core of each weight of a part, its coefficients multiplied into the core if there is one.
 
@@ -285,7 +321,8 @@ class LowRankOperands(Operands):
         self.coefficients = torch.ones(count, 1, dtype=torch.float32, device=self.device)
         self.keys = torch.zeros(3, dtype=torch.int64, device=self.device)
         shape = (0 if part._has_no_core() else count, part.rank, part.rank)
-        self.cores = list(torch.empty(shape, dtype=torch.float32, device=self.device).unbind())
+        self.stack = torch.empty(shape, dtype=torch.float32, device=self.device)
+        self.cores = list(self.stack.unbind())
         self.memory = [[self._memory_for(part, side, w) for w in part.weights] for side in (0, 1)]
         self.factors: list[list[Tensor | None]] = [[], []]
         self.options = [
@@ -331,7 +368,12 @@ class LowRankOperands(Operands):
                     memory[w.padding_row] = 0.0
             self.factors[side] = own
         if self.cores:
-            torch._foreach_copy_(self.cores, part._cores())
+            cores = part._cores()
+            stack = stack_of(cores)
+            if stack is None:
+                torch._foreach_copy_(self.cores, cores)
+            else:
+                self.stack.copy_(stack)
         else:
             rows = [sum(values) for values in zip(*part.coefficients(), strict=True)]
             self.coefficients.copy_(torch.tensor(rows, dtype=torch.float32, device="cpu")[:, None])

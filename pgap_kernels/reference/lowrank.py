@@ -23,15 +23,15 @@ def _sums(rows: Tensor) -> Tensor:
 
 def _padded(rows: list[Tensor]) -> Tensor:
     """Vectors as the rows of a matrix, zeros after the shorter ones."""
-    if len({len(row) for row in rows}) == 1:
+    if len({row.shape[0] for row in rows}) == 1:
         return torch.stack(rows)  # many times faster if it is made on the host
     return pad_sequence(rows, batch_first=True)
 
 
-def aligned(cores: list[Tensor], singular_values: list[Tensor], signs: list[Tensor], delta: float) -> list[Tensor]:
+def aligned(diagonals: Tensor | list[Tensor], singular_values: list[Tensor], signs: list[Tensor], delta: float) -> None:
     """Shift the diagonals of regenerated cores so that <S, Z> = xi sqrt(delta) |S|; in place, in float64 inside."""
-    diagonals = [core.diagonal() for core in cores]
-    s, z = (_padded(rows).double() for rows in (singular_values, diagonals))
+    s = _padded(singular_values).double()
+    z = (_padded(diagonals) if isinstance(diagonals, list) else diagonals).double()
     rank = s.shape[1]
     s, z = (pad(rows, (0, (1 << (rank - 1).bit_length()) - rank)) for rows in (s, z))
     norm = _sums(s * s).sqrt()
@@ -39,27 +39,37 @@ def aligned(cores: list[Tensor], singular_values: list[Tensor], signs: list[Tens
         raise ValueError("singular_values: got NaN or infinity; accepted: finite values")
     alpha = (_sums(s * z) - torch.cat(signs).double() * delta**0.5 * norm) / norm**2
     shifted = z - torch.where(norm > 0, alpha, 0.0)[:, None] * s
+    if isinstance(diagonals, Tensor):
+        diagonals.copy_(shifted[:, :rank])
+        return
     for diagonal, row in zip(diagonals, shifted, strict=True):
         diagonal.copy_(row[: diagonal.shape[0]])
-    return cores
 
 
 def cores_and_signs(singular_values, keys, tensor_ids, sign_ids, assemble):
-    """Z_init and xi of each matrix, drawn by a backend's ``assemble_gradient_``."""
+    """Z_init, its diagonal, and xi of each matrix, drawn by a backend's ``assemble_gradient_``."""
     device, one = singular_values[0].device, torch.ones(1, 1, dtype=torch.float32)
-    ranks = [len(s) for s in singular_values]
-    cores = [torch.empty(r, r, device=device, dtype=torch.float32) for r in ranks]
+    ranks = [s.shape[0] for s in singular_values]
+    cores: list[Tensor]
+    diagonals: Tensor | list[Tensor]
+    if len({*ranks}) == 1:  # in one piece: a few calls serve hundreds of matrices
+        stack = torch.empty(len(ranks), ranks[0], ranks[0], device=device, dtype=torch.float32)
+        cores, diagonals = list(stack.unbind()), stack.diagonal(dim1=1, dim2=2)
+    else:
+        cores = [torch.empty(r, r, device=device, dtype=torch.float32) for r in ranks]
+        diagonals = [core.diagonal() for core in cores]
     signs = list(torch.ones(len(ranks), 1, device=device, dtype=torch.float32).unbind())
     assemble(cores, AssembleArguments(keys[:1], one, tensor_ids))
     if len(keys) > 1:
         assemble(signs, AssembleArguments(keys[1:], one, sign_ids, distribution="rademacher"))
-    return cores, signs
+    return cores, diagonals, signs
 
 
 def aligned_core(singular_values, keys, tensor_ids, sign_ids, delta, assemble=assemble_gradient_):
     """Noise from the backend; the arithmetic, on r float64 numbers per matrix, is here: the same bits everywhere."""
-    cores, signs = cores_and_signs(singular_values, keys, tensor_ids, sign_ids, assemble)
-    return aligned(cores, singular_values, signs, delta)
+    cores, diagonals, signs = cores_and_signs(singular_values, keys, tensor_ids, sign_ids, assemble)
+    aligned(diagonals, singular_values, signs, delta)
+    return cores
 
 
 def lowrank_perturb_(weights, out, arguments: LowRankArguments):

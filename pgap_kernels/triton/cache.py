@@ -40,7 +40,7 @@ class Cache:
         found = self.captured.get(key)
         if found is not None:
             return found
-        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         if key not in self.entries:
             if capturing:
                 raise RuntimeError(

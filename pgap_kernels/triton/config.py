@@ -87,7 +87,8 @@ _HOPPER_FLOAT32 = (
     *_SMALL,
     LowRankConfig(64, 64, resident=False, makes=False, config=Config(registers=255)),
     LowRankConfig(128, 64, resident=True, makes=False, config=_EIGHT_WARPS),
-    *[LowRankConfig(64, 64, resident=False, makes=False, config=Config(registers=255))] * 2,
+    _STEPS,
+    _STEPS,
 )
 _HOPPER_HALF = (
     *_SMALL,

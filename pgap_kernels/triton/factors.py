@@ -137,9 +137,11 @@ def precision_on(device: torch.device, dtype: torch.dtype, rank: int) -> str:
 
 
 def pass_precision(device: torch.device, dtype: torch.dtype, rank: int) -> str:
-    """The same in a pass over W. There three TF32 products stand for one of float32, too, where they were timed: the
-    error of each is below 2^-22 of it, and by fma a pass takes several times as long as a library's product."""
-    return "tf32x3" if architecture(device) == "hopper" and rank >= 16 else precision_on(device, dtype, rank)
+    """The same in a pass over W. There three TF32 products stand for one of float32, too, where they were timed: by fma
+    a pass takes several times as long as a library's product. Tensor cores cut off where they sum, so beyond rank 64
+    the error would be more than twice that of IEEE products."""
+    three = architecture(device) == "hopper" and 16 <= rank <= 64
+    return "tf32x3" if three else precision_on(device, dtype, rank)
 
 
 class FactorList(NamedTuple):
@@ -212,7 +214,7 @@ def make_factors(
         table=table.pointers,
         keys_ptr=keys,
         workspace_ptr=workspace,
-        FACTORS=factors_of(weight, rank, kind, factors, FactorList([]), core),
+        FACTORS=factors_of(rank, kind, factors, FactorList([]), core, precision_on(device, dtype, rank)),
         KEY=key,
         TYPE=TYPES[dtype],
         TILE=PRODUCT,
@@ -221,9 +223,9 @@ def make_factors(
 
 
 def factors_of(
-    weight: Tensor, rank: int, kind: str, left: FactorList, right: FactorList, core: Sequence[Tensor]
+    rank: int, kind: str, left: FactorList, right: FactorList, core: Sequence[Tensor], precision: str
 ) -> Factors:
-    """The constants of a kernel for such weights."""
+    """The constants of a kernel."""
     return Factors(
         rank,
         triton.next_power_of_2(rank),
@@ -231,6 +233,6 @@ def factors_of(
         left.dtype and TYPES[left.dtype],
         right.dtype and TYPES[right.dtype],
         TYPES[core[0].dtype] if core else None,
-        pass_precision(weight.device, weight.dtype, rank),
+        precision,
         left.aligned and right.aligned,
     )

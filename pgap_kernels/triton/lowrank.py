@@ -26,6 +26,7 @@ from .factors import (
     factors_of,
     left_tile,
     make_factors,
+    pass_precision,
     product_tile,
     stored_factors,
 )
@@ -358,7 +359,7 @@ def lowrank_perturb_(weights, out, arguments: LowRankArguments):
         skip_ptr=guard(device, coefficient, decay),
         scalars=LowRankScalars(keys, coefficients, decays, keys_on(device, rounding_key)),
         workspaces=Workspaces(a.workspace, b.workspace),
-        FACTORS=factors_of(weight, rank, kind, a, b, core),
+        FACTORS=factors_of(rank, kind, a, b, core, pass_precision(device, weight.dtype, rank)),
         TILE=config,
         UPDATE=update,
         CORE_STEP=PRODUCT.step,

@@ -148,7 +148,7 @@ def capture(monkeypatch):
     """What follows is taken for a graph capture."""
 
     def begin():
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
 
     return begin
