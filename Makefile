@@ -2,6 +2,7 @@
 # make test       set up, then lint, type-check and run every test that is not slow
 # make test-slow  the tests that are
 # make sanitize   run the C++ kernels' own tests, and those of the ops, under ASan and UBSan
+# make gpu        on a machine with an NVIDIA GPU, nothing installed but torch and Triton: everything worth knowing of it
 # make neon       cross-compile for aarch64 and compare its bits with this machine's, under an emulator
 # All prepare what is missing and are quick the second time.
 
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 KERNELS := $(wildcard csrc/*) setup.py
 DEMO_OUTPUT ?= runs/demo
 
-.PHONY: demo test test-slow sanitize neon lint setup fetch clean
+.PHONY: demo test test-slow sanitize gpu neon lint setup fetch clean
 .DELETE_ON_ERROR:
 
 demo: setup fetch
@@ -48,6 +49,10 @@ sanitize: setup
 	PYTHONPATH=build/sanitize/python:. ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))" \
 		$(BIN)/pytest -q -n 2 --capture=sys -k "cpu or guards" $(OPS_TESTS)
+
+# With that machine's own Python: its torch is built for its GPU.
+gpu:
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu
 
 # The same bits on aarch64, emulated, as here.
 neon:

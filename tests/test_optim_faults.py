@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pgap_kernels import ops
-from pgap_kernels.optim import PGAP, MeZO
+from pgap_kernels.optim import PGAP, CapturedClosure, MeZO
 
 ROW = {row.id: row for row in ROWS}
 
@@ -131,3 +131,9 @@ def test_an_update_that_overflows_with_its_scale_is_skipped(mode):
     assert opt.skipped == 1 and opt.steps == 1
     for name, after in snapshot(model).items():
         assert ((after - before[name]).abs() <= (1e-5 if mode == "inplace" else 0)).all()
+
+
+def test_forwards_are_captured_on_a_gpu_only():
+    _, opt, closure = build(ROWS[0], "inplace")
+    with pytest.raises(ValueError, match=r"^optimizer: got weights on cpu; accepted: weights on a CUDA device"):
+        CapturedClosure(opt, closure)

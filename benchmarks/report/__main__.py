@@ -7,7 +7,8 @@
 
 It reads every kernels*.json and step*.json of --data, which are of one machine, and counts their runs together. The
 page is docs/benchmarks.in.md, where the text is written, with tables in place of {{targets}}, {{machine}}, {{kernels}},
-{{idioms}} and {{steps}}; figures go to the folder figures beside the page. Nothing is measured here.
+{{idioms}} and {{steps}}, and of what benchmarks.gpu wrote to the folders gpu/* of --data in place of {{gpu targets}},
+{{gpu kernels}} and {{gpu steps}}; figures go to the folder figures beside the page. Nothing is measured here.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from benchmarks.harness.machine import text
 from benchmarks.harness.tables import Table
 from benchmarks.harness.targets import table as targets_table
 from benchmarks.kernels import targets as kernel_targets
-from benchmarks.report import kernel_tables, step_tables
+from benchmarks.report import gpu_tables, kernel_tables, step_tables
 from benchmarks.step import targets as step_targets
 
 MACHINE = ("device", "processor", "torch", "python")  # figures of different ones do not go together
@@ -57,8 +58,12 @@ def load(folder: Path) -> dict[str, list[dict]]:
     return found
 
 
-def page(template: str, reports: dict[str, list[dict]]) -> str:
-    """The template with its placeholders filled."""
+def page(template: str, reports: dict[str, list[dict]], gpu: dict[str, str]) -> str:
+    """The template with its placeholders filled.
+
+    Args:
+        gpu: those of a GPU, filled.
+    """
     kernels, steps = (_rows(reports[command]) for command in ("kernels", "step"))
     targets = targets_table([*kernel_targets.targets(kernels), *step_targets.targets(steps)])
     rows = [[*line, verdict.replace("missed", "**missed**")] for *line, verdict in targets.rows]
@@ -68,6 +73,7 @@ def page(template: str, reports: dict[str, list[dict]]) -> str:
         "idioms": kernel_tables.idioms(kernels),
         "kernels": "\n\n".join(kernel_tables.tables(kernels)) or "Not measured.",
         "steps": "\n\n".join(step_tables.tables(steps)) or "Not measured.",
+        **gpu,
     }
     unknown = set(re.findall(r"{{(.*?)}}", template)) - set(parts)
     if unknown:
@@ -110,7 +116,7 @@ def main(given: Sequence[str] | None = None) -> int:
         parser.error(f"--docs: {args.docs} has no benchmarks.in.md; accepted: a folder that has")
     try:
         reports = load(args.data)
-        written = page(template.read_text(), reports)
+        written = page(template.read_text(), reports, gpu_tables.parts(args.data / "gpu"))
     except Refused as error:
         print(f"python -m benchmarks.report: {error}", file=sys.stderr)
         return 2
