@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 pytest.importorskip("transformers")
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import kernels, tests
+from benchmarks.gpu import kernels, packed, tests
 from benchmarks.gpu.part import Part
 from benchmarks.gpu.targets import targets
 from benchmarks.report import gpu_tables
@@ -55,10 +55,29 @@ def test_a_part_that_hangs_is_stopped_with_all_that_it_started(tmp_path, monkeyp
     file = tmp_path / "test_some.py"
     file.write_text(TESTS)
     monkeypatch.setattr(gpu, "GRACE", 0.0)
-    part = Part("tests", tmp_path, seconds=6.0, tests=(str(file), "-p", "no:randomly"))
+    part = Part("tests", tmp_path, seconds=6.0, given=(str(file),))
     assert gpu.run_part(part).startswith(("stopped", "completed"))
     left = subprocess.run(["pgrep", "-f", str(file)], capture_output=True, text=True, check=False).stdout
     assert left == ""
+
+
+def test_files_travel_in_pieces(tmp_path):
+    files = [tmp_path / name for name in ("a.whl", "b.txt")]
+    for number, file in enumerate(files):
+        file.write_bytes(bytes(range(256)) * (100 + number))
+    pieces = packed.pack(files, tmp_path / "pieces", size=20_000)
+    assert len(pieces) > 2 and max(piece.stat().st_size for piece in pieces) == 20_000
+    there = packed.unpack(tmp_path / "pieces", tmp_path / "there")
+    assert [file.read_bytes() for file in there] == [file.read_bytes() for file in files]
+    pieces[1].write_bytes(b"other")
+    with pytest.raises(packed.Incomplete, match=r"piece\.001 is not what was packed"):
+        packed.unpack(tmp_path / "pieces", tmp_path / "again")
+    pieces[1].unlink()
+    with pytest.raises(packed.Incomplete, match=r"piece\.001 is missing"):
+        packed.unpack(tmp_path / "pieces", tmp_path / "again")
+    with pytest.raises(packed.Incomplete, match=r"has no pieces\.json"):
+        packed.unpack(tmp_path, tmp_path / "again")
+    assert not list((tmp_path / "again").glob("*"))
 
 
 def test_targets_and_page_of_rows(tmp_path):
@@ -101,12 +120,13 @@ def test_refusals(capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.model
 def test_rehearsal(tmp_path):
     """Every part ends by itself, and has rows."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--minutes", "8", "--out", str(tmp_path)]
-    done = subprocess.run([*command, "--only", *gpu.SHARES], capture_output=True, text=True, timeout=500)
+    done = subprocess.run([*command, "--only", *gpu.SHARES, *gpu.EXTRA], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout
-    for name in gpu.SHARES:
-        if name != "profile":
+    for name in (*gpu.SHARES, *gpu.EXTRA):
+        if name != "profile":  # which has nothing to say here
             rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
             assert rows and not any("error" in row for row in rows), name

@@ -11,6 +11,8 @@ Parts, in order of worth; each is a process of its own with its share of what is
     step         whole steps on OPT-1.3B's shapes against their forwards, with and without CUDA graphs; populations
     sanitizer    a small call of every kernel under compute-sanitizer (memcheck, racecheck)
     profile      Nsight Compute on one launch of the most important kernels (DIR/profile.txt)
+    learning     the built-in model fine-tuned, then cells of the convergence study; only if asked for. Where there is
+                 no network the model comes in pieces (python -m benchmarks.gpu.packed)
     tuning       alternatives to the entries of the table of launch configurations; only if asked for
 
 Each writes DIR/PART.jsonl, a row as soon as it is there, and DIR/PART.log. A part that hangs or crashes loses nothing
@@ -40,8 +42,8 @@ from benchmarks.harness.tables import Table
 from benchmarks.harness.targets import table as targets_table
 
 # Shares of the time: of what is left, each part gets its own over those of it and the parts to come.
-SHARES = {"known": 1.0, "tests": 4.0, "kernels": 3.0, "step": 3.0, "sanitizer": 1.5, "profile": 1.0, "tuning": 1.5}
-USUAL = [name for name in SHARES if name != "tuning"]
+SHARES = {"known": 1.0, "tests": 4.0, "kernels": 3.0, "step": 3.0, "sanitizer": 1.5, "profile": 1.0}
+EXTRA = {"learning": 3.0, "tuning": 1.5}  # only if asked for
 GRACE = 5.0  # seconds beyond its share after which a part is killed
 
 
@@ -50,7 +52,7 @@ def run_part(part: Part) -> str:
     environment = dict(os.environ)
     if part.rehearse and part.name in ("known", "kernels", "tuning", "profile"):
         environment["TRITON_INTERPRET"] = "1"
-    given = [part.name, str(part.out), f"{part.seconds:.1f}", "rehearse" if part.rehearse else "run", *part.tests]
+    given = [part.name, str(part.out), f"{part.seconds:.1f}", "rehearse" if part.rehearse else "run", *part.given]
     command = [sys.executable, "-m", "benchmarks.gpu.part", *given]
     with (part.out / f"{part.name}.log").open("w") as log:
         process = subprocess.Popen(
@@ -67,16 +69,19 @@ def run_part(part: Part) -> str:
             process.wait()
 
 
-def main(given: Sequence[str] | None = None) -> int:
-    args = arguments(given)
+def main(argv: Sequence[str] | None = None) -> int:
+    args = arguments(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * args.minutes
+    weights = SHARES | EXTRA
+    given = {"tests": args.tests, "learning": [str(args.packed)] if args.packed else []}
     ended: list[list[str]] = []
     rows: dict[str, list[dict]] = {}
     bad = False
     for number, name in enumerate(args.only):
-        share = SHARES[name] / sum(SHARES[other] for other in args.only[number:])
-        part = Part(name, args.out, max(1.0, (end - time.monotonic()) * share), args.rehearse, tuple(args.tests))
+        share = weights[name] / sum(weights[other] for other in args.only[number:])
+        seconds = max(1.0, (end - time.monotonic()) * share)
+        part = Part(name, args.out, seconds, args.rehearse, tuple(given.get(name, ())))
         part.file.unlink(missing_ok=True)
         print(f"{name}: up to {part.seconds:.0f} s, rows in {part.file}", flush=True)
         how = run_part(part)
@@ -99,8 +104,10 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--minutes", type=float, default=8.0, help="for all parts together; default: %(default)g")
     add("--out", type=Path, metavar="DIR", default=Path("runs/gpu"), help="default: %(default)s")
-    add("--only", nargs="+", choices=tuple(SHARES), metavar="PART", default=USUAL, help="default: all but tuning")
+    names, usual = (*SHARES, *EXTRA), "all but learning and tuning"
+    add("--only", nargs="+", choices=names, metavar="PART", default=list(SHARES), help=f"default: {usual}")
     add("--tests", nargs="+", metavar="TEST", default=[], help="of part tests, as pytest takes them; default: all")
+    add("--packed", type=Path, metavar="FOLDER", help="of part learning: the model, of benchmarks.gpu.packed")
     add("--rehearse", action="store_true", help="on a CPU: shows that only the GPU can be new")
     args = parser.parse_args(given)
     if not args.minutes > 0:

@@ -1,6 +1,6 @@
 """What a part of ``benchmarks.gpu`` is given, and the process that it runs in.
 
-``python -m benchmarks.gpu.part NAME OUT SECONDS rehearse|run [TEST ...]`` is how ``benchmarks.gpu`` starts it.
+``python -m benchmarks.gpu.part NAME OUT SECONDS rehearse|run [MORE ...]`` is how ``benchmarks.gpu`` starts it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class Part:
         out: the folder of results; a part writes ``NAME.jsonl`` there and may add files of its own.
         seconds: its share of the time. What is not over then is stopped from outside, so it stops itself before.
         rehearse: run every line on a CPU, on small tensors.
-        tests: of part ``tests``, those to run, as pytest takes them; default: all.
+        given: of part tests, those to run, as pytest takes them; of part learning, the folder of the packed model.
     """
 
     name: str
     out: Path
     seconds: float
     rehearse: bool = False
-    tests: tuple[str, ...] = ()
+    given: tuple[str, ...] = ()
     begin: float = field(default_factory=time.monotonic)
 
     @property
@@ -63,8 +63,8 @@ class Part:
         return found
 
 
-def main(name: str, out: str, seconds: str, rehearse: str, *tests: str) -> None:
-    part = Part(name, Path(out), float(seconds), rehearse == "rehearse", tests)
+def main(name: str, out: str, seconds: str, rehearse: str, *given: str) -> None:
+    part = Part(name, Path(out), float(seconds), rehearse == "rehearse", given)
     importlib.import_module(f"benchmarks.gpu.{name}").run(part)
 
 

@@ -29,7 +29,7 @@ def run(part: Part, tests: Sequence[str] = (), prefix: Sequence[str] = (), worke
         workers: processes; default: two fewer than there are cores. 0: pytest itself.
     """
     workers = max(1, (os.cpu_count() or 1) - 2) if workers is None else workers
-    given = list(tests or part.tests) or (REHEARSED if part.rehearse else ["tests"])
+    given = list(tests or part.given) or (REHEARSED if part.rehearse else ["tests"])
     command = [*prefix, sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--tb=short", "-p", "no:cacheprovider"]
     command += ["-p", "benchmarks.gpu.plugin", "--record", str(part.file)]
     if workers:

@@ -155,11 +155,9 @@ class NoiseOperands(Operands):
     def fill(self, position: int, tensor: Tensor, out: Tensor, decay: Tensor) -> None:
         ops.write_into(self.op, [tensor], [out], decay=decay, **self.options[position])
 
-    def fill_all(
-        self, positions: Sequence[int], tensors: Sequence[Tensor], out: Sequence[Tensor], decay: Sequence[float]
-    ) -> None:
+    def fill_all(self, positions: Sequence[int], tensors: Sequence[Tensor], out: Sequence[Tensor]) -> None:
         if self.op != "dense_perturb_":  # each has a mask or a curvature of its own
-            super().fill_all(positions, tensors, out, decay)
+            super().fill_all(positions, tensors, out)
             return
         options = [self.options[i] for i in positions]
         ops.write_into(
@@ -168,7 +166,7 @@ class NoiseOperands(Operands):
             list(out),
             keys=self.host_keys,
             coefficients=self.rows[:, list(positions)],
-            decay=torch.tensor([decay], dtype=torch.float32, device="cpu"),
+            decay=torch.zeros(1, 1, dtype=torch.float32, device="cpu"),
             tensor_ids=[x for own in options for x in own["tensor_ids"]],
             slices=[x for own in options for x in own["slices"]],
             distribution=options[0]["distribution"],

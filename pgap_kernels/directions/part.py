@@ -148,12 +148,11 @@ class Operands(ABC):
     def fill(self, position: int, tensor: Tensor, out: Tensor, decay: Tensor) -> None:
         """out <- tensor - decay * tensor + the part, for the weight at a position; decay is a (1, 1) device tensor."""
 
-    def fill_all(
-        self, positions: Sequence[int], tensors: Sequence[Tensor], out: Sequence[Tensor], decay: Sequence[float]
-    ) -> None:
-        """``fill`` for several weights, with what was loaded last and decays of the host."""
-        for position, tensor, filled, d in zip(positions, tensors, out, decay, strict=True):
-            self.fill(position, tensor, filled, torch.full((1, 1), d, dtype=torch.float32, device="cpu"))
+    def fill_all(self, positions: Sequence[int], tensors: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+        """``fill`` for several weights, without decay, with what was loaded last."""
+        no_decay = torch.zeros(1, 1, dtype=torch.float32, device="cpu")
+        for position, tensor, filled in zip(positions, tensors, out, strict=True):
+            self.fill(position, tensor, filled, no_decay)
 
     def fold(self, position: int) -> Fold:
         """The factors and the core of one weight, for parts that act on outputs."""

@@ -4,8 +4,8 @@
     scratch   a layer runs on a perturbed copy in one reused buffer; the weights see updates only
     folded    a low-rank direction acts on the layer's output; the weights see updates only
 
-Imports: modes -> folded -> folds, scratch -> stacked, arena -> hooks, and inplace -> base -> residual; beside:
-observers.
+Imports: modes -> folded -> folds, scratch -> stacked, vectors -> arena -> hooks, and inplace -> base -> residual;
+beside: observers.
 """
 
 from .base import Perturbation, StateRule, Update

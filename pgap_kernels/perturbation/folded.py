@@ -136,9 +136,6 @@ class Folded(Scratch):
     def decay_of(self, index: int) -> Tensor:
         return self.faded[self.weights[index].tensor.device][index]
 
-    def faded_share(self, index: int) -> float:
-        return 1.0 - self.keep[index]
-
     def leave(self, number: int, args: tuple, kwargs: dict, output: Any) -> Any:
         if not self.active and not self.window:
             return None

@@ -180,7 +180,8 @@ class Scratch(Perturbation):
             self.stacked = [StackedForward(self, use) for use in self.uses]
 
     def _fill_vectors(self, point: int) -> None:
-        """The vectors' copies at a point: each op call fills those of a part together."""
+        """The vectors' copies at a point: each op call fills those of a part together. A vector's W is what the model
+        has: windows, which fade it, are of matrices."""
         moved = {ref.index for refs in self.filled for ref in refs if self._is_early(ref)}  # here or at another point
         shown = {index: fills for index in moved if (fills := self.fills_of(index, point))}
         for index in moved - shown.keys():
@@ -194,7 +195,6 @@ class Scratch(Perturbation):
                 [loaded.position for _, loaded in group],
                 [self.weights[i].tensor for i in indices],
                 [self.vectors.at(i, point) for i in indices],
-                [self.faded_share(i) for i in indices],
             )
         for index, (_, *others) in shown.items():
             for loaded in others:
@@ -224,10 +224,6 @@ class Scratch(Perturbation):
     def decay_of(self, index: int) -> Tensor:
         """The share of a weight that a fill leaves out, (1, 1): none here, 1 - s in mode folded."""
         return self.no_decay[self.weights[index].tensor.device]
-
-    def faded_share(self, index: int) -> float:
-        """``decay_of`` as the host has it."""
-        return 0.0
 
     # ---- a forward --------------------------------------------------------------------------------------------------
 
