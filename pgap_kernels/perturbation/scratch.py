@@ -13,6 +13,7 @@ import contextlib
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -89,7 +90,7 @@ class Scratch(Perturbation):
         self.on_cuda = any(w.tensor.is_cuda for w in self.weights)
         # A stack: the uses whose forwards are running, each with what gives the module its parameters back.
         self.frames: list[tuple[int, Callable[[], None]]] = []
-        self.lent: set[int] = set()  # ids of the buffer's tensors that stand in for parameters now
+        self.lent: Counter[int] = Counter()  # ids of the tensors that stand in for parameters now: how many times
         self.source: set[int] = set()  # address of the parameter that is being read to fill the buffer, if any
         self.calls: list[int] = []  # of each use's module, in the last forward
         self.replays: set[Hashable] = set()  # graph keys of forwards that were captured in a CUDA graph
@@ -308,7 +309,7 @@ class Scratch(Perturbation):
         if self.searching and not any(self.calls):
             self.must_repeat = _is_called_compiled()  # as the next ones will run compiled, and may round differently
         for ref in use.refs:
-            if not ref.is_in_place() and id(ref.owner._parameters.get(ref.name)) not in self.lent:
+            if not ref.is_in_place() and not self.lent[id(ref.owner._parameters.get(ref.name))]:
                 raise RuntimeError(
                     f"closure: {self.weights[ref.index].name!r} was replaced for this forward (by functional_call or a "
                     "parametrization), so it would not be perturbed; accepted: forwards on the model's own parameters. "
@@ -334,7 +335,7 @@ class Scratch(Perturbation):
         def undo() -> None:
             for ref, out, before in reversed(taken):
                 ref.owner._parameters[ref.name] = before  # not the parameter if the module runs inside itself
-                self.lent.discard(id(out))
+                self.lent[id(out)] -= 1
                 if not self._is_early(ref):
                     self.arena.give_back(ref.parameter)
 
@@ -343,7 +344,7 @@ class Scratch(Perturbation):
             early = self._is_early(ref)
             out = self.vectors.at(ref.index, point) if early else self.arena.take(ref.parameter)
             taken.append((ref, out, ref.owner._parameters[ref.name]))
-            self.lent.add(id(out))
+            self.lent[id(out)] += 1
             ref.owner._parameters[ref.name] = out  # type: ignore[assignment]
             if not early:
                 self.source = {ref.parameter.data_ptr()}

@@ -76,6 +76,18 @@ class Containers(nn.Module):
         return self.last((x @ self.table["scale"] + self.table["shift"]) * self.several[0])
 
 
+class Branches(nn.Module):
+    """Runs inside itself, twice at each level."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.eye(8)), nn.Parameter(torch.zeros(8))
+
+    def forward(self, x: Tensor, levels: int = 2) -> Tensor:
+        y = torch.tanh(F.linear(x, self.weight, self.bias))
+        return y if not levels else y + self(y, levels - 1) - self(x, levels - 1)
+
+
 def hooked_weight_norm() -> nn.Module:
     with pytest.warns(FutureWarning, match="weight_norm"):
         return nn.Sequential(nn.utils.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 2))
@@ -101,6 +113,7 @@ MODELS = {
     "attention": Attention,
     "encoder": Encoder,
     "containers": Containers,
+    "branches": lambda: nn.Sequential(Branches(), nn.Linear(8, 2)),
     "adapters": adapted,
     "weight_norm": lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 2)),
     "weight_norm_by_hook": hooked_weight_norm,
