@@ -8,7 +8,8 @@
 It reads every kernels*.json and step*.json of --data, which are of one machine, and counts their runs together. The
 page is docs/benchmarks.in.md, where the text is written, with tables in place of {{targets}}, {{machine}}, {{kernels}},
 {{idioms}} and {{steps}}, and of what benchmarks.gpu wrote to the folders gpu/* of --data in place of {{gpu targets}},
-{{gpu kernels}} and {{gpu steps}}; figures go to the folder figures beside the page. Nothing is measured here.
+{{gpu kernels}} and {{gpu steps}}, and the reports of benchmarks.methods in methods/* in place of {{methods}}.
+Figures go to the folder figures beside the page. Nothing is measured here.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from benchmarks.harness.machine import text
 from benchmarks.harness.tables import Table
 from benchmarks.harness.targets import table as targets_table
 from benchmarks.kernels import targets as kernel_targets
-from benchmarks.report import gpu_tables, kernel_tables, step_tables
+from benchmarks.report import gpu_tables, kernel_tables, method_tables, step_tables
 from benchmarks.step import targets as step_targets
 
 MACHINE = ("device", "processor", "torch", "python")  # figures of different ones do not go together
@@ -58,11 +59,11 @@ def load(folder: Path) -> dict[str, list[dict]]:
     return found
 
 
-def page(template: str, reports: dict[str, list[dict]], gpu: dict[str, str]) -> str:
+def page(template: str, reports: dict[str, list[dict]], more: dict[str, str]) -> str:
     """The template with its placeholders filled.
 
     Args:
-        gpu: those of a GPU, filled.
+        more: what those stand for that have no part in the reports.
     """
     kernels, steps = (_rows(reports[command]) for command in ("kernels", "step"))
     targets = targets_table([*kernel_targets.targets(kernels), *step_targets.targets(steps)])
@@ -73,7 +74,7 @@ def page(template: str, reports: dict[str, list[dict]], gpu: dict[str, str]) -> 
         "idioms": kernel_tables.idioms(kernels),
         "kernels": "\n\n".join(kernel_tables.tables(kernels)) or "Not measured.",
         "steps": "\n\n".join(step_tables.tables(steps)) or "Not measured.",
-        **gpu,
+        **more,
     }
     unknown = set(re.findall(r"{{(.*?)}}", template)) - set(parts)
     if unknown:
@@ -116,7 +117,8 @@ def main(given: Sequence[str] | None = None) -> int:
         parser.error(f"--docs: {args.docs} has no benchmarks.in.md; accepted: a folder that has")
     try:
         reports = load(args.data)
-        written = page(template.read_text(), reports, gpu_tables.parts(args.data / "gpu"))
+        more = gpu_tables.parts(args.data / "gpu") | method_tables.parts(args.data / "methods")
+        written = page(template.read_text(), reports, more)
     except Refused as error:
         print(f"python -m benchmarks.report: {error}", file=sys.stderr)
         return 2
