@@ -17,8 +17,9 @@ from .noise import check_uint
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INDEX_LIMIT = (1 << 63) - 1
 _LARGEST = torch.finfo(torch.float32).max
-# Set while all scalars that are on the device were checked on the host, so that no launch has to look at them there.
-trusted: ContextVar[bool] = ContextVar("trusted", default=False)
+# Set while a pass writes no weights: a scalar on the device that is not finite then spoils a loss, which is seen, and
+# no launch has to look at it first.
+unguarded: ContextVar[bool] = ContextVar("unguarded", default=False)
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))  # other subclasses may override dtype or strides
 
 

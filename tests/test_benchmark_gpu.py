@@ -12,10 +12,12 @@ pytest.importorskip("triton")
 pytest.importorskip("transformers")
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import kernels, packed, tests
+from benchmarks.gpu import kernels, packed, tests, tuning
 from benchmarks.gpu.part import Part
 from benchmarks.gpu.targets import targets
+from benchmarks.kernels.ops import OPS, weights
 from benchmarks.report import gpu_tables
+from tools.compiled.launches import recorded
 
 TESTS = """
 import pytest, time
@@ -104,6 +106,20 @@ def test_targets_and_page_of_rows(tmp_path):
     assert "| dense | bfloat16 | ours | 1.000 |" in parts["gpu kernels"]
     assert "MeZO, in place" in parts["gpu steps"]
     assert set(gpu_tables.parts(tmp_path / "none").values()) == {"Not measured."}
+
+
+@pytest.mark.parametrize("op", ["dense", "lowrank", "forward"])
+def test_alternatives_are_what_is_launched(op):
+    """Else all of them take the same time, as that of the usual entry."""
+    rank = None if op == "dense" else 16
+    found = [a for a in tuning.alternatives() if (a.op, a.rank) == (op, rank)]
+    more = [x for x in (rank, 8 if op == "forward" else None) if x is not None]
+    case = OPS[op].case(weights((128, 96), "bfloat16"), *more)
+    launched = []
+    for alternative in found:
+        with tuning.instead(alternative):
+            launched.append([(repr(x.options), repr(x.arguments.get("TILE"))) for x in recorded(case.ours, "hopper")])
+    assert all(launched[0] != other for other in launched[1:])
 
 
 def test_what_is_too_slow_is_no_failure():

@@ -34,10 +34,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.gpu.known import ROOT
-from benchmarks.gpu.part import Part
+from benchmarks.gpu.part import ROOT, Part
 from benchmarks.gpu.targets import targets
-from benchmarks.harness import options
+from benchmarks.harness import machine, options
 from benchmarks.harness.tables import Table
 from benchmarks.harness.targets import table as targets_table
 
@@ -118,8 +117,6 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _refusal() -> str | None:
-    from benchmarks.harness import machine
-
     reason = machine.refusal("cuda", "dense_perturb_")
     return reason and reason.replace("--device: got cuda, but ", "") + ". `--rehearse` runs it all on a CPU"
 

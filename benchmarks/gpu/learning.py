@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.gpu import packed
-from benchmarks.gpu.known import ROOT
-from benchmarks.gpu.part import Part
+from benchmarks.gpu.part import ROOT, Part
 from benchmarks.harness.tables import Table
 
 METHODS = (("pgap", "float32"), ("mezo", "bfloat16"), ("pgap", "bfloat16"))

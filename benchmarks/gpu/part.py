@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+ROOT = Path(__file__).parents[2]
+
 
 @dataclass
 class Part:

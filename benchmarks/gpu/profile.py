@@ -10,8 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks.gpu.kernels import LAYER, SHAPE, SMALL, TOKENS
-from benchmarks.gpu.known import ROOT
-from benchmarks.gpu.part import Part
+from benchmarks.gpu.part import ROOT, Part
 from benchmarks.harness.tables import Table
 from benchmarks.kernels.ops import OPS, weights
 from pgap_kernels import use_backend

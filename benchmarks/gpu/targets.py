@@ -55,10 +55,8 @@ def _kernel(reach: Reach, rows: Sequence[dict]) -> Target:
     own = [r for r in own if "seconds" in r]
     ours = [r for r in own if r["provider"] == "ours"]
     if reach.figure == "copy_share":
-        bound, values = (
-            f"≥ {reach.at_least:g} of the copy's bandwidth",
-            [r["copy_share"] for r in ours if "copy_share" in r],
-        )
+        bound = f"≥ {reach.at_least:g} of the copy's bandwidth"
+        values = [r["copy_share"] for r in ours if "copy_share" in r]
     else:
         bound = f"≥ {reach.at_least:g}x faster than {reach.figure}"
         others = [r["seconds"] for r in own if r["provider"] == reach.figure]

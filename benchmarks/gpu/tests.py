@@ -9,8 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 
-from benchmarks.gpu.known import ROOT
-from benchmarks.gpu.part import Part
+from benchmarks.gpu.part import ROOT, Part
 from benchmarks.harness.tables import Table
 
 SHUTDOWN = 4.0  # seconds for what is left to do at the end
@@ -37,13 +36,14 @@ def run(part: Part, tests: Sequence[str] = (), prefix: Sequence[str] = (), worke
     if importlib.util.find_spec("pytest_timeout"):
         command += ["--timeout", str(HANGS)]
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    before = len(part.rows())
     process = subprocess.Popen([*command, *given], cwd=ROOT, env=os.environ | THREADS | {"PYTHONPATH": paths})
     try:
         code: int | str = process.wait(max(1.0, part.left - SHUTDOWN))
     except subprocess.TimeoutExpired:
         process.terminate()  # its workers end with it
         code = "stopped"
-    rows = part.rows()
+    rows = part.rows()[before:]
     ids = next((row["collected"] for row in rows if "collected" in row), [])
     over = {row["test"] for row in rows if "test" in row}
     part.write(exit=code, not_run=[test for test in ids if test not in over])

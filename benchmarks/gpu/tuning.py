@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.gpu.kernels import LAYER, SHAPE, SMALL, TOKENS
-from benchmarks.gpu.known import ROOT
-from benchmarks.gpu.part import Part
+from benchmarks.gpu.part import ROOT, Part
 from benchmarks.harness.tables import Table
 from benchmarks.harness.timer import Call, medians, on_gpu, on_host
 from benchmarks.kernels.ops import OPS, weights
@@ -41,9 +40,9 @@ def alternatives() -> list[Alternative]:
     """The usual entry first, of each setting."""
     found = []
     for op in ("dense", "rademacher", "fast"):
-        entries = [config.DENSE[BFLOAT16]]
+        entries = [config.LEAN[BFLOAT16]]
         entries += [Config(warps, registers=n) for warps in (4, 8) for n in (128, 96, 80, 72, 64, 56)]
-        found += [Alternative(op, None, "DENSE", BFLOAT16, entry) for entry in dict.fromkeys(entries)]
+        found += [Alternative(op, None, "LEAN", BFLOAT16, entry) for entry in dict.fromkeys(entries)]
     for rank in (16, 64, 128):
         key = (True, BFLOAT16, next(limit for limit in BUCKETS if rank <= limit))
         entries = [config.LOWRANK[key], *(_lowrank(config.LOWRANK[key], rank))]

@@ -34,7 +34,7 @@ class Config(NamedTuple):
 # A thread's share of a tile is 128 bits of each lane: 8 elements of 16 bits, or 4 of 32.
 DENSE = {torch.float32: Config(num_warps=8), torch.bfloat16: Config(), torch.float16: Config()}
 # One draw and little else fits into fewer registers, so that seven programs run on a processor instead of five.
-LEAN = Config(registers=72)
+LEAN = {torch.bfloat16: Config(registers=72), torch.float16: Config(registers=72)}
 # Kernels with extra operands process 4 elements per thread for every dtype: 128-bit accesses for float32 state, and 8
 # would exceed 128 registers. 16-bit weights are then accessed 64 bits at a time.
 FOUR_EACH = Config(num_warps=8)
@@ -43,7 +43,7 @@ FOUR_EACH = Config(num_warps=8)
 def dense_config(dtype: torch.dtype, draws: int, lean: bool) -> Config:
     """The configuration of a dense pass over so many unrolled draws (0: in a loop); ``lean``: it does no more than add
     them to weights."""
-    return LEAN if lean and draws == 1 and dtype != torch.float32 else DENSE[dtype]
+    return LEAN.get(dtype, DENSE[dtype]) if lean and draws == 1 else DENSE[dtype]
 
 
 class LowRankConfig(NamedTuple):

@@ -138,8 +138,8 @@ def precision_on(device: torch.device, dtype: torch.dtype, rank: int) -> str:
 
 def pass_precision(device: torch.device, dtype: torch.dtype, rank: int) -> str:
     """The same in a pass over W. There three TF32 products stand for one of float32, too, where they were timed: by fma
-    a pass takes several times as long as a library's product. Tensor cores cut off where they sum, so beyond rank 64
-    the error would be more than twice that of IEEE products."""
+    a pass takes several times as long as a library's product. Tensor cores cut off where they sum: emulated, the
+    error beyond rank 64 is more than twice that of IEEE products."""
     three = architecture(device) == "hopper" and 16 <= rank <= 64
     return "tf32x3" if three else precision_on(device, dtype, rank)
 
