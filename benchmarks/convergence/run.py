@@ -141,7 +141,7 @@ class Run:
         return self.forwards >= following or last["seconds"] < self.study.seconds <= self.seconds
 
     def _evaluate(self) -> None:
-        score = self.scorer.evaluate(self.dataset.test, EVALUATION_BATCH)
+        score = self.scorer.evaluate(getattr(self.dataset, self.study.part), EVALUATION_BATCH)
         self.record["checkpoints"].append({
             "step": len(self.record["steps"]["losses"]), "forwards": self.forwards, "seconds": self.seconds,
             "loss": score.loss, "accuracy": score.accuracy,

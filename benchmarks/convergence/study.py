@@ -21,8 +21,12 @@ DEFAULT = Path(__file__).with_name("study.toml")
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda used: 1.0,
     "linear": lambda used: max(0.1, 1 - 0.9 * used),
+    "linear_to_zero": lambda used: max(0.0, 1 - used),  # that of `pgap-kernels finetune`
     "inverse": lambda used: 1 / (1 + 9 * used),
 }
+
+
+PARTS = ("dev", "test")
 
 
 class Refused(Exception):
@@ -68,7 +72,8 @@ class Study:
         baseline: the arm that times are compared with.
         forwards, seconds: budgets of a cell, which ends when both are used up.
         first_checkpoint: example-forwards before the first evaluation after the start.
-        targets: test losses by name.
+        targets: losses by name.
+        part: of the data, on which losses and targets are measured: "dev" where settings are chosen, else "test".
         task: options of ``finetune``'s ``Config``: model and data.
     """
 
@@ -78,6 +83,7 @@ class Study:
     seconds: float
     first_checkpoint: int
     targets: Mapping[str, float]
+    part: str
     task: Mapping[str, Any]
     cells: tuple[Cell, ...]
 
@@ -95,7 +101,7 @@ class Study:
         yield from heapq.merge(regular, [self.forwards])
 
 
-_KEYS = {"baseline", "forwards", "first_checkpoint", "seconds", "targets", "seeds", "task", "arms"}
+_KEYS = {"baseline", "forwards", "first_checkpoint", "seconds", "targets", "part", "seeds", "task", "arms"}
 _ARM_KEYS = {"name", "method", "batch", "schedule", "lr", "options"}
 
 
@@ -122,6 +128,8 @@ def load(file: Path, device: str, seconds: float | None = None, only: Sequence[s
     for option, given in (("--only", only or []), ("baseline", [found["baseline"]])):
         if missing := set(given) - set(names):
             raise Refused(f"{option}: got {missing.pop()!r}; accepted: {', '.join(names)}")
+    if found["part"] not in PARTS:
+        raise Refused(f"part: got {found['part']!r}; accepted: {', '.join(PARTS)}")
     if seconds is None and device not in found["seconds"]:
         raise Refused(f"seconds: {file.name} has none for {device!r}; accepted: one for it, or --seconds")
     return Study(
@@ -131,6 +139,7 @@ def load(file: Path, device: str, seconds: float | None = None, only: Sequence[s
         seconds=found["seconds"][device] if seconds is None else seconds,
         first_checkpoint=found["first_checkpoint"],
         targets=found["targets"],
+        part=found["part"],
         task=found["task"],
         cells=tuple(cell for cell in _cells(found) if not only or cell.arm in only),
     )

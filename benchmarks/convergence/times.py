@@ -55,7 +55,7 @@ class Best:
 
 
 def time_to(record: Record, target: float, axis: str, budget: float) -> Time:
-    """When a run's test loss first is at most the target, by interpolation between its checkpoints."""
+    """When a run's loss first is at most the target, by interpolation between its checkpoints."""
     points = [(point[axis], point["loss"]) for point in record["checkpoints"]]
     if points[0][1] <= target:
         raise Refused(f"targets: got {target:g}, but the loss starts at {points[0][1]:.4g}; accepted: less")
@@ -99,7 +99,7 @@ def fastest(found: dict[Setting, dict[int, Record]], target: float, axis: str, b
 
 
 def lowest(found: dict[Setting, dict[int, Record]], axis: str, budget: float) -> Best:
-    """The setting with the least mean test loss at a budget."""
+    """The setting with the least mean loss at a budget."""
 
     def order(setting: Setting) -> float:
         return statistics.fmean(loss_at(run, axis, budget)["loss"] for run in found[setting].values())

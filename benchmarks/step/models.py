@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pgap_kernels.finetune import models
+from pgap_kernels.finetune import layers, models
 from pgap_kernels.finetune.scoring import Encoded, Scorer
 
 BATCH = 16  # sentences
@@ -23,7 +23,7 @@ class Workload:
         self.name = name
         with torch.device(device):
             self.model = MODELS[name](dtype).eval().to(device)
-        models.freeze_all_but_linear_layers(self.model)
+        layers.choose(self.model, ["linear"])
         for parameter in self.model.parameters():  # in memory, rather than where a file is mapped
             parameter.data = parameter.data.clone()
 

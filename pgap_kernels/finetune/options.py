@@ -14,6 +14,7 @@ from typing import Any
 from .. import optim
 from ..optim import LowRankOptimizer, ZOOptimizer, method_options
 from ..optim.registry import method_class
+from .errors import UserError
 
 #: What this task changes of a method's own defaults.
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -25,15 +26,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "pgap": {"lr": 1.2e-4, "rank": 64},
 }
 
+#: The learning rate's course, for methods that were tried with it; constant for the others.
+SCHEDULES: dict[str, str] = {}
+
 #: The same of every method that has the option: nobody reads the weights before the run's loop has merged.
 OF_ALL: dict[str, Any] = {"merge": "window"}
 
 #: Options of methods that are options of the run as well; methods take the run's value.
 OF_THE_RUN = ("batch_size", "mode", "seed")
-
-
-class UserError(Exception):
-    """Something the user can put right; the message is one line that says what and how."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ Directions, modes and optimizers:
     methods         one row for each method: constructor options, and its naive step with the contract's noise
     contract        a run beside its naive method: losses at every point, weights after every step, whatever the mode
     finetune_tiny   a tiny random language model with its tokenizer, and a tiny labelled data set
+    tiny_families   the same of every family of transformers that can be made tiny
 
-Imports: contract -> methods -> counted, models -> counted; refusals, gpu, agreement -> cases -> helpers.
+Imports: contract -> methods -> counted, models -> counted; refusals, gpu, agreement -> cases -> helpers;
+tiny_families -> finetune_tiny.
 """

@@ -1,0 +1,165 @@
+"""Records of a data set, a dict each: from CSV, TSV, JSON Lines and Parquet files, `datasets` folders, and the hub."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .builtin import BUILT_IN, Record
+from .errors import UserError
+
+ACCEPTED = (
+    f"{', '.join(map(repr, BUILT_IN))}, a file that ends in .csv, .tsv, .jsonl or .parquet, a folder of the library "
+    "datasets, or the id of a data set on the hub"
+)
+
+
+def read(name: str, split: str, option: str = "--data") -> tuple[list[Record], str]:
+    """All records, and a name for reports.
+
+    Args:
+        name: as ``ACCEPTED`` says.
+        split: of a `datasets` folder or a data set on the hub.
+        option: to blame.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if name in BUILT_IN:
+        found = BUILT_IN[name]
+        return found.read(fetch_data(name)), found.title
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix.lower() not in READERS:
+            raise UserError(f"{option}: got {name!r}; accepted: {ACCEPTED}")
+        try:
+            return READERS[path.suffix.lower()](path), path.name
+        except UserError as error:
+            raise UserError(f"{option}: {error}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{option}: {name!r} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+        except OSError as error:
+            raise UserError(f"{option}: cannot read {name!r} ({error.strerror or error})") from error
+    if path.is_dir():
+        return _dataset(str(path), split, option), path.name
+    if name.startswith((".", "/", "~")) or path.suffix.lower() in READERS or name.count("/") > 1:
+        raise UserError(f"{option}: there is no file or folder {name!r}; accepted: {ACCEPTED}")
+    return _dataset(name, split, option), name
+
+
+def fetch_data(name: str) -> Path:
+    """The file of a built-in data set that training examples come from, fetched if need be."""
+    from . import fetch
+
+    return fetch.fetch_data(BUILT_IN[name].train)
+
+
+def _separated(delimiter: str) -> Callable[[Path], list[Record]]:
+    def records(path: Path) -> list[Record]:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            try:
+                rows = list(csv.DictReader(file, delimiter=delimiter))
+            except csv.Error as error:
+                kind = "CSV" if delimiter == "," else "TSV"
+                raise UserError(f"{path.name} is not a {kind} file that can be read ({error})") from error
+        for number, row in enumerate(rows, 1):
+            if None in row:
+                raise UserError(
+                    f"row {number} of {path.name} has more cells than the heading; accepted: as many, with quotes "
+                    "around cells that hold the separator"
+                )
+        return rows
+
+    return records
+
+
+def _json_lines(path: Path) -> list[Record]:
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"line {number} of {path.name} is not JSON ({error.msg})") from error
+        if not isinstance(record, dict):
+            raise UserError(
+                f"line {number} of {path.name} is no JSON object but a {type(record).__name__}; accepted: one object "
+                "per line"
+            )
+        records.append(record)
+    return records
+
+
+def _parquet(path: Path) -> list[Record]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ModuleNotFoundError as error:
+        raise UserError("Parquet files need the package pyarrow: pip install 'pgap-kernels[data]'") from error
+    try:
+        return parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path.name} is not a Parquet file that can be read ({_first_line(error)})") from error
+
+
+READERS: dict[str, Callable[[Path], list[Record]]] = {
+    ".csv": _separated(","),
+    ".tsv": _separated("\t"),
+    ".jsonl": _json_lines,
+    ".parquet": _parquet,
+}
+
+
+def _dataset(name: str, split: str, option: str) -> list[Record]:
+    """A split of a data set of the library `datasets`; class labels by their names."""
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{option}: got {name!r}, which only the package datasets could read: pip install 'pgap-kernels[data]'; "
+            f"accepted without it: {ACCEPTED}"
+        ) from error
+    datasets.disable_progress_bars()
+    try:
+        if Path(name, "dataset_dict.json").is_file() or Path(name, "dataset_info.json").is_file():
+            found = datasets.load_from_disk(name)
+        else:
+            found = datasets.load_dataset(name)
+    except Exception as error:  # the library raises its own, the hub client's, pyarrow's and the file system's
+        raise UserError(f"{option}: cannot load {name!r} ({_first_line(error)}); accepted: {ACCEPTED}") from error
+    if isinstance(found, dict):
+        if split not in found:
+            raise UserError(f"--split: got {split!r}; {name!r} has {', '.join(map(repr, found))}")
+        found = found[split]
+    named = {name: feature for name, feature in found.features.items() if isinstance(feature, datasets.ClassLabel)}
+    return [
+        record | {name: label(feature, record[name]) for name, feature in named.items()} for record in found.to_list()
+    ]
+
+
+def label(feature: Any, value: int | None) -> str | None:
+    """The name of a class; hub data sets say -1 where nobody has labelled."""
+    return None if value is None or value < 0 else feature.int2str(value)
+
+
+def missing(value: Any) -> bool:
+    """Whether a cell holds nothing."""
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+
+
+def plain(value: Any) -> str:
+    """A cell as text; 1.0 is 1, and booleans are as JSON writes them."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value).strip()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,360 @@
+"""The steps of a run, with evaluations, checkpoints and, between them, the method in plain PyTorch."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import get_scheduler
+
+from ..optim import Signal, ZOOptimizer
+from . import checkpoint, data, models, report
+from .comparison import Baseline
+from .errors import UserError
+from .examples import Example
+from .machine import peak_memory_mib
+from .options import as_flags
+from .scoring import Scorer
+from .timing import StepClock, timed_step
+
+if TYPE_CHECKING:
+    from .job import Job
+
+#: Modes that a run falls back to where "auto" chose one that turns out not to serve the model.
+FALLBACKS = ("scratch", "inplace")
+
+
+class Best(NamedTuple):
+    """The step of the best evaluation on dev, and what it is compared by: less is better."""
+
+    step: int
+    worth: float
+
+
+class Training:
+    """Steps from where the run stands.
+
+    Attributes:
+        clock: the seconds of all steps; ``turns`` those of the steps next to which the baseline made one.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.config = job, job.config
+        self.report = job.report
+        self.optimizer: ZOOptimizer | None = None
+        self.clock, self.turns = StepClock(), StepClock()
+        self.step = 0
+        self.best: Best | None = None
+        self.passes = 0.0
+        self.before = 0.0  # seconds of the run before it was resumed
+        self.begun = time.monotonic()
+        self._resumed: tuple[Any, dict[str, Any]] | None = None
+        self._baseline: Baseline | None = None
+        self._board = _board(job) if self.config.tensorboard else None
+
+    # ---- going on with a run ----------------------------------------------------------------------------------------
+
+    def resume(self) -> bool:
+        """Stand where the last checkpoint was written; whether there is one."""
+        job = self.job
+        found = checkpoint.load(job.output, self.config, job.dataset, job.device)
+        if found is None:
+            job.note("there is no checkpoint to resume from: the run begins")
+            return False
+        folder, optimizer, run = found
+        checkpoint.load_weights(folder, self._weights())
+        self._resumed = (folder, optimizer)
+        self.step, self.best = run["step"], run["best"] and Best(*run["best"])
+        self.clock, self.turns = (StepClock(**run[name]) for name in ("clock", "turns"))
+        self.passes, self.before = run["passes"], run["seconds"]
+        for name in ("curves", "test", "baseline", "peak_memory_mib"):
+            self.report[name] = run["report"][name]
+        job.said = run["said"]
+        job.note(f"resumed after step {self.step}")
+        return True
+
+    def _save(self) -> None:
+        """A checkpoint of this step."""
+        assert self.optimizer is not None
+        # First, as it merges: only then are the weights the model.
+        state = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
+        run = {
+            "config": self.config.as_dict(),
+            "data": checkpoint.fingerprint(self.job.dataset),
+            "step": self.step,
+            "best": self.best,
+            "clock": vars(self.clock),
+            "turns": vars(self.turns),
+            "passes": self.passes + self.optimizer.passes,
+            "seconds": self.seconds(),
+            "said": self.job.said,
+            "report": {name: self.report[name] for name in ("curves", "test", "baseline", "peak_memory_mib")},
+        }
+        try:
+            checkpoint.save(self.job.output, self.step, self._weights(), state, report.finite(run))
+        except OSError as error:
+            self.job.note(f"no checkpoint of step {self.step}: {error.strerror}; the run goes on")
+            return
+        if not self.config.keep_checkpoints:
+            kept = [self.best.step] if self._keeps_best and self.best else []
+            checkpoint.prune(self.job.output, {self.step, *kept})
+
+    @property
+    def _keeps_best(self) -> bool:
+        return self.config.keep == "best"
+
+    def _weights(self) -> dict[str, torch.nn.Parameter]:
+        return models.tuned_parameters(self.job.model)
+
+    def seconds(self) -> float:
+        """Wall seconds of the run so far, evaluations included."""
+        return self.before + time.monotonic() - self.begun
+
+    # ---- the steps --------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """All steps that are left, or as many as the limits allow."""
+        config, job = self.config, self.job
+        self._begin(config.mode)
+        if self.step == 0:
+            self._evaluate()
+        title = config.method if len(config.seeds) == 1 else f"{config.method}, seed {config.seeds[0]}"
+        with job.shown.bar(config.steps, title, "step", done=self.step) as bar:
+            while self.step < config.steps:
+                loss = self._timed_step()
+                self._record(loss)
+                self._baseline_turn()
+                due = self.step % config.eval_every == 0 or self.step == config.steps
+                if due:
+                    self._evaluate()
+                if self._is_due_for_checkpoint(due):
+                    self._save()
+                bar.set_postfix(self._postfix(loss), refresh=False)
+                bar.update()
+                if due and self._is_tired():
+                    job.note(f"no better on dev in {config.patience} evaluations: the run ends after step {self.step}")
+                    self.report["ended"] = "patience"
+                    break
+                if config.time_limit is not None and time.monotonic() - self.begun >= 60 * config.time_limit:
+                    job.note(f"--time-limit: {config.time_limit:g} minutes are over after step {self.step}")
+                    self.report["ended"] = "time limit"
+                    break
+        if not self.report["curves"]["dev"] or self.report["curves"]["dev"][-1]["step"] != self.step:
+            self._evaluate()
+        self._return_to_best()
+
+    def _begin(self, mode: str) -> None:
+        config = self.config
+        options = dict(config.options)
+        if mode != config.mode and "merge" in options:
+            options["merge"] = "step"  # other modes than the one that auto chose have no window
+        self.optimizer = self._optimizer(options, mode)
+        self.report["mode"] = {"name": self.optimizer.mode, "reason": self.optimizer.mode_reason}
+        schedule = "constant_with_warmup" if config.schedule == "constant" and config.warmup else config.schedule
+        self.scheduler = get_scheduler(schedule, self.optimizer, config.warmup, config.steps)
+        if self._resumed is not None:
+            state = self._resumed[1]
+            try:
+                self.optimizer.load_state_dict(state["optimizer"])
+            except ValueError as error:
+                raise UserError(f"--resume: {error}") from error
+            self.scheduler.load_state_dict(state["scheduler"])
+            self._resumed = None
+        self.clock.window = getattr(self.optimizer, "window", 1)
+        self.turns.window = self.clock.window
+
+    def _optimizer(self, options: dict[str, Any], mode: str) -> ZOOptimizer:
+        try:
+            return self.config.make_optimizer(self.job.model, options, mode)
+        except UserError as error:
+            if mode != "auto" or "--merge" not in str(error):
+                raise
+            # The default is for the mode that auto prefers, and is no use in another.
+            return self.config.make_optimizer(self.job.model, options | {"merge": "step"}, mode)
+
+    def _timed_step(self) -> float:
+        assert self.optimizer is not None
+        loss, parts = timed_step(
+            self.optimizer, self._closure(self.job.scorer, self.optimizer.members), self._fall_back
+        )
+        self.clock.add(parts)
+        self.scheduler.step()
+        self.step += 1
+        self._parts = parts
+        return loss
+
+    def _closure(self, scorer: Scorer, members: int) -> Callable[[], Tensor]:
+        batch = scorer.encode(self._examples() * members)
+        objective, alone = self.config.objective, self.config.slices == 1
+
+        def closure() -> Tensor:
+            self.job.interrupts.check()
+            if objective == "loss":
+                return scorer.loss(batch) if alone else scorer.losses(batch)
+            errors = scorer.errors(batch, objective)
+            return errors.mean() if alone else errors
+
+        return closure
+
+    def _examples(self) -> list[Example]:
+        config = self.config
+        return data.batch(self.job.dataset.train, config.batch_size, config.seeds[0], self.step)
+
+    def _fall_back(self, error: Exception, closure: Callable[[], Tensor]) -> float:
+        """Make the first step in another mode, if the one that auto chose turns out not to serve the model."""
+        optimizer = self.optimizer
+        assert optimizer is not None
+        left = FALLBACKS[FALLBACKS.index(optimizer.mode) + 1 :] if optimizer.mode in FALLBACKS else FALLBACKS
+        if self.step or optimizer.steps or self.config.mode != "auto" or not left:
+            raise UserError(f"--mode: {as_flags(str(error))}") from error
+        optimizer.detach()
+        self.job.note(f"mode {optimizer.mode} cannot serve this model ({error}); trying {left[0]}")
+        self._begin(left[0])
+        return timed_step(self.optimizer, closure, self._fall_back)[0]
+
+    def _record(self, loss: float) -> None:
+        assert self.optimizer is not None
+        curves = self.report["curves"]
+        curves["train_loss"].append(loss)
+        curves["lr"].append(self.scheduler.get_last_lr()[0])
+        curves["seconds"].append(self.seconds())
+        if math.isfinite(loss) and self.optimizer.last != Signal():  # a skipped step leaves the one before
+            signal = {name: getattr(self.optimizer.last, name) for name in report.SIGNAL}
+            curves["signal"].append({"step": self.step, **signal})
+        self._chart({"train/loss": loss, "train/lr": curves["lr"][-1]})
+
+    def _chart(self, values: dict[str, float]) -> None:
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, self.step)
+
+    def _postfix(self, loss: float) -> dict[str, str]:
+        last = self.report["curves"]["dev"][-1]
+        metric = self.job.scorer.metrics[0]
+        memory = f"{peak_memory_mib(self.job.device) / 1024:.2f}G"
+        return {"loss": f"{loss:.3f}", f"dev {metric}": f"{last[metric]:.3f}", "mem": memory}
+
+    # ---- evaluations ------------------------------------------------------------------------------------------------
+
+    def _evaluate(self) -> None:
+        """On dev; the report is written, so that nothing is lost later."""
+        score = self.job.evaluate("dev", self.config.eval_limit)
+        self.report["curves"]["dev"].append({"step": self.step, **score.as_dict()})
+        self._chart({f"dev/{name}": value for name, value in score.as_dict().items() if name != "examples"})
+        value = self._worth(score.as_dict())
+        if not math.isnan(value) and (self.best is None or value < self.best.worth):
+            self.best = Best(self.step, value)
+        self._measure()
+        try:
+            report.write_json(self.report, self.job.output)
+        except OSError as error:
+            self.job.note(f"report.json: {error.strerror}; the run goes on")
+
+    def _worth(self, score: dict[str, float]) -> float:
+        """What evaluations are compared by: the loss, or the errors that steps make fewer."""
+        if self.config.objective == "loss":
+            return score["loss"]
+        return -score[{"accuracy": "exact_match"}.get(self.config.objective, "f1") if self.config.task == "generation"
+                      else "accuracy"]  # fmt: skip
+
+    def _is_due_for_checkpoint(self, evaluated: bool) -> bool:
+        if self.step == self.config.steps:
+            return False  # what comes now is the end
+        if evaluated and self._keeps_best and self.best is not None and self.best.step == self.step:
+            return True
+        every = self.config.checkpoint_every
+        return evaluated if every is None else bool(every) and self.step % every == 0
+
+    def _is_tired(self) -> bool:
+        if self.config.patience is None or self.best is None:
+            return False
+        since = [point for point in self.report["curves"]["dev"] if point["step"] > self.best.step]
+        return len(since) >= self.config.patience
+
+    def _return_to_best(self) -> None:
+        """With ``keep="best"``: load the weights of the best evaluation again."""
+        if not self._keeps_best or self.best is None:
+            return
+        best = self.report["kept_step"] = self.best.step
+        if best == self.step:
+            return
+        folder = self.job.output.folder / f"{checkpoint.CHECKPOINT}{best}"
+        if not folder.is_dir():
+            self.job.note(f"there is no checkpoint of the best step, {best}: the weights are the last")
+            self.report["kept_step"] = self.step
+            return
+        self.close()
+        checkpoint.load_weights(folder, self._weights())
+        self.job.note(f"the weights are those of step {best}, the best on dev")
+
+    def score_test(self, when: str) -> None:
+        """Loss and metrics on test, and what the model says to each example."""
+        score = self.job.evaluate("test")
+        self.report["test"][when] = score.as_dict()
+        self.job.said[when] = list(score.said)
+
+    # ---- the baseline, in turns -------------------------------------------------------------------------------------
+
+    def _baseline_turn(self) -> None:
+        """After a step of ours one of the method in plain PyTorch on the same batch, so that both see the same machine.
+
+        The first step of ours is left out: it warms up.
+        """
+        config = self.config
+        first = 2 if config.steps > config.compare_steps else 1
+        if not config.compare or not first <= self.step < first + config.compare_steps:
+            return
+        if self._baseline is None:
+            self._measure()  # before there is a second model
+            self._baseline = Baseline(self.job)
+        self.turns.add(self._parts)
+        self.step -= 1
+        try:
+            self._baseline.step(self._closure(self._baseline.scorer, 1))
+        finally:
+            self.step += 1
+        self.report["baseline"] = self._baseline.as_dict() | {"turns": self.turns.as_dict(self._refresh_seconds())}
+        if self.step == min(first + config.compare_steps - 1, config.steps):
+            for text in self._baseline.notes:
+                self.job.note(text)
+            self._baseline = None
+            gc.collect()
+
+    # ---- the end ----------------------------------------------------------------------------------------------------
+
+    def _refresh_seconds(self) -> float:
+        return self.clock.as_dict()["refresh_seconds"]
+
+    def _measure(self) -> None:
+        """What the report says of time and memory so far."""
+        self.report["timing"] = self.clock.as_dict() | {"wall_seconds": self.seconds()}
+        if self.optimizer is not None:
+            self.report["weight_passes"] = self.passes + self.optimizer.passes
+        if self.report["baseline"] is None:
+            self.report["peak_memory_mib"] = peak_memory_mib(self.job.device)
+
+    def close(self) -> None:
+        """Take the hooks off; the parameters are then the model."""
+        if self.optimizer is not None:
+            self.optimizer.detach()
+            self._measure()
+        if self._board is not None:
+            self._board.flush()
+
+    def finish(self) -> None:
+        """The run is complete: checkpoints have served, unless they are wanted."""
+        if not self.config.keep_checkpoints:
+            checkpoint.prune(self.job.output, set())
+
+
+def _board(job: Job) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--tensorboard: needs the package tensorboard: pip install tensorboard") from error
+    return SummaryWriter(str(job.output.folder / "tensorboard"))

@@ -1,0 +1,391 @@
+"""Runs of ``finetune`` that end early, go on later, or come in several seeds; and what is written when."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from support.finetune_tiny import csv_file, tiny_model
+
+from pgap_kernels.finetune import Config, UserError, checkpoint, job, models, output, run, training
+from pgap_kernels.finetune.scoring import Scorer
+
+SMALL = {"steps": 12, "batch_size": 4, "eval_every": 4, "train_size": 40, "dev_size": 8, "test_size": 8}
+METHODS = {
+    "mezo": {"lr": 1e-2},
+    "pgap": {"rank": 4, "window": 5, "probes": 1, "lr": 1e-2},
+    "helene": {"lr": 1e-3},
+    "dizo": {"lr": 1e-2},
+}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("llama"), "llama")
+
+
+@pytest.fixture
+def config_for(llama, tmp_path):
+    table = str(csv_file(tmp_path / "data.csv"))
+
+    def make(name="run", method="mezo", **given):
+        given = {"options": METHODS[method]} | SMALL | given
+        return Config(model=str(llama), data=table, device="cpu", output=str(tmp_path / name), method=method, **given)
+
+    return make
+
+
+def saved(folder) -> dict[str, torch.Tensor]:
+    return models.tuned_parameters(models.load(str(Path(folder) / "model"), torch.float32, torch.device("cpu"))[0])
+
+
+def equal(one, other) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def steps_at(monkeypatch, number, what):
+    """Do something in the closure of a step's first forward."""
+    original, calls = Scorer.loss, []
+
+    def loss(self, batch):
+        calls.append(batch)
+        if len(calls) == 2 * number - 1:
+            what()
+        return original(self, batch)
+
+    monkeypatch.setattr(Scorer, "loss", loss)
+
+
+# ---- resuming -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_was_cut_goes_on_to_the_same_bits(method, schedule, config_for, monkeypatch):
+    whole = run(config_for("whole", method, save_model=True, schedule=schedule, warmup=2))
+    with monkeypatch.context() as patch:
+        done = training.Training._record
+
+        def cut(self, loss):
+            done(self, loss)
+            if self.step == 7:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        patch.setattr(training.Training, "_record", cut)
+        ended = run(config_for("cut", method, schedule=schedule, warmup=2))
+    assert ended["status"] == "interrupted" and ended["signal"] == signal.SIGTERM
+    resumed = run(config_for("cut", method, save_model=True, resume=True, schedule=schedule, warmup=2))
+    assert resumed["status"] == "completed" and "resumed after step 4" in resumed["notes"]
+    for name in ("train_loss", "lr"):
+        assert resumed["curves"][name] == whole["curves"][name]
+    assert [point["step"] for point in resumed["curves"]["dev"]] == [0, 4, 8, 12]
+    assert resumed["test"] == whole["test"] and resumed["examples"] == whole["examples"]
+    assert resumed["timing"]["steps"] == 12 and resumed["weight_passes"] == pytest.approx(whole["weight_passes"])
+    assert equal(saved(config_for("cut").output), saved(config_for("whole").output))
+    assert not list(Path(config_for("cut").output).glob("checkpoint-*")), "they have served"
+
+
+def test_resuming_begins_where_there_is_no_checkpoint_and_refuses_another_run(config_for, llama, tmp_path):
+    assert "there is no checkpoint to resume from: the run begins" in run(config_for(resume=True))["notes"]
+    run(config_for(keep_checkpoints=True, checkpoint_every=3, steps=7, overwrite=True))
+    names = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert names == ["checkpoint-3", "checkpoint-6"]
+    longer = run(config_for(resume=True, keep_checkpoints=True, checkpoint_every=3, steps=9))
+    assert len(longer["curves"]["train_loss"]) == 9 and "resumed after step 6" in longer["notes"]
+    with pytest.raises(UserError, match=r"^--batch-size: got 2 with --resume; .* begun with 4"):
+        run(config_for(resume=True, keep_checkpoints=True, checkpoint_every=3, batch_size=2))
+    csv_file(tmp_path / "data.csv", extra=[("good film", 1)])
+    with pytest.raises(UserError, match=r"^--resume: the examples of .* have changed"):
+        run(config_for(resume=True, keep_checkpoints=True, checkpoint_every=3))
+    csv_file(tmp_path / "data.csv")
+    for file, content in (("run.json", "{"), ("optimizer.pt", "x"), ("weights.safetensors", "x")):
+        path = tmp_path / "run" / "checkpoint-6" / file
+        before = path.read_bytes()
+        path.write_text(content)
+        with pytest.raises(UserError, match=r"^--resume: .*checkpoint-6' is damaged .* delete it"):
+            run(config_for(resume=True, keep_checkpoints=True, checkpoint_every=3))
+        path.write_bytes(before)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_and_resumed_is_the_uninterrupted_run(config_for, llama, tmp_path):
+    whole = run(config_for("whole", "pgap", save_model=True, steps=60))
+    expected, draw = saved(tmp_path / "whole"), random.Random(0)
+    command = [
+        sys.executable, "-m", "pgap_kernels", "finetune", "--method", "pgap", "--model", str(llama), "--device", "cpu",
+        "--data", str(tmp_path / "data.csv"), "--output", str(tmp_path / "killed"), "--save-model", "--resume",
+        "--steps", "60", "--quiet",
+        *(f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items() if name != "steps"),
+        *(f"--{name}={value}" for name, value in METHODS["pgap"].items()),
+    ]  # fmt: skip
+    killed = 0
+    for _ in range(20):
+        for file in (tmp_path / "killed").glob("*"):
+            if file.name in ("model", "report.json"):
+                subprocess.run(["rm", "-r", str(file)], check=True)
+        begun = time.monotonic()
+        with subprocess.Popen(command) as process:
+            # From its first line on, every moment of a run that takes about 6 seconds.
+            time.sleep(draw.uniform(2, 9))
+            process.kill()
+        killed += process.returncode == -signal.SIGKILL
+        if process.returncode == 0:
+            assert equal(saved(tmp_path / "killed"), expected), time.monotonic() - begun
+    subprocess.run(command, check=True)
+    assert killed >= 10 and equal(saved(tmp_path / "killed"), expected)
+    assert (
+        json.loads((tmp_path / "killed" / "report.json").read_text())["curves"]["train_loss"]
+        == (whole["curves"]["train_loss"])
+    )
+
+
+# ---- how runs end ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_end_a_run_with_a_report_and_the_last_steps_weights(number, config_for, monkeypatch, tmp_path, capsys):
+    before = signal.getsignal(number)
+    run(config_for("four", steps=4, mode="scratch", save_model=True))
+
+    def twice():
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+
+    steps_at(monkeypatch, 5, twice)
+    result = run(config_for(steps=1000, mode="scratch", save_model=True))
+    written = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert written["status"] == "interrupted" and written["signal"] == result["signal"] == number
+    assert len(written["curves"]["train_loss"]) == written["timing"]["steps"] in (4, 5)
+    assert "already ending" in capsys.readouterr().err
+    if len(written["curves"]["train_loss"]) == 4:
+        assert equal(saved(tmp_path / "run"), saved(tmp_path / "four"))
+    assert signal.getsignal(number) is before
+
+
+def test_any_exception_leaves_a_report_that_says_failed(config_for, monkeypatch, tmp_path):
+    def broken():
+        raise KeyError("something")
+
+    steps_at(monkeypatch, 6, broken)
+    with pytest.raises(KeyError):
+        run(config_for())
+    written = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert written["status"] == "failed" and "something" in written["error"] and "broken" in written["traceback"]
+    assert len(written["curves"]["train_loss"]) == 5 and [p["step"] for p in written["curves"]["dev"]] == [0, 4]
+    assert "failed" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), OSError(errno.ENOMEM, "Cannot allocate"),
+              RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")]
+)  # fmt: skip
+def test_out_of_memory_says_what_to_lower(error, config_for, monkeypatch, tmp_path):
+    def full():
+        raise error
+
+    steps_at(monkeypatch, 3, full)
+    with pytest.raises(UserError, match=r"^out of memory: lower --batch-size"):
+        run(config_for())
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["status"] == "failed"
+
+
+def test_a_report_is_there_from_the_first_evaluation_on(config_for, monkeypatch, tmp_path):
+    seen = []
+    steps_at(monkeypatch, 6, lambda: seen.append(json.loads((tmp_path / "run" / "report.json").read_text())))
+    run(config_for())
+    assert seen[0]["status"] == "running" and len(seen[0]["curves"]["train_loss"]) == 4
+    assert seen[0]["test"]["before"] is not None
+
+
+def test_a_full_disk_loses_a_checkpoint_but_not_the_run(config_for, monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    result = run(config_for())
+    assert result["status"] == "completed"
+    assert "no checkpoint of step 4: No space left on device; the run goes on" in result["notes"]
+
+
+def test_the_last_report_has_room_reserved(tmp_path):
+    folder = output.Output(str(tmp_path), overwrite=False, resume=False)
+    (tmp_path / "report.json").write_text("old")
+    tries = []
+
+    def write(path):
+        path.write_text("half")
+        tries.append(path)
+        if len(tries) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        assert not (tmp_path / ".reserve").exists()
+        path.write_text("new")
+
+    folder.write("report.json", write)
+    assert (tmp_path / "report.json").read_text() == "new" and [path.name for path in tmp_path.iterdir()] == [
+        "report.json"
+    ]
+    with pytest.raises(OSError, match="No space"):
+        folder.write("report.json", lambda path: tries.clear() or write(path))
+    assert (tmp_path / "report.json").read_text() == "new"
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused_before_loading(config_for, monkeypatch, tmp_path):
+    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("loaded"))
+
+    def read_only(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", read_only)
+        with pytest.raises(UserError, match=r"^--output: cannot write .*Read-only"):
+            run(config_for())
+    (tmp_path / "run" / "model").write_text("a file")
+    with pytest.raises(UserError, match=r"^--output: .*model' is a file"):
+        run(config_for())
+
+
+def test_results_of_an_earlier_run_are_taken_away_or_refused(config_for, tmp_path):
+    run(config_for(save_model=True))
+    with pytest.raises(UserError, match=r"^--output: .*run' holds model/ of an earlier run; .*--resume.*--overwrite"):
+        run(config_for())
+    with pytest.raises(UserError, match=r"^--eps: got -1"):
+        run(config_for(overwrite=True, options={"lr": 1e-3, "eps": -1.0}))
+    assert (tmp_path / "run" / "model").is_dir()
+    (tmp_path / "run" / "mine.txt").write_text("stays")
+    assert run(config_for(overwrite=True, steps=1))["status"] == "completed"
+    assert not (tmp_path / "run" / "model").exists() and (tmp_path / "run" / "mine.txt").exists()
+
+
+def test_limits_end_a_run_in_order(config_for):
+    assert run(config_for(steps=10**6, time_limit=1e-3))["ended"] == "time limit"
+    tired = run(config_for("tired", steps=10**6, patience=2, options={"lr": 0.0}, mode="scratch"))
+    assert tired["ended"] == "patience" and [point["step"] for point in tired["curves"]["dev"]] == [0, 4, 8]
+    assert tired["status"] == "completed" and tired["test"]["after"] == tired["test"]["before"]
+
+
+@pytest.mark.parametrize("method", ["mezo", "pgap"])
+def test_the_best_weights_are_kept(method, config_for, monkeypatch, tmp_path):
+    losses = iter([1.0, 0.5, 0.7, 0.9])  # on dev: the second is best
+    evaluate = job.Job.evaluate
+
+    def scored(self, part, limit=None):
+        score = evaluate(self, part, limit)
+        return score if part == "test" else type(score)(next(losses), score.metrics, score.examples)
+
+    monkeypatch.setattr(job.Job, "evaluate", scored)
+    result = run(config_for("best", method, keep="best", save_model=True))
+    assert result["kept_step"] == 4
+    losses = iter([1.0, 0.5])
+    run(config_for("four", method, steps=4, save_model=True))
+    assert equal(saved(tmp_path / "best"), saved(tmp_path / "four"))
+
+
+def test_evaluate_only_makes_no_step(config_for, tmp_path):
+    result = run(config_for(evaluate_only=True))
+    assert result["status"] == "completed" and result["test"]["before"] and not result["test"]["after"]
+    assert result["curves"]["train_loss"] == [] and result["mode"] is None
+    assert "Test, 8 examples" in (tmp_path / "run" / "report.html").read_text()
+
+
+# ---- what is written ------------------------------------------------------------------------------------------------
+
+
+def test_several_seeds_make_one_report(config_for, tmp_path):
+    result = run(config_for(seed=(0, 7), steps=2))
+    assert [one["config"]["seed"] for one in result["runs"]] == [0, 7]
+    after = [one["test"]["after"]["loss"] for one in result["runs"]]
+    assert after[0] != after[1] and result["summary"]["after"]["loss"]["values"] == after
+    assert result["summary"]["after"]["loss"]["mean"] == pytest.approx(sum(after) / 2)
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["summary"] == result["summary"]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "seed-7/report.html" in page and (tmp_path / "run" / "seed-7" / "report.html").is_file()
+    begun = time.monotonic()
+    again = run(config_for(seed=(0, 7, 8), steps=2, resume=True))
+    assert len(again["runs"]) == 3 and again["runs"][:2] == json.loads(json.dumps(result["runs"])), begun
+    with pytest.raises(UserError, match=r"^--seed: got \(1, 1\)"):
+        config_for(seed=(1, 1))
+
+
+def test_the_curve_is_a_table_that_spreadsheets_read(config_for, tmp_path):
+    result = run(config_for(schedule="linear"))
+    with (tmp_path / "run" / "curve.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == list(range(13))
+    assert [float(row["train_loss"]) for row in rows[1:]] == result["curves"]["train_loss"]
+    assert [float(row["lr"]) for row in rows[1:]] == pytest.approx([1e-2 * (12 - n) / 12 for n in range(1, 13)])
+    assert [row["step"] for row in rows if row["dev_loss"]] == ["0", "4", "8", "12"]
+
+
+def test_the_page_is_whole_in_itself_and_shows_what_was_wrong(config_for, tmp_path):
+    result = run(config_for(compare=True, compare_steps=2, options={"lr": 1e-2}))
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "<svg" in page and not re.search(r"(src|href)=\"(?!#|seed)", page)
+    for part in ("before", "after", "plain PyTorch", "ratio", "Configuration", "Labels"):
+        assert part in page
+    wrong = [example for kind in result["examples"].values() for example in kind]
+    assert wrong and all(example["prompt"] in page for example in wrong)
+
+
+def test_tensorboard_gets_the_curves(config_for, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(config_for(tensorboard=True))
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 13))
+    assert [event.step for event in events.Scalars("dev/accuracy")] == [0, 4, 8, 12]
+
+
+def test_quiet_says_nothing(config_for, capsys):
+    run(config_for(quiet=True))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_saved_model_is_tried(config_for, monkeypatch):
+    result = run(config_for(save_model=True))
+    tried = result["saved_model"]
+    assert tried["reloaded_loss"] == pytest.approx(tried["loss"], rel=1e-6)
+    save = job.Job._save_model
+
+    def spoilt(self):
+        with torch.no_grad():
+            for weight in models.tuned_parameters(self.model).values():
+                weight.mul_(1.5)
+        save(self)
+        with torch.no_grad():
+            for weight in models.tuned_parameters(self.model).values():
+                weight.div_(1.5)
+
+    monkeypatch.setattr(job.Job, "_save_model", spoilt)
+    with pytest.raises(UserError, match=r"^--save-model: the saved model, loaded again, has the loss"):
+        run(config_for(save_model=True, overwrite=True))
+
+
+def test_turns_with_plain_pytorch_see_the_same_batches(config_for, monkeypatch):
+    batches = []
+    loss = Scorer.loss
+    monkeypatch.setattr(Scorer, "loss", lambda self, batch: batches.append(batch) or loss(self, batch))
+    result = run(config_for(compare=True, compare_steps=3, options={"lr": 1e-2}))
+    tokens = [batch.inputs["input_ids"] for batch in batches]
+    # Ours, ours and theirs of three steps in turns: two forwards each.
+    for step in range(3):
+        four = tokens[2 + 4 * step : 6 + 4 * step]
+        assert all(torch.equal(four[0], other) for other in four)
+    assert len(batches) == 2 * 12 + 2 * 3
+    assert result["baseline"]["turns"]["steps"] == 3 and all(map(math.isfinite, result["baseline"]["losses"]))

@@ -1,0 +1,301 @@
+"""Files, tasks and metrics of ``finetune``: what becomes of a record, and what it is scored by."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import random
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from support.finetune_tiny import FILLERS, tiny_model
+
+from pgap_kernels.finetune import Config, UserError, data, metrics, models, records, run
+from pgap_kernels.finetune.scoring import AnswerScorer, OptionScorer, Scorer, scorer_of
+
+ROWS = [{"text": "good film", "label": 1}, {"text": "bad, very bad", "label": 0}, {"text": "a\ttab", "label": 1}]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("llama"), "llama")
+
+
+@pytest.fixture(scope="module")
+def loaded(llama):
+    return models.load(str(llama), torch.float32, torch.device("cpu"))
+
+
+def config_for(llama, tmp_path, **given):
+    given = {"train_size": 60, "dev_size": 20, "test_size": 20, "batch_size": 8, "method": "mezo"} | given
+    return Config(model=str(llama), device="cpu", output=str(tmp_path / "run"), **given)
+
+
+def json_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def write(path, kind):
+    if kind in ("csv", "tsv"):
+        with path.open("w", newline="") as file:
+            rows = csv.DictWriter(file, ROWS[0], delimiter="," if kind == "csv" else "\t")
+            rows.writeheader()
+            rows.writerows(ROWS)
+    elif kind == "jsonl":
+        json_lines(path, ROWS)
+    else:
+        pytest.importorskip("datasets")
+        import datasets
+
+        table = datasets.Dataset.from_list(ROWS)
+        if kind == "parquet":
+            table.to_parquet(path)
+        elif kind == "folder":
+            table.save_to_disk(path)
+        else:
+            named = table.cast_column("label", datasets.ClassLabel(names=["negative", "positive"]))
+            datasets.DatasetDict({"train": named, "other": named.select([0])}).save_to_disk(path)
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet", "folder", "splits"])
+def test_every_kind_of_file_gives_the_same_records(kind, tmp_path):
+    path = tmp_path / f"data.{kind}"
+    write(path, kind)
+    found, _ = records.read(str(path), "train")
+    names = {"0": "negative", "1": "positive"} if kind == "splits" else {"0": "0", "1": "1"}
+    assert [(row["text"], records.plain(row["label"])) for row in found] == [
+        (row["text"], names[str(row["label"])]) for row in ROWS
+    ]
+    if kind == "splits":
+        assert len(records.read(str(path), "other")[0]) == 1
+        with pytest.raises(UserError, match=r"^--split: got 'dev'; .* has 'train', 'other'"):
+            records.read(str(path), "dev")
+
+
+@pytest.mark.parametrize("name", ["data.parquet", "folder"])
+def test_a_damaged_file_is_said_in_a_line(name, tmp_path):
+    pytest.importorskip("datasets")
+    path = tmp_path / name
+    path.write_bytes(b"no table") if name.endswith("parquet") else path.mkdir()
+    with pytest.raises(UserError, match=rf"^--data: .*{name}"):
+        records.read(str(path), "train")
+
+
+def test_cells_that_hold_nothing_are_dropped_and_counted(llama, loaded, tmp_path):
+    rows = [{"text": f"good film {word}", "label": n % 2} for n, word in enumerate(FILLERS * 3)]
+    empty = [{"text": None, "label": 1}, {"text": "x", "label": None}, {"text": "", "label": 0}, {"text": math.nan}]
+    dataset = data.load(config_for(llama, tmp_path, data=json_lines(tmp_path / "a.jsonl", rows + empty)), loaded[1])
+    assert dataset.dropped == {"with nothing in the column 'text'": 3, "with nothing in the column 'label'": 1}
+    assert "3 of 46 examples dropped: with nothing in the column 'text'" in dataset.notes
+
+
+@pytest.mark.parametrize(
+    "labels, expected",
+    [([0.0, 1.0], ("0", "1")), (["0.0", "1.0"], ("0", "1")), ([False, True], ("false", "true")),
+     (["True", "False"], ("false", "true")), (["film", "cast"], ("cast", "film"))],
+)  # fmt: skip
+def test_labels_are_the_same_however_a_file_writes_them(labels, expected, llama, loaded, tmp_path):
+    rows = [{"text": "good film", "label": label} for label in labels * 30]
+    dataset = data.load(config_for(llama, tmp_path, data=json_lines(tmp_path / "a.jsonl", rows)), loaded[1])
+    assert dataset.labels == expected
+    words = (" terrible", " great") if expected[0] != "cast" else (" cast", " film")
+    assert dataset.words == words
+
+
+@pytest.mark.parametrize(
+    "rows, given, message",
+    [
+        ([{"text": ["a", "b"], "label": 1}] * 9, {}, "--data: the column 'text' holds a list in record 1"),
+        ([{"text": {"role": "user"}, "label": 1}] * 9, {}, "'text' holds a object in record 1"),
+        ([{"text": f"t {n}", "label": f"l {n}"} for n in range(300)], {}, "300 distinct labels .* --task generation"),
+        (ROWS, {"text_column": "txet"}, "--text-column: .* no column 'txet'; columns found: 'label', 'text'"),
+        (ROWS, {"template": "{text} {other}"}, "--template: .* no column 'other'"),
+        (ROWS, {"template": "{text} {mask}"}, "--template: got {mask}, but the model predicts the next token"),
+        (ROWS, {"task": "choice"}, "--choices: .* no column 'choices'"),
+        ([{"text": "a", "label": 0, "choices": "b"}], {"task": "choice"}, "--choices: .* record 1 holds 'b'; .* list"),
+        (
+            [{"text": "a", "label": 5, "choices": ["b", "c"]}],
+            {"task": "choice"},
+            "--label-column: got '5' .* 2 choices",
+        ),
+        ([{"text": "a", "label": []}], {"task": "generation"}, "--label-column: record 1 has no answer"),
+    ],
+)
+def test_records_that_the_task_cannot_use(rows, given, message, llama, loaded, tmp_path):
+    config = config_for(llama, tmp_path, data=json_lines(tmp_path / "a.jsonl", rows), **given)
+    with pytest.raises(UserError, match=message):
+        data.load(config, loaded[1])
+
+
+def test_a_test_set_of_its_own_is_used_whole_and_alone(llama, loaded, tmp_path):
+    rows = [{"text": f"good {word} film", "label": n % 2} for n, word in enumerate(FILLERS * 6)]
+    tests = [{"text": f"bad {word}", "label": n % 2} for n, word in enumerate(FILLERS)]
+    given = {"data": json_lines(tmp_path / "a.jsonl", rows), "test_data": json_lines(tmp_path / "b.jsonl", tests)}
+    dataset = data.load(config_for(llama, tmp_path, **given), loaded[1])
+    assert len(dataset.test) == len(tests) and all(example.prompt.startswith("bad") for example in dataset.test)
+    assert all(example.prompt.startswith("good") for example in dataset.train + dataset.dev)
+
+
+def test_a_template_may_come_from_a_file_and_name_any_column(llama, loaded, tmp_path):
+    (tmp_path / "prompt.txt").write_text("{place} {text} with {text} It was\n")
+    rows = [{"text": "a film", "place": "the scene", "label": n % 2} for n in range(100)]
+    given = {"data": json_lines(tmp_path / "a.jsonl", rows), "template": f"@{tmp_path / 'prompt.txt'}"}
+    dataset = data.load(config_for(llama, tmp_path, **given), loaded[1])
+    assert dataset.train[0].prompt == "the scene a film with a film It was"
+    with pytest.raises(UserError, match=r"^--template: cannot read the file"):
+        config_for(llama, tmp_path, template="@nowhere.txt")
+
+
+# ---- scores ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "given, index",
+    [({"choices": ["the plot", "a", "very quite"], "label": 2}, 2), ({"choices": ["the plot", "a"], "label": "B"}, 1),
+     ({"choices": '["the plot", "a"]', "label": "the plot"}, 0), ({"choices": ["1", "0"], "label": "1"}, 0)],
+)  # fmt: skip
+def test_the_right_choice_by_number_letter_or_text(given, index, llama, loaded, tmp_path):
+    rows = [{"text": "film", **given}] * 100
+    config = config_for(llama, tmp_path, task="choice", data=json_lines(tmp_path / "a.jsonl", rows))
+    dataset = data.load(config, loaded[1])
+    assert dataset.train[0].label == index and len(dataset.train[0].answers) == len(dataset.train[0].texts)
+
+
+def mean_log_likelihood(model, prompt, answer):
+    logits = model(torch.tensor([prompt + answer])).logits[0].double().log_softmax(-1)
+    return logits[range(len(prompt) - 1, len(prompt) + len(answer) - 1), answer].mean().item()
+
+
+@torch.no_grad()
+def test_answers_of_several_tokens_score_their_mean_log_likelihood(llama, loaded, tmp_path):
+    model, tokenizer, _ = loaded
+    draw = random.Random(0)
+    rows = [
+        {"text": " ".join(draw.choices(FILLERS, k=draw.randint(1, 5))), "label": 0,
+         "choices": [" ".join(draw.choices(FILLERS, k=draw.randint(1, 3))) for _ in range(draw.randint(2, 4))]}
+        for _ in range(100)
+    ]  # fmt: skip
+    config = config_for(llama, tmp_path, task="choice", data=json_lines(tmp_path / "a.jsonl", rows))
+    dataset = data.load(config, tokenizer)
+    scorer = scorer_of(model, tokenizer, dataset)
+    assert isinstance(scorer, OptionScorer)
+    examples = dataset.train[:9]
+    for padding in ("positions", "apart"):
+        scorer.padding = padding
+        logits = scorer.logits(scorer.encode(examples))
+        for example, found in zip(examples, logits, strict=True):
+            expected = [mean_log_likelihood(model, example.tokens, answer) for answer in example.answers]
+            assert found[: len(expected)].tolist() == pytest.approx(expected, rel=1e-4)
+            assert all(value == -math.inf for value in found[len(expected) :].tolist())
+    losses = scorer.losses(scorer.encode(examples))
+    assert scorer.loss(scorer.encode(examples)).item() == pytest.approx(losses.mean().item(), rel=1e-6)
+
+
+@torch.no_grad()
+def test_one_token_and_the_general_score_agree(llama, loaded, tmp_path):
+    model, tokenizer, _ = loaded
+    config = config_for(llama, tmp_path, data=json_lines(tmp_path / "a.jsonl", [{"text": w, "label": n % 2} for n, w in
+                                                                               enumerate(FILLERS * 8)]))  # fmt: skip
+    dataset = data.load(config, tokenizer)
+    one, general = scorer_of(model, tokenizer, dataset), OptionScorer(model, dataset.answers, 1)
+    assert type(one) is Scorer
+    batch = dataset.train[:8]
+    assert one.loss(one.encode(batch)).item() == pytest.approx(general.loss(general.encode(batch)).item(), rel=1e-5)
+    assert one.evaluate(batch, 3).accuracy == general.evaluate(batch, 3).accuracy
+
+
+@torch.no_grad()
+def test_generation_is_greedy_and_stops_where_it_should(llama, loaded, tmp_path):
+    model, tokenizer, _ = loaded
+    rows = [{"text": " ".join(FILLERS[: n % 5 + 1]), "label": ["the plot", "a cast"]} for n in range(100)]
+    config = config_for(llama, tmp_path, task="generation", data=json_lines(tmp_path / "a.jsonl", rows))
+    dataset = data.load(config, tokenizer)
+    scorer = scorer_of(model, tokenizer, dataset, 5)
+    assert isinstance(scorer, AnswerScorer)
+    examples = dataset.test[:6]
+    assert examples[0].texts == ("the plot", "a cast")
+    losses = scorer.losses(scorer.encode(examples)).tolist()
+    assert losses == pytest.approx(
+        [-mean_log_likelihood(model, example.tokens, example.answers[0]) for example in examples], rel=1e-4
+    )
+    for padding in ("positions", "apart"):
+        scorer.padding = padding
+        score = scorer.evaluate(examples, 4)
+        for example, said in zip(examples, score.said, strict=True):
+            tokens = list(example.tokens)
+            for _ in range(5):
+                tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+            assert said == tokenizer.decode(tokens[len(example.tokens) :], skip_special_tokens=True).strip()
+        assert score.metrics["f1"] == pytest.approx(sum(metrics.f1(s, ("the plot", "a cast")) for s in score.said) / 6)
+
+
+@pytest.mark.parametrize(
+    "answer, accepted, f1, exact",
+    [
+        ("The cat.", ["cat"], 1.0, 1.0),
+        ("a cat sat", ["the cat"], 2 / 3, 0.0),
+        ("dog", ["cat", "big dog"], 2 / 3, 0.0),
+        ("", ["cat"], 0.0, 0.0),
+        ("the", ["a"], 1.0, 1.0),  # nothing is left of either
+        ("cat cat", ["cat"], 2 / 3, 0.0),
+    ],
+)
+def test_metrics_are_those_of_squad(answer, accepted, f1, exact):
+    assert metrics.f1(answer, accepted) == pytest.approx(f1) and metrics.exact_match(answer, accepted) == exact
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+
+def rows_for(task):
+    draw = random.Random(0)
+    rows = []
+    for _ in range(160):
+        words = draw.choices(FILLERS, k=draw.randint(2, 5))
+        kind = draw.choice(["good", "bad"])
+        words.insert(draw.randint(0, len(words)), kind)
+        row = {"text": " ".join(words), "label": kind}
+        if task == "choice":
+            row = {"text": row["text"], "choices": ["the plot", "a cast"], "label": "the plot" if kind == "good" else 1}
+        rows.append(row)
+    return rows
+
+
+TASKS = [
+    ("classification", {"verbalizers": "good= very great,bad= quite terrible"}, "loss"),
+    ("classification", {"objective": "accuracy"}, "accuracy"),
+    ("choice", {}, "accuracy"),
+    ("generation", {"max_new_tokens": 2}, "loss"),
+    ("generation", {"max_new_tokens": 2, "objective": "f1"}, "f1"),
+]
+
+
+@pytest.mark.parametrize("task, given, measure", TASKS, ids=[f"{task}-{n}" for n, (task, *_) in enumerate(TASKS)])
+def test_every_task_learns(task, given, measure, llama, tmp_path):
+    config = config_for(
+        llama, tmp_path, task=task, data=json_lines(tmp_path / "a.jsonl", rows_for(task)), train_size=100, dev_size=20,
+        test_size=40, steps=150, batch_size=16, eval_every=50, mode="scratch", **given,
+        options={"lr": 3e-3 if measure != "f1" else 1e-2, "eps": 1e-2 if measure == "loss" else 5e-2},
+    )  # fmt: skip
+    result = run(config)
+    before, after = (result["test"][when] for when in ("before", "after"))
+    better = (before[measure] - after[measure]) if measure == "loss" else (after[measure] - before[measure])
+    assert result["status"] == "completed" and better > 0.05, (before, after)
+    assert result["metrics"][0] in after
+    if task != "generation":
+        assert result["examples"]["put_right"] or result["examples"]["wrong_still"]
+
+
+def test_populations_work_with_every_task(llama, tmp_path):
+    for task in ("choice", "generation"):
+        config = config_for(llama, tmp_path, task=task, data=json_lines(tmp_path / "a.jsonl", rows_for(task)), steps=2,
+                            mode="scratch", options={"members": 2, "groups": 4}, max_new_tokens=2)  # fmt: skip
+        assert run(config)["status"] == "completed"
