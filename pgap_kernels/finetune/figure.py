@@ -107,9 +107,10 @@ def _draw_seconds(axes: Any, report: Mapping[str, Any]) -> None:
         axes.text(end, row, f" {end:.3g} s", va="center", fontsize=9)
     axes.set(title="where a step's time goes", xlabel="seconds per step")
     axes.margins(x=0.2, y=0.3)
+    axes.locator_params(axis="x", nbins=4)
     axes.invert_yaxis()
     if columns:
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, ncols=len(PARTS), loc="lower center", frameon=False)
 
 
 def timings(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
