@@ -1,4 +1,4 @@
-"""The ``pgap-kernels`` command: ``finetune`` and ``doctor``."""
+"""The ``pgap-kernels`` command: ``finetune``, ``methods`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ EPILOG = """\
 examples:
   pgap-kernels doctor
       Which kernels run here, and why others do not.
+  pgap-kernels methods
+      Every method, and what a step of it costs.
   pgap-kernels finetune --method mezo --steps 100 --output runs/mezo
       The built-in model on the built-in data (about 95 MB fetched once, 0.6 GB of cache).
 """
@@ -66,6 +68,12 @@ def _doctor(arguments: dict[str, Any]) -> int:
     from . import doctor
 
     return doctor.main(arguments["json"])
+
+
+def _methods(arguments: dict[str, Any]) -> int:
+    from . import methods
+
+    return methods.main(arguments["json"])
 
 
 def _finetune(arguments: dict[str, Any]) -> int:
@@ -124,6 +132,13 @@ def _parser(method: str) -> argparse.ArgumentParser:
     )
     doctor.add_argument("--json", action="store_true", help="print JSON instead of a table")
     doctor.set_defaults(command=_doctor)
+    methods = commands.add_parser(
+        "methods",
+        help="list every method and what a step costs",
+        description="List every method: forwards, passes over the weights by mode and state of a step, and what it is.",
+    )
+    methods.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    methods.set_defaults(command=_methods)
     finetune = commands.add_parser(
         "finetune",
         help="fine-tune a language model on your own data",

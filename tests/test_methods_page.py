@@ -27,6 +27,17 @@ SMALL = {
     "agzo": ({"rank": RANK, "basis_interval": 5}, {"k": 5}),
     "loren": ({"probes": 3}, {"K": 3}),
     "eggroll": ({"rank": RANK, "population": 6}, {"N": 6}),
+    "mezo-momentum": ({"probes": 2}, {"q": 2}),
+    "mezo-adam": ({"probes": 2}, {"q": 2}),
+    "subzero": ({**LOWRANK, "directions": 3}, {"q": 3, "k": 4}),
+    "svd-0": ({**LOWRANK, "probes": 5, "directions": 2}, {"q": 2, "h": 5, "k": 4}),
+    "hizoo": ({}, {}),
+    "sparse-mezo": ({"probes": 3}, {"q": 3}),
+    "fzoo": ({"probes": 5}, {"N": 5}),
+    "tezo": ({"rank": RANK}, {}),
+    "zo-muon": ({**LOWRANK, "directions": 3}, {"N": 3}),
+    "lezo": ({}, {"s": 1}),
+    "adalezo": ({}, {"s": 1}),
 }
 MODES = ({"mode": "inplace"}, {"mode": "scratch"}, {"mode": "folded"}, {"mode": "folded", "merge": "window"})
 

@@ -21,6 +21,7 @@ from pgap_kernels.perturbation import MODES
 
 ROW = {row.id: row for row in ROWS}
 PLAIN = MODES[:3]
+LAYERWISE = ("lezo", "adalezo")  # which leave most layers alone in a step
 LOW_RANK = [row for row in METHODS if issubclass(row.make, LowRankOptimizer)]
 
 
@@ -148,7 +149,8 @@ def test_a_rank_above_the_matrix_is_that_of_the_matrix(row, mode):
     ranks = {w.name: min(w.tensor.shape) for w in opt.matrices()}
     assert {w.name: opt.rank_of(w) for w in opt.matrices()} == ranks
     if row.id != "eggroll":  # which keeps no factors
-        assert {w.name: opt.state[w.tensor]["right"].shape[1] for w in opt.matrices()} == ranks
+        side = "left" if row.id == "zo-muon" else "right"
+        assert {w.name: opt.state[w.tensor][side].shape[1] for w in opt.matrices()} == ranks
     with pytest.raises(ValueError, match=r"^rank: got 600; accepted: .*512"):
         make(row, nn.Linear(600, 600, bias=False), rank=600, mode=mode)
 
@@ -250,9 +252,12 @@ def test_add_param_group_within_a_window(row, mode):
     opt.add_param_group({"params": new, "lr": 0.01})
     assert not opt.pending
     before = snapshot(model)
-    stepped(opt, model, 3)
+    stepped(opt, model, 12 if row.id in LAYERWISE else 3)
     opt.merge()
-    assert {name for name, w in snapshot(model).items() if not torch.equal(w, before[name])} == set(before)
+    moved = {name for name, w in snapshot(model).items() if not torch.equal(w, before[name])}
+    assert set(before) - moved <= (
+        {"affine.gain"} if row.id == "sparse-mezo" else set()
+    )  # it may outgrow its threshold
 
 
 @pytest.mark.parametrize("mode", ["scratch", "folded"])

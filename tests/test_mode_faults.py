@@ -21,7 +21,8 @@ from pgap_kernels.perturbation.residual import joined
 
 pytestmark = pytest.mark.filterwarnings("ignore:16-bit weights")
 ROW = {row.id: row for row in ROWS}
-IN_PLACE = runs(METHODS, lambda mode: not is_exact(mode))
+# An element that is at its threshold may be on the other side after the roundings of a restoration.
+IN_PLACE = runs([row for row in METHODS if row.id != "sparse-mezo"], lambda mode: not is_exact(mode))
 LAYERS = ("addmm", "mm", "bmm", "embedding", "native_layer_norm", "linear")
 
 
@@ -340,7 +341,7 @@ def test_a_non_finite_loss_can_skip_the_step(row):
     for name, p in contract.model.named_parameters():
         assert (p.detach() - contract.weights[name].value).abs().max() <= 1e-5, name
     model, opt = contract.model, contract.optimizer
-    for _ in range(3):
+    for _ in range(12 if row.id in ("lezo", "adalezo") else 3):  # which leave most layers alone in a step
         assert math.isfinite(opt.step(Losses(model)))
     assert opt.skipped == 1
     assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), Words().parameters(), strict=True))

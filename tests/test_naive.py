@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from naive import (
+    adalezo,
     adam,
     agzo,
     dizo,
@@ -21,6 +22,7 @@ from naive import (
     sparse_mezo,
     subzero,
     tezo,
+    zo_muon,
 )
 from naive.common import orthonormal
 from torch import Tensor
@@ -172,6 +174,24 @@ def fzoo_two_probes(loss):
     return {"l": loss.losses[1:], "W": new["w"]}
 
 
+def zo_muon_two_samples(loss):
+    identity, draws = {"w": torch.eye(2, dtype=torch.float64)}, [Z1, Z2]
+    new, _ = zo_muon.step(W, loss, identity, draws, [{}, {}], {}, **STEP)
+    plain, _ = zo_muon.step(W, Quadratic(), identity, draws, [{}, {}], {}, orthogonalise=False, **STEP)
+    return {"M": (W["w"] - plain["w"]) / STEP["lr"], "O": (W["w"] - new["w"]) / STEP["lr"], "W": new["w"]}
+
+
+def adalezo_draws(loss):
+    """The weights of what two draws from three layers move: the first layer twice, or it and the second once each."""
+    layers, start, z = [["a"], ["b"], ["c"]], dict.fromkeys("abc", array(1, shape=(1,))), Z1["w"].flatten()[:1]
+    moved = []
+    for uniform in ([0.1, 0.5], [0.1, 0.7]):
+        new, _ = adalezo.step(start, loss, dict.fromkeys("abc", z), layers, uniform, {"Q": [2.0, 1.0, 0.0]}, **STEP)
+        moved.append({name: float((1 - w) / STEP["lr"] / loss.rho) for name, w in new.items()})
+    assert moved[0]["b"] == moved[0]["c"] == 0
+    return {"p": adalezo.probabilities([2.0, 1.0, 0.0], 0.6, 0.1), "twice": moved[0]["a"], "once": moved[1]["b"]}
+
+
 def tezo_unscaled(loss):
     (U,), (V,) = named(array(1, 0, -1, 2)), named(array(0.5, 1, 1, -1))
     tau = {"w": array(2, -0.5, shape=(2,))}
@@ -274,6 +294,18 @@ EXAMPLES = [
     (sparse_mezo_half, {"h": 0.75, "D": (1, 0, -1, 0), "rho": -1.2, "W": (0.312, -1, 0.488, 2)}),
     (fzoo_two_probes, {"l": (10.475, 11.175), "W": (0.972857142857, -0.99, 0.49, 1.972857142857)}),
     (tezo_unscaled, {"D": (1, 2, -2, -1), "rho": -14, "W": (1.14, -0.72, 0.22, 1.86)}),
+    (
+        zo_muon_two_samples,
+        {
+            "M": (5.3625, 6.28125, -2.9625, 16.725),
+            "O": (1.053196097721, 0.310771868767, -0.417639872072, 0.687309035561),
+            "W": (0.989468039023, -1.003107718688, 0.504176398721, 1.993126909644),
+        },
+    ),
+    (
+        adalezo_draws,
+        {"p": (0.587700144618, 0.274260156374, 0.138039699008), "twice": 1.701547975867, "once": 1.82308650843},
+    ),
     (
         eggroll_jax,
         {"F": FITNESS, "W": (1.000781259593, -0.998660697841, 0.498623495003, 1.997135381492)},

@@ -7,12 +7,12 @@ import torch
 from support.methods import METHODS, Row, is_exact, options_of
 
 from benchmarks.step.memory import TensorBytes
-from pgap_kernels.optim import PGAP, ZOOptimizer
+from pgap_kernels.optim import PGAP, SVD0, SparseMeZO, ZOOptimizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:16-bit weights")
 SHAPES = [(300, 200), (200, 300), (256, 256), (64, 320)]
 LARGEST = 4 * 256 * 256
-OPTIONS = {"rank": 8, "probes": 3, "select": ["1.*", "2.*"], "lr": 1e-6, "eps": 1e-3}
+OPTIONS = {"rank": 8, "probes": 3, "select": ["1.*", "2.*"], "exclude": [], "lr": 1e-6, "eps": 1e-3}
 # Skinny factors that are made before they replace others: U and V, or u, v and N, of all matrices and up to twice for
 # their sum; of one matrix in a refresh the test matrix, Q and a QR's two, and U and V of both signs, of r + 8 columns.
 FACTORS, SVD = 2, 4
@@ -48,7 +48,9 @@ def transient(optimizer: ZOOptimizer) -> int:
     """Beyond what is declared: skinny factors of low-rank methods, and the small."""
     rank, both = OPTIONS["rank"], [m + n for m, n in SHAPES]
     lowrank = optimizer.lowrank_indices() is not None
-    return SMALL + lowrank * 4 * (FACTORS * rank * sum(both) + SVD * (rank + 8) * max(both))
+    # Sparse-MeZO's: 16 bytes an element to sort magnitudes, 17 to pack bits; and the bits before they are kept.
+    sort = (17 * LARGEST // 4 + sum(m * n // 8 for m, n in SHAPES)) if isinstance(optimizer, SparseMeZO) else 0
+    return SMALL + sort + lowrank * 4 * (FACTORS * rank * sum(both) + SVD * (rank + 8) * max(both))
 
 
 DTYPES = [(*run.values, torch.float32) for run in MODES]
@@ -63,7 +65,7 @@ def test_one_scratch_and_the_state(row, mode, dtype):
     assert peak <= cost.state_bytes + cost.scratch_bytes + transient(optimizer)
     assert buffer == (LARGEST * dtype.itemsize // 4 if is_exact(mode) else 0)
     # A gradient in float32 where subspaces are estimated, beside the buffer of the forwards if it does not fit in it.
-    gradient = LARGEST if row.make is PGAP else 0
+    gradient = LARGEST if row.make in (PGAP, SVD0) else 0
     assert cost.scratch_bytes == (buffer if buffer >= gradient else buffer + gradient)
     assert not gradient or peak > LARGEST  # counted at all
 

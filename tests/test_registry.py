@@ -10,7 +10,10 @@ from support.models import Words
 from pgap_kernels.optim import MeZO, ZOOptimizer, available_methods, make_optimizer
 from pgap_kernels.optim.registry import ENTRY_POINTS, method_class, method_options
 
-OWN = ["agzo", "dizo", "eggroll", "helene", "loren", "lozo", "lozo-m", "mezo", "pgap", "pizo"]
+OWN = [
+    "adalezo", "agzo", "dizo", "eggroll", "fzoo", "helene", "hizoo", "lezo", "loren", "lozo", "lozo-m", "mezo",
+    "mezo-adam", "mezo-momentum", "pgap", "pizo", "sparse-mezo", "subzero", "svd-0", "tezo", "zo-muon",
+]  # fmt: skip
 NEEDED = {"dizo": {"select": ["up.weight"]}, "helene": {"batch_size": 8}}
 
 
@@ -54,7 +57,7 @@ def test_another_packages_methods(other_package):
 @pytest.mark.parametrize(
     "name, option, error, match",
     [
-        ("MEZO", "lr", ValueError, r"^name: got 'MEZO' \(did you mean 'mezo'\?\); accepted: agzo, "),
+        ("MEZO", "lr", ValueError, r"^name: got 'MEZO' \(did you mean 'mezo'\?\); accepted: adalezo, "),
         ("mezo", "probs", TypeError, r"^probs: no option of 'mezo' \(did you mean 'probes'\?\); accepted: "),
         ("lozo", "scale", TypeError, "^scale: no option of 'lozo'"),  # of the trunk, and the recipe's to choose
     ],

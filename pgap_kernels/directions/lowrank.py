@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 from collections.abc import Hashable, Iterable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -105,18 +105,31 @@ class LowRank(Part):
         weights: matrices (m, n) of one device and dtype.
         left, right: A and B.
         terms: their cores and coefficients.
+        shapes: rows and columns as which each weight, contiguous, is viewed; by default its own. A displacement of
+            another shape has no counterpart on a layer's output.
 
     Raises:
         ValueError: a weight is no matrix, or the rank exceeds its shorter side.
     """
 
-    acts_on_outputs: ClassVar[bool] = True
+    acts_on_outputs: bool = True
 
-    def __init__(self, weights: Sequence[Weight], left: Factor, right: Factor, terms: Sequence[Term]) -> None:
+    def __init__(
+        self,
+        weights: Sequence[Weight],
+        left: Factor,
+        right: Factor,
+        terms: Sequence[Term],
+        shapes: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
         super().__init__(weights)
         rank = left.columns
-        for w in weights:
-            if w.tensor.dim() != 2 or (w.span is None and rank > min(w.tensor.shape)):
+        self.shapes = None if shapes is None else list(shapes)
+        if self.shapes is not None:
+            self.acts_on_outputs = all(w.tensor.shape == shape for w, shape in zip(weights, self.shapes, strict=True))
+        own: list[tuple[int, ...]] = [tuple(w.tensor.shape) for w in weights]
+        for w, shape in zip(weights, self.shapes or own, strict=True):
+            if len(shape) != 2 or (w.span is None and rank > min(shape)):
                 raise ValueError(
                     f"rank: got {rank} for {w.name!r} of shape {tuple(w.tensor.shape)}; accepted: a matrix, "
                     "and no more than its shorter side"
@@ -142,7 +155,7 @@ class LowRank(Part):
 
     def plus(self, other: Part) -> LowRank | None:
         """Parts that share both factors add their cores; parts without cores that share one add the other factor."""
-        if not isinstance(other, LowRank) or self.indices != other.indices:
+        if not isinstance(other, LowRank) or self.indices != other.indices or self.shapes != other.shapes:
             return None
         same_left = self.left.identity() == other.left.identity()
         same_right = self.right.identity() == other.right.identity()
@@ -213,6 +226,10 @@ class LowRank(Part):
             core, coefficient = self.terms[0].cores, scalar_if_equal(self.terms[0].row)
         else:
             core, coefficient = self._cores(), 1.0
+        if self.shapes is not None:
+            tensors = self._viewed(tensors)
+            if options.get("out") is not None:
+                options["out"] = self._viewed(options["out"])
         ops.lowrank_perturb_(
             tensors,
             self.left.argument(),
@@ -225,13 +242,18 @@ class LowRank(Part):
             **options,
         )
 
+    def _viewed(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [t.view(shape) for t, shape in zip(tensors, self.shapes or (), strict=True)]
+
     def select(self, chosen: Sequence[int], tensors: Sequence[Tensor] | None = None) -> LowRank:
         terms = [Term(t.cores and pick(t.cores, chosen), pick(t.row, chosen)) for t in self.terms]
-        return LowRank(self._chosen(chosen, tensors), self.left.select(chosen), self.right.select(chosen), terms)
+        shapes = self.shapes and pick(self.shapes, chosen)
+        weights = self._chosen(chosen, tensors)
+        return LowRank(weights, self.left.select(chosen), self.right.select(chosen), terms, shapes)
 
     def layout(self) -> Hashable:
         drawn = self.left.tensors is None, self.right.tensors is None
-        return "lowrank", self.indices, self.rank, *drawn, self._has_no_core()
+        return "lowrank", self.indices, self.rank, *drawn, self._has_no_core(), tuple(self.shapes or ())
 
     def operands(self) -> LowRankOperands:
         return LowRankOperands(self)
@@ -318,6 +340,7 @@ class LowRankOperands(Operands):
 
     def __init__(self, part: LowRank) -> None:
         self.device, self.rank, count = part.weights[0].tensor.device, part.rank, len(part.weights)
+        self.shapes = part.shapes
         self.coefficients = torch.ones(count, 1, dtype=torch.float32, device=self.device)
         self.keys = torch.zeros(3, dtype=torch.int64, device=self.device)
         shape = (0 if part._has_no_core() else count, part.rank, part.rank)
@@ -381,6 +404,8 @@ class LowRankOperands(Operands):
     def fill(self, position: int, tensor: Tensor, out: Tensor, decay: Tensor) -> None:
         left, right = ([f] if (f := side[position]) is not None else [] for side in self.factors)
         options = self.options[position]
+        if self.shapes is not None:
+            tensor, out = tensor.view(self.shapes[position]), out.view(self.shapes[position])
         ops.write_into("lowrank_perturb_", [tensor], [out], left=left, right=right, decay=decay[0], **options)
 
     def fold(self, position: int) -> Fold:

@@ -88,6 +88,11 @@ class Noise(Part):
         plain = self.mask is None and self.curvature is None and self.distribution == "normal"
         return self.draws if plain else None
 
+    def draws_over(self, curvature: Sequence[Tensor]) -> Mapping[int, Sequence[float]] | None:
+        """Draws of plain noise divided by the root of that curvature; None if it is something else."""
+        same = self.curvature is not None and _identity(self.curvature) == _identity(curvature)
+        return self.draws if same and self.distribution == "normal" else None
+
     def apply(self, tensors: list[Tensor], **options: Any) -> None:
         draws = [(key, scalar_if_equal(row)) for key, row in self.draws.items()]
         options |= {"tensor_ids": self.ids, "distribution": self.distribution, "slices": self.slices}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ class Part(ABC):
     A mode knows no kind of part. It asks for passes (``apply``) or, where weights are not written, for ``operands``.
     """
 
-    acts_on_outputs: ClassVar[bool] = False  # its operands can move a layer's output instead of its weight
+    acts_on_outputs: bool = False  # its operands can move a layer's output instead of its weight
 
     def __init__(self, weights: Sequence[Weight]) -> None:
         self.weights = list(weights)
@@ -59,6 +59,10 @@ class Part(ABC):
     def is_zero(self) -> bool:
         """Whether nothing would move; such a pass is not made, as adding +0 would turn -0 into +0."""
         return not any(map(any, self.coefficients()))
+
+    def draws_over(self, curvature: Sequence[Tensor]) -> Mapping[int, Sequence[float]] | None:
+        """Coefficients by key, if this is plain noise over the root of a curvature."""
+        return None
 
     def plain_draws(self) -> Mapping[int, Sequence[float]] | None:
         """Coefficients by key, if this is plain dense normal noise: what rules with state take as a gradient."""

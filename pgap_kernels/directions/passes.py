@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -82,7 +82,7 @@ class RulePass(Pass):
 
     def run(self) -> None:
         part, rule = self.part, self.rule
-        draws, back = part.plain_draws(), {} if self.restore is None else self.restore.plain_draws()
+        draws, back = part.plain_draws(), {} if self.restore is None else self._restored(self.restore)
         if rule is None or draws is None or back is None:
             raise ValueError(
                 f"rule: got {type(rule).__name__} with a {type(part).__name__}; accepted: plain dense noise"
@@ -103,6 +103,10 @@ class RulePass(Pass):
             )
 
         with_padding_kept(part.weights, part.tensors, update)
+
+    def _restored(self, part: Part) -> Mapping[int, Sequence[float]] | None:
+        """What the rule takes off: plain noise or, by HiZOO's, noise over the root of its curvature."""
+        return part.draws_over(self.state[0]) if isinstance(self.rule, ops.HiZOORule) else part.plain_draws()
 
     def inverse(self) -> None:
         return None

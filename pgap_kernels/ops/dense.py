@@ -182,13 +182,21 @@ def threshold_bits(weights: Sequence[Tensor], threshold: Scalar) -> list[Tensor]
     """
     weights = checks.tensors("weights", weights)
     levels = checks.scalar_row("threshold", threshold, len(weights)).to(weights[0].device).expand(len(weights))
-    return [_packed(w.detach().float().abs().reshape(-1) <= level) for w, level in zip(weights, levels, strict=True)]
+    return [_bits_of(w.detach().reshape(-1), level) for w, level in zip(weights, levels, strict=True)]
+
+
+def _bits_of(elements: Tensor, level: Tensor) -> Tensor:
+    """A piece at a time, as packing takes 17 bytes an element."""
+    return torch.cat([_packed(piece.float().abs() <= level) for piece in elements.split(_PIECE)])
 
 
 def _packed(keep: Tensor) -> Tensor:
     words = torch.nn.functional.pad(keep, (0, -len(keep) % 32)).view(-1, 32).long()
     packed = (words << torch.arange(32, device=keep.device)).sum(1)
     return (packed - ((packed >> 31) << 32)).to(torch.int32)
+
+
+_PIECE = 1 << 18  # elements; a multiple of 32
 
 
 @torch.compiler.disable

@@ -11,30 +11,50 @@ from .agzo import AGZO
 from .base import Params, ZOOptimizer
 from .dizo import DiZO
 from .eggroll import EGGROLL
+from .fzoo import FZOO
 from .gradient_subspace import GradientSubspaceOptimizer
 from .helene import HELENE
+from .hizoo import HiZOO
+from .lezo import AdaLeZO, LeZO
 from .loren import LOREN
 from .lowrank import LowRankOptimizer
 from .lozo import LOZO
 from .lozo_m import LOZOM
 from .mezo import MeZO
+from .mezo_moments import MeZOAdam, MeZOMomentum
 from .model import ModelOptimizer
 from .pgap import PGAP
 from .pizo import PIZO
+from .sparse_mezo import SparseMeZO
+from .subzero import SubZero
+from .svd0 import SVD0
+from .tezo import TeZO
+from .zo_muon import ZOMuon
 
 _TRUNKS = (LowRankOptimizer, GradientSubspaceOptimizer)
 ENTRY_POINTS = "pgap_kernels.methods"
 _OWN: dict[str, type[ZOOptimizer]] = {
+    "adalezo": AdaLeZO,
     "agzo": AGZO,
     "dizo": DiZO,
     "eggroll": EGGROLL,
+    "fzoo": FZOO,
     "helene": HELENE,
+    "hizoo": HiZOO,
+    "lezo": LeZO,
     "loren": LOREN,
     "lozo": LOZO,
     "lozo-m": LOZOM,
     "mezo": MeZO,
+    "mezo-adam": MeZOAdam,
+    "mezo-momentum": MeZOMomentum,
     "pgap": PGAP,
     "pizo": PIZO,
+    "sparse-mezo": SparseMeZO,
+    "subzero": SubZero,
+    "svd-0": SVD0,
+    "tezo": TeZO,
+    "zo-muon": ZOMuon,
 }
 
 

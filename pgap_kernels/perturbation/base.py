@@ -24,11 +24,19 @@ class StateRule(NamedTuple):
         make: the rule, its scalars one for each weight where they differ.
         state: the rule's states.
         indices: of the weights that it updates; None for all. The others move along their direction.
+        undoes_scaled: what is in the weights is noise over the root of the first state, and the rule takes it off.
     """
 
     make: Callable[[Sequence[Weight]], ops.Rule]
     state: Callable[[Sequence[Weight]], list[list[Tensor]]]
     indices: Collection[int] | None = None
+    undoes_scaled: bool = False
+
+    def undoes(self, before: Part, part: Part) -> bool:
+        """Whether an update along a part takes off what is in the weights, though it is of another kind."""
+        if not self.undoes_scaled or before.indices != part.indices:
+            return False
+        return before.draws_over(self.state(part.weights)[0]) is not None
 
     def serves(self, part: Part) -> bool:
         """Whether it updates the weights of a part by it; beside a rule for some weights other kinds of part may be."""

@@ -88,8 +88,11 @@ class InPlace(Perturbation):
         replaced: list[Part] = []
         for part in update.direction:
             before, move = self._move_to(part, keep)
+            rule = update.rule if update.rule is not None and update.rule.serves(part) else None
+            if rule is not None and before is None:
+                before = next((q for q in self.added if rule.undoes(q, part)), None)
             replaced += [] if before is None else [before]
-            if update.rule is not None and update.rule.serves(part):
+            if rule is not None:
                 moves.append((part, None if before is None else before.removal(keep)))
                 continue
             for coming in update.next_point or ():  # what no pass can take along is left to the next perturb_to

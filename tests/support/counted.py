@@ -143,6 +143,9 @@ class Counted:
     def numel(self) -> int:
         return self.value.numel()
 
+    def view(self, shape: tuple[int, ...]) -> Counted:
+        return self._each(lambda t: t.view(shape))
+
     def diag(self) -> Counted:
         return self._each(torch.diag)
 

@@ -13,12 +13,49 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from naive import agzo, dizo, eggroll, helene, loren, lozo_m, mezo, pgap, pizo
+from naive import (
+    adalezo,
+    adam,
+    agzo,
+    dizo,
+    eggroll,
+    fzoo,
+    helene,
+    hizoo,
+    loren,
+    lozo_m,
+    mezo,
+    momentum,
+    pgap,
+    pizo,
+    subzero,
+    tezo,
+    zo_muon,
+)
 from torch import Tensor
 
-from pgap_kernels import draw, noise
+from pgap_kernels import draw, masked_perturb_, noise
 from pgap_kernels.noise import Role
-from pgap_kernels.optim import AGZO, EGGROLL, LOREN, PGAP, LowRankOptimizer, MeZO, ZOOptimizer
+from pgap_kernels.optim import (
+    AGZO,
+    EGGROLL,
+    FZOO,
+    LOREN,
+    PGAP,
+    SVD0,
+    AdaLeZO,
+    HiZOO,
+    LeZO,
+    LowRankOptimizer,
+    MeZO,
+    MeZOAdam,
+    MeZOMomentum,
+    SparseMeZO,
+    SubZero,
+    TeZO,
+    ZOMuon,
+    ZOOptimizer,
+)
 from pgap_kernels.optim.dizo import DiZO
 from pgap_kernels.optim.helene import HELENE
 from pgap_kernels.optim.lozo import LOZO
@@ -244,6 +281,136 @@ def naive_dizo(s: Step):
     return measured(new), {"anchors": state["anchors"]}
 
 
+def naive_momentum(s: Step):
+    return momentum.step(s.weights, s.loss, s.z(), s.state, **s.given("beta"), **s.rates)
+
+
+def naive_adam(s: Step):
+    return adam.step(s.weights, s.loss, s.z(), s.counted_state(), **s.given("beta1", "beta2", "e"), **s.rates)
+
+
+def naive_hizoo(s: Step):
+    state = s.state or {"H": {n: known(torch.ones(w.shape)) for n, w in s.weights.items()}}
+    return hizoo.step(s.weights, s.loss, s.z(), state, **s.given("alpha"), **s.rates)
+
+
+def naive_fzoo(s: Step):
+    def signs(name: str, probe: int) -> Counted:
+        key = s.key(Role.DENSE, probe)
+        return known(draw(s.weights[name].shape, key, noise.tensor_id(name), distribution="rademacher"))
+
+    u = [{n: signs(n, i) for n in s.weights} for i in range(s.options["probes"])]
+    return fzoo.step(s.weights, s.loss, u, s.state, **s.given("ddof"), lr=s.rates["lr"], eps=s.rates["eps"])
+
+
+def naive_sparse_mezo(s: Step):
+    """MeZO along masked noise; thresholds are compared with the weights' values, far from which none of them is."""
+    keep = 1 - s.options["sparsity"]
+    levels = s.state or {n: w.value.float().abs().flatten().quantile(keep).item() for n, w in s.weights.items()}
+    z = s.z()
+    for name, w in s.weights.items():
+        mask = w.value.abs() <= levels[name]
+        if s.options.get("mask") == "random":
+            ones = torch.zeros(w.shape)
+            share, where = (s.key(Role.MASK), keep), [noise.tensor_id(name)]
+            masked_perturb_([ones], [(1, 1.0)], tensor_ids=where, share=share, distribution="rademacher")
+            mask = ones != 0
+        z[name] = z[name] * known(mask)
+    new, _ = mezo.step(s.weights, s.loss, [z], {}, **s.rates)
+    return new, levels
+
+
+def viewed_shape(s: Step, name: str) -> tuple[int, int]:
+    """Of a matrix in SubZero's eyes."""
+    if any(fnmatchcase(name, p) for p in s.options.get("reshape", ())):
+        return subzero.nearly_square(s.weights[name].numel())
+    return tuple(s.weights[name].shape)
+
+
+def naive_subzero(s: Step):
+    """U and V are the optimizer's, as they hang on the last bits of a QR; that they are one, test_optim.py shows."""
+    matrices = s.matrices()
+    U, V = ({n: known(s.kept(n, side)) for n in matrices} for side in ("left", "right"))
+    ranks = {n: min(s.options["rank"], *viewed_shape(s, n)) for n in matrices}
+    Z = {n: s.draw(n, (r, r), Role.CORE) for n, r in ranks.items()}
+    rates, one_sided = s.rates, s.options.get("baseline") == "clean"
+    losses = iter([s.losses[-1], s.losses[0]])
+
+    def clean_first(weights: Weights) -> float:
+        """The naive method evaluates W first, ours last."""
+        s.loss(weights)
+        return next(losses)
+
+    loss = clean_first if one_sided else s.loss
+    new = subzero.step(s.weights, loss, U, V, Z, s.z(without=matrices), s.state, lr=rates["lr"], eps=rates["eps"],
+                       one_sided=one_sided)  # fmt: skip
+    if one_sided:
+        s.points.reverse()
+    return new
+
+
+def naive_svd0(s: Step):
+    options, matrices, rates = s.options, s.matrices(), s.rates
+    if s.number % options["window"] == 0:
+        probes = [s.z(Role.PROBE, i) for i in range(options["probes"])]
+        gradients = pgap.refresh(s.weights, s.loss, probes, eps=rates["eps"])
+        for name in {*matrices} & {*s.names}:
+            check_basis(s, name, gradients[name], rates["eps"])
+    U, V = ({n: known(s.kept(n, side)) for n in matrices} for side in ("left", "right"))
+    Z = {n: s.draw(n, (s.rank(n), s.rank(n)), Role.CORE) for n in matrices}
+    return subzero.step(s.weights, s.loss, U, V, Z, s.z(without=matrices), s.state, lr=rates["lr"], eps=rates["eps"])
+
+
+def naive_tezo(s: Step):
+    first, matrices = replace(s, number=0), s.matrices()
+    tau = {n: s.draw(n, (s.rank(n),), Role.DIAGONAL_CORE) for n in matrices}
+    options = {"normalise": s.options.get("scale", "norm") == "norm", "rule": s.options.get("rule", "sgd")}
+    beta = {"beta1": s.options["beta"]} if "beta" in s.options else {}
+    factors = first.factors(Role.LEFT, 0), first.factors(Role.RIGHT, 1)
+    return tezo.step(s.weights, s.loss, *factors, tau, s.z(without=matrices), s.state, **options, **beta, **s.rates)
+
+
+def naive_zo_muon(s: Step):
+    """P is the optimizer's, as it hangs on the last bits of a QR."""
+    matrices, count = s.matrices(), s.options["directions"]
+    P = {n: known(s.kept(n, "left")) for n in matrices}
+    u = [{n: f.T for n, f in s.factors(Role.RIGHT, 1, i).items()} for i in range(count)]
+    z = [s.z(probe=i, without=matrices) for i in range(count)]
+    rates, dense = s.rates, s.options["lr_dense"] / s.options["lr"]
+    return zo_muon.step(s.weights, s.loss, P, u, z, s.state, lr=rates["lr"], eps=rates["eps"],
+                        lr_dense=dense * rates["lr"], orthogonalise=False)  # fmt: skip
+
+
+def modules(weights: Weights) -> list[list[str]]:
+    """The layers of a model whose names have no numbers."""
+    found: dict[str, list[str]] = {}
+    for name in weights:
+        found.setdefault(name.rpartition(".")[0], []).append(name)
+    return list(found.values())
+
+
+def uniform(s: Step, number: int) -> float:
+    return noise.derive(s.options["seed"], s.number, Role.DATA, number) / 2**64
+
+
+def naive_lezo(s: Step):
+    layers = modules(s.weights)
+    count = max(1, round((1 - s.options["sparsity"]) * len(layers)))
+    moved = sorted(range(len(layers)), key=lambda i: uniform(s, i))[:count]
+    every = s.z()
+    own = {n: s.weights[n] for i in moved for n in layers[i]}
+    new, _ = mezo.step(own, lambda w: s.loss({**s.weights, **w}), [{n: every[n] for n in own}], {}, **s.rates)
+    return {**s.weights, **new}, {}
+
+
+def naive_adalezo(s: Step):
+    layers = modules(s.weights)
+    numbers = [uniform(s, i) for i in range(max(1, int(s.options["share"] * len(layers))))]
+    options = s.given("tau", "gamma", "clip", "ema")
+    rates = {"lr": s.rates["lr"], "eps": s.rates["eps"]}
+    return adalezo.step(s.weights, s.loss, s.z(), layers, numbers, s.state, **options, **rates)
+
+
 def unsure(w: Counted, start: Counted, tau: float, iteration: int) -> Counted:
     """A point of a projection, whose coefficient of Delta hangs on |Delta| as float32 has it.
 
@@ -290,10 +457,11 @@ class Row:
             ways.insert(1, "two_pass")
         if issubclass(self.make, LowRankOptimizer):
             ways += ["folded", "folded-stacked"]
-            if self.make is not EGGROLL:  # whose factors are new in every step: nothing gathers
+            if self.make not in (EGGROLL, ZOMuon):  # whose factors are new in every step: nothing gathers
                 ways += ["window", "window-stacked"]
-        # One point would fill two copies.
-        return [way for way in ways if self.reported > 1 or not way.endswith("stacked")]
+        # An odd number of points leaves a copy over, which sees one of them again.
+        odd = self.reported == 1 or self.make is HiZOO
+        return [way for way in ways if not (odd and way.endswith("stacked"))]
 
     @property
     def period(self) -> int:
@@ -362,6 +530,25 @@ ROWS = [
         scale_by_root=True, lr=0.01, reported=3),
     row("agzo", AGZO, naive_agzo, rank=2, basis_interval=3, reported=1, state={}),
     row("agzo-two", AGZO, naive_agzo, rank=1, basis_interval=1, sides=2, exclude=["embed*"]),
+    row("mezo-momentum", MeZOMomentum, naive_momentum, beta=0.8, weight_decay=4.0, state={"m": "momentum"}),
+    row("mezo-adam", MeZOAdam, naive_adam, beta1=0.8, beta2=0.9, e=1e-3, weight_decay=1.0, lr=0.01, groups={"e": 1e-2},
+        state={"m": "momentum", "v": "second_moment"}),
+    row("hizoo", HiZOO, naive_hizoo, alpha=0.05, state={"H": "curvature"}),
+    row("hizoo-groups", HiZOO, naive_hizoo, alpha=0.05, groups={"alpha": 0.1}, state={"H": "curvature"}),
+    row("fzoo", FZOO, naive_fzoo, probes=3, reported=3),
+    row("fzoo-sample", FZOO, naive_fzoo, probes=4, ddof=1, groups={}, lr=0.01, reported=4),
+    row("sparse-mezo", SparseMeZO, naive_sparse_mezo, sparsity=0.63, weight_decay=4.0,
+        constant=("threshold", "mask")),
+    row("sparse-mezo-random", SparseMeZO, naive_sparse_mezo, sparsity=0.3, mask="random"),
+    row("subzero", SubZero, naive_subzero, rank=3, window=3),
+    row("subzero-viewed", SubZero, naive_subzero, rank=2, window=3, reshape=["lora_*"], exclude=["embed*"], groups={}),
+    row("svd-0", SVD0, naive_svd0, rank=3, window=3, probes=2, eps=0.05),
+    row("tezo", TeZO, naive_tezo, rank=3, weight_decay=4.0, constant=("left", "right"), exclude=["embed*"]),
+    row("tezo-momentum", TeZO, naive_tezo, rank=2, rule="momentum", beta=0.8, scale="paper",
+        state={"m": "momentum"}, lr=0.02, constant=("left", "right")),
+    row("zo-muon", ZOMuon, naive_zo_muon, rank=3, window=3, directions=3, update="sgd", lr_dense=0.01, reported=3),
+    row("lezo", LeZO, naive_lezo, sparsity=0.6, weight_decay=4.0),
+    row("adalezo", AdaLeZO, naive_adalezo, share=0.5, clip=2.0),
     row("loren", LOREN, naive_loren, parts=2, probes=4, eps=0.05, reported=4, state=LOREN_STATE, constant=("a",)),
     row("loren-learned", LOREN, naive_loren, parts=2, probes=3, eps=0.05, reported=3, beta=0.8, curvature="learned",
         lr_a=0.3, groups={}, state=LOREN_STATE),
@@ -376,5 +563,28 @@ ROWS = [
 METHODS = [
     r
     for r in ROWS
-    if r.id in ("mezo-3", "pgap", "pizo-greedy", "helene", "lozo", "lozo-m", "dizo", "eggroll", "agzo", "loren")
+    if r.id
+    in (
+        "mezo-3",
+        "pgap",
+        "pizo-greedy",
+        "helene",
+        "lozo",
+        "lozo-m",
+        "dizo",
+        "eggroll",
+        "agzo",
+        "loren",
+        "mezo-momentum",
+        "mezo-adam",
+        "hizoo",
+        "fzoo",
+        "sparse-mezo",
+        "subzero",
+        "svd-0",
+        "tezo-momentum",
+        "zo-muon",
+        "lezo",
+        "adalezo",
+    )
 ]

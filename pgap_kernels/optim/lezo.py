@@ -1,0 +1,167 @@
+"""LeZO (2410.09823) and AdaLeZO (2604.18264): only some layers move in a step."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from .. import noise
+from ..directions import Weight, bucket
+from ..noise import Role
+from . import scores
+from .base import Evaluation, Params, ZOOptimizer
+from .options import at_least_one, fraction, positive
+
+
+class LayerwiseOptimizer(ZOOptimizer):
+    """Base of methods that move some layers in a step.
+
+    A layer is all weights whose name has the same first number, and those without one together; where no name has one,
+    each module is a layer.
+    """
+
+    def layers(self) -> list[list[Weight]]:
+        """The weights of each layer, in the order in which their names first come."""
+        numbers = {w.index: re.search(r"(?<![^.])\d+(?![^.])", w.name) for w in self.weights()}
+        found: dict[str, list[Weight]] = {}
+        for w in self.weights():
+            number = numbers[w.index]
+            module = "" if any(numbers.values()) else w.name.rpartition(".")[0]
+            found.setdefault(number[0] if number else module, []).append(w)
+        return list(found.values())
+
+    def uniform(self, number: int) -> float:
+        """The n-th number of a step, from 0 to below 1."""
+        return noise.derive(self.seed, self.steps, Role.DATA, number) / 2**64
+
+
+class LeZO(LayerwiseOptimizer):
+    """MeZO on a random share of the layers, new in every step; the others stay as they are.
+
+        rho = (L(W + eps z) - L(W - eps z)) / (2 eps),   W <- (1 - lr wd) W - lr rho z,   z = 0 on the layers left out
+
+    Layers are as in ``LayerwiseOptimizer``. 2 forwards; 3 passes over the weights that move. No state. The paper's
+    repository holds no code.
+
+    Args:
+        params, lr, eps, weight_decay: as in ``MeZO``.
+        sparsity: share of the layers that is left out, from 0 to below 1; at least one layer moves.
+        **options: of ``ZOOptimizer``.
+    """
+
+    method: ClassVar[str] = "LeZO"
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-6,
+        eps: float = 1e-3,
+        weight_decay: float = 0.0,
+        *,
+        sparsity: float = 0.75,
+        **options: Any,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay}, **options)
+        self.sparsity = fraction("sparsity", sparsity)
+
+    def estimate_and_update(self, evaluate: Evaluation) -> float:
+        layers = self.layers()
+        count = max(1, round((1 - self.sparsity) * len(layers)))
+        order = sorted(range(len(layers)), key=lambda i: self.uniform(i))
+        moved = sorted(order[:count])
+        z = self.noise(self.key(Role.DENSE), bucket([w for i in moved for w in layers[i]]))
+        plus, minus = evaluate.two_sided(z)
+        self.apply_update([(z, self.descent((plus - minus) / 2))])
+        return (plus + minus) / 2
+
+
+class AdaLeZO(LayerwiseOptimizer):
+    """Layers drawn by how much they have mattered, with weights that make up for it.
+
+        p = (1 - gamma) softmax(Q / max Q / tau) + gamma / L             uniform at first; k draws with replacement
+        rho two-sided along z on the layers drawn;   W_i <- W_i - lr rho z count_i min(1 / (k p_i), clip)
+        Q_i <- (1 - ema) Q_i + ema |rho|                                  of the layers drawn
+
+    What is applied to a layer is what was evaluated, times its weight. 2 forwards; 3 passes over the weights that move.
+    State: Q, a number of each layer.
+
+    Args:
+        params, lr, eps, weight_decay: as in ``MeZO``.
+        share: k over the number of layers L; k is at least 1.
+        tau: temperature.
+        gamma: share of uniform exploration, from 0 to below 1.
+        clip: the most that a draw's weight can be.
+        ema: of Q, above 0 to 1.
+        interval: steps between draws.
+        **options: of ``ZOOptimizer``.
+    """
+
+    method: ClassVar[str] = "AdaLeZO"
+    saved_attributes: ClassVar[dict[str, Any]] = {"worth": None, "drawn": None}
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-6,
+        eps: float = 1e-3,
+        weight_decay: float = 0.0,
+        *,
+        share: float = 0.2,
+        tau: float = 0.6,
+        gamma: float = 0.1,
+        clip: float = 4.0,
+        ema: float = 0.1,
+        interval: int = 1,
+        **options: Any,
+    ) -> None:
+        self.worth: list[float] | None
+        self.drawn: list[int] | None
+        super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay}, **options)
+        self.share, self.ema = positive("share", share), positive("ema", ema)
+        for name in ("share", "ema"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}; accepted: a number above 0, at most 1")
+        self.tau, self.clip = positive("tau", tau), positive("clip", clip)
+        self.gamma, self.interval = fraction("gamma", gamma), at_least_one("interval", interval)
+
+    def estimate_and_update(self, evaluate: Evaluation) -> float:
+        layers = self.layers()
+        worth = self.worth if self.worth is not None and len(self.worth) == len(layers) else [0.0] * len(layers)
+        chances = probabilities(worth, self.tau, self.gamma)
+        count = max(1, math.floor(self.share * len(layers)))
+        if self.drawn is None or self.steps % self.interval == 0 or max(self.drawn) >= len(layers):
+            self.drawn = [pick(chances, self.uniform(i)) for i in range(count)]
+        moved = sorted({*self.drawn})
+        key = self.key(Role.DENSE)
+        z = self.noise(key, bucket([w for i in moved for w in layers[i]]))
+        plus, minus = evaluate.two_sided(z)
+        scale = [1.0] * len(self.weights())
+        for i in moved:
+            weight = self.drawn.count(i) * min(1 / (count * chances[i] + 1e-8), self.clip)
+            for w in layers[i]:
+                scale[w.index] = weight
+        amounts = [a * s for a, s in zip(self.descent((plus - minus) / 2), scale, strict=True)]
+        self.apply_update([(z, amounts)])
+        slope = abs(scores.spsa(plus, minus, self.radius()[layers[moved[0]][0].index]))
+        self.worth = [(1 - self.ema) * q + self.ema * slope if i in moved else q for i, q in enumerate(worth)]
+        return (plus + minus) / 2
+
+
+def probabilities(worth: Sequence[float], tau: float, gamma: float) -> list[float]:
+    """p of each layer; see ``AdaLeZO``."""
+    most = max(worth)
+    weights = [math.exp(q / most / tau if most else 0.0) for q in worth]
+    total = math.fsum(weights)
+    return [(1 - gamma) * w / total + gamma / len(worth) for w in weights]
+
+
+def pick(chances: Sequence[float], uniform: float) -> int:
+    """The index that a number from 0 to below 1 stands for."""
+    below = 0.0
+    for i, chance in enumerate(chances):
+        below += chance
+        if uniform < below:
+            return i
+    return len(chances) - 1

@@ -1,0 +1,128 @@
+"""TeZO (2501.19057): factors drawn once, and a diagonal core in every step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import checks, ops
+from ..directions import Direction, Factor, LowRank, Term, Weight
+from ..noise import Role
+from . import scores
+from .base import Evaluation, Params
+from .lowrank import LowRankOptimizer
+from .options import fraction
+
+RULES = ("sgd", "momentum")
+
+
+class TeZO(LowRankOptimizer):
+    """Temporal low-rank zeroth-order steps.
+
+        D = U diag(tau) V^T / sqrt(r),   U (m, r) and V (n, r) ~ N(0, 1) once,  tau ~ N(0, 1)^r in every step
+        rho = (L(W + eps D) - L(W - eps D)) / (2 eps)
+        rule="sgd":       W <- (1 - lr wd) W - lr rho D
+        rule="momentum":  m <- beta m + (1 - beta) rho tau,   W <- (1 - lr wd) W - lr U diag(m) V^T / sqrt(r)
+
+    Everything that is not a matrix takes dense noise, and rho of it. 2 forwards; 3 weight passes in place, none in mode
+    folded with a window. State: U and V, (m + n) r floats of a matrix, and r of momentum.
+
+    The paper has no public code; its scale is not known. 1/sqrt(r) gives D the norm of dense noise; ``scale="paper"``
+    leaves it out. Its choice of a rank for each layer, and TeZO-Adam, are not here.
+
+    Args:
+        params, lr, eps, weight_decay: as in ``MeZO``.
+        rank: r, of a group.
+        rule: "sgd" or "momentum" (TeZO-m).
+        beta: decay rate of m.
+        scale: "norm": 1/sqrt(r), the norm of dense noise; "paper": 1.
+        exclude: names of matrices that take dense noise instead.
+        **options: of ``ZOOptimizer``.
+    """
+
+    method: ClassVar[str] = "TeZO"
+    plans_ahead: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-6,
+        eps: float = 1e-3,
+        weight_decay: float = 0.0,
+        *,
+        rank: int = 32,
+        rule: str = "sgd",
+        beta: float = 0.9,
+        scale: str = "norm",
+        exclude: Sequence[str] = (),
+        **options: Any,
+    ) -> None:
+        defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "rank": rank}
+        super().__init__(params, defaults, window=1, exclude=exclude, **options)
+        self.rule = checks.choice("rule", rule, RULES)
+        self.beta = fraction("beta", beta)
+        self.scale = checks.choice("scale", scale, ("norm", "paper"))
+
+    def scale_of(self, weight: Weight) -> float:
+        return 1.0 / math.sqrt(self.rank_of(weight)) if self.scale == "norm" else 1.0
+
+    def refreshes_at(self, step: int) -> bool:
+        return step == 0
+
+    def refresh_is_due(self, name: str) -> bool:
+        return any(name not in self.state[w.tensor] for w in self.matrices())
+
+    def refresh(self, evaluate: Evaluation) -> None:
+        """U and V of the matrices that have none: they are drawn once, whatever the step."""
+        self.merge()
+        for weights in self.by_rank():
+            missing = [w for w in weights if "left" not in self.state[w.tensor]]
+            if not missing:
+                continue
+            rank = self.rank_of(weights[0])
+            for side, (name, role) in enumerate((("left", Role.LEFT), ("right", Role.RIGHT))):
+                factor = Factor.drawn(self.key(role, step=0), rank)
+                for w, tensor in zip(missing, factor.materialised(missing, side), strict=True):
+                    self.store(w, **{name: tensor})
+
+    def estimate_and_update(self, evaluate: Evaluation) -> float:
+        self.refresh_if_due("left", evaluate)
+        direction = self.planned(self.steps)
+        plus, minus = evaluate.two_sided(direction)
+        if self.rule == "sgd":
+            self.apply_update([(direction, self.descent((plus - minus) / 2))])
+        else:
+            self._step_with_momentum(plus, minus)
+        return (plus + minus) / 2
+
+    def direction(self, step: int, number: int = 0) -> Direction:
+        """U diag(tau) V^T on the matrices, dense noise on the rest."""
+        parts = [self._along(ws, self._tau(ws, step), [self.scale_of(w) for w in ws]) for ws in self.by_rank()]
+        return Direction([*parts, *self.noise(self.key(Role.DENSE, number, step), self.dense_buckets())])
+
+    def _tau(self, weights: Sequence[Weight], step: int) -> list[Tensor]:
+        rank, key = self.rank_of(weights[0]), self.key(Role.DIAGONAL_CORE, step=step)
+        return [ops.draw((rank,), key, w.id, device=w.tensor.device) for w in weights]
+
+    def _along(self, weights: Sequence[Weight], cores: Sequence[Tensor], row: Sequence[float]) -> LowRank:
+        left, right = (Factor.stored(self.stored(weights, side)) for side in ("left", "right"))
+        return LowRank(weights, left, right, [Term(list(cores), list(row))])
+
+    def _step_with_momentum(self, plus: float, minus: float) -> None:
+        """-lr m along the factors; the rest moves along its noise."""
+        radius, moments, parts = self.radius(), {}, []
+        for weights in self.by_rank():
+            for w, tau in zip(weights, self._tau(weights, self.steps), strict=True):
+                moved = tau * ((1 - self.beta) * scores.spsa(plus, minus, radius[w.index]))
+                before = self.state[w.tensor].get("momentum")
+                moments[w] = moved if before is None else torch.add(moved, before, alpha=self.beta)
+            parts.append(self._along(weights, [moments[w] for w in weights], [self.scale_of(w) for w in weights]))
+        dense = self.noise(self.key(Role.DENSE), self.dense_buckets())
+        step = [(Direction(parts), [-lr for lr in self.rates()]), (dense, self.descent((plus - minus) / 2))]
+        self.apply_update(step)
+        for w, moment in moments.items():  # only now: a step that failed leaves none behind
+            self.store(w, momentum=moment)
