@@ -8,7 +8,7 @@ namespace pgap {
 enum class DType : int32_t { f32, bf16, f16 };
 enum class Distribution : int32_t { normal, rademacher };
 enum class Mask : int32_t { threshold, share, bits };
-enum class Rule : int32_t { perturb, momentum, adam, hizoo, helene, helene_refresh };
+enum class Rule : int32_t { perturb, around, momentum, adam, hizoo, helene, helene_refresh, adamu };
 constexpr int64_t kMaxRuleScalars = 8;
 
 // Another tensor of a piece's shape that a pass reads or updates: optimizer state, an anchor.

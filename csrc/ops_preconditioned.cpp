@@ -13,17 +13,19 @@ struct RuleInfo {
 };
 constexpr RuleInfo kRules[] = {
     {.name = "perturb", .rule = Rule::perturb, .states = 1, .scalars = 0},
+    {.name = "around", .rule = Rule::around, .states = 1, .scalars = 1},
     {.name = "momentum", .rule = Rule::momentum, .states = 1, .scalars = 2},
     {.name = "adam", .rule = Rule::adam, .states = 2, .scalars = 7},
     {.name = "hizoo", .rule = Rule::hizoo, .states = 1, .scalars = 3},
     {.name = "helene", .rule = Rule::helene, .states = 2, .scalars = kMaxRuleScalars},
     {.name = "helene_refresh", .rule = Rule::helene_refresh, .states = 2, .scalars = kMaxRuleScalars},
+    {.name = "adamu", .rule = Rule::adamu, .states = 1, .scalars = kMaxRuleScalars},
 };
 
 const RuleInfo& parse_rule(const std::string& name) {
     for (const RuleInfo& info : kRules)
         if (name == info.name) return info;
-    STD_TORCH_CHECK(false, "rule: accepted: perturb, momentum, adam, hizoo, helene, helene_refresh");
+    STD_TORCH_CHECK(false, "rule: accepted: perturb, around, momentum, adam, hizoo, helene, helene_refresh, adamu");
 }
 
 // gradient and restore: the coefficients of g and b.
@@ -45,7 +47,7 @@ void preconditioned(std::vector<Tensor> weights, std::vector<Tensor> out, std::v
     STD_TORCH_CHECK(!state0.empty() && state1.empty() == (info.states == 1),
                     "state0, state1: accepted: the rule's states");
     std::vector<Piece> pieces = make_pieces(weights, out, tensor_ids, slices, dtype);
-    const bool updates_state = info.rule != Rule::perturb;
+    const bool updates_state = info.rule != Rule::perturb && info.rule != Rule::around;
     attach_companions(pieces, &Piece::state0, state0, DType::f32, updates_state, "state0");
     attach_companions(pieces, &Piece::state1, state1, DType::f32, updates_state, "state1");
     const PreconditionedPass pass = {.dtype = dtype,

@@ -3,6 +3,7 @@
 //   g = sum_j c_j z(key_j)  the gradient estimate,  b = sum_j r_j z(key_j)  what restores W after a perturbation
 //
 //   perturb   delta = b / sqrt(H)
+//   around    delta = fma(c, T, b)
 //   momentum  m <- fma(beta, m, g)
 //             delta = fma(-lr, m, b)
 //   adam      m <- fma(beta1, m, rest1 g),  v <- fma(beta2, v, rest2 (g g))
@@ -11,6 +12,8 @@
 //             delta = fma(-lr, g / sqrt(H'), b / sqrt(H))
 //   helene    m <- fma(beta1, m, anneal g);  in helene_refresh also  h <- fma(beta2, h, rest2 (g g))
 //             delta = fma(-lr, m / fma(gamma, max(h, floor), eps), b)
+//   adamu     y = h + b,  m = fma(beta1, g, rest1 y),  v = fma(beta2, g g, rest2 (y y)),  h <- sign m
+//             delta = fma(-step, m / sqrt(v + eps), back m)
 //
 // The rules are plain loops, which the compiler vectorises. fma, / and sqrt are correctly rounded, so every
 // instruction set gives the same bits.
@@ -30,6 +33,12 @@ static inline float square_root(float a) { return __builtin_sqrtf(a); }
 // state0: H
 static void rule_perturb(const RuleArguments& r) {
     for (int64_t i = 0; i < r.n; ++i) r.delta[i] = r.delta[i] / square_root(r.state0[i]);
+}
+
+// state0: T
+static void rule_around(const RuleArguments& r) {
+    const float c = r.scalars[0];
+    for (int64_t i = 0; i < r.n; ++i) r.delta[i] = fused(c, r.state0[i], r.delta[i]);
 }
 
 // state0: m
@@ -76,14 +85,28 @@ template <bool REFRESH> static void rule_helene(const RuleArguments& r) {
     }
 }
 
+// state0: h
+static void rule_adamu(const RuleArguments& r) {
+    const float step = r.scalars[0], back = r.scalars[1], sign = r.scalars[2], beta1 = r.scalars[3],
+                rest1 = r.scalars[4], beta2 = r.scalars[5], rest2 = r.scalars[6], eps = r.scalars[7];
+    for (int64_t i = 0; i < r.n; ++i) {
+        const float g = r.g[i], y = r.state0[i] + r.delta[i];
+        const float m = fused(beta1, g, rest1 * y), v = fused(beta2, g * g, rest2 * (y * y));
+        r.state0[i] = sign * m;
+        r.delta[i] = fused(-step, m / square_root(v + eps), back * m);
+    }
+}
+
 static void apply_rule(Rule rule, const RuleArguments& arguments) {
     switch (rule) {
         case Rule::perturb: return rule_perturb(arguments);
+        case Rule::around: return rule_around(arguments);
         case Rule::momentum: return rule_momentum(arguments);
         case Rule::adam: return rule_adam(arguments);
         case Rule::hizoo: return rule_hizoo(arguments);
         case Rule::helene: return rule_helene<false>(arguments);
         case Rule::helene_refresh: return rule_helene<true>(arguments);
+        case Rule::adamu: return rule_adamu(arguments);
     }
 }
 

@@ -6,6 +6,7 @@ from .backends import use_backend
 from .losses import per_example_loss
 from .ops import (
     AdamRule,
+    AdaMURule,
     HELENERule,
     HiZOORule,
     MomentumRule,
@@ -26,6 +27,7 @@ from .ops import (
 )
 
 __all__ = [
+    "AdaMURule",
     "AdamRule",
     "HELENERule",
     "HiZOORule",

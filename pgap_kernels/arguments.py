@@ -113,13 +113,15 @@ class PreconditionedArguments(NamedTuple):
 
 
 class CurvatureArguments(NamedTuple):
-    """Of ``preconditioned_perturb_``, which backends serve as the rule "perturb" of ``PreconditionedArguments``."""
+    """Of ``preconditioned_perturb_``, which backends serve as a rule of ``PreconditionedArguments``: "perturb" or, with
+    ``around``, "around"."""
 
     curvature: list[Tensor]
     keys: Tensor
     coefficients: Tensor
     decay: Tensor
     tensor_ids: list[int]
+    around: Tensor | None = None
     rounding_key: Tensor | None = None
     slices: Sequence[int] = ()
     distribution: str = "normal"

@@ -37,6 +37,7 @@ SMALL = {
     "tezo": ({"rank": RANK}, {}),
     "zo-muon": ({**LOWRANK, "directions": 3}, {"N": 3}),
     "lezo": ({}, {"s": 1}),
+    "zo-adamu": ({}, {}),
     "adalezo": ({}, {"s": 1}),
 }
 MODES = ({"mode": "inplace"}, {"mode": "scratch"}, {"mode": "folded"}, {"mode": "folded", "merge": "window"})

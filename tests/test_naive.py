@@ -22,6 +22,7 @@ from naive import (
     sparse_mezo,
     subzero,
     tezo,
+    zo_adamu,
     zo_muon,
 )
 from naive.common import orthonormal
@@ -174,6 +175,11 @@ def fzoo_two_probes(loss):
     return {"l": loss.losses[1:], "W": new["w"]}
 
 
+def zo_adamu_last_phase(loss):
+    new, state = zo_adamu.step(W, loss, Z1, Z2, {}, beta1=0.9, beta2=0.01, **STEP)
+    return {"m": state["h"]["w"], "rho": loss.rho, "W": new["w"]}
+
+
 def zo_muon_two_samples(loss):
     identity, draws = {"w": torch.eye(2, dtype=torch.float64)}, [Z1, Z2]
     new, _ = zo_muon.step(W, loss, identity, draws, [{}, {}], {}, **STEP)
@@ -294,6 +300,14 @@ EXAMPLES = [
     (sparse_mezo_half, {"h": 0.75, "D": (1, 0, -1, 0), "rho": -1.2, "W": (0.312, -1, 0.488, 2)}),
     (fzoo_two_probes, {"l": (10.475, 11.175), "W": (0.972857142857, -0.99, 0.49, 1.972857142857)}),
     (tezo_unscaled, {"D": (1, 2, -2, -1), "rho": -14, "W": (1.14, -0.72, 0.22, 1.86)}),
+    (
+        zo_adamu_last_phase,
+        {
+            "m": (0.8, 0.55, -0.7, 1.85),
+            "rho": 13.45,
+            "W": (0.892400000538, -1.074253976103, 0.547252530426, 1.53593899025),
+        },
+    ),
     (
         zo_muon_two_samples,
         {

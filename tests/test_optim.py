@@ -137,7 +137,7 @@ def test_low_rank_methods_keep_the_contract_on_the_reference(row, monkeypatch):
 RATES = {"mezo-3": 0.03, "pgap": 0.03, "pizo-greedy": 0.02, "helene": 0.05, "lozo": 0.02, "lozo-m": 0.02, "dizo": 0.03}
 RATES |= {"eggroll": 30.0, "agzo": 0.1, "loren": 0.003, "mezo-momentum": 0.005, "mezo-adam": 0.02, "hizoo": 0.02}
 RATES |= {"fzoo": 0.05, "sparse-mezo": 0.05, "subzero": 0.03, "svd-0": 0.03, "tezo-momentum": 0.1, "zo-muon": 0.1}
-RATES |= {"lezo": 0.05, "adalezo": 0.05}
+RATES |= {"lezo": 0.05, "adalezo": 0.05, "zo-adamu": 0.03}
 
 
 @pytest.mark.parametrize("row", METHODS)

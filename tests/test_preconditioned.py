@@ -43,6 +43,12 @@ def total(coefficients, zs: list[Bounded], t: int) -> Bounded:
 
 def one_step(rule, t: int, states: list[Bounded], g: Bounded, b: Bounded, z: Bounded):
     """The rules as their papers write them: delta and the new states of tensor t."""
+    if isinstance(rule, ops.AdaMURule):
+        y = states[0] + b
+        m = scalar(rule.beta1) * g + scalar(1 - rule.beta1) * y
+        v = scalar(rule.beta2) * (g * g) + scalar(1 - rule.beta2) * (y * y)
+        step, back = (scalar(own(value, t)) for value in (rule.step, rule.back))
+        return back * m - step * (m / (v + scalar(rule.eps)).sqrt()), [scalar(rule.sign) * m]
     lr = scalar(own(rule.lr, t))
     if isinstance(rule, ops.MomentumRule):
         m = scalar(rule.beta) * states[0] + g
@@ -85,7 +91,7 @@ def forms() -> list[tuple]:
     turns: the distribution on z, the rounding on W."""
     result = []
     for (i, rule), (j, dtype) in itertools.product(enumerate(RULES), enumerate(DTYPES)):
-        draws = 1 if rule == "hizoo" else (1, 2, 3)[(i + j) % 3]
+        draws = {"hizoo": 1, "adamu": 2}.get(rule, (1, 2, 3)[(i + j) % 3])
         result.append((rule, dtype, draws, DISTRIBUTIONS[(i + j) % 2], [*ROUNDINGS][(i + j // 2) % 2]))
     return result
 
@@ -227,12 +233,20 @@ def good_perturb(**changes) -> dict:
     return {**{key: arguments[key] for key in ("weights", "curvature", "draws", "tensor_ids")}, **changes}
 
 
-NEEDED = {"adam": {"step": 1}, "hizoo": {"curvature": 1.0}, "helene": {"anneal": 0.1, "floor": 1.0}}
+NEEDED = {
+    "momentum": {"lr": 0.1},
+    "adam": {"lr": 0.1, "step": 1},
+    "hizoo": {"lr": 0.1, "curvature": 1.0},
+    "helene": {"lr": 0.1, "anneal": 0.1, "floor": 1.0},
+    "adamu": {"step": 1.0, "sign": 1.0, "beta1": 0.9, "beta2": 0.1},
+}
 CLASSES = {"momentum": ops.MomentumRule, "adam": ops.AdamRule, "hizoo": ops.HiZOORule, "helene": ops.HELENERule}
+CLASSES |= {"adamu": ops.AdaMURule}
 FIELDS = [
     *(("momentum", name) for name in ("lr", "beta")),
     *(("adam", name) for name in ("lr", "eps")),
     *(("hizoo", name) for name in ("lr", "curvature", "alpha")),
+    *(("adamu", name) for name in ("step", "sign", "beta1", "beta2", "back", "eps")),
     *(("helene", name) for name in ("lr", "anneal", "floor", "beta1", "gamma", "eps")),
 ]
 
@@ -241,10 +255,10 @@ FIELDS = [
 def test_fields_of_rules(rule, field):
     """A list is one per tensor for a learning rate or a floor, and wrong elsewhere."""
     for value, error in ((math.nan, ValueError), ("0.1", TypeError), ([0.1, math.inf], (TypeError, ValueError))):
-        bad = CLASSES[rule](**{"lr": 0.1, **NEEDED.get(rule, {}), field: value})
+        bad = CLASSES[rule](**{**NEEDED[rule], field: value})
         refused("preconditioned_update_", good(rule, rule=bad), error, rf"^rule\.{field}: got")
-    if field not in ("lr", "floor"):
-        bad = CLASSES[rule](**{"lr": 0.1, **NEEDED.get(rule, {}), field: [0.1, 0.2]})
+    if field not in CLASSES[rule].per_tensor:
+        bad = CLASSES[rule](**{**NEEDED[rule], field: [0.1, 0.2]})
         refused(
             "preconditioned_update_", good(rule, rule=bad), TypeError, rf"^rule\.{field}: got .*a float or a tensor"
         )
@@ -266,7 +280,7 @@ def test_fields_of_rules(rule, field):
         (ops.HELENERule(0.1, 0.1, 1.0, refresh=0.9), TypeError, r"rule\.refresh: got 0.9"),
         (ops.HELENERule(0.1, 0.1, 1.0, refresh=(0.9, 8.0, 1)), TypeError, r"rule\.refresh: got"),
         (ops.HELENERule(0.1, 0.1, 1.0, refresh=(0.9, math.inf)), ValueError, r"rule\.refresh: got inf"),
-        (None, TypeError, "rule: got None; accepted: MomentumRule, AdamRule, HiZOORule or HELENERule"),
+        (None, TypeError, "rule: got None; accepted: MomentumRule, AdamRule, HiZOORule, HELENERule or AdaMURule"),
         ("adam", TypeError, "rule: got 'adam'"),
         (ops.AdamRule, TypeError, "rule: got <class"),
     ],

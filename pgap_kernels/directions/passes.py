@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .. import ops
+from .blend import Blend
 from .part import Part
 from .weight import Weight, scalar_if_equal
 
@@ -81,22 +82,16 @@ class RulePass(Pass):
         return [*self.part.tensors, *(t for tensors in self.state for t in tensors)]
 
     def run(self) -> None:
-        part, rule = self.part, self.rule
-        draws, back = part.plain_draws(), {} if self.restore is None else self._restored(self.restore)
-        if rule is None or draws is None or back is None:
-            raise ValueError(
-                f"rule: got {type(rule).__name__} with a {type(part).__name__}; accepted: plain dense noise"
-            )
-        zero = [0.0] * len(part.weights)
-        keys = list({**draws, **back})
+        part = self.part
+        rule, draws, restored = self._arguments()
 
         def update() -> None:
             ops.preconditioned_update_(
                 part.tensors,
                 [list(tensors) for tensors in self.state],
-                [(key, scalar_if_equal(draws.get(key, zero))) for key in keys],
+                [(key, scalar_if_equal(row)) for key, row in draws.items()],
                 rule,
-                restore=[scalar_if_equal(back.get(key, zero)) for key in keys],
+                restore=[scalar_if_equal(row) for row in restored],
                 tensor_ids=part.ids,
                 slices=part.slices,
                 **self.options,
@@ -104,9 +99,27 @@ class RulePass(Pass):
 
         with_padding_kept(part.weights, part.tensors, update)
 
-    def _restored(self, part: Part) -> Mapping[int, Sequence[float]] | None:
-        """What the rule takes off: plain noise or, by HiZOO's, noise over the root of its curvature."""
-        return part.draws_over(self.state[0]) if isinstance(self.rule, ops.HiZOORule) else part.plain_draws()
+    def _arguments(self) -> tuple[ops.Rule, dict[int, Sequence[float]], list[Sequence[float]]]:
+        """The rule, the coefficients of the gradient estimate by key, and those of what it takes off."""
+        draws, rule = self.part.plain_draws(), self.rule
+        back: Mapping[int, Sequence[float]] | None = {}
+        if isinstance(self.restore, Blend):
+            back = {}
+        elif self.restore is not None and isinstance(rule, ops.HiZOORule):
+            back = self.restore.draws_over(self.state[0])
+        elif self.restore is not None:
+            back = self.restore.plain_draws()
+        if rule is None or draws is None or back is None:
+            raise ValueError(
+                f"rule: got {type(rule).__name__} with a {type(self.part).__name__}; accepted: plain dense noise"
+            )
+        zero: Sequence[float] = [0.0] * len(self.part.weights)
+        if isinstance(rule, ops.AdaMURule):  # its draws stay apart, and it takes off multiples of its own m
+            (first, second), rows = draws, list(draws.values())
+            factors = self.restore.factors if isinstance(self.restore, Blend) else zero
+            return replace(rule, back=list(factors)), {first: rows[0], second: zero}, [zero, rows[1]]
+        keys = list({**draws, **back})
+        return rule, {key: draws.get(key, zero) for key in keys}, [back.get(key, zero) for key in keys]
 
     def inverse(self) -> None:
         return None

@@ -15,6 +15,7 @@ from .forward import add_lowrank_, lowrank_forward_
 from .lowrank import MAX_RANK, aligned_core, lowrank_perturb_
 from .preconditioned import (
     AdamRule,
+    AdaMURule,
     HELENERule,
     HiZOORule,
     MomentumRule,
@@ -27,6 +28,7 @@ from .skipped import raise_if_skipped
 
 __all__ = [
     "MAX_RANK",
+    "AdaMURule",
     "AdamRule",
     "HELENERule",
     "HiZOORule",

@@ -22,11 +22,12 @@ def _update(weights, state0, state1, **arguments):
     bump_versions(weights, state0, state1)
 
 
-def _perturb(weights, *, curvature, coefficients, out=None, **arguments):
+def _perturb(weights, *, curvature, coefficients, around=None, out=None, **arguments):
     out = weights if out is None else out
     serving = backends.select("preconditioned_perturb_", weights[0].device, weights[0].dtype)
-    none = torch.zeros(0, 1, dtype=torch.float32)
-    as_update = {"gradient": coefficients, "restore": coefficients, "scalars": none, "rule": "perturb"}
+    scalars = torch.zeros(0, 1, dtype=torch.float32) if around is None else around
+    rule = "perturb" if around is None else "around"
+    as_update = {"gradient": coefficients, "restore": coefficients, "scalars": scalars, "rule": rule}
     serving.preconditioned_(weights, out, curvature, [], PreconditionedArguments(**as_update, **arguments))
     bump_versions(out)
 
@@ -144,7 +145,43 @@ class HELENERule:
         ]
 
 
-Rule = MomentumRule | AdamRule | HiZOORule | HELENERule
+@dataclass(frozen=True)
+class AdaMURule:
+    """m around a stored tensor h, and a step by what this step's draws say of its size                (2312.15184).
+
+        y = h + b,   m = beta1 g + (1 - beta1) y,   v = beta2 g^2 + (1 - beta2) y^2
+        W <- W + back m - step m / sqrt(v + eps);   h <- sign m
+
+    Takes exactly two draws, of which the first makes g and the second b: restore[0] and c_2 are 0. ``back`` is what
+    takes off a perturbation along m; ``step`` is lr rho. State h.
+    """
+
+    step: Scalar
+    sign: float | Tensor
+    beta1: float | Tensor
+    beta2: float | Tensor
+    back: Scalar = 0.0
+    eps: float | Tensor = 1e-8
+    rule: ClassVar[str] = "adamu"
+    states: ClassVar[int] = 1
+    per_tensor: ClassVar[tuple[str, ...]] = ("step", "back")
+
+    def scalars(self) -> list[tuple[str, Scalar]]:
+        """The kernel's scalars in its order, named."""
+        return [
+            ("step", self.step),
+            ("back", self.back),
+            ("sign", self.sign),
+            ("beta1", self.beta1),
+            ("1 - beta1", 1 - self.beta1),
+            ("beta2", self.beta2),
+            ("1 - beta2", 1 - self.beta2),
+            ("eps", self.eps),
+        ]
+
+
+Rule = MomentumRule | AdamRule | HiZOORule | HELENERule | AdaMURule
+_COUNTS = {"hizoo": (1, "one with HiZOORule"), "adamu": (2, "two with AdaMURule")}
 
 
 def _checked(rule: Rule, count: int) -> Rule:
@@ -154,7 +191,7 @@ def _checked(rule: Rule, count: int) -> Rule:
 
 def _checked_field(rule: Rule, field: str, count: int) -> Any:
     name, value = f"rule.{field}", getattr(rule, field)
-    if field == "step":
+    if field == "step" and isinstance(rule, AdamRule):
         if isinstance(value, Tensor):
             return value
         if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
@@ -214,7 +251,7 @@ def preconditioned_update_(
         weights: as in ``dense_perturb_``.
         state: the rule's states, each a list of float32 tensors of the weights' shapes; written, sharing nothing.
         draws: (key, c_j) pairs.
-        rule: ``MomentumRule``, ``AdamRule``, ``HiZOORule`` or ``HELENERule``.
+        rule: ``MomentumRule``, ``AdamRule``, ``HiZOORule``, ``HELENERule`` or ``AdaMURule``.
         restore: r_j, one scalar per draw; by default 0.
         tensor_ids, decay, distribution, tier, rounding, rounding_key, slices: as in ``dense_perturb_``.
 
@@ -222,8 +259,8 @@ def preconditioned_update_(
         TypeError, ValueError: naming the argument; nothing has been written.
     """
     weights = checks.matrices("weights", weights)
-    if not isinstance(rule, (MomentumRule, AdamRule, HiZOORule, HELENERule)):
-        raise TypeError(f"rule: got {rule!r}; accepted: MomentumRule, AdamRule, HiZOORule or HELENERule")
+    if not isinstance(rule, (MomentumRule, AdamRule, HiZOORule, HELENERule, AdaMURule)):
+        raise TypeError(f"rule: got {rule!r}; accepted: MomentumRule, AdamRule, HiZOORule, HELENERule or AdaMURule")
     if isinstance(state, Tensor) or not isinstance(state, (list, tuple)) or len(state) != rule.states:
         got = len(state) if isinstance(state, (list, tuple)) else type(state).__name__
         raise ValueError(f"state: got {got}; accepted: {rule.states} list(s) of tensors, as {rule.rule} keeps")
@@ -233,8 +270,9 @@ def preconditioned_update_(
         checks.disjoint("state[0] + state[1]", both)
     noise_options(distribution, tier)
     keys, gradient = pack_draws(draws, len(weights))
-    if rule.rule == "hizoo" and len(draws) != 1:
-        raise ValueError(f"draws: got {len(draws)}; accepted: one with HiZOORule")
+    count, accepted = _COUNTS.get(rule.rule, (len(draws), ""))
+    if len(draws) != count:
+        raise ValueError(f"draws: got {len(draws)}; accepted: {accepted}")
     rows = [0.0] * len(draws) if restore is None else restore
     if not isinstance(rows, (list, tuple)) or len(rows) != len(draws):
         raise ValueError(f"restore: got {restore!r}; accepted: {len(draws)} scalar(s), one per draw")
@@ -268,6 +306,7 @@ def preconditioned_perturb_(
     curvature: Sequence[Tensor],
     *,
     tensor_ids: Sequence[int],
+    around: Scalar | None = None,
     decay: Scalar = 0.0,
     out: Sequence[Tensor] | None = None,
     distribution: str = "normal",
@@ -276,14 +315,16 @@ def preconditioned_perturb_(
     rounding_key: Key | None = None,
     slices: Slices | None = None,
 ) -> None:
-    """``dense_perturb_`` along noise divided by the root of a diagonal curvature, which is only read.
+    """``dense_perturb_`` along noise divided by the root of a stored tensor, or around it; the tensor is only read.
 
-        delta = (sum_j a_j z_j) / sqrt(H);   delta = fma(-d, W, delta) if d != 0;   W <- round(W + delta)
+        delta = (sum_j a_j z_j) / sqrt(H), or sum_j a_j z_j + c H with ``around`` = c
+        delta = fma(-d, W, delta) if d != 0;   W <- round(W + delta)
 
-    HiZOO (2402.15173) perturbs in this way.
+    HiZOO (2402.15173) perturbs in the first way, ZO-AdaMU (2312.15184) in the second.
 
     Args:
-        curvature: H > 0, float32 tensors of the weights' shapes.
+        curvature: H, float32 tensors of the weights' shapes; H > 0 in the first way.
+        around: c, a float, one per tensor, or a tensor; None for the first way.
         weights, draws, tensor_ids, decay, out, distribution, tier, rounding, rounding_key, slices: as in
             ``dense_perturb_``.
 
@@ -300,6 +341,7 @@ def preconditioned_perturb_(
         coefficients=coefficients,
         decay=scalar("decay", decay, len(weights)),
         tensor_ids=checks.tensor_ids("tensor_ids", tensor_ids, len(weights)),
+        around=None if around is None else scalar("around", around, len(weights)),
         rounding_key=rounding_keys(rounding, rounding_key),
         slices=checks.slices("slices", slices, weights),
         distribution=distribution,

@@ -31,6 +31,7 @@ from .sparse_mezo import SparseMeZO
 from .subzero import SubZero
 from .svd0 import SVD0
 from .tezo import TeZO
+from .zo_adamu import ZOAdaMU
 from .zo_muon import ZOMuon
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "SparseMeZO",
     "SubZero",
     "TeZO",
+    "ZOAdaMU",
     "ZOMuon",
     "ZOOptimizer",
     "available_methods",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..directions import Direction, Noise, Weight, bucket
+from ..directions import Direction, Noise, Part, Weight, bucket
 from ..noise import Role
 from ..perturbation import StateRule
 from . import scores
@@ -68,7 +68,7 @@ class HiZOO(ZOOptimizer):
         clean, plus, minus = evaluate.population([(Direction(), radius), (probe, radius), (probe, back)])
         self._bend = abs(plus + minus - 2 * clean) / 2
         rho = [scores.spsa(plus, minus, eps) for eps in radius]
-        rule = StateRule(self.rule_of, self.state_of, undoes_scaled=True)
+        rule = StateRule(self.rule_of, self.state_of, takes_off=over_its_root)
         self.apply_update([(self.noise(key, same), rho)], rule=rule)
         return (plus + minus) / 2
 
@@ -87,3 +87,8 @@ class HiZOO(ZOOptimizer):
             if "curvature" not in self.state[w.tensor]:
                 self.state[w.tensor]["curvature"] = torch.ones_like(w.tensor, dtype=torch.float32)
         return [[self.state[w.tensor]["curvature"] for w in weights]]
+
+
+def over_its_root(before: Part, state: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether the rule takes off a part: noise over the root of its state."""
+    return before.draws_over(state[0]) is not None

@@ -29,6 +29,7 @@ from .sparse_mezo import SparseMeZO
 from .subzero import SubZero
 from .svd0 import SVD0
 from .tezo import TeZO
+from .zo_adamu import ZOAdaMU
 from .zo_muon import ZOMuon
 
 _TRUNKS = (LowRankOptimizer, GradientSubspaceOptimizer)
@@ -54,6 +55,7 @@ _OWN: dict[str, type[ZOOptimizer]] = {
     "subzero": SubZero,
     "svd-0": SVD0,
     "tezo": TeZO,
+    "zo-adamu": ZOAdaMU,
     "zo-muon": ZOMuon,
 }
 

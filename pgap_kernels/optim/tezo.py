@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .. import checks, ops
-from ..directions import Direction, Factor, LowRank, Term, Weight
+from ..directions import Direction, Factor, LowRank, Part, Quotient, Ratio, Term, Weight
 from ..noise import Role
 from . import scores
 from .base import Evaluation, Params
 from .lowrank import LowRankOptimizer
-from .options import fraction
+from .options import fraction, positive
 
-RULES = ("sgd", "momentum")
+RULES = ("sgd", "momentum", "adam")
 
 
 class TeZO(LowRankOptimizer):
@@ -27,18 +27,22 @@ class TeZO(LowRankOptimizer):
         rho = (L(W + eps D) - L(W - eps D)) / (2 eps)
         rule="sgd":       W <- (1 - lr wd) W - lr rho D
         rule="momentum":  m <- beta m + (1 - beta) rho tau,   W <- (1 - lr wd) W - lr U diag(m) V^T / sqrt(r)
+        rule="adam":      v <- beta2 v + (1 - beta2) rho^2 tau^2,   W <- (1 - lr wd) W
+                          - lr (U diag(m) V^T / sqrt(r)) / sqrt((U U) diag(v) (V V)^T / r + e), element by element
 
     Everything that is not a matrix takes dense noise, and rho of it. 2 forwards; 3 weight passes in place, none in mode
-    folded with a window. State: U and V, (m + n) r floats of a matrix, and r of momentum.
+    folded with a window. With "adam" 4 in place, and a pass for each matrix whose quotient PyTorch makes, in memory of
+    three such matrices. State: U and V, (m + n) r floats of a matrix, and r of each moment.
 
-    The paper has no public code; its scale is not known. 1/sqrt(r) gives D the norm of dense noise; ``scale="paper"``
-    leaves it out. Its choice of a rank for each layer, and TeZO-Adam, are not here.
+    The paper has no public code; its scale and whether its moments are corrected are not known. 1/sqrt(r) gives D the
+    norm of dense noise; ``scale="paper"`` leaves it out. Its choice of a rank for each layer is not here.
 
     Args:
         params, lr, eps, weight_decay: as in ``MeZO``.
         rank: r, of a group.
-        rule: "sgd" or "momentum" (TeZO-m).
-        beta: decay rate of m.
+        rule: "sgd", "momentum" (TeZO-m) or "adam" (TeZO-Adam).
+        beta, beta2: decay rates of m and v.
+        e: keeps the denominator away from 0.
         scale: "norm": 1/sqrt(r), the norm of dense noise; "paper": 1.
         exclude: names of matrices that take dense noise instead.
         **options: of ``ZOOptimizer``.
@@ -57,6 +61,8 @@ class TeZO(LowRankOptimizer):
         rank: int = 32,
         rule: str = "sgd",
         beta: float = 0.9,
+        beta2: float = 0.999,
+        e: float = 1e-8,
         scale: str = "norm",
         exclude: Sequence[str] = (),
         **options: Any,
@@ -64,7 +70,9 @@ class TeZO(LowRankOptimizer):
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "rank": rank}
         super().__init__(params, defaults, window=1, exclude=exclude, **options)
         self.rule = checks.choice("rule", rule, RULES)
-        self.beta = fraction("beta", beta)
+        self.beta, self.beta2, self.e = fraction("beta", beta), fraction("beta2", beta2), positive("e", e)
+        if self.rule == "adam" and self.residual:
+            raise ValueError("residual: got True with rule='adam'; accepted: False, as its update is no direction")
         self.scale = checks.choice("scale", scale, ("norm", "paper"))
 
     def scale_of(self, weight: Weight) -> float:
@@ -113,16 +121,36 @@ class TeZO(LowRankOptimizer):
         return LowRank(weights, left, right, [Term(list(cores), list(row))])
 
     def _step_with_momentum(self, plus: float, minus: float) -> None:
-        """-lr m along the factors; the rest moves along its noise."""
-        radius, moments, parts = self.radius(), {}, []
+        """By the moments along the factors; the rest moves along its noise."""
+        radius = self.radius()
+        moments: dict[Weight, dict[str, Tensor]] = {}
+        parts: list[Part] = []
         for weights in self.by_rank():
             for w, tau in zip(weights, self._tau(weights, self.steps), strict=True):
-                moved = tau * ((1 - self.beta) * scores.spsa(plus, minus, radius[w.index]))
-                before = self.state[w.tensor].get("momentum")
-                moments[w] = moved if before is None else torch.add(moved, before, alpha=self.beta)
-            parts.append(self._along(weights, [moments[w] for w in weights], [self.scale_of(w) for w in weights]))
+                rho = scores.spsa(plus, minus, radius[w.index])
+                moments[w] = {"momentum": self._averaged(w, "momentum", rho * tau, self.beta)}
+                if self.rule == "adam":
+                    moments[w]["second_moment"] = self._averaged(w, "second_moment", (rho * tau) ** 2, self.beta2)
+            parts += self._moved(weights, moments)
         dense = self.noise(self.key(Role.DENSE), self.dense_buckets())
         step = [(Direction(parts), [-lr for lr in self.rates()]), (dense, self.descent((plus - minus) / 2))]
         self.apply_update(step)
-        for w, moment in moments.items():  # only now: a step that failed leaves none behind
-            self.store(w, momentum=moment)
+        for w, own in moments.items():  # only now: a step that failed leaves none behind
+            self.store(w, **own)
+
+    def _averaged(self, weight: Weight, name: str, value: Tensor, beta: float) -> Tensor:
+        before = self.state[weight.tensor].get(name)
+        return (1 - beta) * value if before is None else torch.add((1 - beta) * value, before, alpha=beta)
+
+    def _moved(self, weights: Sequence[Weight], moments: Mapping[Weight, Mapping[str, Tensor]]) -> list[Part]:
+        """What -lr multiplies, on matrices of one rank."""
+        if self.rule == "momentum":
+            first = [moments[w]["momentum"] for w in weights]
+            return [self._along(weights, first, [self.scale_of(w) for w in weights])]
+        parts: list[Part] = []
+        for w in weights:
+            state, own, scale = self.state[w.tensor], moments[w], self.scale_of(w)
+            below = own["second_moment"] * scale**2
+            ratio = Ratio(state["left"], state["right"], own["momentum"] * scale, below, self.e)
+            parts.append(Quotient(w, ratio))
+        return parts

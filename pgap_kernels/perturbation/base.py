@@ -24,19 +24,20 @@ class StateRule(NamedTuple):
         make: the rule, its scalars one for each weight where they differ.
         state: the rule's states.
         indices: of the weights that it updates; None for all. The others move along their direction.
-        undoes_scaled: what is in the weights is noise over the root of the first state, and the rule takes it off.
+        takes_off: whether the rule takes off what is in the weights, given that part and the states, though it is of
+            another kind than its gradient estimate.
     """
 
     make: Callable[[Sequence[Weight]], ops.Rule]
     state: Callable[[Sequence[Weight]], list[list[Tensor]]]
     indices: Collection[int] | None = None
-    undoes_scaled: bool = False
+    takes_off: Callable[[Part, list[list[Tensor]]], bool] | None = None
 
     def undoes(self, before: Part, part: Part) -> bool:
         """Whether an update along a part takes off what is in the weights, though it is of another kind."""
-        if not self.undoes_scaled or before.indices != part.indices:
+        if self.takes_off is None or before.indices != part.indices:
             return False
-        return before.draws_over(self.state(part.weights)[0]) is not None
+        return self.takes_off(before, self.state(part.weights))
 
     def serves(self, part: Part) -> bool:
         """Whether it updates the weights of a part by it; beside a rule for some weights other kinds of part may be."""

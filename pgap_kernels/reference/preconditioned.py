@@ -18,6 +18,8 @@ def _delta(rule, scalars, states, z, g, b):
     """delta and the new states, in the kernels' order of operations; z is the last draw."""
     if rule == "perturb":
         return b / _sqrt(states[0]), states
+    if rule == "around":
+        return fma(scalars[0], states[0], b), states
     if rule == "momentum":
         lr, beta = scalars
         m = fma(beta, states[0], g)
@@ -32,6 +34,11 @@ def _delta(rule, scalars, states, z, g, b):
         h = states[0]
         new = fma(growth * h, z * z, rest * h)
         return fma(-lr, g / _sqrt(new), b / _sqrt(h)), [new]
+    if rule == "adamu":
+        step, back, sign, beta1, rest1, beta2, rest2, eps = scalars
+        y = states[0] + b
+        m, v = fma(beta1, g, rest1 * y), fma(beta2, g * g, rest2 * (y * y))
+        return fma(-step, m / _sqrt(v + eps), back * m), [sign * m]
     lr, beta1, anneal, gamma, floor, eps, beta2, rest2 = scalars
     m = fma(beta1, states[0], anneal * g)
     h = fma(beta2, states[1], rest2 * (g * g)) if rule == "helene_refresh" else states[1]

@@ -44,6 +44,15 @@ def apply_rule(tile, lane, z, g, b, place0, place1, scalars_ptr, stride, RULE: t
     state0 = load_lane(tile, place0, lane, tl.float32)
     if RULE == "perturb":
         delta = tl.div_rn(b, tl.sqrt_rn(state0))
+    elif RULE == "around":
+        delta = tl.fma(state0, tl.load(scalars_ptr), b)
+    elif RULE == "adamu":
+        y = state0 + b
+        m = tl.fma(g, tl.load(scalars_ptr + 3 * stride), tl.load(scalars_ptr + 4 * stride) * y)
+        v = tl.fma(g * g, tl.load(scalars_ptr + 5 * stride), tl.load(scalars_ptr + 6 * stride) * (y * y))
+        quotient = tl.div_rn(m, tl.sqrt_rn(v + tl.load(scalars_ptr + 7 * stride)))
+        delta = tl.fma(quotient, -tl.load(scalars_ptr), tl.load(scalars_ptr + stride) * m)
+        state0 = tl.load(scalars_ptr + 2 * stride) * m
     elif RULE == "momentum":
         state0 = tl.fma(state0, tl.load(scalars_ptr + stride), g)
         delta = tl.fma(state0, -tl.load(scalars_ptr), b)
@@ -67,7 +76,7 @@ def apply_rule(tile, lane, z, g, b, place0, place1, scalars_ptr, stride, RULE: t
         delta = tl.fma(tl.div_rn(state0, divisor), -tl.load(scalars_ptr), b)
         if RULE != "helene":  # which only reads h
             store_lane(tile, place1, lane, state1, tl.float32)
-    if RULE != "perturb":  # which only reads the curvature
+    if RULE != "perturb" and RULE != "around":  # which only read it
         store_lane(tile, place0, lane, state0, tl.float32)
     return delta
 

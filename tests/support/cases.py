@@ -38,7 +38,7 @@ DISTRIBUTIONS = ("normal", "rademacher")
 # contiguous; rows apart in memory; a shard beside others; indices beyond 2**31, rows far apart
 LAYOUTS = ("plain", "strided", "shard", "far")
 DECAYS = (0.0, 0.03, [0.0, 0.01, 0.2])
-RULES = ("momentum", "adam", "hizoo", "helene", "helene_refresh")
+RULES = ("momentum", "adam", "hizoo", "helene", "helene_refresh", "adamu")
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,7 @@ def rule_named(name: str, count: int):
         "adam": ops.AdamRule(lr, step=3, betas=(0.9, 0.95)),
         "hizoo": ops.HiZOORule(lr, curvature=2.5, alpha=0.1),
         "helene": ops.HELENERule(lr, anneal=0.3, floor=per_tensor([0.5, 1.0], count), gamma=1.5, eps=1e-6),
+        "adamu": ops.AdaMURule(lr, -1.0, 0.8, 0.3, per_tensor([1e-2, -0.5], count)),
         "helene_refresh": ops.HELENERule(lr, anneal=0.3, floor=per_tensor([0.5, 1.0], count), refresh=(0.99, 8.0)),
     }[name]
 
@@ -186,20 +187,27 @@ def update_arguments(
 ) -> dict:
     """Arguments of ``preconditioned_update_``; the second state, and the first of HiZOO, is positive."""
     chosen = rule_named(rule, len(shapes))
+    draws = {"hizoo": 1, "adamu": 2}.get(rule, draws)
     state = [weights(shapes, seed=2 + i, scale=0.1) for i in range(chosen.states)]
-    state[-1] = [t.abs() + 0.1 for t in state[-1]] if rule != "momentum" else state[-1]
+    state[-1] = [t.abs() + 0.1 for t in state[-1]] if rule not in ("momentum", "adamu") else state[-1]
+    arguments = common(dtype, draws, distribution, rounding, decay, layout, shapes)
+    restore = [1e-2, per_tensor([0.5, -0.2], len(shapes)), 0.0][:draws]
+    if rule == "adamu":
+        arguments["draws"] = [(key, a if i == 0 else 0.0) for i, (key, a) in enumerate(arguments["draws"])]
+        restore[0] = 0.0
     return {
-        **common(dtype, draws, distribution, rounding, decay, layout, shapes),
+        **arguments,
         "state": [placed(s, layout, 10 + 3 * i) for i, s in enumerate(state)],
         "rule": chosen,
-        "restore": [1e-2, per_tensor([0.5, -0.2], len(shapes)), 0.0][:draws],
+        "restore": restore,
     }
 
 
-def perturb_arguments(dtype=torch.float32, layout: str = "plain", shapes=SHAPES, **options) -> dict:
+def perturb_arguments(dtype=torch.float32, layout: str = "plain", shapes=SHAPES, around=None, **options) -> dict:
     """Arguments of ``preconditioned_perturb_``; options are those of the dense op."""
     curvature = placed([t.abs() + 0.1 for t in weights(shapes, seed=2)], layout, 10)
-    return dense_arguments(dtype, layout=layout, shapes=shapes, **options) | {"curvature": curvature}
+    given = {"curvature": curvature} if around is None else {"curvature": curvature, "around": around}
+    return dense_arguments(dtype, layout=layout, shapes=shapes, **options) | given
 
 
 def anchor_arguments(
@@ -409,16 +417,12 @@ def _rows() -> dict[str, Row]:
         elementwise = ("weights", "bits") if mask == "bits" else ("weights",)
         rows[f"masked {mask}"] = Row("masked_perturb_", build, (*_NOISE, "out"), ("weights",), elementwise)
     for rule in RULES:
-        heeds = tuple(name for name in _NOISE if rule != "hizoo" or name != "draws")
+        heeds = tuple(name for name in _NOISE if rule not in ("hizoo", "adamu") or name != "draws")
         both = ("weights", "state")
         rows[rule] = Row("preconditioned_update_", part(update_arguments, rule), heeds, both, both)
-    rows["preconditioned"] = Row(
-        "preconditioned_perturb_",
-        perturb_arguments,
-        (*_NOISE, "out"),
-        ("weights",),
-        ("weights", "curvature"),
-    )
+    for name, build in (("preconditioned", perturb_arguments), ("around", part(perturb_arguments, around=-0.7))):
+        both = ("weights", "curvature")
+        rows[name] = Row("preconditioned_perturb_", build, (*_NOISE, "out"), ("weights",), both)
     for anchors, deltas in ((torch.float32, None), ("own", None), (torch.float32, "own"), ("own", torch.float32)):
         build = part(anchor_arguments, anchors=anchors, deltas=deltas)
         name, elementwise = f"anchor {anchors} {deltas}", ("weights", "anchors", *(("deltas",) if deltas else ()))

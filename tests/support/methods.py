@@ -30,6 +30,7 @@ from naive import (
     pizo,
     subzero,
     tezo,
+    zo_adamu,
     zo_muon,
 )
 from torch import Tensor
@@ -53,6 +54,7 @@ from pgap_kernels.optim import (
     SparseMeZO,
     SubZero,
     TeZO,
+    ZOAdaMU,
     ZOMuon,
     ZOOptimizer,
 )
@@ -366,6 +368,7 @@ def naive_tezo(s: Step):
     tau = {n: s.draw(n, (s.rank(n),), Role.DIAGONAL_CORE) for n in matrices}
     options = {"normalise": s.options.get("scale", "norm") == "norm", "rule": s.options.get("rule", "sgd")}
     beta = {"beta1": s.options["beta"]} if "beta" in s.options else {}
+    beta |= s.given("beta2", "e")
     factors = first.factors(Role.LEFT, 0), first.factors(Role.RIGHT, 1)
     return tezo.step(s.weights, s.loss, *factors, tau, s.z(without=matrices), s.state, **options, **beta, **s.rates)
 
@@ -379,6 +382,15 @@ def naive_zo_muon(s: Step):
     rates, dense = s.rates, s.options["lr_dense"] / s.options["lr"]
     return zo_muon.step(s.weights, s.loss, P, u, z, s.state, lr=rates["lr"], eps=rates["eps"],
                         lr_dense=dense * rates["lr"], orthogonalise=False)  # fmt: skip
+
+
+def naive_zo_adamu(s: Step):
+    times = s.options["warmup_steps"], s.options["total_steps"]
+    alpha, beta1, beta2 = (zo_adamu.annealed(s.number, *times, pace) for pace in (1.0, 0.1, 1.5))
+    if s.number >= 0.8 * times[1] and s.options.get("final", "text") == "text":
+        alpha, beta1, beta2 = 0.5, 0.9, 0.01
+    p, q = ({n: z * share**0.5 for n, z in s.z(probe=i).items()} for i, share in enumerate((alpha, 1 - alpha)))
+    return zo_adamu.step(s.weights, s.loss, p, q, s.state, beta1=beta1, beta2=beta2, **s.given("e"), **s.rates)
 
 
 def modules(weights: Weights) -> list[list[str]]:
@@ -546,7 +558,13 @@ ROWS = [
     row("tezo", TeZO, naive_tezo, rank=3, weight_decay=4.0, constant=("left", "right"), exclude=["embed*"]),
     row("tezo-momentum", TeZO, naive_tezo, rank=2, rule="momentum", beta=0.8, scale="paper",
         state={"m": "momentum"}, lr=0.02, constant=("left", "right")),
+    row("tezo-adam", TeZO, naive_tezo, rank=2, rule="adam", beta=0.8, beta2=0.7, e=0.1, exclude=["embed*"], lr=0.02,
+        state={"m": "momentum", "v": "second_moment"}, constant=("left", "right")),
     row("zo-muon", ZOMuon, naive_zo_muon, rank=3, window=3, directions=3, update="sgd", lr_dense=0.01, reported=3),
+    row("zo-adamu", ZOAdaMU, naive_zo_adamu, warmup_steps=2, total_steps=20, e=0.1, weight_decay=4.0,
+        state={"h": "history"}),
+    row("zo-adamu-freeze", ZOAdaMU, naive_zo_adamu, warmup_steps=1, total_steps=6, final="freeze", e=0.1, groups={},
+        state={"h": "history"}),
     row("lezo", LeZO, naive_lezo, sparsity=0.6, weight_decay=4.0),
     row("adalezo", AdaLeZO, naive_adalezo, share=0.5, clip=2.0),
     row("loren", LOREN, naive_loren, parts=2, probes=4, eps=0.05, reported=4, state=LOREN_STATE, constant=("a",)),
@@ -586,5 +604,6 @@ METHODS = [
         "zo-muon",
         "lezo",
         "adalezo",
+        "zo-adamu",
     )
 ]

@@ -15,6 +15,7 @@ import triton
 
 from pgap_kernels import (
     AdamRule,
+    AdaMURule,
     HELENERule,
     HiZOORule,
     MomentumRule,
@@ -162,6 +163,7 @@ RULES = {
     "momentum": (MomentumRule(1e-3), 4, 4),
     "adam": (AdamRule(1e-3, 3), 8, 8),
     "hizoo": (HiZOORule(1e-3, 1.0), 4, 4),
+    "adamu": (AdaMURule(1e-3, 1.0, 0.9, 0.1), 4, 4),
     "helene": (HELENERule(1e-3, 0.5, 1.0), 8, 4),
     "helene refresh": (HELENERule(1e-3, 0.5, 1.0, refresh=(0.9, 4.0)), 8, 8),
 }
@@ -182,7 +184,7 @@ def preconditioned_cases() -> list[Case]:
     cases = []
     for dtype, size in BYTES.items():
         for config, (rule, read, written) in RULES.items():
-            op = partial(_update, ONE, rule, {"decay": 1e-4})
+            op = partial(_update, ONE * 2 if config == "adamu" else ONE, rule, {"decay": 1e-4})
             cases.append(_tiled("preconditioned", config, dtype, op, size + read, size + written, 1, 1))
         op = partial(_update, ONE * 2, AdamRule(1e-3, 3), ROUNDED)
         cases.append(_tiled("preconditioned", "stochastic", dtype, op, size + 8, size + 8, 1, 1))
