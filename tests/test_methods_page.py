@@ -30,6 +30,7 @@ SMALL = {
     "mezo-momentum": ({"probes": 2}, {"q": 2}),
     "mezo-adam": ({"probes": 2}, {"q": 2}),
     "subzero": ({**LOWRANK, "directions": 3}, {"q": 3, "k": 4}),
+    "pizo-subzero": ({**LOWRANK, "pool": 5}, {"M": 5, "k": 4}),
     "svd-0": ({**LOWRANK, "probes": 5, "directions": 2}, {"q": 2, "h": 5, "k": 4}),
     "hizoo": ({}, {}),
     "sparse-mezo": ({"probes": 3}, {"q": 3}),

@@ -12,7 +12,8 @@ from pgap_kernels.optim.registry import ENTRY_POINTS, method_class, method_optio
 
 OWN = [
     "adalezo", "agzo", "dizo", "eggroll", "fzoo", "helene", "hizoo", "lezo", "loren", "lozo", "lozo-m", "mezo",
-    "mezo-adam", "mezo-momentum", "pgap", "pizo", "sparse-mezo", "subzero", "svd-0", "tezo", "zo-adamu", "zo-muon",
+    "mezo-adam", "mezo-momentum", "pgap", "pizo", "pizo-subzero", "sparse-mezo", "subzero", "svd-0", "tezo",
+    "zo-adamu", "zo-muon",
 ]  # fmt: skip
 NEEDED = {"dizo": {"select": ["up.weight"]}, "helene": {"batch_size": 8}}
 

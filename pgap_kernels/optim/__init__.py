@@ -23,7 +23,7 @@ from .lozo_m import LOZOM
 from .mezo import MeZO
 from .mezo_moments import MeZOAdam, MeZOMomentum
 from .pgap import PGAP
-from .pizo import PIZO
+from .pizo import PIZO, PIZOSubZero
 from .registry import available_methods, make_optimizer, method_options
 from .sampling import Sampling
 from .signal import Signal, SignalRule
@@ -57,6 +57,7 @@ __all__ = [
     "MeZOAdam",
     "MeZOMomentum",
     "NonFiniteLossError",
+    "PIZOSubZero",
     "Sampling",
     "Signal",
     "SignalRule",

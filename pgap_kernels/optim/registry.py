@@ -24,7 +24,7 @@ from .mezo import MeZO
 from .mezo_moments import MeZOAdam, MeZOMomentum
 from .model import ModelOptimizer
 from .pgap import PGAP
-from .pizo import PIZO
+from .pizo import PIZO, PIZOSubZero
 from .sparse_mezo import SparseMeZO
 from .subzero import SubZero
 from .svd0 import SVD0
@@ -51,6 +51,7 @@ _OWN: dict[str, type[ZOOptimizer]] = {
     "mezo-momentum": MeZOMomentum,
     "pgap": PGAP,
     "pizo": PIZO,
+    "pizo-subzero": PIZOSubZero,
     "sparse-mezo": SparseMeZO,
     "subzero": SubZero,
     "svd-0": SVD0,

@@ -62,7 +62,7 @@ from pgap_kernels.optim.dizo import DiZO
 from pgap_kernels.optim.helene import HELENE
 from pgap_kernels.optim.lozo import LOZO
 from pgap_kernels.optim.lozo_m import LOZOM
-from pgap_kernels.optim.pizo import PIZO
+from pgap_kernels.optim.pizo import PIZO, PIZOSubZero
 from pgap_kernels.subspace import gradient_basis
 
 from .bounds import UNIT
@@ -351,6 +351,28 @@ def naive_subzero(s: Step):
     return new
 
 
+def naive_pizo_subzero(s: Step):
+    """PIZO on directions in the optimizer's subspaces; the best core is kept, and is tried in those of the step."""
+    matrices = s.matrices()
+    U, V = ({n: known(s.kept(n, side)) for n in matrices} for side in ("left", "right"))
+
+    def direction(number: int, probe: int) -> Weights:
+        at = replace(s, number=number)
+        cores = {n: at.draw(n, (s.rank(n), s.rank(n)), Role.CORE, probe) for n in matrices}
+        scale = {n: s.weights[n].numel() ** 0.5 / s.rank(n) for n in matrices}
+        projected = {n: scale[n] * (U[n] @ cores[n] @ V[n].T) for n in matrices}
+        return {**at.z(probe=probe, without=matrices), **projected}
+
+    tried = [(s.number, i) for i in range(s.options["pool"])]
+    tried = [s.state["tried"], *tried[:-1]] if s.state else tried
+    pool = [direction(*each) for each in tried]
+    state, fresh = ({"best": pool[0]}, pool[1:]) if s.state else ({}, pool)
+    options = {"greedy": s.options.get("guide") == "greedy", **s.given("alpha", "history")}
+    new, after = pizo.step(s.weights, s.loss, fresh, state, **options, **s.rates)
+    best = next((each for each, d in zip(tried, pool, strict=True) if after and d is after["best"]), None)
+    return new, {"tried": best} if best else {}
+
+
 def naive_svd0(s: Step):
     options, matrices, rates = s.options, s.matrices(), s.rates
     if s.number % options["window"] == 0:
@@ -554,6 +576,9 @@ ROWS = [
     row("sparse-mezo-random", SparseMeZO, naive_sparse_mezo, sparsity=0.3, mask="random"),
     row("subzero", SubZero, naive_subzero, rank=3, window=3),
     row("subzero-viewed", SubZero, naive_subzero, rank=2, window=3, reshape=["lora_*"], exclude=["embed*"], groups={}),
+    row("pizo-subzero", PIZOSubZero, naive_pizo_subzero, rank=3, window=3, pool=4),
+    row("pizo-subzero-greedy", PIZOSubZero, naive_pizo_subzero, rank=3, window=4, pool=3, guide="greedy", history=True,
+        lr=0.001),
     row("svd-0", SVD0, naive_svd0, rank=3, window=3, probes=2, eps=0.05),
     row("tezo", TeZO, naive_tezo, rank=3, weight_decay=4.0, constant=("left", "right"), exclude=["embed*"]),
     row("tezo-momentum", TeZO, naive_tezo, rank=2, rule="momentum", beta=0.8, scale="paper",
