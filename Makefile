@@ -1,4 +1,4 @@
-# make demo       set up, fetch model and data, fine-tune a language model with forward passes alone (about ten minutes)
+# make demo       set up, fetch model and data, fine-tune a language model with forward passes alone (about five minutes)
 # make test       set up, then lint, type-check and run every test that is not slow
 # make test-slow  the tests that are
 # make sanitize   run the C++ kernels' own tests, and those of the ops, under ASan and UBSan
@@ -16,7 +16,7 @@ DEMO_OUTPUT ?= runs/demo
 .DELETE_ON_ERROR:
 
 demo: setup fetch
-	$(BIN)/pgap-kernels finetune --compare --output $(DEMO_OUTPUT)
+	$(BIN)/pgap-kernels finetune --compare --overwrite --output $(DEMO_OUTPUT)
 
 # Without the network, tests of the built-in model skip (in CI they fail). One thread for each of the two workers: with
 # two each they wait for one another most of the time. Tests of threads ask for theirs.

@@ -43,6 +43,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", default=["classification", "choice", "generation"], metavar="TASK")
     parser.add_argument("--model", default="default")
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--sizes", type=int, nargs=3, default=[1000, 100, 200], metavar="N", help="train, dev and test")
     parser.add_argument("--output", default="runs/tasks", metavar="DIR")
     args = parser.parse_args(given)
     for task in args.only:
@@ -58,9 +59,9 @@ def main(given: list[str] | None = None) -> None:
                 max_length=64,
                 too_long="cut",
                 max_new_tokens=3,
-                train_size=1000,
-                dev_size=100,
-                test_size=200,
+                train_size=args.sizes[0],
+                dev_size=args.sizes[1],
+                test_size=args.sizes[2],
                 steps=args.steps,
                 eval_every=20,
                 # A row for each choice: four examples with four choices make sixteen.

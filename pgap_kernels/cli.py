@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ._version import __version__
@@ -44,9 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"pgap-kernels: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("pgap-kernels: interrupted before anything was measured; no report written", file=sys.stderr)
-        return 130
+        return 128 + getattr(error, "number", 2)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -93,7 +95,12 @@ def _finetune(arguments: dict[str, Any]) -> int:
     except Exception as error:
         # The report has the traceback; nobody wants to read it in a terminal.
         summary = f"{type(error).__name__}: {error}".splitlines()[0]
-        print(f"pgap-kernels: failed: {summary} (report.json in {config.output} has the traceback)", file=sys.stderr)
+        reports = list(Path(config.output).expanduser().rglob("report.json"))
+        told = [file for file in reports if '"traceback"' in file.read_text(encoding="utf-8")]
+        if not told:
+            traceback.print_exc()
+        where = f" ({told[-1]} has the traceback)" if told else ""
+        print(f"pgap-kernels: failed: {summary}{where}", file=sys.stderr)
         return 1
     if json_output:
         print(report.to_json(result))

@@ -6,6 +6,7 @@ import runpy
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import torch
 
 from pgap_kernels import draw, noise
@@ -33,7 +34,7 @@ def run(name, as_program=True):
 
 
 def test_every_example_is_tested():
-    assert {path.stem for path in EXAMPLES.iterdir()} - {"__pycache__"} == {"own_method", "plain_trainer"}
+    assert {path.stem for path in EXAMPLES.iterdir()} - {"__pycache__"} == {"own_method", "plain_trainer", "tasks"}
 
 
 def test_the_method_of_ones_own_learns_and_says_so(capsys):
@@ -79,3 +80,15 @@ def test_the_method_of_ones_own_has_its_options_on_the_command_line(monkeypatch)
 def test_the_plain_trainer_learns(capsys):
     left = run("plain_trainer")
     assert left["accuracy"] > 0.8 and f"accuracy {left['accuracy']:.2f}" in capsys.readouterr().out
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_one_data_set_is_three_tasks(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    main = run("tasks", as_program=False)["main"]
+    main(["--steps", "1", "--sizes", "20", "4", "4", "--output", str(tmp_path)])
+    out = capsys.readouterr().out
+    for task, metric in (("classification", "accuracy"), ("choice", "accuracy"), ("generation", "exact_match")):
+        assert f"{task}: {{'loss': " in out and metric in out
+        assert (tmp_path / task / "report.html").is_file()

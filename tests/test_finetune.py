@@ -39,6 +39,7 @@ def gpt2(tmp_path_factory):
 def config_for(model, tmp_path, **given):
     given = {
         "method": "mezo",
+        "schedule": "constant",
         "steps": 6,
         "batch_size": 4,
         "eval_every": 3,

@@ -25,7 +25,15 @@ from support.finetune_tiny import csv_file, tiny_model
 from pgap_kernels.finetune import Config, UserError, checkpoint, job, models, output, run, training
 from pgap_kernels.finetune.scoring import Scorer
 
-SMALL = {"steps": 12, "batch_size": 4, "eval_every": 4, "train_size": 40, "dev_size": 8, "test_size": 8}
+SMALL = {
+    "schedule": "constant",
+    "steps": 12,
+    "batch_size": 4,
+    "eval_every": 4,
+    "train_size": 40,
+    "dev_size": 8,
+    "test_size": 8,
+}
 METHODS = {
     "mezo": {"lr": 1e-2},
     "pgap": {"rank": 4, "window": 5, "probes": 1, "lr": 1e-2},
@@ -98,6 +106,41 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bits(method, schedule, config_fo
     assert resumed["timing"]["steps"] == 12 and resumed["weight_passes"] == pytest.approx(whole["weight_passes"])
     assert equal(saved(config_for("cut").output), saved(config_for("whole").output))
     assert not list(Path(config_for("cut").output).glob("checkpoint-*")), "they have served"
+
+
+def test_what_ran_out_of_time_goes_on_and_what_is_complete_does_not(config_for, llama, tmp_path):
+    first = run(config_for(steps=60, time_limit=1e-3, checkpoint_every=1))
+    assert first["ended"] == "time limit" and len(list((tmp_path / "run").glob("checkpoint-*"))) == 1
+    again = run(config_for(steps=60, resume=True, checkpoint_every=1))
+    assert again["ended"] is None and len(again["curves"]["train_loss"]) == 60
+    with pytest.raises(UserError, match=r"^--resume: the run in .* is complete"):
+        run(config_for(steps=60, resume=True, checkpoint_every=1))
+    seeds = run(config_for("seeds", seed=(0, 1), steps=3))
+    with pytest.raises(UserError, match=r"^--steps: got 4 with --resume; .* begun with 3|^--lr: got"):
+        run(config_for("seeds", seed=(0, 1), steps=3, resume=True, options={"lr": 5.0}))
+    assert run(config_for("seeds", seed=(0, 1), steps=3, resume=True))["summary"] == seeds["summary"]
+
+
+def test_a_refused_resumption_leaves_the_report_as_it_was(config_for, tmp_path):
+    run(config_for(steps=60, time_limit=1e-3, checkpoint_every=1))
+    before = (tmp_path / "run" / "report.json").read_text()
+    for given in ({"batch_size": 2}, {"test_size": 4}):
+        with pytest.raises(UserError, match=r"^--(batch|test)-size: got"):
+            run(config_for(steps=60, resume=True, checkpoint_every=1, **given))
+    (tmp_path / "run" / "checkpoint-old").mkdir()
+    with pytest.raises(UserError, match=r"^--model: there is no file"):
+        run(Config(model="./nowhere", output=str(tmp_path / "run"), overwrite=True))
+    assert (tmp_path / "run" / "report.json").read_text() == before
+
+
+def test_programs_may_give_paths_and_other_libraries_numbers(config_for, tmp_path):
+    np = pytest.importorskip("numpy")
+    config = config_for(steps=np.int64(2), options={"lr": np.float32(1e-3)}, seed=np.int64(3), time_limit=np.float64(9))
+    result = run(Config(**{**vars(config), "output": tmp_path / "paths", "data": Path(config.data)}))
+    assert result["status"] == "completed" and result["config"]["steps"] == 2
+    for given in ({"steps": "3"}, {"steps": 3.5}, {"time_limit": "1"}, {"options": 3}, {"output": 3}, {"template": 3}):
+        with pytest.raises(UserError, match=rf"^(--)?{next(iter(given)).replace('_', '-')}: got"):
+            Config(**{"method": "mezo", **given})
 
 
 def test_resuming_begins_where_there_is_no_checkpoint_and_refuses_another_run(config_for, llama, tmp_path):

@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 
 from support.finetune_tiny import FILLERS, tiny_model
 
-from pgap_kernels.finetune import Config, UserError, data, metrics, models, records, run
+from pgap_kernels.finetune import Config, UserError, data, examples, metrics, models, records, run
 from pgap_kernels.finetune.scoring import AnswerScorer, OptionScorer, Scorer, scorer_of
 
 ROWS = [{"text": "good film", "label": 1}, {"text": "bad, very bad", "label": 0}, {"text": "a\ttab", "label": 1}]
@@ -126,13 +126,61 @@ def test_labels_are_the_same_however_a_file_writes_them(labels, expected, llama,
             {"task": "choice"},
             "--label-column: got '5' .* 2 choices",
         ),
-        ([{"text": "a", "label": []}], {"task": "generation"}, "--label-column: record 1 has no answer"),
+        ([{"text": "a", "label": []}], {"task": "generation"}, "--data: .* holds no examples"),
+        (
+            [{"text": "a", "label": {"x": 1}}],
+            {"task": "generation"},
+            "--label-column: record 1 holds an object without",
+        ),
+        (
+            [{"text": "a", "label": "1", "choices": ["1", "0"]}],
+            {"task": "choice"},
+            "--label-column: the labels could be",
+        ),
+        (ROWS * 9, {"verbalizers": "1= good,0= bad,7= x"}, "--verbalizers: the data has no label '7'"),
+        (ROWS * 9, {"verbalizers": "1= good,1= great"}, "--verbalizers: got .* with a label twice"),
+        (ROWS * 9, {"test_data": "EMPTY"}, "--test-data: none of its 0 records can be used"),
     ],
 )
 def test_records_that_the_task_cannot_use(rows, given, message, llama, loaded, tmp_path):
+    if "test_data" in given:
+        given = {"test_data": json_lines(tmp_path / "b.jsonl", [])}
     config = config_for(llama, tmp_path, data=json_lines(tmp_path / "a.jsonl", rows), **given)
     with pytest.raises(UserError, match=message):
         data.load(config, loaded[1])
+
+
+def test_quotation_marks_in_files_without_quoting(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text("text\tlabel\n" + "".join(f'"good film {n}\t{n % 2}\n' for n in range(6)))
+    found = records.read(str(path), "train")[0]
+    assert len(found) == 6 and found[0] == {"text": '"good film 0', "label": "0"}
+    (tmp_path / "a.csv").write_text('text,label\n"good,1\nfilm,0\n')
+    with pytest.raises(UserError, match=r"^--data: a\.csv is not a CSV file .* quotation mark without its second"):
+        records.read(str(tmp_path / "a.csv"), "train")
+    (tmp_path / "b.csv").write_text("text,label,text\na,1,b\n")
+    with pytest.raises(UserError, match=r"^--data: b\.csv has two columns 'text'"):
+        records.read(str(tmp_path / "b.csv"), "train")
+    assert records.plain(b"caf\xc3\xa9") == "café" and records.missing("  ")
+
+
+def test_cells_of_tables_may_hold_json_and_others_are_text(llama, loaded, tmp_path):
+    answer = '["the plot", "a cast"]'
+    (tmp_path / "a.csv").write_text("text,label\n" + 'film,"' + answer.replace('"', '""') + '"\n' * 1)
+    for file, wanted in (("a.csv", ("the plot", "a cast")), ("a.jsonl", (answer,))):
+        path = tmp_path / file
+        if file == "a.jsonl":
+            json_lines(path, [{"text": "film", "label": answer}])
+        config = config_for(llama, tmp_path, task="generation", data=str(path), train_size=1, dev_size=1, test_size=1)
+        (row,) = examples.rows_of(records.read(str(path), "train")[0], config, examples.Dropped())
+        assert row.accepted == wanted
+
+
+def test_a_template_may_hold_braces_of_its_own_and_columns_of_any_name(llama, loaded, tmp_path):
+    rows = [{"text": "a film", "the-place": "scene", "label": n % 2} for n in range(100)]
+    template = '{"a": 1} {the-place} {text} It was'
+    config = config_for(llama, tmp_path, data=json_lines(tmp_path / "a.jsonl", rows), template=template)
+    assert data.load(config, loaded[1]).train[0].prompt == '{"a": 1} scene a film It was'
 
 
 def test_a_test_set_of_its_own_is_used_whole_and_alone(llama, loaded, tmp_path):
@@ -160,7 +208,7 @@ def test_a_template_may_come_from_a_file_and_name_any_column(llama, loaded, tmp_
 @pytest.mark.parametrize(
     "given, index",
     [({"choices": ["the plot", "a", "very quite"], "label": 2}, 2), ({"choices": ["the plot", "a"], "label": "B"}, 1),
-     ({"choices": '["the plot", "a"]', "label": "the plot"}, 0), ({"choices": ["1", "0"], "label": "1"}, 0)],
+     ({"choices": ["the plot", "a"], "label": "b"}, 1), ({"choices": ["7", "1", "2"], "label": 0}, 0)],
 )  # fmt: skip
 def test_the_right_choice_by_number_letter_or_text(given, index, llama, loaded, tmp_path):
     rows = [{"text": "film", **given}] * 100

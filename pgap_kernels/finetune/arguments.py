@@ -47,8 +47,8 @@ your own model and data:
 when something comes between:
   pgap-kernels finetune --output runs/long --steps 20000 --time-limit 600
   pgap-kernels finetune --output runs/long --steps 20000 --time-limit 600 --resume
-      A run that ended early goes on from its last checkpoint, to the same bits. Ctrl-C, SIGTERM and SIGHUP end it with
-      a report and the weights of the last completed step.
+      A run that ended early, or ran out of time, goes on from its last checkpoint, to the same bits. Ctrl-C, SIGTERM
+      and SIGHUP end it with a report and the weights of the last completed step.
   pgap-kernels finetune --seed 0,1,2
       Three runs and a report of all.
   pgap-kernels finetune --json --steps 50 2>/dev/null | jq .test
@@ -97,7 +97,7 @@ def _add_task(parser: argparse.ArgumentParser) -> None:
             "library datasets, or a data set's id on the hub", metavar="DATA")  # fmt: skip
     _option(group, "split", str, "which split to train on, where the data has several", metavar="NAME")
     _option(group, "test-data", str, "other data to test on; else a part of the data is kept for it", metavar="DATA")
-    _option(group, "test-split", str, "which split of --test-data", metavar="NAME")
+    _option(group, "test-split", str, "which split to test on, of --test-data, else of --data", metavar="NAME")
     _option(group, "task", str, "labels that many examples share, choices of every example's own, or free text",
             choices=TASKS)  # fmt: skip
     _option(group, "template", template,

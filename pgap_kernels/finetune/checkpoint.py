@@ -23,7 +23,7 @@ from .output import CHECKPOINT, Output
 #: Options that a run may be resumed with other values of: no step depends on them.
 FREE = {
     "output", "resume", "overwrite", "save_model", "tensorboard", "quiet", "time_limit", "patience", "keep",
-    "keep_checkpoints", "compare", "compare_steps", "compare_full_refresh", "device", "test_size", "eval_limit",
+    "keep_checkpoints", "compare", "compare_steps", "compare_full_refresh", "device", "eval_limit",
 }  # fmt: skip
 
 
@@ -65,21 +65,33 @@ def load(
     try:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         optimizer = torch.load(folder / "optimizer.pt", map_location=device, weights_only=True)
-    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+        before = run["config"]
+    except (OSError, EOFError, KeyError, TypeError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
         reason = str(error).partition(".")[0]
         raise UserError(f"--resume: {str(folder)!r} is damaged ({reason}); delete it to resume from before") from error
-    now = json.loads(json.dumps(config.as_dict()))
-    free = FREE | ({"steps"} if config.schedule == "constant" else set())
-    for name, value in now.items():
-        before = run["config"].get(name)
-        if name not in free and before != value:
-            raise UserError(
-                f"{flag(name)}: got {value!r} with --resume; the run in {str(output.folder)!r} was begun with "
-                f"{before!r}; accepted: the same"
-            )
+    check_options(config, before, str(output.folder))
+    if run["step"] > config.steps:
+        raise UserError(f"--steps: got {config.steps} with --resume; the run has made {run['step']} already")
     if run["data"] != fingerprint(data):
         raise UserError(f"--resume: the examples of {config.data!r} have changed since the run was begun")
     return folder, optimizer, run
+
+
+def check_options(config: Config, before: dict[str, Any], folder: str) -> None:
+    """Refuse to go on with a run that was begun with other options, where steps depend on them.
+
+    Raises:
+        UserError: naming the option.
+    """
+    now = json.loads(json.dumps(config.as_dict()))
+    free = FREE | ({"steps"} if config.schedule == "constant" else set())
+    for name, value in now.items():
+        if name not in free and before.get(name) != value:
+            why = f", as --schedule {config.schedule} depends on them" if name == "steps" else ""
+            raise UserError(
+                f"{flag(name)}: got {value!r} with --resume; the run in {folder!r} was begun with "
+                f"{before.get(name)!r}; accepted: the same{why}"
+            )
 
 
 @torch.no_grad()
@@ -110,7 +122,7 @@ def prune(output: Output, keep: set[int]) -> None:
 def fingerprint(data: Dataset) -> str:
     """Of the examples that steps and evaluations use."""
     digest = hashlib.sha256()
-    for part in (data.train, data.dev):
+    for part in (data.train, data.dev, data.test):
         for example in part:
             digest.update(repr((example.tokens, example.label, example.answers)).encode())
     return digest.hexdigest()

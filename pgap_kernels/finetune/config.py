@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import operator
+import os
 import re
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..optim import ZOOptimizer, make_optimizer, method_options
+from ..optim.options import number
 from ..optim.signal import signal_of
 from ..perturbation import MODES
 from .baseline import BASELINES
@@ -37,6 +41,10 @@ SCHEDULE_NAMES = (
     "inverse_sqrt",
 )
 DEFAULT = "default"
+INTEGERS = (
+    "lora_rank", "max_length", "max_new_tokens", "train_size", "dev_size", "test_size", "data_seed", "steps",
+    "batch_size", "warmup", "eval_every", "eval_limit", "patience", "checkpoint_every", "compare_steps",
+)  # fmt: skip
 
 #: Options that a built-in data set has values of its own for, and those of all other data.
 OF_DATA: dict[str, Any] = {
@@ -66,7 +74,7 @@ class Config:
     data: str = DEFAULT
     test_data: str | None = None
     split: str = "train"
-    test_split: str = "test"
+    test_split: str | None = None
     task: str = "classification"
     text_column: str = "text"
     label_column: str = "label"
@@ -82,7 +90,7 @@ class Config:
     data_seed: int = 0
     method: str = "pgap"
     options: dict[str, Any] = field(default_factory=dict)
-    steps: int = 200
+    steps: int = 100
     batch_size: int = 16
     mode: str = "auto"
     objective: str = "loss"
@@ -90,7 +98,7 @@ class Config:
     warmup: int = 0
     seed: int | Sequence[int] = 0
     evaluate_only: bool = False
-    eval_every: int = 50
+    eval_every: int = 25
     eval_limit: int = 200
     patience: int | None = None
     keep: str = "last"
@@ -108,10 +116,13 @@ class Config:
     compare_full_refresh: bool = False
 
     def __post_init__(self) -> None:
+        self._take_plain_types()
+        if self.test_split is not None and self.test_data is None:
+            self.test_data = self.data
         self._check_names()
         self._check_numbers()
         self._take_defaults_of_data()
-        if not re.search(r"\{\w+\}", self.template):
+        if not re.search(r"\{[^{}]+\}", self.template):
             raise UserError(
                 f"--template: got {self.template!r}; accepted: a text that contains {{text}}, or other columns"
             )
@@ -128,6 +139,45 @@ class Config:
 
     # ---- checks -----------------------------------------------------------------------------------------------------
 
+    def _take_plain_types(self) -> None:
+        """Paths as text, and numbers of other libraries as Python's, as the report is JSON.
+
+        Raises:
+            UserError: a value of another type than the option's.
+        """
+        for name in ("model", "data", "test_data", "output"):
+            value = getattr(self, name)
+            if not isinstance(value, (str, os.PathLike, type(None))):
+                raise UserError(f"{flag(name)}: got {value!r}; accepted: text or a path")
+            setattr(self, name, value if value is None else os.fspath(value))
+        for name in INTEGERS:
+            setattr(self, name, self._integer(name, getattr(self, name)))
+        if self.time_limit is not None:
+            self.time_limit = self._number("time_limit", self.time_limit)
+        try:
+            self.seed = operator.index(self.seed)  # type: ignore[arg-type]
+        except TypeError:
+            several = () if isinstance(self.seed, str) or not isinstance(self.seed, Iterable) else self.seed
+            self.seed = tuple(int(self._integer("seed", value) or 0) for value in several)
+        if not isinstance(self.options, (Mapping, type(None))):
+            raise UserError(f"options: got {self.options!r}; accepted: a dict of the method's own")
+        self.options = {name: plain_number(value) for name, value in (self.options or {}).items()}
+        for name in ("template", "verbalizers"):
+            if not isinstance(getattr(self, name), (str, type(None))):
+                raise UserError(f"{flag(name)}: got {getattr(self, name)!r}; accepted: text")
+
+    def _integer(self, name: str, value: Any) -> int | None:
+        try:
+            return None if value is None else operator.index(value)
+        except TypeError:
+            raise UserError(f"{flag(name)}: got {value!r}; accepted: an integer") from None
+
+    def _number(self, name: str, value: Any) -> float:
+        try:
+            return number(name, value)
+        except ValueError:
+            raise UserError(f"{flag(name)}: got {value!r}; accepted: a number") from None
+
     def _check_names(self) -> None:
         for name, accepted in (
             ("dtype", DTYPES), ("mode", MODES), ("task", TASKS), ("objective", tuple(OBJECTIVES)), ("keep", KEEP)
@@ -142,6 +192,8 @@ class Config:
                 f"--objective: got {self.objective!r} with --task {self.task}; accepted: "
                 f"{', '.join(name for name, tasks in OBJECTIVES.items() if self.task in tasks)}"
             )
+        if self.task != "choice" and tuple(self.choices) != field_default("choices"):
+            raise UserError(f"--choices: got {','.join(self.choices)} with --task {self.task}; accepted: with choice")
         for name in ("tune", "choices"):
             if isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise UserError(f"{flag(name)}: got {getattr(self, name)!r}; accepted: a list of names")
@@ -182,7 +234,9 @@ class Config:
 
     def of_seed(self, seed: int, output: str) -> Config:
         """The run of one of several seeds, in a folder of its own."""
-        return replace(self, seed=seed, output=output)
+        other = copy.copy(self)  # it was checked, and its options are complete
+        other.seed, other.output, other.options = seed, output, dict(self.options)
+        return other
 
     def _take_defaults_of_data(self) -> None:
         built_in = BUILT_IN.get(self.data)
@@ -192,7 +246,7 @@ class Config:
                 setattr(self, name, value)
         if self.template.startswith("@"):
             try:
-                self.template = Path(self.template[1:]).expanduser().read_text(encoding="utf-8").removesuffix("\n")
+                self.template = Path(self.template[1:]).expanduser().read_text(encoding="utf-8-sig").removesuffix("\n")
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(f"--template: cannot read the file {self.template[1:]!r} ({error})") from error
 
@@ -285,3 +339,10 @@ class Config:
 def field_default(name: str) -> Any:
     """Default of the option called ``name`` (underscores), for help texts."""
     return next(field.default for field in fields(Config) if field.name == name)
+
+
+def plain_number(value: Any) -> Any:
+    """A number of NumPy or a tensor of one element as Python's; other values as they are."""
+    if isinstance(value, torch.Tensor):
+        return value.item() if value.numel() == 1 else value
+    return value.item() if hasattr(value, "item") else value

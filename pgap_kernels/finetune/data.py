@@ -80,8 +80,8 @@ def load(config: Config, tokenizer: Any, mask: str | None = None) -> Dataset:
         raise UserError(f"--task: got {config.task!r} with a masked model; accepted: classification")
     dropped, prompts = Dropped(), Prompts(config, tokenizer, mask)
     records, name, tests = records_of(config)
-    pools = [rows_of(part, config, dropped) for part in (records, tests)]
-    if not pools[0] or (tests and not pools[1]):
+    pools = [rows_of(part, config, dropped) for part in (records, tests or [])]
+    if not pools[0]:
         raise UserError(f"--data: {name} holds no examples; accepted: at least 4")
     data = Dataset(name, config.task, [], [], [])
     if config.task == "classification":
@@ -93,23 +93,30 @@ def load(config: Config, tokenizer: Any, mask: str | None = None) -> Dataset:
     maker = _Maker(config, prompts, data, dropped)
     examples, given = ([made for row in pool if (made := maker.example(row))] for pool in pools)
     data.dropped = dict(dropped.counts)
-    total = len(records) + len(tests)
+    if tests is not None and not given:
+        raise UserError(f"--test-data: none of its {len(tests)} records can be used; accepted: some that can")
+    total = len(records) + len(tests or [])
     data.notes += [f"{count} of {total} examples dropped: {reason}" for reason, count in data.dropped.items()]
     if maker.cut:
         data.notes.append(f"{maker.cut} of {total} texts cut to fit --max-length {config.max_length} tokens")
+    if maker.unreachable:
+        data.notes.append(
+            f"{maker.unreachable} of {total} answers are of several lines, or longer than --max-new-tokens "
+            f"{config.max_new_tokens}: evaluations cannot match them, as they end at a line's end"
+        )
     _divide(config, data, examples, given)
     return data
 
 
-def records_of(config: Config) -> tuple[list[Record], str, list[Record]]:
-    """All records, the data's name for reports, and those of a test part that comes apart, or none."""
+def records_of(config: Config) -> tuple[list[Record], str, list[Record] | None]:
+    """All records, the data's name for reports, and those of a test part that comes apart, or None."""
     records, name = read(config.data, config.split)
     built_in = BUILT_IN.get(config.data)
     if config.test_data is not None:
-        return records, name, read(config.test_data, config.test_split, "--test-data")[0]
+        return records, name, read(config.test_data, config.test_split or "test", "--test-data")[0]
     if built_in is not None and built_in.test is not None:
         return records, name, built_in.read(fetch.fetch_data(built_in.test))
-    return records, name, []
+    return records, name, None
 
 
 def _labels(rows: Sequence[Row], name: str) -> tuple[str, ...]:
@@ -131,7 +138,8 @@ class _Maker:
 
     def __init__(self, config: Config, prompts: Prompts, data: Dataset, dropped: Dropped) -> None:
         self.config, self.prompts, self.data, self.dropped = config, prompts, data, dropped
-        self.cut = 0
+        self.mask = None if prompts.mask is None else prompts.tokenizer.mask_token_id
+        self.cut = self.unreachable = 0
         # One token is predicted, not read.
         self.longest = max((len(answer) for answer in data.answers), default=0)
         self.longest = 0 if self.longest == 1 else self.longest
@@ -151,7 +159,14 @@ class _Maker:
         if not tokens or not all(answers):
             self.dropped("without a token in the prompt or in an answer")
             return None
+        if self.mask is not None and tokens.count(self.mask) != 1:
+            self.dropped("with a mask token in the text")
+            return None
         self.cut += prompt != self.prompts.fill(row.fields)
+        if self.config.task == "generation":
+            self.unreachable += "\n" in row.answer or len(answers[0]) > self.config.max_new_tokens + (
+                self.data.end is not None
+            )
         if self.config.task == "classification":
             label = self.data.labels.index(row.answer)
             return Example(tokens, label, (), prompt, self.data.labels)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from .builtin import Record
@@ -19,6 +20,9 @@ from .errors import UserError
 from .records import missing, plain
 
 Tokens = tuple[int, ...]
+
+#: Where a template has a column's text.
+PLACES = re.compile(r"\{([^{}]+)\}")
 
 # What labels say where nobody has said it: with the default template, sentiment.
 WORDS = {"0": " terrible", "1": " great", "negative": " terrible", "positive": " great", "false": " terrible",
@@ -72,41 +76,52 @@ def rows_of(records: Sequence[Record], config: Config, dropped: Dropped) -> list
     Raises:
         UserError: a column is missing or holds what the task cannot use.
     """
-    make = {"classification": _labelled, "choice": _choice, "generation": _answered}[config.task]
-    columns = _columns(config)
+    known = {str(name) for record in records for name in record if name is not None}
+    fields_of = _template_columns(config, known)
+    columns = _columns(config, fields_of)
     if records:
-        _check_columns(records, config, columns)
+        _check_columns(known, config, columns)
+    make: Callable[..., Row | None] = _labelled if config.task == "classification" else _answered
+    reading = _reading_of(records, config) if config.task == "choice" else None
     rows = []
     for number, record in enumerate(records, 1):
         empty = next((name for _, name in columns if missing(record.get(name))), None)
         if empty is not None:
             dropped(f"with nothing in the column {empty!r}")
             continue
-        fields = {name: _text(record[column], column, number) for name, column in _template_columns(config).items()}
-        rows.append(make(fields, record, config, number))
+        fields = {name: _text(record[column], column, number) for name, column in fields_of.items()}
+        row = (
+            make(fields, record, config, number)
+            if reading is None
+            else _choice(fields, record, config, number, reading)
+        )
+        if row is None:
+            dropped("without an answer")
+            continue
+        rows.append(row)
     return rows
 
 
-def _template_columns(config: Config) -> dict[str, str]:
-    """The columns that a template names; {text} is the text column by whatever name."""
-    names = [name for name in re.findall(r"\{(\w+)\}", config.template) if name != "mask"]
-    return {name: config.text_column if name == "text" else name for name in names}
+def _template_columns(config: Config, known: Collection[str]) -> dict[str, str]:
+    """The columns that a template names; {text} is the text column by whatever name.
+
+    Braces around what is neither a column nor a word are the template's own.
+    """
+    names = [name for name in PLACES.findall(config.template) if name != "mask"]
+    named = [name for name in names if name in known or re.fullmatch(r"\w+", name)]
+    return {name: config.text_column if name == "text" else name for name in named}
 
 
-def _columns(config: Config) -> list[tuple[str, str]]:
+def _columns(config: Config, fields_of: Mapping[str, str]) -> list[tuple[str, str]]:
     """Options and the columns that they name."""
-    found = [
-        ("--text-column" if name == "text" else "--template", column)
-        for name, column in _template_columns(config).items()
-    ]
+    found = [("--text-column" if name == "text" else "--template", column) for name, column in fields_of.items()]
     found.append(("--label-column", config.label_column))
     if config.task == "choice":
         found += [("--choices", name) for name in config.choices]
     return found
 
 
-def _check_columns(records: Sequence[Record], config: Config, columns: Sequence[tuple[str, str]]) -> None:
-    known = {str(name) for record in records for name in record if name is not None}
+def _check_columns(known: Collection[str], config: Config, columns: Sequence[tuple[str, str]]) -> None:
     for option, name in columns:
         if name not in known:
             raise UserError(
@@ -132,25 +147,58 @@ def _labelled(fields: Mapping[str, str], record: Record, config: Config, number:
     return Row(fields, label)
 
 
-def _choice(fields: Mapping[str, str], record: Record, config: Config, number: int) -> Row:
+def _options(record: Record, config: Config, number: int) -> list[str]:
+    """The choices of a record."""
     if len(config.choices) == 1:
-        found = _listed(record[config.choices[0]])
+        found = _listed(record[config.choices[0]], config)
         if not isinstance(found, list) or len(found) < 2:
             raise UserError(
                 f"--choices: the column {config.choices[0]!r} of record {number} holds {found!r}; accepted: a list of "
                 "two or more, or several columns with one choice each"
             )
-        options = [plain(option) for option in found]
-    else:
-        options = [_text(record[name], name, number) for name in config.choices]
-    given = plain(record[config.label_column])
-    if given in options:
-        index = options.index(given)
-    elif re.fullmatch(r"\d+", given) and int(given) < len(options):
-        index = int(given)
-    elif re.fullmatch(r"[A-Za-z]", given) and ord(given.upper()) - ord("A") < len(options):
-        index = ord(given.upper()) - ord("A")
-    else:
+        return [plain(option) for option in found if not missing(option)]
+    return [_text(record[name], name, number) for name in config.choices]
+
+
+#: How a label says which choice is right.
+READINGS: dict[str, Callable[[str, Sequence[str]], int | None]] = {
+    "text": lambda given, options: options.index(given) if given in options else None,
+    "number": lambda given, options: int(given) if given.isdecimal() and int(given) < len(options) else None,
+    "letter": lambda given, options: _letter(given, len(options)),
+}
+
+
+def _letter(given: str, count: int) -> int | None:
+    index = ord(given.upper()) - ord("A") if re.fullmatch(r"[A-Za-z]", given) else -1
+    return index if 0 <= index < count else None
+
+
+def _reading_of(records: Sequence[Record], config: Config) -> str:
+    """The one reading of the labels that fits them all; where none does, the first, which then says what is wrong.
+
+    Raises:
+        UserError: two fit, and say different things.
+    """
+    cells = (config.label_column, *config.choices)
+    whole = [r for r in records if not any(missing(r.get(name)) for name in cells)]
+    pairs = [(plain(r[config.label_column]), _options(r, config, n)) for n, r in enumerate(whole, 1)]
+    found = {name: [read(*pair) for pair in pairs] for name, read in READINGS.items()}
+    fitting = [name for name, indices in found.items() if None not in indices]
+    if len(fitting) > 1 and found[fitting[0]] != found[fitting[1]]:
+        raise UserError(
+            f"--label-column: the labels could be the {fitting[0]} of the right choice or its {fitting[1]}, which say "
+            "different things; accepted: letters from A, or choices and labels that cannot be taken for each other"
+        )
+    if not fitting:  # a mixture, with the text wherever it is there
+        return "mixed"
+    return fitting[0]
+
+
+def _choice(fields: Mapping[str, str], record: Record, config: Config, number: int, reading: str) -> Row:
+    options, given = _options(record, config, number), plain(record[config.label_column])
+    readings = READINGS.values() if reading == "mixed" else [READINGS[reading]]
+    index = next((i for read in readings if (i := read(given, options)) is not None), None)
+    if index is None:
         raise UserError(
             f"--label-column: got {given!r} in record {number}, which has {len(options)} choices; accepted: one of "
             "them, its number from 0, or its letter from A"
@@ -158,23 +206,30 @@ def _choice(fields: Mapping[str, str], record: Record, config: Config, number: i
     return Row(fields, options[index], tuple(options))
 
 
-def _answered(fields: Mapping[str, str], record: Record, config: Config, number: int) -> Row:
-    found = _listed(record[config.label_column])
+def _answered(fields: Mapping[str, str], record: Record, config: Config, number: int) -> Row | None:
+    """None for a record without an answer, as SQuAD's second version has."""
+    found = _listed(record[config.label_column], config)
     if isinstance(found, dict):  # as SQuAD has it
-        found = found.get("text", [])
-    accepted = tuple(plain(answer) for answer in (found if isinstance(found, list) else [found]))
-    if not accepted:
-        raise UserError(f"--label-column: record {number} has no answer; accepted: text, or a list of right answers")
-    return Row(fields, accepted[0], accepted=accepted)
+        if "text" not in found:
+            raise UserError(
+                f"--label-column: record {number} holds an object without 'text'; accepted: text, a list of right "
+                "answers, or SQuAD's object of both"
+            )
+        found = found["text"]
+    accepted = tuple(plain(a) for a in (found if isinstance(found, (list, tuple)) else [found]) if not missing(a))
+    return Row(fields, accepted[0], accepted=accepted) if accepted else None
 
 
-def _listed(value: Any) -> Any:
-    """A list or object that a CSV cell holds as JSON."""
-    if isinstance(value, str) and value.startswith(("[", "{")):
+def _listed(value: Any, config: Config) -> Any:
+    """What a cell holds: in a CSV or TSV file a list, or SQuAD's object, may be written as JSON."""
+    in_text = Path(config.data).suffix.lower() in (".csv", ".tsv")
+    if in_text and isinstance(value, str) and value.startswith(("[", "{")):
         try:
-            return json.loads(value)
+            found = json.loads(value)
         except json.JSONDecodeError:
             return value  # text that begins with a bracket
+        if isinstance(found, list) or "text" in found:
+            return found
     return value
 
 
@@ -185,8 +240,12 @@ class Prompts:
     """The template, filled, tokenised and, if so wanted, cut to fit."""
 
     def __init__(self, config: Config, tokenizer: Any, mask: str | None) -> None:
-        self.config, self.tokenizer = config, tokenizer
+        self.config, self.tokenizer, self.mask = config, tokenizer, mask
         self._known: dict[str, Tokens] = {}
+        self.closes: Tokens = ()
+        if mask is None:  # some tokenizers end every text, which a causal model is to go on with
+            end = tokenizer("x")["input_ids"][-1:]
+            self.closes = tuple(end) if end and end[0] == tokenizer.eos_token_id else ()
         self.template = config.template
         if mask is not None:
             self.template = (self.template if "{mask}" in self.template else self.template + "{mask}.").replace(
@@ -196,13 +255,14 @@ class Prompts:
             raise UserError("--template: got {mask}, but the model predicts the next token; accepted: without {mask}")
 
     def fill(self, fields: Mapping[str, str]) -> str:
-        return re.sub(r"\{(\w+)\}", lambda found: fields.get(found[1], found[0]), self.template)
+        return PLACES.sub(lambda found: fields.get(found[1], found[0]), self.template)
 
     def tokens(self, prompt: str) -> Tokens:
         if prompt not in self._known:
             if len(self._known) > 100:  # one row asks for the same few again and again
                 self._known.clear()
-            self._known[prompt] = tuple(self.tokenizer(prompt)["input_ids"])
+            tokens = tuple(self.tokenizer(prompt)["input_ids"])
+            self._known[prompt] = tokens[:-1] if self.closes and tokens[-1:] == self.closes else tokens
         return self._known[prompt]
 
     def fitting(self, row: Row, room: Callable[[str], int]) -> str | None:
@@ -212,14 +272,20 @@ class Prompts:
             row: its text is what is cut, from its end.
             room: the tokens left beyond the limit by a prompt, negative if it is too long.
         """
-        fields = dict(row.fields)
-        prompt = self.fill(fields)
+        prompt = self.fill(row.fields)
+        if room(prompt) >= 0:
+            return prompt
+        if self.config.too_long == "drop":
+            return None
+        words = self.tokenizer(row.fields.get("text", ""), add_special_tokens=False)["input_ids"]
+        end = len(words)
         while (left := room(prompt)) < 0:
-            words = self.tokenizer(fields.get("text", ""), add_special_tokens=False)["input_ids"]
-            if self.config.too_long == "drop" or len(words) <= -left:
+            end += left  # fewer each time, so that it ends
+            if end <= 0:
                 return None
-            fields["text"] = self.tokenizer.decode(words[:left], skip_special_tokens=True)
-            prompt = self.fill(fields)
+            # A character that was cut in two decodes to a mark that may be as many tokens again.
+            text = self.tokenizer.decode(words[:end], skip_special_tokens=True).rstrip("\ufffd")
+            prompt = self.fill({**row.fields, "text": text})
         return prompt
 
     def answer(self, prompt: str, word: str) -> tuple[Tokens, Tokens]:
@@ -255,6 +321,13 @@ def words_of(option: str | None, labels: Sequence[str]) -> tuple[str, ...]:
     if not all(label and word for label, _, word in pairs):
         raise UserError(f"--verbalizers: got {option!r}; accepted: label=word,label=word")
     words = {label.strip(): word for label, _, word in pairs}
+    if len(words) < len(pairs):
+        raise UserError(f"--verbalizers: got {option!r}, with a label twice; accepted: a word for each label")
+    strange = next((label for label in words if label not in labels), None)
+    if strange is not None:
+        raise UserError(
+            f"--verbalizers: the data has no label {strange!r}; its labels: {', '.join(map(repr, labels[:10]))}"
+        )
     lacking = [label for label in labels if label not in words]
     if lacking:
         raise UserError(
@@ -271,7 +344,7 @@ def label_answers(prompts: Prompts, words: Sequence[str], mask: str | None) -> t
         UserError: words are the same, merge with the template, or at a mask token are not one token each.
     """
     # Tokenised in place: what a word becomes on its own can differ from what it becomes in the prompt.
-    sample = prompts.fill({name: "x" for name in re.findall(r"\{(\w+)\}", prompts.template)})
+    sample = prompts.fill({name: "x" for name in PLACES.findall(prompts.template)})
     start = prompts.tokens(sample)
     answers = []
     for word in words:

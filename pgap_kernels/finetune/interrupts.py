@@ -58,6 +58,11 @@ class Interrupts:
         """From now on the run is ending by itself."""
         self._ending = True
 
+    def again(self) -> None:
+        """Another run begins; a signal that came while the last one was ending ends it now."""
+        self._deferring = self._ending = False
+        self.check()
+
     def _caught(self, number: int, frame: FrameType | None) -> None:
         if self._ending or self._pending is not None:
             print("already ending; the report is still to be written", file=sys.stderr)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 import traceback
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,11 +26,15 @@ RELOADED, RELOADED_TOLERANCE = 64, 1e-4
 OUT_OF_MEMORY = "out of memory: lower --batch-size or --max-length, choose a smaller --dtype, or tune --lora-rank"
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config, interrupts: Interrupts | None = None) -> dict[str, Any]:
     """Fine-tune as ``config`` says; write the report and what else it asks for to its output folder.
 
     The report is written at every evaluation and whatever ends the run: Ctrl-C, SIGTERM, SIGHUP, a loss that is not
     finite, or an error. The weights are then those after the last completed step.
+
+    Args:
+        config: says what to do.
+        interrupts: of several runs, entered; by default those of this one.
 
     Returns:
         The report as written (`report.empty` lists its entries); ``report["status"]`` is ``"completed"``,
@@ -40,12 +46,28 @@ def run(config: Config) -> dict[str, Any]:
         Exception: whatever else went wrong; the report then says so, with the status ``"failed"``.
     """
     output = Output(config.output, overwrite=config.overwrite, resume=config.resume)
+    before = finished_report(output.folder) if config.resume else None
+    if before is not None and not (output.checkpoints() and config.steps > before["config"]["steps"]):
+        output.close()
+        raise UserError(f"--resume: the run in {config.output!r} is complete; accepted: another folder, or --overwrite")
     shown = Shown(config.quiet)
     try:
-        with Interrupts() as interrupts:
+        if interrupts is not None:
             return Job(config, output, shown, interrupts).run()
+        with Interrupts() as own:
+            return Job(config, output, shown, own).run()
     finally:
         output.close()
+
+
+def finished_report(folder: Path) -> dict[str, Any] | None:
+    """The report in a folder, of a run that has nothing left to do; one that ran out of time has."""
+    try:
+        found = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    done = found.get("status") == "completed" and found.get("ended") != "time limit"
+    return found if done and not found["config"]["evaluate_only"] else None
 
 
 class Job:
@@ -58,13 +80,14 @@ class Job:
         self.model, self.tokenizer, self.name = self.load_model()
         mask = self.tokenizer.mask_token if models.is_masked(self.model) else None
         self.dataset = data.load(config, self.tokenizer, mask)
-        models.check_fits(self.model, self.dataset)
+        models.check_fits(self.model, self.dataset, config.max_new_tokens)
         self.scorer = self.scorer_for(self.model)
         self.said: dict[str, list[str]] = {}  # to each test example, before and after
         self.report = report.empty(config, versions(self.device), _model_facts(self.model, self.name), self.dataset)
         for text in self.dataset.notes:
             self.note(text)
-        way = padding.choose(self.scorer, self.dataset.train)
+        every = [example for part in ("train", "dev", "test") for example in getattr(self.dataset, part)]
+        way = padding.choose(self.scorer, every)
         if way is not None:
             self.note(way)
             if config.slices > 1:
@@ -102,9 +125,11 @@ class Job:
     def run(self) -> dict[str, Any]:
         """Tune, test and save; the report is written however it ends."""
         training = Training(self)
+        resumed = training.resume() if self.config.resume else False
+        self.output.begin()
         self.interrupts.defer()
         try:
-            self._work(training)
+            self._work(training, resumed)
             self.report["status"] = "completed"
         except KeyboardInterrupt as error:
             self.report |= {"status": "interrupted", "error": str(error) or "SIGINT"}
@@ -130,10 +155,11 @@ class Job:
                 self._save_model_unless_full()
             self.report["examples"] = report.changed(self.dataset, self.said)
             report.write(self.report, self.output)
+            if self.report["status"] == "completed" and self.report["ended"] != "time limit":
+                training.finish()
         return self.report
 
-    def _work(self, training: Training) -> None:
-        resumed = training.resume() if self.config.resume else False
+    def _work(self, training: Training, resumed: bool) -> None:
         if not resumed:
             training.score_test("before")
         if not self.config.evaluate_only:
@@ -143,7 +169,6 @@ class Job:
         if self.config.save_model:
             self._save_model()
             self._try_saved_model()
-        training.finish()
 
     def _save_model(self) -> None:
         def write(folder: Any) -> None:

@@ -5,6 +5,7 @@ Weights are read from safetensors or GGUF only, never from pickle files, and no 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ __all__ = ["check_fits", "default_model_dir", "is_masked", "load", "tuned_parame
 
 ADAPTER = "adapter_config.json"
 MASKED = "ForMaskedLM"
+_LOADING = threading.Lock()  # transformers loads one model at a time
 DEFAULT_NAME = "SmolLM2-135M-Instruct (Q4_1, dequantised)"
 LOAD_ERRORS = (OSError, ValueError, KeyError, SafetensorError)
 _CONVERTED = "SmolLM2-135M-Instruct-Q4_1-dequantised"
@@ -57,6 +59,13 @@ def load(
     Raises:
         UserError: there is no such model, it lacks weights, or it is none that can be tuned here.
     """
+    with _LOADING:
+        return _load(name, dtype, device, tune, lora_rank)
+
+
+def _load(
+    name: str, dtype: torch.dtype, device: torch.device, tune: Sequence[str], lora_rank: int | None
+) -> tuple[Any, Any, str]:
     transformers_logging.disable_progress_bar()
     path = Path(name).expanduser()
     if (path / ADAPTER).is_file():
@@ -84,25 +93,35 @@ def _load_base(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
 
 def is_masked(model: Any) -> bool:
     """Whether a model predicts masked tokens rather than the next."""
-    return type(model).__name__.endswith(MASKED)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return type(base).__name__.endswith(MASKED)
 
 
-def check_fits(model: Any, data: Any) -> None:
+def check_fits(model: Any, data: Any, max_new_tokens: int = 0) -> None:
     """Refuse prompts that a model has no positions or no embeddings for.
+
+    Args:
+        model: the model.
+        data: the data set.
+        max_new_tokens: that are generated after a prompt.
 
     Raises:
         UserError: naming the option to change.
     """
     examples = [example for part in (data.train, data.dev, data.test) for example in part]
     common = max((len(answer) for answer in data.answers), default=0)
+    common = 0 if common == 1 else common  # one token is predicted, not read
+    made = max_new_tokens if data.task == "generation" else 0
     longest = max(
-        len(example.tokens) + max((len(answer) for answer in example.answers), default=common) for example in examples
+        len(example.tokens) + max([made, *map(len, example.answers)] if example.answers else [common])
+        for example in examples
     )
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    if positions is not None and positions > 0 and longest > positions + 1:
+    if positions is not None and positions > 0 and longest > positions:
+        option = "--max-length, --max-new-tokens" if made else "--max-length"
         raise UserError(
-            f"--max-length: there are prompts of {longest} tokens with their answers; the model has {positions} "
+            f"{option}: there are prompts of {longest} tokens with their answers; the model has {positions} "
             f"positions; accepted: at most {positions}"
         )
     rows = model.get_input_embeddings().weight.shape[0]
@@ -126,9 +145,14 @@ def _load_adapter(
         raise UserError(f"{option}: got it with {str(path)!r}, an adapter; accepted: what that was made with")
     peft = _peft()
     try:
-        base = peft.PeftConfig.from_pretrained(str(path)).base_model_name_or_path
+        found = peft.PeftConfig.from_pretrained(str(path))
+        base = found.base_model_name_or_path
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--model: cannot read the adapter {str(path)!r} ({_first_line(error)})") from error
+    if getattr(found, "is_prompt_learning", False):
+        raise UserError(
+            f"--model: {str(path)!r} is a {found.peft_type} adapter, of prompts; accepted: adapters of layers, as LoRA"
+        )
     if not base:
         raise UserError(f"--model: the adapter {str(path)!r} does not name its model (base_model_name_or_path)")
     model, tokenizer = _load_base(base, dtype)
@@ -143,11 +167,12 @@ def _load_adapter(
 
 def _with_lora(model: Any, rank: int) -> Any:
     peft = _peft()
-    modules = sorted({name.removesuffix(".weight") for name in layers.tuned_parameters(model) if "." in name})
+    modules = sorted({name.rpartition(".")[0] for name in layers.tuned_parameters(model) if "." in name})
     linear = [name for name in modules if isinstance(model.get_submodule(name), (torch.nn.Linear, Conv1D))]
     if not linear:
         raise UserError("--tune: none of the chosen parameters is of a linear layer; accepted with --lora-rank: some")
-    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear, task_type="CAUSAL_LM")
+    task = None if is_masked(model) else "CAUSAL_LM"
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear, task_type=task)
     return peft.get_peft_model(model, config).eval()
 
 

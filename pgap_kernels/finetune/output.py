@@ -47,28 +47,31 @@ class Output:
             raise UserError(f"--output: {str(self.folder / MODEL)!r} is a file, where the model's folder would be")
         for path in self.folder.glob(f"{_INCOMPLETE}*"):  # of a run that was killed
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if not resume:
-            self._clear(name, overwrite)
-
-    def _clear(self, name: str, overwrite: bool) -> None:
         kept = [path for path in (self.folder / MODEL, *self.checkpoints()) if path.exists()]
-        if kept and not overwrite:
+        if kept and not overwrite and not resume:
             raise UserError(
                 f"--output: {name!r} holds {kept[-1].name}/ of an earlier run; accepted: another folder, --resume to "
                 "go on with that run, or --overwrite to take it away"
             )
-        for path in kept:
-            shutil.rmtree(path)
-        for file in FILES:
-            (self.folder / file).unlink(missing_ok=True)
+        self._stale = [] if resume else [*kept, *(self.folder / file for file in FILES)]
+
+    def begin(self) -> None:
+        """Take away what an earlier run has left; only now, as this one has loaded all that it needs."""
+        for path in self._stale:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        self._stale = []
 
     def _reserve(self) -> None:
         (self.folder / _RESERVE).write_bytes(os.urandom(_RESERVED))  # what a file system could compress is no reserve
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, the oldest first."""
-        found = [path for path in self.folder.glob(f"{CHECKPOINT}*") if path.is_dir()]
-        return sorted(found, key=lambda path: int(path.name.removeprefix(CHECKPOINT)))
+        found = {
+            int(number): path
+            for path in self.folder.glob(f"{CHECKPOINT}*")
+            if path.is_dir() and (number := path.name.removeprefix(CHECKPOINT)).isdecimal()
+        }
+        return [found[step] for step in sorted(found)]
 
     def write(self, name: str, write: Callable[[Path], object]) -> None:
         """Let ``write`` make a file or folder, which takes its name only when it is complete.
@@ -92,11 +95,14 @@ class Output:
     def _written(path: Path, write: Callable[[Path], object]) -> None:
         try:
             write(path)
-        except BaseException:
+        except BaseException as error:
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+            # safetensors and PyTorch have errors of their own for a disk that is full.
+            if not isinstance(error, OSError) and ("No space left" in str(error) or "os error 28" in str(error)):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
             raise
 
     def close(self) -> None:

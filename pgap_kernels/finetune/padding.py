@@ -42,6 +42,13 @@ def choose(scorer: Scorer, examples: Sequence[Example]) -> str | None:
     short, long = (pick(examples, key=lambda example: len(example.tokens)) for pick in (min, max))
     tolerance = TOLERANCE[scorer.model.dtype]
     scorer.padding = "apart"
+    try:
+        _scores(scorer, [long], 0)
+    except (IndexError, RuntimeError) as error:
+        raise UserError(
+            f"--max-length: the model cannot read the longest prompt, of {len(long.tokens)} tokens "
+            f"({(str(error).splitlines() or [type(error).__name__])[0]}); accepted: fewer"
+        ) from error
     plain = _scores(scorer, [short], 0)
     if not torch.isfinite(plain).any():
         raise UserError("--model: the scores of a first prompt are not finite; accepted: a model that works")

@@ -61,11 +61,24 @@ def fetch_data(name: str) -> Path:
 def _separated(delimiter: str) -> Callable[[Path], list[Record]]:
     def records(path: Path) -> list[Record]:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            try:
-                rows = list(csv.DictReader(file, delimiter=delimiter))
-            except csv.Error as error:
-                kind = "CSV" if delimiter == "," else "TSV"
-                raise UserError(f"{path.name} is not a {kind} file that can be read ({error})") from error
+            lines = file.readlines()
+        kind = "CSV" if delimiter == "," else "TSV"
+        try:
+            reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+            rows = list(reader)
+        except csv.Error as error:
+            if kind == "CSV":
+                hint = "; is there a quotation mark without its second?" if "end of data" in str(error) else ""
+                raise UserError(f"{path.name} is not a CSV file that can be read ({error}{hint})") from error
+            rows = []
+        # In most TSV files a quotation mark is one like any other: one that would take in whole lines certainly is.
+        if kind == "TSV" and (not rows or any("\n" in str(cell) for row in rows for cell in row.values())):
+            reader = csv.DictReader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+            rows = list(reader)
+        names = list(reader.fieldnames or ())
+        if len({*names}) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise UserError(f"{path.name} has two columns {twice!r}; accepted: names that differ")
         for number, row in enumerate(rows, 1):
             if None in row:
                 raise UserError(
@@ -149,11 +162,22 @@ def label(feature: Any, value: int | None) -> str | None:
 
 def missing(value: Any) -> bool:
     """Whether a cell holds nothing."""
-    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def plain(value: Any) -> str:
-    """A cell as text; 1.0 is 1, and booleans are as JSON writes them."""
+    """A cell as text; 1.0 is 1, and booleans are as JSON writes them.
+
+    Raises:
+        UserError: bytes that are not UTF-8.
+    """
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise UserError(f"--data: there is a cell of bytes that are not UTF-8 text ({error.reason})") from error
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():

@@ -2,51 +2,63 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import page, report
+from . import checkpoint, page, report
 from .config import Config
+from .interrupts import Interrupts
+from .job import finished_report
 from .output import Output
 
-Run = Callable[[Config], dict[str, Any]]
+Run = Callable[[Config, Interrupts], dict[str, Any]]
 
 
 def run(config: Config, run_one: Run) -> dict[str, Any]:
-    """A run for each seed, in folders ``seed-N`` of the output folder, then a report of all.
+    """A run for each seed, in folders ``seed-N`` of the output folder, and a report of all after each.
 
     Returns:
         ``status`` (that of the first run that was not completed, if there is one, after which no other begins),
         ``config``, ``metrics``, ``summary`` (of "before" and "after": by measure mean, sample standard deviation and
         the values of the seeds) and ``runs`` (the report of each seed).
+
+    Raises:
+        UserError: as of one run; folders and finished runs are looked at before the first begins.
     """
-    folder = Path(config.output).expanduser()
-    runs = []
-    for seed in config.seeds:
-        found = _finished(folder / f"seed-{seed}") if config.resume else None
-        runs.append(found or run_one(config.of_seed(seed, str(folder / f"seed-{seed}"))))
-        if runs[-1]["status"] != "completed":
-            break
-    result = combined(config, runs)
-    output = Output(str(folder), overwrite=False, resume=False)
+    output = Output(config.output, overwrite=config.overwrite, resume=config.resume)
+    configs = [config.of_seed(seed, str(output.folder / f"seed-{seed}")) for seed in config.seeds]
+    done = [finished_report(Path(one.output)) if config.resume else None for one in configs]
+    for one, before in zip(configs, done, strict=True):
+        if before is not None:
+            checkpoint.check_options(one, before["config"], one.output)
+        else:
+            Output(one.output, overwrite=one.overwrite, resume=one.resume).close()
+    output.begin()
+    runs: list[dict[str, Any]] = []
     try:
-        report.write_json(result, output)
-        output.write("report.html", lambda path: path.write_text(page.render_seeds(report.finite(result)), "utf-8"))
+        with Interrupts() as interrupts:
+            for one, before in zip(configs, done, strict=True):
+                interrupts.again()
+                runs.append(before or run_one(one, interrupts))
+                result = combined(config, runs)
+                _write(result, output)
+                if runs[-1]["status"] != "completed":
+                    break
+    except KeyboardInterrupt as error:
+        if not runs:
+            raise
+        result = combined(config, runs) | {"status": "interrupted", "signal": getattr(error, "number", 2)}
+        _write(result, output)
     finally:
         output.close()
     return result
 
 
-def _finished(folder: Path) -> dict[str, Any] | None:
-    """The report of a run that is complete already."""
-    file = folder / "report.json"
-    if not file.is_file():
-        return None
-    found = json.loads(file.read_text(encoding="utf-8"))
-    return found if found["status"] == "completed" else None
+def _write(result: dict[str, Any], output: Output) -> None:
+    report.write_json(result, output)
+    output.write("report.html", lambda path: path.write_text(page.render_seeds(report.finite(result)), "utf-8"))
 
 
 def combined(config: Config, runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -12,7 +12,10 @@ from .timing import PARTS
 
 
 def print_table(report: dict[str, Any], console: Console) -> None:
-    """Print what changed and where the time went."""
+    """Print what changed and where the time went; of several seeds, what changed."""
+    if "runs" in report:
+        console.print(_seeds_table(report))
+        return
     console.print(_headline(report), highlight=False)
     console.print(_result_table(report))
     if timings(report):
@@ -27,6 +30,26 @@ def _headline(report: dict[str, Any]) -> str:
         f"{report['config']['method']}{mode}, {steps} steps on {report['data']['name']}\n"
         f"{model['name']}: {tuned} of {total} parameters tuned"
     )
+
+
+def _seeds_table(report: dict[str, Any]) -> Table:
+    names = ["loss", *report["metrics"]]
+    first = report["runs"][0]
+    table = Table(
+        title=f"{report['config']['method']} on {first['data']['name']}, test ({first['data']['test']} examples)"
+    )
+    for heading in ("seed", *(f"{name.replace('_', ' ')} {when}" for name in names for when in ("before", "after"))):
+        table.add_column(heading, justify="left" if heading == "seed" else "right")
+    for run in report["runs"]:
+        scores = [run["test"][when] for _ in names for when in ("before", "after")]
+        each = [name for name in names for _ in range(2)]
+        cells = (f"{score[name]:.4f}" if score else "-" for score, name in zip(scores, each, strict=True))
+        table.add_row(str(run["config"]["seed"]), *cells)
+    table.add_section()
+    means = [report["summary"][when] and report["summary"][when][name]["mean"] for name in names
+             for when in ("before", "after")]  # fmt: skip
+    table.add_row("mean", *(f"{mean:.4f}" if mean is not None else "-" for mean in means))
+    return table
 
 
 def _result_table(report: dict[str, Any]) -> Table:

@@ -18,7 +18,6 @@ from .comparison import Baseline
 from .errors import UserError
 from .examples import Example
 from .machine import peak_memory_mib
-from .options import as_flags
 from .scoring import Scorer
 from .timing import StepClock, timed_step
 
@@ -53,6 +52,7 @@ class Training:
         self.passes = 0.0
         self.before = 0.0  # seconds of the run before it was resumed
         self.begun = time.monotonic()
+        self._first = 0
         self._resumed: tuple[Any, dict[str, Any]] | None = None
         self._baseline: Baseline | None = None
         self._board = _board(job) if self.config.tensorboard else None
@@ -121,8 +121,11 @@ class Training:
         """All steps that are left, or as many as the limits allow."""
         config, job = self.config, self.job
         self._begin(config.mode)
+        self._first = self.step  # of this session
         if self.step == 0:
             self._evaluate()
+            if self._keeps_best:
+                self._save()
         title = config.method if len(config.seeds) == 1 else f"{config.method}, seed {config.seeds[0]}"
         with job.shown.bar(config.steps, title, "step", done=self.step) as bar:
             while self.step < config.steps:
@@ -154,9 +157,12 @@ class Training:
         if mode != config.mode and "merge" in options:
             options["merge"] = "step"  # other modes than the one that auto chose have no window
         self.optimizer = self._optimizer(options, mode)
-        self.report["mode"] = {"name": self.optimizer.mode, "reason": self.optimizer.mode_reason}
+        reason = self.optimizer.mode_reason if mode == config.mode else "what auto chose cannot serve the model"
+        self.report["mode"] = {"name": self.optimizer.mode, "reason": reason}
         schedule = "constant_with_warmup" if config.schedule == "constant" and config.warmup else config.schedule
-        self.scheduler = get_scheduler(schedule, self.optimizer, config.warmup, config.steps)
+        # The polynomial one ends at 1e-7 by default, which is a usual rate here.
+        more = {"scheduler_specific_kwargs": {"lr_end": 0.0}} if schedule == "polynomial" else {}
+        self.scheduler = get_scheduler(schedule, self.optimizer, config.warmup, config.steps, **more)
         if self._resumed is not None:
             state = self._resumed[1]
             try:
@@ -211,7 +217,7 @@ class Training:
         assert optimizer is not None
         left = FALLBACKS[FALLBACKS.index(optimizer.mode) + 1 :] if optimizer.mode in FALLBACKS else FALLBACKS
         if self.step or optimizer.steps or self.config.mode != "auto" or not left:
-            raise UserError(f"--mode: {as_flags(str(error))}") from error
+            raise UserError(f"--mode: a step cannot be made in mode {optimizer.mode} ({error})") from error
         optimizer.detach()
         self.job.note(f"mode {optimizer.mode} cannot serve this model ({error}); trying {left[0]}")
         self._begin(left[0])
@@ -306,7 +312,7 @@ class Training:
         The first step of ours is left out: it warms up.
         """
         config = self.config
-        first = 2 if config.steps > config.compare_steps else 1
+        first = self._first + (2 if config.steps - self._first > config.compare_steps else 1)
         if not config.compare or not first <= self.step < first + config.compare_steps:
             return
         if self._baseline is None:
