@@ -139,7 +139,7 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how")
     _option(group, "method", str, f"one of {', '.join(available_methods())}", metavar="METHOD")
     _option(group, "steps", int, "optimizer steps")
-    _option(group, "batch-size", int, "examples per step, and per forward of an evaluation")
+    _option(group, "batch-size", int, "examples per step, and per forward of an evaluation (times --members)")
     _option(group, "schedule", str,
             "how the learning rate goes on, as in transformers (default: what was tried with the method, else "
             "constant)", choices=SCHEDULE_NAMES)  # fmt: skip

@@ -41,6 +41,8 @@ SCHEDULE_NAMES = (
     "inverse_sqrt",
 )
 DEFAULT = "default"
+#: Options of several points in one forward, which plain PyTorch does not have: it takes as many examples two-sided.
+POPULATION = ("members", "groups", "directions", "baseline")
 INTEGERS = (
     "lora_rank", "max_length", "max_new_tokens", "train_size", "dev_size", "test_size", "data_seed", "steps",
     "batch_size", "warmup", "eval_every", "eval_limit", "patience", "checkpoint_every", "compare_steps",
@@ -266,7 +268,7 @@ class Config:
             )
         known = inspect.signature(BASELINES[self.method]).parameters
         for name, value in self.options.items():
-            if name not in known:
+            if name not in known and name not in POPULATION:
                 accepted = ", ".join(flag(other) for other in options_of(self.method) if other in known)
                 raise UserError(
                     f"{flag(name)}: got {value} with --compare; the method in plain PyTorch has no more than {accepted}"

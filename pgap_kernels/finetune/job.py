@@ -118,7 +118,9 @@ class Job:
                 bar.update(done)
                 self.interrupts.check()
 
-            return self.scorer.evaluate(examples, self.config.batch_size, progress)
+            # As many rows as a step's forward has.
+            size = self.config.batch_size * self.config.options.get("members", 1)
+            return self.scorer.evaluate(examples, size, progress)
 
     # ---- the run ----------------------------------------------------------------------------------------------------
 

@@ -207,9 +207,9 @@ class Training:
 
         return closure
 
-    def _examples(self) -> list[Example]:
+    def _examples(self, size: int | None = None) -> list[Example]:
         config = self.config
-        return data.batch(self.job.dataset.train, config.batch_size, config.seeds[0], self.step)
+        return data.batch(self.job.dataset.train, size or config.batch_size, config.seeds[0], self.step)
 
     def _fall_back(self, error: Exception, closure: Callable[[], Tensor]) -> float:
         """Make the first step in another mode, if the one that auto chose turns out not to serve the model."""
@@ -319,9 +319,14 @@ class Training:
             self._measure()  # before there is a second model
             self._baseline = Baseline(self.job)
         self.turns.add(self._parts)
+        scorer = self._baseline.scorer
+        # As many examples go forward: a batch of ours with its copies, or half of them and both signs.
+        copies = self.optimizer.members if self.optimizer is not None else 1
+        size = config.batch_size if copies < 2 else config.batch_size * copies // 2
         self.step -= 1
         try:
-            self._baseline.step(self._closure(self._baseline.scorer, 1))
+            batch = scorer.encode(self._examples(size))
+            self._baseline.step(lambda: scorer.loss(batch))
         finally:
             self.step += 1
         self.report["baseline"] = self._baseline.as_dict() | {"turns": self.turns.as_dict(self._refresh_seconds())}
