@@ -45,6 +45,7 @@ BAD: dict[str, list[tuple]] = {
     ],
     "coefficient": [(math.inf, ValueError, ": got inf")],
     "decay": [([0.1, math.nan], ValueError, ": got nan")],
+    "around": [([0.1, math.nan], ValueError, ": got nan")],
     "tensor_ids": [([1, 1 << 32], ValueError, r"\[1\]: got")],
     "slices": [([(0, 7), (0, 7)], ValueError, r"\[0\]: .*end within an unsharded row")],
     "distribution": [("uniform", ValueError, ": got 'uniform'; accepted: 'no")],

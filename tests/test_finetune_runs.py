@@ -202,7 +202,8 @@ def test_killed_at_any_moment_and_resumed_is_the_uninterrupted_run(config_for, l
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_end_a_run_with_a_report_and_the_last_steps_weights(number, config_for, monkeypatch, tmp_path, capsys):
-    before = signal.getsignal(number)
+    before = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    signal.signal(number, before)  # whoever runs this may have asked for it to be ignored
     run(config_for("four", steps=4, mode="scratch", save_model=True))
 
     def twice():

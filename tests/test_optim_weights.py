@@ -66,8 +66,9 @@ def test_frozen_parameters_are_untouched(row, form):
     frozen = {"up.weight", "norm.weight", "norm.bias"}
     assert not frozen & {w.name for w in opt.weights()}
     seen += [] if row.id == "pizo-greedy" else [snapshot(model)]
-    for point in seen[1:] if row.id == "agzo" else seen:  # whose first forward sees W
-        assert {name for name in before if torch.equal(point[name], before[name])} == frozen
+    for point in seen[1:] if row.id in ("agzo", "fzoo", "hizoo", "zo-muon") else seen:  # whose first forward sees W
+        unmoved = {name for name in before if torch.equal(point[name], before[name])}
+        assert unmoved >= frozen if row.id in ("lezo", "adalezo") else unmoved == frozen
 
 
 @pytest.mark.parametrize("row", [ROW["mezo-3"], ROW["pgap"]])

@@ -23,14 +23,15 @@ class LayerwiseOptimizer(ZOOptimizer):
     """
 
     def layers(self) -> list[list[Weight]]:
-        """The weights of each layer, in the order in which their names first come."""
+        """The weights of each layer, by its number or name, whatever the order in which they were given."""
         numbers = {w.index: re.search(r"(?<![^.])\d+(?![^.])", w.name) for w in self.weights()}
         found: dict[str, list[Weight]] = {}
         for w in self.weights():
             number = numbers[w.index]
             module = "" if any(numbers.values()) else w.name.rpartition(".")[0]
             found.setdefault(number[0] if number else module, []).append(w)
-        return list(found.values())
+        names = sorted(found, key=lambda name: (int(name), "") if name.isdecimal() else (-1, name))
+        return [sorted(found[name], key=lambda w: w.name) for name in names]
 
     def uniform(self, number: int) -> float:
         """The n-th number of a step, from 0 to below 1."""

@@ -45,6 +45,7 @@ class ZOMuon(LowRankOptimizer):
     """
 
     method: ClassVar[str] = "ZOMuon"
+    saved_attributes: ClassVar[dict[str, Any]] = {**LowRankOptimizer.saved_attributes, "dense_lr_ratio": 1.0}
 
     def __init__(
         self,

@@ -420,7 +420,7 @@ def modules(weights: Weights) -> list[list[str]]:
     found: dict[str, list[str]] = {}
     for name in weights:
         found.setdefault(name.rpartition(".")[0], []).append(name)
-    return list(found.values())
+    return [found[name] for name in sorted(found)]
 
 
 def uniform(s: Step, number: int) -> float:
