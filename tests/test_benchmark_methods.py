@@ -16,7 +16,8 @@ from benchmarks.methods.contenders import Spec, methods, specs
 from benchmarks.methods.published import PUBLISHED
 from benchmarks.step import models
 
-SMALL = {"pgap": {"rank": 4, "window": 3, "probes": 2, "delta": 2.0}, "lozo": {"window": 3}, "lozo-m": {"window": 3}}
+SMALL = {"pgap": {"rank": 4, "window": 3, "probes": 2, "delta": 2.0}, "svd-0": {"window": 3, "probes": 2}}
+SMALL |= {name: {"window": 3} for name in ("lozo", "lozo-m", "subzero", "pizo-subzero", "zo-muon")}
 
 
 # ---- published logic ------------------------------------------------------------------------------------------------

@@ -26,6 +26,8 @@ from pgap_kernels.optim.registry import method_class
 OPTIONS: dict[str, dict[str, Any]] = {
     "dizo": {"kappa": 5, "iterations": 1},
     "pgap": {"rank": 64, "window": 100, "probes": 10, "delta": 2.0},
+    # As often as P-GAP, so that a refresh can be waited for.
+    **{name: {"window": 100} for name in ("pizo-subzero", "subzero", "svd-0")},
 }
 # Forwards of a step that can be slices of one.
 MEMBERS = {"eggroll": 8, "lozo": 2, "pgap": 2}
