@@ -177,10 +177,15 @@ def test_killed_at_any_moment_and_resumed_is_the_uninterrupted_run(config_for, l
         *(f"--{name}={value}" for name, value in METHODS["pgap"].items()),
     ]  # fmt: skip
     killed = 0
-    for _ in range(20):
+
+    def clear() -> None:
+        """A run that was not killed in time is complete, and cannot be resumed."""
         for file in (tmp_path / "killed").glob("*"):
             if file.name in ("model", "report.json"):
                 subprocess.run(["rm", "-r", str(file)], check=True)
+
+    for _ in range(20):
+        clear()
         begun = time.monotonic()
         with subprocess.Popen(command) as process:
             # From its first line on, every moment of a run that takes about 6 seconds.
@@ -189,6 +194,7 @@ def test_killed_at_any_moment_and_resumed_is_the_uninterrupted_run(config_for, l
         killed += process.returncode == -signal.SIGKILL
         if process.returncode == 0:
             assert equal(saved(tmp_path / "killed"), expected), time.monotonic() - begun
+    clear()
     subprocess.run(command, check=True)
     assert killed >= 10 and equal(saved(tmp_path / "killed"), expected)
     assert (
