@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -166,13 +167,13 @@ def test_quotation_marks_in_files_without_quoting(tmp_path):
 
 def test_cells_of_tables_may_hold_json_and_others_are_text(llama, loaded, tmp_path):
     answer = '["the plot", "a cast"]'
-    (tmp_path / "a.csv").write_text("text,label\n" + 'film,"' + answer.replace('"', '""') + '"\n' * 1)
+    (tmp_path / "a.csv").write_text("text,label\n" + 'film,"' + answer.replace('"', '""') + '"\n')
     for file, wanted in (("a.csv", ("the plot", "a cast")), ("a.jsonl", (answer,))):
         path = tmp_path / file
         if file == "a.jsonl":
             json_lines(path, [{"text": "film", "label": answer}])
         config = config_for(llama, tmp_path, task="generation", data=str(path), train_size=1, dev_size=1, test_size=1)
-        (row,) = examples.rows_of(records.read(str(path), "train")[0], config, examples.Dropped())
+        (row,) = examples.rows_of(records.read(str(path), "train")[0], config, Counter())
         assert row.accepted == wanted
 
 
@@ -312,7 +313,11 @@ def rows_for(task):
         words.insert(draw.randint(0, len(words)), kind)
         row = {"text": " ".join(words), "label": kind}
         if task == "choice":
-            row = {"text": row["text"], "choices": ["the plot", "a cast"], "label": "the plot" if kind == "good" else 1}
+            row = {
+                "text": row["text"],
+                "choices": ["the plot", "a cast"],
+                "label": "the plot" if kind == "good" else "a cast",
+            }
         rows.append(row)
     return rows
 

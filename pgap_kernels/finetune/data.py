@@ -16,7 +16,7 @@ from . import fetch
 from .builtin import BUILT_IN, Record
 from .config import Config
 from .errors import UserError
-from .examples import Dropped, Example, Prompts, Row, Tokens, label_answers, rows_of, spaced, words_of
+from .examples import Example, Prompts, Row, Tokens, label_answers, rows_of, spaced, words_of
 from .records import read
 
 __all__ = ["Dataset", "Example", "batch", "load", "permutation", "records_of", "split"]
@@ -78,7 +78,7 @@ def load(config: Config, tokenizer: Any, mask: str | None = None) -> Dataset:
     """
     if mask is not None and config.task != "classification":
         raise UserError(f"--task: got {config.task!r} with a masked model; accepted: classification")
-    dropped, prompts = Dropped(), Prompts(config, tokenizer, mask)
+    dropped, prompts = Counter[str](), Prompts(config, tokenizer, mask)
     records, name, tests = records_of(config)
     pools = [rows_of(part, config, dropped) for part in (records, tests or [])]
     if not pools[0]:
@@ -92,7 +92,7 @@ def load(config: Config, tokenizer: Any, mask: str | None = None) -> Dataset:
         data.end = tokenizer.eos_token_id
     maker = _Maker(config, prompts, data, dropped)
     examples, given = ([made for row in pool if (made := maker.example(row))] for pool in pools)
-    data.dropped = dict(dropped.counts)
+    data.dropped = dict(dropped)
     if tests is not None and not given:
         raise UserError(f"--test-data: none of its {len(tests)} records can be used; accepted: some that can")
     total = len(records) + len(tests or [])
@@ -136,7 +136,7 @@ def _labels(rows: Sequence[Row], name: str) -> tuple[str, ...]:
 class _Maker:
     """Makes examples of rows, and counts the texts that it cut."""
 
-    def __init__(self, config: Config, prompts: Prompts, data: Dataset, dropped: Dropped) -> None:
+    def __init__(self, config: Config, prompts: Prompts, data: Dataset, dropped: Counter[str]) -> None:
         self.config, self.prompts, self.data, self.dropped = config, prompts, data, dropped
         self.mask = None if prompts.mask is None else prompts.tokenizer.mask_token_id
         self.cut = self.unreachable = 0
@@ -153,14 +153,14 @@ class _Maker:
 
         prompt = self.prompts.fitting(row, room)
         if prompt is None:
-            self.dropped(f"longer than --max-length {self.config.max_length} tokens with the template")
+            self.dropped[f"longer than --max-length {self.config.max_length} tokens with the template"] += 1
             return None
         tokens, answers = self._tokens(row, prompt)
         if not tokens or not all(answers):
-            self.dropped("without a token in the prompt or in an answer")
+            self.dropped["without a token in the prompt or in an answer"] += 1
             return None
         if self.mask is not None and tokens.count(self.mask) != 1:
-            self.dropped("with a mask token in the text")
+            self.dropped["with a mask token in the text"] += 1
             return None
         self.cut += prompt != self.prompts.fill(row.fields)
         if self.config.task == "generation":

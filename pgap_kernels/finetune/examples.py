@@ -10,7 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,21 +57,11 @@ class Row:
     accepted: tuple[str, ...] = ()
 
 
-@dataclass
-class Dropped:
-    """Why records were left out, and how many."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-
-    def __call__(self, reason: str) -> None:
-        self.counts[reason] += 1
-
-
 # ---- records to rows ------------------------------------------------------------------------------------------------
 
 
-def rows_of(records: Sequence[Record], config: Config, dropped: Dropped) -> list[Row]:
-    """Rows with all that the task needs; those where a cell is empty are dropped.
+def rows_of(records: Sequence[Record], config: Config, dropped: Counter[str]) -> list[Row]:
+    """Rows with all that the task needs; records without it are dropped, and counted by the reason.
 
     Raises:
         UserError: a column is missing or holds what the task cannot use.
@@ -87,7 +77,7 @@ def rows_of(records: Sequence[Record], config: Config, dropped: Dropped) -> list
     for number, record in enumerate(records, 1):
         empty = next((name for _, name in columns if missing(record.get(name))), None)
         if empty is not None:
-            dropped(f"with nothing in the column {empty!r}")
+            dropped[f"with nothing in the column {empty!r}"] += 1
             continue
         fields = {name: _text(record[column], column, number) for name, column in fields_of.items()}
         row = (
@@ -96,7 +86,7 @@ def rows_of(records: Sequence[Record], config: Config, dropped: Dropped) -> list
             else _choice(fields, record, config, number, reading)
         )
         if row is None:
-            dropped("without an answer")
+            dropped["without an answer"] += 1
             continue
         rows.append(row)
     return rows
@@ -174,34 +164,34 @@ def _letter(given: str, count: int) -> int | None:
 
 
 def _reading_of(records: Sequence[Record], config: Config) -> str:
-    """The one reading of the labels that fits them all; where none does, the first, which then says what is wrong.
+    """The reading of the labels that fits most of them: one for all, as rows on their own can be read in several.
 
     Raises:
-        UserError: two fit, and say different things.
+        UserError: two fit them all, and say different things.
     """
     cells = (config.label_column, *config.choices)
-    whole = [r for r in records if not any(missing(r.get(name)) for name in cells)]
-    pairs = [(plain(r[config.label_column]), _options(r, config, n)) for n, r in enumerate(whole, 1)]
-    found = {name: [read(*pair) for pair in pairs] for name, read in READINGS.items()}
+    found: dict[str, list[int | None]] = {name: [] for name in READINGS}
+    for number, record in enumerate(records, 1):
+        if not any(missing(record.get(name)) for name in cells):
+            options, given = _options(record, config, number), plain(record[config.label_column])
+            for name, read in READINGS.items():
+                found[name].append(read(given, options))
     fitting = [name for name, indices in found.items() if None not in indices]
     if len(fitting) > 1 and found[fitting[0]] != found[fitting[1]]:
         raise UserError(
             f"--label-column: the labels could be the {fitting[0]} of the right choice or its {fitting[1]}, which say "
             "different things; accepted: letters from A, or choices and labels that cannot be taken for each other"
         )
-    if not fitting:  # a mixture, with the text wherever it is there
-        return "mixed"
-    return fitting[0]
+    return min(found, key=lambda name: found[name].count(None))
 
 
 def _choice(fields: Mapping[str, str], record: Record, config: Config, number: int, reading: str) -> Row:
     options, given = _options(record, config, number), plain(record[config.label_column])
-    readings = READINGS.values() if reading == "mixed" else [READINGS[reading]]
-    index = next((i for read in readings if (i := read(given, options)) is not None), None)
+    index = READINGS[reading](given, options)
     if index is None:
         raise UserError(
             f"--label-column: got {given!r} in record {number}, which has {len(options)} choices; accepted: one of "
-            "them, its number from 0, or its letter from A"
+            "them, its number from 0, or its letter from A, and the same in every record"
         )
     return Row(fields, options[index], tuple(options))
 

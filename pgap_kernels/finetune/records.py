@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from . import fetch
 from .builtin import BUILT_IN, Record
 from .errors import UserError
 
@@ -31,7 +32,7 @@ def read(name: str, split: str, option: str = "--data") -> tuple[list[Record], s
     """
     if name in BUILT_IN:
         found = BUILT_IN[name]
-        return found.read(fetch_data(name)), found.title
+        return found.read(fetch.fetch_data(found.train)), found.title
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix.lower() not in READERS:
@@ -49,13 +50,6 @@ def read(name: str, split: str, option: str = "--data") -> tuple[list[Record], s
     if name.startswith((".", "/", "~")) or path.suffix.lower() in READERS or name.count("/") > 1:
         raise UserError(f"{option}: there is no file or folder {name!r}; accepted: {ACCEPTED}")
     return _dataset(name, split, option), name
-
-
-def fetch_data(name: str) -> Path:
-    """The file of a built-in data set that training examples come from, fetched if need be."""
-    from . import fetch
-
-    return fetch.fetch_data(BUILT_IN[name].train)
 
 
 def _separated(delimiter: str) -> Callable[[Path], list[Record]]:

@@ -168,7 +168,11 @@ class Scorer:
         """Cross-entropy of each example over its answers, in fp32."""
         return per_example_loss(self.logits(batch), batch.labels)
 
-    def errors(self, batch: Encoded, metric: str) -> Tensor:
+    def measure(self, objective: str) -> str:
+        """The metric that an objective, other than the loss, names."""
+        return objective
+
+    def errors(self, batch: Encoded, objective: str) -> Tensor:
         """1 less a metric, of each example: what steps with that objective make small. It has no gradient."""
         return (self.logits(batch).argmax(-1) != batch.labels).float()
 
@@ -285,8 +289,12 @@ class AnswerScorer(OptionScorer):
     def losses(self, batch: Encoded) -> Tensor:
         return -self.logits(batch)[:, 0]
 
-    def errors(self, batch: Encoded, metric: str) -> Tensor:
-        found = [self._worth(text, example)[_LONG[metric]] for text, example in self._answers(batch.examples)]
+    def measure(self, objective: str) -> str:
+        return "exact_match" if objective == "accuracy" else objective
+
+    def errors(self, batch: Encoded, objective: str) -> Tensor:
+        name = self.measure(objective)
+        found = [self._worth(text, example)[name] for text, example in self._answers(batch.examples)]
         return 1 - torch.tensor(found, device=batch.labels.device)
 
     def _judged(self, examples: Sequence[Example]) -> tuple[float, list[tuple[str, dict[str, float]]]]:
@@ -333,10 +341,6 @@ class AnswerScorer(OptionScorer):
             "position_ids": inputs["position_ids"][:, -1:] + 1,
         }
         return {name: torch.cat([tensor, more[name]], 1) for name, tensor in inputs.items()}
-
-
-#: Metrics by the names that objectives have.
-_LONG = {"f1": "f1", "accuracy": "exact_match"}
 
 
 def scorer_of(model: Any, tokenizer: Any, data: Dataset, max_new_tokens: int = 16) -> Scorer:

@@ -53,7 +53,7 @@ class Training:
         self.before = 0.0  # seconds of the run before it was resumed
         self.begun = time.monotonic()
         self._first = 0
-        self._resumed: tuple[Any, dict[str, Any]] | None = None
+        self._resumed: dict[str, Any] | None = None  # state of the optimizer and the scheduler, until they are made
         self._baseline: Baseline | None = None
         self._board = _board(job) if self.config.tensorboard else None
 
@@ -66,9 +66,8 @@ class Training:
         if found is None:
             job.note("there is no checkpoint to resume from: the run begins")
             return False
-        folder, optimizer, run = found
+        folder, self._resumed, run = found
         checkpoint.load_weights(folder, self._weights())
-        self._resumed = (folder, optimizer)
         self.step, self.best = run["step"], run["best"] and Best(*run["best"])
         self.clock, self.turns = (StepClock(**run[name]) for name in ("clock", "turns"))
         self.passes, self.before = run["passes"], run["seconds"]
@@ -164,12 +163,11 @@ class Training:
         more = {"scheduler_specific_kwargs": {"lr_end": 0.0}} if schedule == "polynomial" else {}
         self.scheduler = get_scheduler(schedule, self.optimizer, config.warmup, config.steps, **more)
         if self._resumed is not None:
-            state = self._resumed[1]
             try:
-                self.optimizer.load_state_dict(state["optimizer"])
+                self.optimizer.load_state_dict(self._resumed["optimizer"])
             except ValueError as error:
                 raise UserError(f"--resume: {error}") from error
-            self.scheduler.load_state_dict(state["scheduler"])
+            self.scheduler.load_state_dict(self._resumed["scheduler"])
             self._resumed = None
         self.clock.window = getattr(self.optimizer, "window", 1)
         self.turns.window = self.clock.window
@@ -195,7 +193,7 @@ class Training:
         return loss
 
     def _closure(self, scorer: Scorer, members: int) -> Callable[[], Tensor]:
-        batch = scorer.encode(self._examples() * members)
+        batch = scorer.encode(self._examples(self.step, self.config.batch_size) * members)
         objective, alone = self.config.objective, self.config.slices == 1
 
         def closure() -> Tensor:
@@ -207,9 +205,8 @@ class Training:
 
         return closure
 
-    def _examples(self, size: int | None = None) -> list[Example]:
-        config = self.config
-        return data.batch(self.job.dataset.train, size or config.batch_size, config.seeds[0], self.step)
+    def _examples(self, step: int, size: int) -> list[Example]:
+        return data.batch(self.job.dataset.train, size, self.config.seeds[0], step)
 
     def _fall_back(self, error: Exception, closure: Callable[[], Tensor]) -> float:
         """Make the first step in another mode, if the one that auto chose turns out not to serve the model."""
@@ -265,8 +262,7 @@ class Training:
         """What evaluations are compared by: the loss, or the errors that steps make fewer."""
         if self.config.objective == "loss":
             return score["loss"]
-        return -score[{"accuracy": "exact_match"}.get(self.config.objective, "f1") if self.config.task == "generation"
-                      else "accuracy"]  # fmt: skip
+        return -score[self.job.scorer.measure(self.config.objective)]
 
     def _is_due_for_checkpoint(self, evaluated: bool) -> bool:
         if self.step == self.config.steps:
@@ -323,12 +319,8 @@ class Training:
         # As many examples go forward: a batch of ours with its copies, or half of them and both signs.
         copies = self.optimizer.members if self.optimizer is not None else 1
         size = config.batch_size if copies < 2 else config.batch_size * copies // 2
-        self.step -= 1
-        try:
-            batch = scorer.encode(self._examples(size))
-            self._baseline.step(lambda: scorer.loss(batch))
-        finally:
-            self.step += 1
+        batch = scorer.encode(self._examples(self.step - 1, size))  # that of the step just made
+        self._baseline.step(lambda: scorer.loss(batch))
         self.report["baseline"] = self._baseline.as_dict() | {"turns": self.turns.as_dict(self._refresh_seconds())}
         if self.step == min(first + config.compare_steps - 1, config.steps):
             for text in self._baseline.notes:

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from .. import checks, noise, ops
 from ..directions import Direction, Factor, LowRank, Term, Weight, bucket
+from ..noise import Role
 from .base import Evaluation, Params, ZOOptimizer
 from .checkpoint import keep_memory
 from .options import at_least_one, patterns
+from .sampling import Sampling
 
 SCALES = ("subzero", "paper")
 
@@ -36,6 +38,7 @@ class LowRankOptimizer(ZOOptimizer):
     """
 
     saved_attributes: ClassVar[dict[str, Any]] = {"refreshed_at": None}
+    sampling: Sampling  # of methods with ``sampled_step``
 
     def __init__(
         self,
@@ -143,6 +146,11 @@ class LowRankOptimizer(ZOOptimizer):
         """scale * A C B^T on matrices of one rank."""
         return Direction([LowRank(weights, left, right, [Term(cores, [self.scale_of(w) for w in weights])])])
 
+    def drawn_cores(self, weights: Sequence[Weight], number: int, step: int) -> list[Tensor]:
+        """Z (r, r) ~ N(0, 1) of matrices of one rank, the n-th of a step."""
+        rank, key = self.rank_of(weights[0]), self.key(Role.CORE, number, step)
+        return [ops.draw((rank, rank), key, w.id, device=w.tensor.device) for w in weights]
+
     # ---- the schedule -----------------------------------------------------------------------------------------------
 
     def refreshes_at(self, step: int) -> bool:
@@ -167,3 +175,19 @@ class LowRankOptimizer(ZOOptimizer):
             self.refresh(evaluate)
         self._planned = None
         self.refreshed_at = self.steps
+
+    def sampled_step(self, evaluate: Evaluation, factor: str) -> float:
+        """A step along fresh directions in the subspaces of the last refresh; returns the loss to report.
+
+        Args:
+            evaluate: of the step.
+            factor: the entry of the state by which a refresh is known to have been.
+        """
+        self.refresh_if_due(factor, evaluate)
+        with self.timed("perturb"):  # made here to be timed; ``estimate`` then finds it
+            self.planned(self.steps)
+        directions, loss = self.estimate(evaluate, self.sampling)
+        terms = [(d, self.descent(amount)) for d, amount in directions]
+        # A refresh replaces the factors that deferred updates and next points depend on: nothing may wait past it.
+        self.apply_update(terms, flush=self.refreshes_at(self.steps + 1))
+        return loss

@@ -113,14 +113,7 @@ class PGAP(GradientSubspaceOptimizer):
     # ---- the step -----------------------------------------------------------------------------------------------
 
     def estimate_and_update(self, evaluate: Evaluation) -> float:
-        self.refresh_if_due("left", evaluate)
-        with self.timed("perturb"):  # made here to be timed; ``estimate`` then finds it
-            self.planned(self.steps)
-        directions, loss = self.estimate(evaluate, self.sampling)
-        terms = [(d, self.descent(amount)) for d, amount in directions]
-        # A refresh replaces the factors that deferred updates and next points depend on: nothing may wait past it.
-        self.apply_update(terms, flush=self.refreshes_at(self.steps + 1))
-        return loss
+        return self.sampled_step(evaluate, "left")
 
     def direction(self, step: int, number: int = 0) -> Direction:
         """scale * U Z V^T on the matrices, dense noise on the rest."""

@@ -88,20 +88,14 @@ class SubZero(LowRankOptimizer):
     # ---- the step ---------------------------------------------------------------------------------------------------
 
     def estimate_and_update(self, evaluate: Evaluation) -> float:
-        self.refresh_if_due("left", evaluate)
-        directions, loss = self.estimate(evaluate, self.sampling)
-        terms = [(d, self.descent(amount)) for d, amount in directions]
-        self.apply_update(terms, flush=self.refreshes_at(self.steps + 1))
-        return loss
+        return self.sampled_step(evaluate, "left")
 
     def direction(self, step: int, number: int = 0) -> Direction:
         """scale * U Z V^T on the matrices, dense noise on the rest."""
-        parts = [self._projected(ws, self.key(Role.CORE, number, step)) for ws in self.by_rank()]
+        parts = [self._projected(ws, self.drawn_cores(ws, number, step)) for ws in self.by_rank()]
         return Direction([*parts, *self.noise(self.key(Role.DENSE, number, step), self.dense_buckets())])
 
-    def _projected(self, weights: Sequence[Weight], key: int) -> LowRank:
-        rank = self.rank_of(weights[0])
-        cores = [ops.draw((rank, rank), key, w.id, device=w.tensor.device) for w in weights]
+    def _projected(self, weights: Sequence[Weight], cores: Sequence[Tensor]) -> LowRank:
         left, right = (Factor.stored(self.stored(weights, side)) for side in ("left", "right"))
         shapes = [self.shape_of(w) for w in weights] if self.reshape else None
         return LowRank(weights, left, right, [Term(cores, [self.scale_of(w) for w in weights])], shapes)

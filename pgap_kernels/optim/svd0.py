@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from .. import ops
+from torch import Tensor
+
 from ..directions import Direction, Factor, Weight
 from ..noise import Role
 from .base import Evaluation, Params
@@ -64,19 +65,13 @@ class SVD0(GradientSubspaceOptimizer):
         self.sampling = Sampling.checked(directions, self.groups, self.members, baseline)
 
     def estimate_and_update(self, evaluate: Evaluation) -> float:
-        self.refresh_if_due("left", evaluate)
-        directions, loss = self.estimate(evaluate, self.sampling)
-        terms = [(d, self.descent(amount)) for d, amount in directions]
-        self.apply_update(terms, flush=self.refreshes_at(self.steps + 1))
-        return loss
+        return self.sampled_step(evaluate, "left")
 
     def direction(self, step: int, number: int = 0) -> Direction:
         """scale * U Z V^T on the matrices, dense noise on the rest."""
-        parts = [part for ws in self.by_rank() for part in self._projected(ws, self.key(Role.CORE, number, step))]
+        parts = [p for ws in self.by_rank() for p in self._projected(ws, self.drawn_cores(ws, number, step))]
         return Direction([*parts, *self.noise(self.key(Role.DENSE, number, step), self.dense_buckets())])
 
-    def _projected(self, weights: Sequence[Weight], key: int) -> Direction:
-        rank = self.rank_of(weights[0])
-        cores = [ops.draw((rank, rank), key, w.id, device=w.tensor.device) for w in weights]
+    def _projected(self, weights: Sequence[Weight], cores: Sequence[Tensor]) -> Direction:
         left, right = (Factor.stored(self.stored(weights, side)) for side in ("left", "right"))
         return self.low_rank(weights, left, right, cores)

@@ -335,20 +335,9 @@ def naive_subzero(s: Step):
     U, V = ({n: known(s.kept(n, side)) for n in matrices} for side in ("left", "right"))
     ranks = {n: min(s.options["rank"], *viewed_shape(s, n)) for n in matrices}
     Z = {n: s.draw(n, (r, r), Role.CORE) for n, r in ranks.items()}
-    rates, one_sided = s.rates, s.options.get("baseline") == "clean"
-    losses = iter([s.losses[-1], s.losses[0]])
-
-    def clean_first(weights: Weights) -> float:
-        """The naive method evaluates W first, ours last."""
-        s.loss(weights)
-        return next(losses)
-
-    loss = clean_first if one_sided else s.loss
-    new = subzero.step(s.weights, loss, U, V, Z, s.z(without=matrices), s.state, lr=rates["lr"], eps=rates["eps"],
-                       one_sided=one_sided)  # fmt: skip
-    if one_sided:
-        s.points.reverse()
-    return new
+    return subzero.step(
+        s.weights, s.loss, U, V, Z, s.z(without=matrices), s.state, lr=s.rates["lr"], eps=s.rates["eps"]
+    )
 
 
 def naive_pizo_subzero(s: Step):
