@@ -42,6 +42,7 @@ def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=["classification", "choice", "generation"], metavar="TASK")
     parser.add_argument("--model", default="default")
+    parser.add_argument("--method", default="pgap", help="any of pgap-kernels methods (default: pgap)")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--sizes", type=int, nargs=3, default=[1000, 100, 200], metavar="N", help="train, dev and test")
     parser.add_argument("--output", default="runs/tasks", metavar="DIR")
@@ -53,6 +54,7 @@ def main(given: list[str] | None = None) -> None:
         report = run(
             Config(
                 model=args.model,
+                method=args.method,
                 data=str(file),
                 task=task,
                 template="{text}\nTopic:",

@@ -87,7 +87,7 @@ def test_the_plain_trainer_learns(capsys):
 def test_one_data_set_is_three_tasks(tmp_path, capsys):
     pytest.importorskip("transformers")
     main = run("tasks", as_program=False)["main"]
-    main(["--steps", "1", "--sizes", "20", "4", "4", "--output", str(tmp_path)])
+    main(["--method", "mezo", "--steps", "1", "--sizes", "20", "4", "4", "--output", str(tmp_path)])
     out = capsys.readouterr().out
     for task, metric in (("classification", "accuracy"), ("choice", "accuracy"), ("generation", "exact_match")):
         assert f"{task}: {{'loss': " in out and metric in out

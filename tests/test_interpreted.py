@@ -18,7 +18,9 @@ SAMPLE = "test_bits and bfloat16 and (shard or forward) or test_bits and assembl
 # Products of matrices have files of their own, and take the interpreter long.
 REST = "not reference] and not rank and not forward and not threads"
 RUNS = [
-    ("properties", [PROPERTIES, "-k", REST], [pytest.mark.slow]),  # first, as it takes longest
+    # First, as these take longest.
+    ("bits", [PROPERTIES, "-k", f"test_bits and {REST}"], [pytest.mark.slow]),
+    ("properties", [PROPERTIES, "-k", f"not test_bits and {REST}"], [pytest.mark.slow]),
     *((f.stem, [str(f)], [] if f.stem.removeprefix("test_triton_") in QUICK else [pytest.mark.slow]) for f in FILES),
     ("sample", [PROPERTIES, "-k", SAMPLE], []),
 ]
