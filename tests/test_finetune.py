@@ -362,7 +362,7 @@ def test_losses_per_row_tell_what_the_gradient_is(method, own, llama, tmp_path, 
     result = run(config)
     signal = result["curves"]["signal"]
     assert [point["step"] for point in signal] == list(range(1, 7))
-    last = made[-1].last
+    last = made[-1].last.signal
     assert signal[-1] == {"step": 6, "second_moment": last.second_moment, "trace": last.trace,
                           "squared_norm": last.squared_norm}  # fmt: skip
     assert all(point["second_moment"] > 0 for point in signal)

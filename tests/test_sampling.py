@@ -88,9 +88,9 @@ def test_a_step_of_groups(n, baseline, members):
         assert optimizer.step(closure) == pytest.approx(rows[:tried].mean().item(), rel=1e-12)
         assert ((model.w.detach() - update).abs() <= (n * GROUPS + 3) * UNIT * size).all()
         if means:  # each passes for the loss of one row
-            assert optimizer.last.squared_norm is None and optimizer.last.second_moment is not None
+            assert optimizer.last.signal.squared_norm is None and optimizer.last.signal.second_moment is not None
         else:
-            assert optimizer.last[:3] == pytest.approx(signal_of(rows, GROUPS, baseline, 1.0)[:3], rel=1e-12)
+            assert optimizer.last.signal[:3] == pytest.approx(signal_of(rows, GROUPS, baseline, 1.0)[:3], rel=1e-12)
 
 
 @pytest.mark.parametrize("id", ["mezo", "pgap", "lozo", "eggroll"])
@@ -176,11 +176,15 @@ def test_the_step_size_follows_the_signal():
 
 def test_a_signal_is_noted_and_saved():
     _, optimizer, closure = optimizer_and_closure(2, lr_rule="signal")
-    assert optimizer.last == Signal()
+    assert optimizer.last.signal == Signal()
     assert optimizer.cost().forwards == 1  # although a dry run's losses tell nothing
     optimizer.step(closure)
     rule = optimizer.signal_rule
-    assert (rule.steps, rule.squared_norm, rule.second_moment) == (1, optimizer.last.squared_norm, optimizer.last[2])
+    assert (rule.steps, rule.squared_norm, rule.second_moment) == (
+        1,
+        optimizer.last.signal.squared_norm,
+        optimizer.last.signal[2],
+    )
     _, other, closure = optimizer_and_closure(2, lr_rule="signal")
     other.load_state_dict(optimizer.state_dict())
     assert vars(other.signal_rule) == vars(rule)

@@ -226,8 +226,9 @@ class Training:
         curves["train_loss"].append(loss)
         curves["lr"].append(self.scheduler.get_last_lr()[0])
         curves["seconds"].append(self.seconds())
-        if math.isfinite(loss) and self.optimizer.last != Signal():  # a skipped step leaves the one before
-            signal = {name: getattr(self.optimizer.last, name) for name in report.SIGNAL}
+        last = self.optimizer.last
+        if not last.skipped and last.signal != Signal():
+            signal = {name: getattr(last.signal, name) for name in report.SIGNAL}
             curves["signal"].append({"step": self.step, **signal})
         self._chart({"train/loss": loss, "train/lr": curves["lr"][-1]})
 

@@ -4,7 +4,7 @@ A method says which directions, how losses become coefficients and how coefficie
 and knows no mode.
 
 Imports: registry -> recipes -> gradient_subspace -> lowrank -> base -> (checkpoint, cost), drawing -> sampling, mode ->
-model -> evaluation, signal, weights, options; beside them captured -> base.
+model -> evaluation, weights, last -> signal, scores, options; beside them captured -> base.
 """
 
 from .agzo import AGZO
@@ -15,6 +15,7 @@ from .eggroll import EGGROLL
 from .fzoo import FZOO
 from .helene import HELENE
 from .hizoo import HiZOO
+from .last import LastStep
 from .lezo import AdaLeZO, LeZO
 from .loren import LOREN
 from .lowrank import LowRankOptimizer
@@ -51,6 +52,7 @@ __all__ = [
     "DiZO",
     "Evaluation",
     "HiZOO",
+    "LastStep",
     "LeZO",
     "LowRankOptimizer",
     "MeZO",

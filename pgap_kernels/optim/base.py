@@ -18,6 +18,7 @@ from ..perturbation import (
     ForwardState,
     StateRule,
     Update,
+    merge_for,
     modules_of,
     outside_ambient_state,
     uninterrupted,
@@ -26,6 +27,7 @@ from . import checkpoint
 from .cost import Cost, measure_cost
 from .drawing import DirectionOptimizer
 from .evaluation import Closure, Evaluation, NonFiniteLossError
+from .last import LastStep
 from .mode import MERGE
 from .model import Params
 
@@ -76,7 +78,7 @@ class ZOOptimizer(DirectionOptimizer):
     Attributes:
         steps: number of steps taken.
         skipped: number of steps skipped for a non-finite loss.
-        last: what the losses of the last step say about the gradient (``Signal``), where they were losses per row.
+        last: what the last step saw: its losses, slopes and more (``LastStep``).
         passes: reads and writes of all the weights so far, counted by elements.
         seconds: accumulated wall seconds by "forward", "perturb" and "refresh" (refreshes with their forwards), as the
             host sees them: work queued on a GPU counts where the host waits for it, and what hooks do inside a compiled
@@ -148,17 +150,50 @@ class ZOOptimizer(DirectionOptimizer):
         """One zeroth-order step.
 
         Args:
-            closure: returns the loss of the step's minibatch; see the class.
+            closure: returns the loss of the step's minibatch; see the class. None after ``step_ahead``.
 
         Returns:
             Mean of the losses at the perturbed weights; NaN for a step that was skipped.
 
         Raises:
             NonFiniteLossError: see ``on_nonfinite``.
-            TypeError: no closure was given.
+            TypeError: no closure was given, and no step was taken ahead.
+            RuntimeError: a closure was given though a step was taken ahead.
         """
+        if self._ahead is None:
+            return self._step(closure)
+        if closure is not None:
+            raise RuntimeError(
+                "step: got a closure, but step_ahead has taken this step already; accepted: step() without one"
+            )
+        loss, self._ahead = self._ahead, None
+        return loss
+
+    def step_ahead(self, closure: Closure) -> float:
+        """Take a step now; the next ``step()`` without a closure finds it taken and returns its loss.
+
+        For training loops that call ``step()`` themselves, but have the loss, and so the forwards, at another place.
+
+        Raises:
+            RuntimeError: the step before was not taken up yet.
+        """
+        if self._ahead is not None:
+            raise RuntimeError("step_ahead: called twice in a row; accepted: with step() in between")
+        self._ahead = self._step(closure)
+        return self._ahead
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether ``step_ahead`` has taken a step that ``step()`` has not taken up."""
+        return self._ahead is not None
+
+    def _step(self, closure: Closure | None) -> float:
         if not callable(closure):
-            raise TypeError(f"closure: got {closure!r}; accepted: a function that returns the loss of a minibatch")
+            raise TypeError(
+                f"closure: got {closure!r}; accepted: a function that returns the loss of a minibatch. Training loops "
+                "that call step() without one need step_ahead(closure) before it, as in "
+                "pgap_kernels.integrations.transformers.ZOTrainer"
+            )
         self.perturbation.refuse_if_released("step")
         with outside_ambient_state() as ambient:
             self.follow_model()
@@ -174,12 +209,17 @@ class ZOOptimizer(DirectionOptimizer):
                     raise
                 self.skipped += 1
                 self.steps += 1
-                return math.nan
+                return self._note(evaluate, math.nan, skipped=True)
             finally:
                 torch.clear_autocast_cache()
                 evaluate.state.release()
             self._flat.note(evaluate.losses)
-            return loss
+            return self._note(evaluate, loss)
+
+    def _note(self, evaluate: Evaluation, loss: float, skipped: bool = False) -> float:
+        losses, slopes = tuple(evaluate.losses), tuple(evaluate.slopes)
+        self.last = LastStep(loss, losses, slopes, evaluate.refreshed, skipped, evaluate.signal)
+        return loss
 
     def _begin(self, closure: Closure, ambient: Ambient) -> Evaluation:
         """What the forwards of this step start from."""
@@ -218,9 +258,14 @@ class ZOOptimizer(DirectionOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """As in PyTorch, with an entry "zo": contract version, method, seed, step.
 
-        Merges first: the weights of the model at this moment go with it.
+        Merges first: the weights of the model at this moment go with it. That writes weights, so where several
+        processes train one model and something is ``pending``, all of them have to call ``merge`` before.
+
+        Raises:
+            RuntimeError: something is pending, in a closure or in one of several processes.
         """
-        self.merge()
+        if self._perturbation is not None:
+            merge_for(self._perturbation, "state_dict")
         return checkpoint.with_plain_numbers({**super().state_dict(), "zo": checkpoint.header(self)})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -48,15 +48,16 @@ class DirectionOptimizer(ModeOptimizer):
         losses = evaluate.group_losses(sampling.points(directions, radius))
         if evaluate.rows and len({*radius}) == 1:
             rows = torch.cat([r.reshape(-1, groups * r.shape[-1]) for r in evaluate.rows])
-            self.last = signal_of(rows, groups, sampling.baseline, radius[0])
-            self.signal_rule.note(self.last)
-        if self.lr_rule and self.last.squared_norm is None and not self.perturbation.dry:
+            evaluate.signal = signal_of(rows, groups, sampling.baseline, radius[0])
+            self.signal_rule.note(evaluate.signal)
+        if self.lr_rule and evaluate.signal.squared_norm is None and not self.perturbation.dry:
             raise ValueError(
                 f"lr_rule: got {self.lr_rule!r} without a loss per row of two examples or more in a group; accepted: "
                 "with members > 1 and such losses"
             )
-        amounts = sampling.differences(losses)
-        return list(zip(flat, (a for row in amounts for a in row), strict=True)), sampling.reported(losses)
+        amounts = [amount for row in sampling.differences(losses) for amount in row]
+        evaluate.slopes += [amount * len(flat) / radius[0] for amount in amounts]
+        return list(zip(flat, amounts, strict=True)), sampling.reported(losses)
 
     def to_host(self, values: Tensor, made_up: float = 1.0) -> list[float]:
         """Values of a reduction on the host; made up when run dry, where equal ones could make a pass an empty one."""

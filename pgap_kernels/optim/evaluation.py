@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from ..directions import Amounts, Direction, Weight
 from ..perturbation import Ambient, Autocast, ForwardState, Perturbation, observing, uninterrupted
+from . import scores
+from .signal import Signal
 
 Closure = Callable[[], "Tensor | float"]
 # A direction and the radius of each weight; the point is W + radius * direction.
@@ -40,7 +42,7 @@ class FlatLosses:
                 f"the losses at all points of each of the last {_FLAT_STEPS} steps were bit-equal: no perturbation "
                 "reaches the loss. Does the closure run the model whose parameters are trained (not a copy, merged "
                 "adapters or functional_call), and is eps large enough for the loss's precision?",
-                stacklevel=4,  # above torch's wrapper of ``step``
+                stacklevel=5,  # above torch's wrapper of ``step``
             )
 
 
@@ -60,6 +62,9 @@ class Evaluation:
         members, groups: copies of the minibatch in the closure's batch, and slices of each.
         checked_slices: training flags under which the slices were seen to be apart.
         losses: of every point so far, in order.
+        slopes: along the step's directions, by the radius of the first weight, where the method takes them.
+        refreshed: whether the step has made new subspaces, or a new estimate of curvature.
+        signal: what the losses of the step say about the gradient.
         rows: where the closure returned one loss per row, those of the last points, (points, rows of a slice) of every
             forward.
     """
@@ -79,6 +84,9 @@ class Evaluation:
     groups: int
     checked_slices: set[tuple[bool, ...]]
     losses: list[float] = field(default_factory=list)
+    slopes: list[float] = field(default_factory=list)
+    refreshed: bool = False
+    signal: Signal = field(default_factory=Signal)
     rows: list[Tensor] = field(default_factory=list)
 
     def loss(self, direction: Direction | None = None, radius: Amounts | None = None) -> float:
@@ -89,6 +97,7 @@ class Evaluation:
         """Losses at W + radius * direction and W - radius * direction; the radius is ``eps`` by default."""
         eps = radius or self.eps
         plus, minus = self.population([(direction, eps), (direction, [-e for e in eps])])
+        self.slopes.append(scores.spsa(plus, minus, eps[0]))
         return plus, minus
 
     def population(self, points: Sequence[PointSpec]) -> list[float]:

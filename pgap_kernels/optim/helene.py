@@ -85,6 +85,7 @@ class HELENE(ZOOptimizer):
         z = self.noise(self.key(Role.DENSE), same)
         plus, minus = evaluate.two_sided(z)
         rho = [scores.spsa(plus, minus, eps) for eps in self.radius()]
+        evaluate.refreshed = self._refreshes()
         self.apply_update([(z, rho)], rule=StateRule(self.rule_of, self.state_of))
         return (plus + minus) / 2
 
@@ -92,7 +93,6 @@ class HELENE(ZOOptimizer):
         """The rule of this step for weights of one pass."""
         group = weights[0].group
         beta1, beta2 = fraction("beta1", group["beta1"]), fraction("beta2", group["beta2"])
-        refreshes = self.steps % self.refresh_every == 0
         rates = self.rates()
         return ops.HELENERule(
             lr=[rates[w.index] for w in weights],
@@ -101,8 +101,11 @@ class HELENE(ZOOptimizer):
             beta1=beta1,
             gamma=positive("gamma", group["gamma"]),
             eps=self.e,
-            refresh=(beta2, float(self.batch_size)) if refreshes else None,
+            refresh=(beta2, float(self.batch_size)) if self._refreshes() else None,
         )
+
+    def _refreshes(self) -> bool:
+        return self.steps % self.refresh_every == 0
 
     def floor_of(self, weight: Weight) -> float:
         """The floor of a weight's curvature."""

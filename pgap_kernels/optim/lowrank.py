@@ -173,6 +173,7 @@ class LowRankOptimizer(ZOOptimizer):
             return
         with self.timed("refresh"):
             self.refresh(evaluate)
+        evaluate.refreshed = True
         self._planned = None
         self.refreshed_at = self.steps
 

@@ -13,8 +13,9 @@ from ..directions import Direction, Weight, bucket
 from ..perturbation import MERGES, MODES, ForwardState, Perturbation
 from .clock import Clock
 from .evaluation import FlatLosses
+from .last import LastStep
 from .options import at_least_one, near_names, number, positive
-from .signal import Signal, SignalRule
+from .signal import SignalRule
 from .weights import ModelSnapshot, collect
 
 Params = nn.Module | Iterable[Any]
@@ -71,7 +72,8 @@ class ModelOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"lr_rule: got {lr_rule!r}; accepted: None with {self.method}, whose losses do not show the signal"
             )
-        self.signal_rule, self.last = SignalRule(), Signal()
+        self.signal_rule, self.last = SignalRule(), LastStep()
+        self._ahead: float | None = None  # the loss of a step that the next call of ``step`` takes up
         if self.residual and not self.takes_residual:
             raise ValueError(
                 f"residual: got True; accepted: False with {self.method}, whose updates depend on state or on the "

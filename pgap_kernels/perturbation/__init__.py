@@ -4,7 +4,8 @@
     scratch   a layer runs on a perturbed copy in one reused buffer; the weights see updates only
     folded    a low-rank direction acts on the layer's output; the weights see updates only
 
-Imports: modes -> folded -> folds, scratch -> stacked, vectors -> arena -> hooks, and inplace -> base -> residual;
+Imports: modes -> folded -> folds, scratch -> stacked, vectors -> arena -> hooks -> readers, and inplace -> base ->
+residual;
 beside: observers.
 """
 
@@ -14,6 +15,7 @@ from .hooks import modules_of
 from .inplace import InPlace
 from .modes import MERGES, MODES, Choice, build, check_options, choose, unfolded
 from .observers import observing
+from .readers import merge_for
 from .residual import Residual
 from .scratch import Scratch
 from .step_context import Ambient, Autocast, ForwardState, outside_ambient_state, uninterrupted
@@ -35,6 +37,7 @@ __all__ = [
     "build",
     "check_options",
     "choose",
+    "merge_for",
     "modules_of",
     "observing",
     "outside_ambient_state",

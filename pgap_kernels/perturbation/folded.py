@@ -160,7 +160,7 @@ class Folded(Scratch):
     def _fold(self, use: ModuleUse, ref: ParamRef, x: Tensor, output: Tensor) -> Tensor:
         if self.fades and not any(self.fills_of(ref.index, point) for point in range(self.count)):
             output = self._scaled_output(use, ref, x, output)
-        output = output.contiguous()
+        output, x = output.contiguous(), x.to(output.device)  # accelerate moves inputs inside the module's forward
         if self.count > 1:
             check_rows(self, type(use.module).__name__, output.shape[0])
         if torch.is_grad_enabled() and output.requires_grad:  # between steps, or by the closure's own wish

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
 
 from ..directions import Weight, address, address_range
-from .step_context import outside_ambient_state, uninterrupted
+from .readers import AdapterReaders, MergeFirst
 
 LINEAR, CONV1D, EMBEDDING = "linear", "conv1d", "embedding"
 
@@ -54,7 +54,7 @@ class ModuleUse:
 def _kind(module: nn.Module) -> str | None:
     """How the module's forward uses ``weight``, for those of which a direction can be folded into the output."""
     own = module.__dict__.get("forward")
-    if own is not None and not getattr(own, "transparent", False):
+    if own is not None and not getattr(own, "transparent", False) and not _is_dispatched(module):
         return None  # replaced: nobody knows by what
     forward = type(module).forward
     if forward is nn.Linear.forward:
@@ -64,6 +64,12 @@ def _kind(module: nn.Module) -> str | None:
     if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
         return CONV1D
     return None
+
+
+def _is_dispatched(module: nn.Module) -> bool:
+    """Whether accelerate has replaced its forward by one that moves the inputs to the weights' device, no more."""
+    before = getattr(module.__dict__.get("_old_forward"), "__func__", None)
+    return before is type(module).forward and type(module.__dict__.get("_hf_hook")).__name__ == "AlignDevicesHook"
 
 
 def modules_of(model: nn.Module | None) -> list[nn.Module]:
@@ -170,22 +176,15 @@ class _After(_Before):
         return self.client.leave(self.number, args, kwargs, output)
 
 
-class _BeforeState(_Before):
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        if self.client.pending:
-            self.client.refuse_inside_forward("state_dict")
-        with outside_ambient_state(), uninterrupted():
-            self.client.merge()
-
-
 class Hooks:
     """The hooks of one client in the modules of a model."""
 
-    def __init__(self, uses: Sequence[ModuleUse], client: HookClient) -> None:
+    def __init__(self, model: nn.Module, uses: Sequence[ModuleUse], client: HookClient) -> None:
         take_over((use.module for use in uses), client.weights)
+        self.adapters = AdapterReaders(model.modules(), client)
         self.handles = []
+        state = MergeFirst(client)
         for number, use in enumerate(uses):
-            state = _BeforeState(client, number)
             self.handles += [
                 # First of all: hooks of pruning and weight norm compute what the forward reads from the weights.
                 use.module.register_forward_pre_hook(_Before(client, number), prepend=True),
@@ -198,6 +197,7 @@ class Hooks:
         for handle in self.handles:
             handle.remove()
         self.handles = []
+        self.adapters.remove()
 
 
 def take_over(modules: Iterable[nn.Module], weights: Sequence[Weight]) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from ..directions import Direction, Part, Pass, Weight
 from .base import Perturbation, Update
 from .hooks import Hooks, uses_of
-from .step_context import outside_ambient_state, uninterrupted
+from .readers import merge_for
 
 T = TypeVar("T")
 
@@ -118,7 +118,7 @@ class InPlace(Perturbation):
 
     def watch(self, model: nn.Module) -> None:
         """From now on, restore the weights before anything evaluates or saves the model between steps."""
-        self.model, self.hooks = model, Hooks(uses_of(model, self.weights), self)
+        self.model, self.hooks = model, Hooks(model, uses_of(model, self.weights), self)
 
     def forward(self, call: Callable[[], T]) -> T:
         self.active = True
@@ -130,8 +130,7 @@ class InPlace(Perturbation):
     def enter(self, number: int) -> None:
         """Before a module's forward: one outside of a step sees restored weights."""
         if self.added and not self.active:
-            with outside_ambient_state(), uninterrupted():
-                self.merge()
+            merge_for(self, "forward")
 
     def leave(self, number: int, args: tuple, kwargs: dict, output: Any) -> Any:
         """After a module's forward: nothing to do."""

@@ -98,7 +98,7 @@ class Scratch(Perturbation):
         self.memory: dict[Hashable, Operands] = {}  # by point and layout, reused by all steps
         self._make_tables()
         self.restore()
-        self.hooks = Hooks(self.uses, self)
+        self.hooks = Hooks(self.model, self.uses, self)
 
     def __getstate__(self) -> dict[str, Any]:
         # Without operands, and what refers to them or to captured graphs.
