@@ -66,17 +66,20 @@ neon:
 	$(CPP_TESTS) OUT=build/neon FLAGS="-O2 -static" CXX=aarch64-linux-gnu-g++ RUN=qemu-aarch64-static
 	diff build/native/result build/neon/result
 
+# The oldest versions that are supported lie in folders of their own, which tests put first on the path.
+OLDEST := triton transformers
+
 fetch: setup
 	$(BIN)/pgap-kernels finetune --fetch-only
 
 setup: $(VENV)/installed
 
-$(VENV)/requirements: requirements-dev.txt requirements-triton.txt requirements-triton-oldest.txt
+$(VENV)/requirements: requirements-dev.txt requirements-triton.txt $(OLDEST:%=requirements-%-oldest.txt)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-triton.txt
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/triton-oldest \
-		--requirement requirements-triton-oldest.txt
+	for name in $(OLDEST); do $(BIN)/python -m pip install --quiet --no-deps --upgrade \
+		--target $(VENV)/$$name-oldest --requirement requirements-$$name-oldest.txt || exit 1; done
 	touch $@
 
 # Built against the torch just installed; editable, so that only a change of the C++ side builds again.

@@ -101,20 +101,14 @@ def test_inductor():
 
 @pytest.mark.parametrize("id, mode", [("mezo-3", "scratch"), ("lozo", "folded")])
 def test_compiled_and_called_before_the_optimizer_was_made(id, mode):
-    """Its graph has no hooks: an error, or another compilation with them, and never clean weights in silence."""
+    """Its graph has no hooks; it is compiled once more."""
     model = Small()
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
         Losses(compiled)()
     opt = optimizer(id, mode, model)
-    before, losses = snapshot(model), losses_of_points(opt)
-    try:
-        opt.step(Losses(compiled))
-    except RuntimeError as error:
-        assert "compiled before the optimizer was made" in str(error)
-        assert opt.steps == 0
-        assert_same_weights(model, before)
-        return
+    losses = losses_of_points(opt)
+    opt.step(Losses(compiled))
     plain = Small()
     same = optimizer(id, mode, plain)
     wanted = losses_of_points(same)

@@ -11,8 +11,8 @@ from difflib import get_close_matches
 from functools import cache
 from typing import Any
 
-from .. import optim
 from ..optim import LowRankOptimizer, ZOOptimizer, method_options
+from ..optim.described import described
 from ..optim.registry import method_class
 from .errors import UserError
 
@@ -124,34 +124,6 @@ def refuse_unknown(method: str, given: str, others: Iterable[str] = ()) -> None:
     hint = f" (did you mean {flag(near[0])}?)" if near else ""
     accepted = ", ".join(option.flag for option in known.values())
     raise UserError(f"{flag(given)}: no option of --method {method}{hint}; accepted with it: {accepted}")
-
-
-# ---- docstrings -----------------------------------------------------------------------------------------------------
-
-
-def described(cls: type, name: str) -> str:
-    """What the docstring of a class, or else of its bases, says of an argument of ``__init__``: one sentence."""
-    for owner in cls.__mro__:
-        text = _arguments(owner).get(name, "")
-        other = re.match(r"as in ``(\w+)``", text)
-        if other and hasattr(optim, other[1]):
-            return described(getattr(optim, other[1]), name)
-        if text:
-            return re.split(r"(?<=\.)\s+(?=[A-Z])", text.replace("``", ""))[0].removesuffix(".")
-    return ""
-
-
-@cache
-def _arguments(cls: type) -> dict[str, str]:
-    """The section "Args" of a docstring, by argument; what is said of several at once starts with their names."""
-    section = inspect.cleandoc(cls.__doc__ or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
-    found: dict[str, str] = {}
-    for together, text in re.findall(r"^ {4}([\w*, ]+): (.*(?:\n {5,}.*)*)", section, re.MULTILINE):
-        text = " ".join(text.split())
-        if ", " in together and not text.startswith("as in "):
-            text = f"{together}: {text}"
-        found |= dict.fromkeys(together.split(", "), text)
-    return found
 
 
 # ---- names ----------------------------------------------------------------------------------------------------------

@@ -168,7 +168,9 @@ class Evaluation:
         self._show(points)
         with self.timed("forward"):
             value = self._run_closure()
-            if self.state.track_changed_buffers() or self.perturbation.must_repeat:
+            if self.state.track_changed_buffers():
+                value = self._run_closure()
+            while self.perturbation.must_repeat:  # at most twice: after a search, and after code without hooks
                 value = self._run_closure()
         return self.reduce(self._checked(value, len(points)))
 

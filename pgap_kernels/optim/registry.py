@@ -67,6 +67,16 @@ def available_methods() -> list[str]:
     return [*_OWN, *sorted({point.name for point in entry_points(group=ENTRY_POINTS)} - {*_OWN})]
 
 
+def method_classes() -> list[type[ZOOptimizer]]:
+    """The classes of this package's methods."""
+    return list(_OWN.values())
+
+
+def method_name(cls: type[ZOOptimizer]) -> str:
+    """The name of one of this package's methods."""
+    return next(name for name, own in _OWN.items() if own is cls)
+
+
 def method_class(name: str) -> type[ZOOptimizer]:
     """The class of a method.
 

@@ -84,6 +84,7 @@ class Scratch(Perturbation):
         self.active = False
         self.searching = False  # the forward is being searched for stray uses
         self.captures = False  # the forward is being captured in a CUDA graph
+        self.recompiled = False  # compiled code has been dropped once, as it knew no hooks
         self.most_points = 1
         self.rows, self.count = 0, 1  # of a stacked batch: its rows, 0 before a module has seen it, and its points
         self.modules = list(self.model.modules())
@@ -253,8 +254,18 @@ class Scratch(Perturbation):
                     self.count_passes(filled, times * self.count)
         if self.captures:
             self.replays.add(self.graph_key)
+        if self._runs_stale_code():
+            torch.compiler.reset()
+            self.must_repeat = self.recompiled = True
+            return result
         self._check_called()
         return result
+
+    def _runs_stale_code(self) -> bool:
+        """Whether compiled code without hooks has run, of this model or of another one of its class: torch does not see
+        that hooks have come."""
+        called = any(self.calls) or self.graph_key in self.replays
+        return not called and "torch._dynamo" in sys.modules and not self.recompiled
 
     def _is_compiled(self) -> bool:
         """Whether modules of the model are compiled: they are not searched, as torch cannot trace the search."""
@@ -283,9 +294,8 @@ class Scratch(Perturbation):
             what = f"{missed[0]!r} was" if len(missed) == 1 else f"{missed[0]!r} and {len(missed) - 1} more were"
             raise RuntimeError(
                 f"closure: {what} not perturbed, as the forward did not call the module (it may use the weight "
-                "without calling it, as MultiheadAttention does with out_proj, or the model was compiled before the "
-                "optimizer was made). Freeze such parameters, choose mode='inplace', or pass allow_unused=True if the "
-                "forward rightly never uses them"
+                "without calling it, as MultiheadAttention does with out_proj). Freeze such parameters, choose "
+                "mode='inplace', or pass allow_unused=True if the forward rightly never uses them"
             )
 
     def enter(self, number: int) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from .hooks import ModuleUse, ParamRef, tensors_in
@@ -59,6 +59,8 @@ class StackedForward:
         refs = filler.refs_to_fill(use) if filler.count > 1 else []
         if not refs:
             return self.forward(*args, **kwargs)
+        if isinstance(use.module, nn.Embedding):
+            args, kwargs = tree_map_only(Tensor, self._repeated, (args, kwargs))
         rows = next((t.shape[0] for t in tensors_in((args, kwargs)) if t.dim()), 0)
         check_rows(filler, type(use.module).__name__, rows)
         results = []
@@ -70,6 +72,11 @@ class StackedForward:
             filler.pop()
             results.append(result if kept is None else kept)
         return _stack(results)
+
+    def _repeated(self, ids: Tensor) -> Tensor:
+        """Positions (1, tokens), which stand for every row of the batch, one time for each: rows differ once their
+        slices see different weights."""
+        return ids.expand(self.filler.rows, -1) if ids.dim() == 2 and len(ids) == 1 and self.filler.rows else ids
 
 
 def check_rows(filler: Filler, module: str, rows: int) -> None:

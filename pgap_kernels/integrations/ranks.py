@@ -1,0 +1,26 @@
+"""Losses of several processes, to the same bits in each."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, distributed
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """The mean of a tensor over all processes, float64; the tensor itself if there is one process.
+
+    Gathered and then summed in the order of the ranks: ``all_reduce`` would sum in the backend's order, which may
+    differ from process to process.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return values
+    own = values.detach().double().contiguous()
+    gathered = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(gathered, own)
+    return torch.stack(gathered).sum(0) / len(gathered)
+
+
+def broadcast_from_first(tensors: list[Tensor]) -> None:
+    """Give every process the first one's values: adapters, for one, begin at each process's own random numbers."""
+    for tensor in tensors:
+        distributed.broadcast(tensor.data, 0)
