@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -29,6 +29,7 @@ class Weight:
         group: its param group.
         span: (base, row_stride) of a shard in the unsharded tensor, as the ops' ``slices``; None for a whole tensor.
         padding_row: a row that training leaves alone (``nn.Embedding.padding_idx``).
+        read_by: of some parameters of the model, the module whose forward reads them instead of their own module's.
     """
 
     index: int
@@ -39,6 +40,7 @@ class Weight:
     span: tuple[int, int] | None = None
     padding_row: int | None = None
     aliases: tuple[str, ...] = ()
+    read_by: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:

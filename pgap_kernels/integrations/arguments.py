@@ -163,12 +163,13 @@ class ZOArguments(_Options):
             given["floors"] = {name.strip(): float(value) for name, _, value in pairs}
         return given
 
-    def make_optimizer(self, model: Any, batch_size: int) -> Any:
+    def make_optimizer(self, model: Any, batch_size: int, **more: Any) -> Any:
         """The method's optimizer for a model, as these arguments and the trainer's say.
 
         Args:
             model: a module.
             batch_size: examples of a step, for methods that scale by it.
+            **more: options of every method that are no arguments of a command line.
         """
         accepted = method_options(self.zo_method)
         own: dict[str, Any] = {
@@ -178,4 +179,4 @@ class ZOArguments(_Options):
             "batch_size": batch_size,
         }
         own = {name: value for name, value in own.items() if name in accepted}
-        return method_class(self.zo_method)(model, **own, **self.method_options())
+        return method_class(self.zo_method)(model, **own, **self.method_options(), **more)

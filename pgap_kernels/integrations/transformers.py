@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
 import math
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.models.auto import modeling_auto
 
 from ..losses import per_example_loss
+from ..noise import canonical_name
 from ..optim import Signal, ZOOptimizer
 from .arguments import ZOArguments
 from .ranks import broadcast_from_first, mean_over_ranks
@@ -68,7 +70,8 @@ class ZOTrainerMixin:
     state: Any
 
     def __init__(self, *given: Any, **named: Any) -> None:
-        arguments = named.get("args", given[1] if len(given) > 1 else None)
+        bound = inspect.signature(super().__init__).bind_partial(*given, **named).arguments
+        arguments = bound.get("args")
         if not isinstance(arguments, ZOArguments):
             raise TypeError(
                 f"args: got {type(arguments).__name__}; accepted: ZOTrainingArguments, or a dataclass with ZOArguments "
@@ -79,12 +82,12 @@ class ZOTrainerMixin:
                 f"args: got {arguments.n_gpu} GPUs in one process (DataParallel); accepted: one. "  # type: ignore[attr-defined]
                 "Launch with torchrun --nproc_per_node, or set CUDA_VISIBLE_DEVICES"
             )
-        own = (named.get("optimizers") or (None, None))[0]
+        own = (bound.get("optimizers") or (None, None))[0]
         if own is not None and not isinstance(own, ZOOptimizer):
             raise TypeError(
                 f"optimizers: got {type(own).__name__}; accepted: an optimizer of pgap_kernels.optim, or None"
             )
-        if named.get("optimizer_cls_and_kwargs") is not None:
+        if bound.get("optimizer_cls_and_kwargs") is not None:
             raise ValueError("optimizer_cls_and_kwargs: accepted: None; choose args.zo_method, or pass optimizers=")
         self._batches: list[dict[str, Any]] = []
         super().__init__(*given, **named)
@@ -110,7 +113,7 @@ class ZOTrainerMixin:
             if args.world_size > 1:
                 broadcast_from_first([*self.model.parameters(), *self.model.buffers()])
             per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-            self.optimizer = args.make_optimizer(self.model, per_step)
+            self.optimizer = args.make_optimizer(self.model, per_step, read_by=_fused_head(self.model))
         self._check_slices()
         return self.optimizer
 
@@ -271,6 +274,17 @@ class ZOTrainerMixin:
 
 class ZOTrainer(ZOTrainerMixin, Trainer):
     """The Trainer of transformers with zeroth-order steps: ``ZOTrainerMixin`` says what differs."""
+
+
+def _fused_head(model: nn.Module) -> dict[str, str]:
+    """Which parameters of the head the model's own forward reads, if TRL has replaced that by one with a fused head."""
+    for name, module in model.named_modules():
+        code = getattr(module.__dict__.get("forward"), "__code__", None)
+        if code is not None and "fused_lm_head" in code.co_varnames:
+            head = next(inner for inner, m in module.named_modules() if m is module.get_output_embeddings())
+            path = ".".join(part for part in (name, head) if part)
+            return {canonical_name(f"{path}.{p}"): name for p, _ in module.get_submodule(head).named_parameters()}
+    return {}
 
 
 class _CountedOnce:

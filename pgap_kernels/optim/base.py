@@ -24,6 +24,7 @@ from ..perturbation import (
     uninterrupted,
 )
 from . import checkpoint
+from .accumulation import refuse_accumulation
 from .cost import Cost, measure_cost
 from .drawing import DirectionOptimizer
 from .evaluation import Closure, Evaluation, NonFiniteLossError
@@ -66,6 +67,8 @@ class ZOOptimizer(DirectionOptimizer):
         residual: keep a second 16-bit plane beside 16-bit weights, in which no update is lost; else updates of
             16-bit weights round stochastically. Not in place, where the perturbation itself rounds.
         allow_unused: with hooks, accept forwards that never use some weight.
+        read_by: with hooks, names of parameters that the forward of another module than their own reads, with that
+            module's name ("" for the model itself): {"lm_head.weight": ""} for a loss fused with the head.
         members: with hooks, several points in one forward. The closure runs the step's minibatch stacked so many times
             (``torch.cat([x] * members)``) and returns a loss per row, or the mean of every copy: a tensor. The layers
             must keep the rows in order, and nothing may be drawn (dropout) or averaged over the batch.
@@ -158,9 +161,11 @@ class ZOOptimizer(DirectionOptimizer):
         Raises:
             NonFiniteLossError: see ``on_nonfinite``.
             TypeError: no closure was given, and no step was taken ahead.
-            RuntimeError: a closure was given though a step was taken ahead.
+            RuntimeError: a closure was given though a step was taken ahead; or accelerate's ``accumulate`` would let it
+                see one batch of several.
         """
         if self._ahead is None:
+            refuse_accumulation()
             return self._step(closure)
         if closure is not None:
             raise RuntimeError(

@@ -197,7 +197,7 @@ class ModeOptimizer(ModelOptimizer, metaclass=_EnterMode):
             self._note_model()
         if self._seen is not None and self._seen.is_current(self.param_groups, self.model):
             return
-        weights = collect(self.param_groups, self.tensor_ids, self.model)
+        weights = collect(self.param_groups, self.tensor_ids, self.model, self.read_by)
         if not weights:
             raise ValueError(NOTHING_TO_TRAIN)
         recast = self._seen is None

@@ -51,6 +51,7 @@ class ModelOptimizer(torch.optim.Optimizer):
         two_pass: bool = False,
         residual: bool = False,
         allow_unused: bool = False,
+        read_by: Mapping[str, str] | None = None,
         members: int = 1,
         groups: int = 1,
         lr_rule: str | None = None,
@@ -62,6 +63,7 @@ class ModelOptimizer(torch.optim.Optimizer):
         self.steps = self.skipped = 0
         self.two_pass, self.residual = bool(two_pass), bool(residual)
         self.allow_unused = bool(allow_unused)
+        self.read_by = self._checked_readers(read_by)
         self.members, self.groups = at_least_one("members", members), at_least_one("groups", groups)
         if self.groups > 1 and not self.takes_groups:
             raise ValueError(
@@ -105,6 +107,22 @@ class ModelOptimizer(torch.optim.Optimizer):
             near = near_names(unknown[0], [w.name for w in self.weights()])
             raise ValueError(f"tensor_ids: got {unknown[0]!r}; accepted: names of this optimizer's parameters ({near})")
 
+    def _checked_readers(self, read_by: Mapping[str, str] | None) -> dict[str, str]:
+        if not read_by:
+            return {}
+        if self.model is None:
+            raise ValueError("read_by: got names without a model; accepted: a model as params or model=")
+        parameters = {noise.canonical_name(name) for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        modules = [name for name, _ in self.model.named_modules()]
+        for parameter, module in read_by.items():
+            if parameter not in parameters:
+                near = near_names(parameter, list(parameters))
+                raise ValueError(f"read_by: got {parameter!r}; accepted: names of the model's parameters ({near})")
+            if module not in modules:
+                near = near_names(module, modules)
+                raise ValueError(f"read_by: got {module!r} for {parameter!r}; accepted: names of modules ({near})")
+        return dict(read_by)
+
     # ---- weights and hyper-parameters ------------------------------------------------------------------------------
 
     def check_group(self, group: dict[str, Any]) -> None:
@@ -123,7 +141,7 @@ class ModelOptimizer(torch.optim.Optimizer):
     def weights(self) -> list[Weight]:
         """Every trainable tensor once: tied weights under their first name, ids checked to be distinct."""
         if self._weights is None:
-            self._weights = collect(self.param_groups, self.tensor_ids, self.model)
+            self._weights = collect(self.param_groups, self.tensor_ids, self.model, self.read_by)
         return self._weights
 
     def buckets(self) -> list[list[Weight]]:

@@ -16,13 +16,19 @@ from ..directions import Weight, address, storage
 from ..perturbation import modules_of
 
 
-def collect(param_groups: Sequence[dict[str, Any]], ids: Mapping[str, int], model: nn.Module | None) -> list[Weight]:
+def collect(
+    param_groups: Sequence[dict[str, Any]],
+    ids: Mapping[str, int],
+    model: nn.Module | None,
+    read_by: Mapping[str, str] | None = None,
+) -> list[Weight]:
     """Every trainable tensor once: tied weights under their first name, frozen ones left out, ids checked.
 
     Args:
         param_groups: of a ``torch.optim.Optimizer``.
         ids: overrides of ``noise.tensor_id`` by parameter name.
         model: whose embeddings' padding rows stay as they are, if it is given.
+        read_by: of parameters of the model, the module whose forward reads them.
 
     Raises:
         TypeError, ValueError: a parameter cannot be trained here; the message names it.
@@ -51,7 +57,7 @@ def collect(param_groups: Sequence[dict[str, Any]], ids: Mapping[str, int], mode
             names[tid] = name
             others = tuple(alias for alias in aliases[place] if alias != name) if place in aliases else ()
             row = padding.get(tensor.data_ptr())
-            found[place] = Weight(len(found), name, tensor, tid, group, padding_row=row, aliases=others)
+            found[place] = Weight(len(found), name, tensor, tid, group, None, row, others, read_by or {})
     weights = list(found.values())
     for w in weights:
         checks.matrix_layout(f"params ({w.name!r})", w.tensor)

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
 
 from ..directions import Weight, address, address_range
+from ..noise import canonical_name
 from .readers import AdapterReaders, MergeFirst
 
 LINEAR, CONV1D, EMBEDDING = "linear", "conv1d", "embedding"
@@ -104,7 +105,8 @@ def uses_of(model: nn.Module, weights: Sequence[Weight]) -> list[ModuleUse]:
                     f"model: {weight.name!r} belongs to a scripted module, whose forward knows no hooks; accepted: "
                     "modules of Python (or mode='inplace' without two_pass)"
                 )
-            user = _user(name, modules)
+            elsewhere = weight.read_by.get(canonical_name(f"{name}.{key}".lstrip(".")))
+            user = _user(name, modules) if elsewhere is None else elsewhere
             if user is None:
                 raise ValueError(
                     f"model: {weight.name!r} belongs to a {type(owner).__name__} that no module with a forward "
