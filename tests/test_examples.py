@@ -34,7 +34,9 @@ def run(name, as_program=True):
 
 
 def test_every_example_is_tested():
-    assert {path.stem for path in EXAMPLES.iterdir()} - {"__pycache__"} == {"own_method", "plain_trainer", "tasks"}
+    assert {path.stem for path in EXAMPLES.iterdir()} - {"__pycache__"} == {
+        "lightning_module", "lora", "own_method", "plain_trainer", "tasks", "trainer", "trl_sft",
+    }  # fmt: skip
 
 
 def test_the_method_of_ones_own_learns_and_says_so(capsys):
@@ -92,3 +94,55 @@ def test_one_data_set_is_three_tasks(tmp_path, capsys):
     for task, metric in (("classification", "accuracy"), ("choice", "accuracy"), ("generation", "exact_match")):
         assert f"{task}: {{'loss': " in out and metric in out
         assert (tmp_path / task / "report.html").is_file()
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A tiny language model in a folder, with a word for every class."""
+    pytest.importorskip("transformers")
+    from support.finetune_tiny import tiny_model
+
+    return str(tiny_model(tmp_path / "model", "llama"))
+
+
+def short(example):
+    """An example is read by whoever wants to see how it is done."""
+    return len((EXAMPLES / f"{example}.py").read_text().splitlines()) <= 60
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_the_trainer(tiny, tmp_path):
+    """Tokens have no words here but those of the classes: that these come next is what is learnt."""
+    given = ["--model", tiny, "--output_dir", str(tmp_path), "--max_steps", "40", "--zo_rank", "8", "--use_cpu",
+             "--report_to", "none", "--learning_rate", "3e-3"]  # fmt: skip
+    before, after = run("trainer", as_program=False)["main"](given)
+    assert after < 0.8 * before and short("trainer")
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_lora(tiny, tmp_path, capsys):
+    pytest.importorskip("peft")
+    options = ["--model", tiny, "--steps", "4", "--output", str(tmp_path / "adapter")]
+    tuned, loaded = run("lora", as_program=False)["main"](options)
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        assert torch.equal(tuned(ids).logits, loaded.eval()(ids).logits)
+    assert "MeZO in mode inplace: loss" in capsys.readouterr().out and short("lora")
+
+
+@pytest.mark.model
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--use_peft"]])
+def test_trl_sft(more, tiny, tmp_path):
+    pytest.importorskip("trl")
+    given = ["--model", tiny, "--output_dir", str(tmp_path), "--max_steps", "20", "--use_cpu", "--report_to", "none"]
+    losses = run("trl_sft", as_program=False)["main"]([*given, *more])
+    assert len(losses) == 2 and short("trl_sft")
+
+
+@pytest.mark.slow
+def test_the_lightning_module_learns():
+    pytest.importorskip("lightning")
+    assert run("lightning_module", as_program=False)["main"]() > 0.8 and short("lightning_module")
