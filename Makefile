@@ -2,6 +2,7 @@
 # make test       set up, then lint, type-check and run every test that is not slow
 # make test-slow  the tests that are
 # make sanitize   run the C++ kernels' own tests, and those of the ops, under ASan and UBSan
+# make docs       build the documentation, a page for every public object included, into site/index.html
 # make gpu        on a machine with an NVIDIA GPU, nothing installed but torch and Triton: everything worth knowing of it
 # make neon       cross-compile for aarch64 and compare its bits with this machine's, under an emulator
 # All prepare what is missing and are quick the second time.
@@ -15,7 +16,7 @@ DEMO_OUTPUT ?= runs/demo
 # (docs/finetune.md).
 DEMO := --batch-size 4 --members 8 --groups 4 --directions 8 --baseline loo --lr 4.8e-4
 
-.PHONY: demo test test-slow sanitize gpu neon lint setup fetch clean
+.PHONY: demo test test-slow sanitize docs gpu neon lint setup fetch clean
 .DELETE_ON_ERROR:
 
 demo: setup fetch
@@ -54,6 +55,9 @@ sanitize: setup
 		LD_PRELOAD="$(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))" \
 		$(BIN)/pytest -q -n 2 --capture=sys -k "cpu or guards" $(OPS_TESTS)
 
+docs: setup
+	$(BIN)/properdocs build --strict --quiet
+
 # With that machine's own Python: its torch is built for its GPU.
 gpu:
 	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu
@@ -88,4 +92,4 @@ $(VENV)/installed: $(VENV)/requirements $(KERNELS) pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build runs *.egg-info pgap_kernels/*.so
+	rm -rf $(VENV) build runs site *.egg-info pgap_kernels/*.so

@@ -60,7 +60,7 @@ class Sampling(NamedTuple):
     def points(
         self, directions: Sequence[Sequence[Direction]], radius: Sequence[float]
     ) -> list[tuple[Direction, Amounts]]:
-        """The points of a step, all groups of a copy before the next; directions are [n][groups]."""
+        """The points of a step, all groups of a copy before the next; directions are n lists of one for each group."""
         back = [-eps for eps in radius]
         found: list[tuple[Direction, Amounts]] = []
         for own in directions:
@@ -72,7 +72,7 @@ class Sampling(NamedTuple):
         return found
 
     def differences(self, losses: Sequence[float]) -> list[list[float]]:
-        """Of the mean losses at the points, c with  gradient ~ sum_jg c_jg D_jg / eps,  as [n][groups]."""
+        """c of the mean losses, with  gradient ~ sum_jg c_jg D_jg / eps:  n lists of one for each group."""
         size = self.groups
         f = [[loss / size for loss in losses[i : i + size]] for i in range(0, len(losses), size)]
         columns = [self._of_group([copy[g] for copy in f]) for g in range(size)]
