@@ -22,7 +22,10 @@ def test_there_are_snippets():
 
 
 @pytest.mark.parametrize(("page", "number"), [(page, i) for page, found in SNIPPETS.items() for i in range(len(found))])
-def test_snippet_runs(page, number):
+def test_snippet_runs(page, number, tmp_path, monkeypatch):
+    if "transformers" in SNIPPETS[page][number]:
+        pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
     run(page, number)
 
 
