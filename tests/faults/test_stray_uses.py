@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from support.models import assert_clean, assert_same_weights, parameters_of, snapshot
-from support.recipes import HOOKED, INPUTS, LABELS, Net, make, refused, seeded, take_steps
+from support.recipes import HOOKED, INPUTS, LABELS, Net, loss_of, make, refused, seeded, take_steps
 from support.selection import cycled
 from torch import Tensor
 from torch.nn import functional as F
@@ -81,3 +81,28 @@ def test_calling_the_model_with_other_parameters(case, given):
     refused(RuntimeError, r"^closure: '\w+\.\w+' was replaced for this forward", lambda: optimizer.step(closure))
     assert_same_weights(model, before)
     take_steps(optimizer, model)
+
+
+class FusedHead(Net):
+    """Reads its last layer's weight itself, as losses that are fused with the head do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.norm(self.middle(torch.tanh(self.first(x))))
+        return hidden @ self.last.weight.T + self.last.bias
+
+
+@pytest.mark.parametrize("case", HOOKED)
+def test_a_weight_that_another_module_reads(case):
+    """Where the optimizer knows of it, the forward sees what it sees where the layer is called."""
+    read_by = {"last.weight": "", "last.bias": ""}
+    losses = []
+    for cls, options in ((Net, {}), (FusedHead, {"read_by": read_by})):
+        model = seeded(cls)
+        optimizer = make(case, model, **options)
+        losses.append([optimizer.step(lambda model=model: loss_of(model)) for _ in range(3)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    refused(RuntimeError, r"^closure: 'last\.\w+' is used by", lambda: take_steps(make(case, model), model))
+    message = "read_by: got 'lost.weight'; accepted: names of the model's parameters"
+    refused(ValueError, message, lambda: make(case, model, read_by={"lost.weight": ""}))
+    message = "read_by: got 'lost' for 'last.weight'; accepted: names of modules"
+    refused(ValueError, message, lambda: make(case, model, read_by={"last.weight": "lost"}))
