@@ -20,6 +20,19 @@ from pathlib import Path
 from pgap_kernels.finetune import Config, records, run
 from pgap_kernels.finetune.builtin import BUILT_IN
 
+
+def directions(examples: int, count: int, lr: float) -> dict:
+    """So many directions for each of some examples, all in one forward, each against the mean of the others."""
+    options = {"members": count, "groups": examples, "directions": count, "baseline": "loo", "lr": lr}
+    return {"batch_size": examples, "options": options}
+
+
+# An example of a choice has a row for each option: all make forwards of 32 rows.
+DIRECTIONS = {
+    "classification": directions(4, 8, 2.4e-4),
+    "choice": directions(2, 4, 1.2e-4),
+    "generation": directions(4, 8, 2.4e-4),
+}
 TOPICS = dict(pair.split("=") for pair in BUILT_IN["r8"].settings["verbalizers"].split(","))
 
 
@@ -43,7 +56,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", default=["classification", "choice", "generation"], metavar="TASK")
     parser.add_argument("--model", default="default")
     parser.add_argument("--method", default="pgap", help="any of pgap-kernels methods (default: pgap)")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=90)
     parser.add_argument("--sizes", type=int, nargs=3, default=[1000, 100, 200], metavar="N", help="train, dev and test")
     parser.add_argument("--output", default="runs/tasks", metavar="DIR")
     args = parser.parse_args(given)
@@ -65,9 +78,8 @@ def main(given: list[str] | None = None) -> None:
                 dev_size=args.sizes[1],
                 test_size=args.sizes[2],
                 steps=args.steps,
-                eval_every=20,
-                # A row for each choice: four examples with four choices make sixteen.
-                batch_size=4 if task == "choice" else 16,
+                eval_every=30,
+                **(DIRECTIONS[task] if args.method == "pgap" else {"batch_size": 4}),
                 output=str(folder),
                 overwrite=True,
             )
