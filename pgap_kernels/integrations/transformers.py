@@ -70,8 +70,7 @@ class ZOTrainerMixin:
     state: Any
 
     def __init__(self, *given: Any, **named: Any) -> None:
-        bound = inspect.signature(super().__init__).bind_partial(*given, **named).arguments
-        arguments = bound.get("args")
+        arguments = next((value for value in (*given, *named.values()) if isinstance(value, TrainingArguments)), None)
         if not isinstance(arguments, ZOArguments):
             raise TypeError(
                 f"args: got {type(arguments).__name__}; accepted: ZOTrainingArguments, or a dataclass with ZOArguments "
@@ -82,6 +81,7 @@ class ZOTrainerMixin:
                 f"args: got {arguments.n_gpu} GPUs in one process (DataParallel); accepted: one. "  # type: ignore[attr-defined]
                 "Launch with torchrun --nproc_per_node, or set CUDA_VISIBLE_DEVICES"
             )
+        bound = inspect.signature(super().__init__).bind_partial(*given, **named).arguments
         own = (bound.get("optimizers") or (None, None))[0]
         if own is not None and not isinstance(own, ZOOptimizer):
             raise TypeError(
@@ -121,10 +121,6 @@ class ZOTrainerMixin:
     def zo(self) -> ZOOptimizer:
         """The optimizer, out of accelerate's wrapper."""
         return getattr(self.optimizer, "optimizer", self.optimizer)
-
-    @property
-    def _copies(self) -> int:
-        return self.zo.members
 
     @property
     def _slices(self) -> int:
@@ -240,7 +236,7 @@ class ZOTrainerMixin:
                 f"train_dataset: got {name!r} of shape {tuple(value.shape)} in a batch of {size} examples; accepted: "
                 "tensors with a row for each example, with zo_members or zo_groups"
             )
-        return torch.cat([value] * self._copies)
+        return torch.cat([value] * self.zo.members)
 
     # ---- between steps ----------------------------------------------------------------------------------------------
 
