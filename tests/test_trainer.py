@@ -318,7 +318,15 @@ def test_members_and_groups(kind, accumulation):
 
 def test_every_option_of_every_method_is_an_argument():
     for method in available_methods():
-        options = set(method_options(method)) - {"lr", "weight_decay", "seed", "batch_size", "model", "tensor_ids"}
+        options = set(method_options(method)) - {
+            "lr",
+            "weight_decay",
+            "seed",
+            "batch_size",
+            "model",
+            "tensor_ids",
+            "read_by",
+        }
         assert {f"zo_{name}" for name in options} <= set(ZOTrainingArguments.__dataclass_fields__), method
 
 

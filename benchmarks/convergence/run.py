@@ -128,7 +128,7 @@ class Run:
         self.seconds += seconds
         self.forwards += (calls - self._trials) * len(batch.labels)
         self._trials = 0
-        steps, last = self.record["steps"], self.optimizer.last
+        steps, last = self.record["steps"], self.optimizer.last.signal
         found = {"losses": loss, "forwards": self.forwards, "seconds": self.seconds}
         found |= {name: getattr(last, name) for name in SIGNALS}
         for name, value in found.items():
