@@ -24,8 +24,7 @@ demo: setup fetch
 
 # Without the network, tests of the built-in model skip (in CI they fail). One thread for each of the two workers: with
 # two each they wait for one another most of the time. Tests of threads ask for theirs.
-# A worker that has run out of tests takes the other's, as some take minutes.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=30
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=30
 
 test: setup lint
 	-$(BIN)/pgap-kernels finetune --fetch-only
@@ -33,7 +32,7 @@ test: setup lint
 
 test-slow: setup
 	-$(BIN)/pgap-kernels finetune --fetch-only
-	$(PYTEST) -m slow
+	$(PYTEST) -m slow --dist loadgroup
 
 lint: setup
 	$(BIN)/ruff check .

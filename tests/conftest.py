@@ -18,6 +18,11 @@ def pytest_make_parametrize_id(config, val):
     return name if isinstance(name, str) else None
 
 
+def pytest_collection_modifyitems(items):
+    """Tests that say that they take long come first, the longest at the head, so that none is left over at the end."""
+    items.sort(key=lambda item: -max((mark.kwargs.get("seconds", 0) for mark in item.iter_markers("slow")), default=0))
+
+
 @pytest.fixture
 def set_threads():
     """torch.set_num_threads, undone after the test."""

@@ -36,7 +36,10 @@ SLOTS = {
 }
 
 
-@pytest.fixture(scope="session", params=["sample", pytest.param("all", marks=pytest.mark.slow)])
+pytestmark = pytest.mark.xdist_group("compiled")  # in one process, so that no other one waits for the compilation
+
+
+@pytest.fixture(scope="session", params=["sample", pytest.param("all", marks=pytest.mark.slow(seconds=145))])
 def rows(request, tmp_path_factory):
     """Kernels of ours compiled anew: once, whatever the number of pytest's processes."""
     shared = tmp_path_factory.getbasetemp()

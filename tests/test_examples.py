@@ -85,7 +85,7 @@ def test_the_plain_trainer_learns(capsys):
 
 
 @pytest.mark.model
-@pytest.mark.slow
+@pytest.mark.slow(seconds=50)
 def test_one_data_set_is_three_tasks(tmp_path, capsys):
     pytest.importorskip("transformers")
     main = run("tasks", as_program=False)["main"]

@@ -166,7 +166,7 @@ def test_resuming_begins_where_there_is_no_checkpoint_and_refuses_another_run(co
         path.write_bytes(before)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=95)
 def test_killed_at_any_moment_and_resumed_is_the_uninterrupted_run(config_for, llama, tmp_path):
     whole = run(config_for("whole", "pgap", save_model=True, steps=60))
     expected, draw = saved(tmp_path / "whole"), random.Random(0)

@@ -17,11 +17,18 @@ PROPERTIES = str(TESTS / "test_op_properties.py")
 SAMPLE = "test_bits and bfloat16 and (shard or forward) or test_bits and assemble and strided"
 # Products of matrices have files of their own, and take the interpreter long.
 REST = "not reference] and not rank and not forward and not threads"
+SECONDS = {"forward": 55, "lowrank": 50, "factors": 35, "lowrank_tiles": 25}  # about, where a file takes long
+
+
+def slow(file: Path) -> list:
+    family = file.stem.removeprefix("test_triton_")
+    return [] if family in QUICK else [pytest.mark.slow(seconds=SECONDS.get(family, 15))]
+
+
 RUNS = [
-    # First, as these take longest.
-    ("bits", [PROPERTIES, "-k", f"test_bits and {REST}"], [pytest.mark.slow]),
-    ("properties", [PROPERTIES, "-k", f"not test_bits and {REST}"], [pytest.mark.slow]),
-    *((f.stem, [str(f)], [] if f.stem.removeprefix("test_triton_") in QUICK else [pytest.mark.slow]) for f in FILES),
+    ("bits", [PROPERTIES, "-k", f"test_bits and {REST}"], [pytest.mark.slow(seconds=170)]),
+    ("properties", [PROPERTIES, "-k", f"not test_bits and {REST}"], [pytest.mark.slow(seconds=115)]),
+    *((file.stem, [str(file)], slow(file)) for file in FILES),
     ("sample", [PROPERTIES, "-k", SAMPLE], []),
 ]
 

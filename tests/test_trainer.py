@@ -90,7 +90,7 @@ def test_steps_are_those_of_a_loop_by_hand(kind, mode, accumulation):
     assert type(trainer.model_wrapped) is type(trainer.model) and trainer.zo.steps == 6 and not trainer.zo.pending
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=20)
 @pytest.mark.parametrize("kind", ["llama", "opt", "gpt2", "bert"])
 def test_a_killed_run_resumes_to_the_same_bits(kind):
     command = [sys.executable, "-W", "ignore", str(TESTS / "support" / "trainer_killed.py"), kind]
@@ -475,7 +475,7 @@ def test_the_parts_compose(plain):
 # ---- several processes ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=20)
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 def test_two_processes_are_one_with_twice_the_batch(tmp_path):
     script = TESTS / "support" / "trainer_ranks.py"
