@@ -1,4 +1,4 @@
-# make demo       set up, fetch model and data, fine-tune a language model with forward passes alone (about five minutes)
+# make demo       set up, fetch model and data, fine-tune a language model with forward passes alone (about four minutes)
 # make test       set up, then lint, type-check and run every test that is not slow
 # make test-slow  the tests that are
 # make sanitize   run the C++ kernels' own tests, and those of the ops, under ASan and UBSan
@@ -14,7 +14,7 @@ KERNELS := $(wildcard csrc/*) setup.py
 DEMO_OUTPUT ?= runs/demo
 # Eight directions for each of four examples in one forward: what learnt the most from 3,200 example-forwards
 # (docs/finetune.md).
-DEMO := --batch-size 4 --members 8 --groups 4 --directions 8 --baseline loo --lr 4.8e-4
+DEMO := --batch-size 4 --members 8 --groups 4 --directions 8 --baseline loo --lr 4.8e-4 --steps 80
 
 .PHONY: demo test test-slow sanitize docs gpu neon lint setup fetch clean
 .DELETE_ON_ERROR:
