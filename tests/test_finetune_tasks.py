@@ -352,3 +352,13 @@ def test_populations_work_with_every_task(llama, tmp_path):
         config = config_for(llama, tmp_path, task=task, data=json_lines(tmp_path / "a.jsonl", rows_for(task)), steps=2,
                             mode="scratch", options={"members": 2, "groups": 4}, max_new_tokens=2)  # fmt: skip
         assert run(config)["status"] == "completed"
+
+
+def test_the_learning_rate_is_the_tasks():
+    """Half where losses are larger, unless it was given; of methods that were tried alone."""
+    rates = {
+        task: Config(task=task, method="pgap").options["lr"] for task in ("classification", "choice", "generation")
+    }
+    assert rates["choice"] == rates["generation"] == rates["classification"] / 2
+    assert Config(task="choice", method="pgap", options={"lr": 3e-5}).options["lr"] == 3e-5
+    assert Config(task="choice", method="lozo").options["lr"] == Config(method="lozo").options["lr"]

@@ -11,7 +11,7 @@ from ..optim import available_methods
 from ..perturbation import MODES
 from .builtin import BUILT_IN
 from .config import DTYPES, KEEP, OBJECTIVES, SCHEDULE_NAMES, TASKS, TOO_LONG, field_default
-from .options import Option, names, options_of
+from .options import HALVED, OVERRIDES, Option, names, options_of
 
 EPILOG = """\
 examples:
@@ -159,14 +159,17 @@ def _add_options_of(parser: argparse.ArgumentParser, method: str) -> None:
         if option.read is bool:
             more = {"action": argparse.BooleanOptionalAction}
         # Absent unless given, so that only given ones are the user's.
-        group.add_argument(option.flag, default=argparse.SUPPRESS, help=_help(option), **more)
+        group.add_argument(option.flag, default=argparse.SUPPRESS, help=_help(option, method), **more)
 
 
-def _help(option: Option) -> str:
+def _help(option: Option, method: str) -> str:
     default = option.default
     if default is inspect.Parameter.empty:
         return f"{option.help} (required)".replace("%", "%%")
-    return f"{option.help} (default: {_shown(default)})".replace("%", "%%")
+    shown = _shown(default)
+    if option.name == "lr" and method in OVERRIDES:
+        shown += f"; half of it with --task {' or '.join(HALVED)}"
+    return f"{option.help} (default: {shown})".replace("%", "%%")
 
 
 def _add_evaluation(parser: argparse.ArgumentParser) -> None:

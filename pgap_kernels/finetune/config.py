@@ -22,7 +22,7 @@ from ..perturbation import MODES
 from .baseline import BASELINES
 from .builtin import BUILT_IN
 from .errors import UserError
-from .options import SCHEDULES, as_flags, flag, names, numbers_by_name, options_of, refuse_unknown
+from .options import HALVED, OVERRIDES, SCHEDULES, as_flags, flag, names, numbers_by_name, options_of, refuse_unknown
 
 DTYPES = ("float32", "bfloat16", "float16")
 TASKS = ("classification", "choice", "generation")
@@ -255,6 +255,8 @@ class Config:
     def _defaults(self) -> dict[str, Any]:
         options = options_of(self.method).items()
         found = {name: option.default for name, option in options if option.default is not inspect.Parameter.empty}
+        if self.task in HALVED and self.method in OVERRIDES:
+            found["lr"] /= 2
         if "merge" in found and self.mode not in ("auto", "folded"):
             found["merge"] = "step"  # other modes have no window
         return found

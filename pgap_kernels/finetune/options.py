@@ -25,6 +25,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "pgap": {"lr": 2.4e-4, "rank": 64},
 }
 
+#: Tasks with larger losses, and so larger slopes: half of that learning rate, as the whole diverges (docs/finetune.md).
+HALVED = ("choice", "generation")
+
 #: The learning rate's course, for methods that were tried with it; constant for the others.
 SCHEDULES: dict[str, str] = {"mezo": "linear", "pgap": "linear"}
 
