@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -42,7 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         arguments = vars(_parse(sys.argv[1:] if argv is None else argv))
-        return arguments.pop("command")(arguments)
+        status = arguments.pop("command")(arguments)
+        sys.stdout.flush()  # here, where a closed pipe can be dealt with
+        return status
+    except BrokenPipeError:  # the reader, such as `head`, has all that it wanted; Python would complain again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except UserError as error:
         print(f"pgap-kernels: error: {error}", file=sys.stderr)
         return 2

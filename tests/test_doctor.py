@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -112,3 +113,14 @@ def test_a_backend_that_draws_something_else_is_a_finding(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "draw", lambda count, *args, **options: torch.ones(count))
     assert doctor.main() == 1
     assert "FAIL normal, reference on cpu" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="needs pipes that can break")
+@pytest.mark.parametrize("command", ["doctor", "methods"])
+def test_a_reader_that_has_seen_enough(command):
+    """As ``| head`` has: no traceback."""
+    given = [sys.executable, "-m", "pgap_kernels", command]
+    with subprocess.Popen(given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 128 + signal.SIGPIPE and said == ""
