@@ -145,7 +145,10 @@ class ZOArguments(_Options):
             if getattr(self, field.name) != field.default
         }
         if self.zo_options is not None:
-            more = json.loads(self.zo_options) if isinstance(self.zo_options, str) else self.zo_options
+            try:
+                more = json.loads(self.zo_options) if isinstance(self.zo_options, str) else self.zo_options
+            except json.JSONDecodeError:
+                more = None
             if not isinstance(more, dict):
                 raise TypeError(f"zo_options: got {self.zo_options!r}; accepted: a dict, or a JSON object")
             given |= more
