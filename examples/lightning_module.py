@@ -1,6 +1,8 @@
 """A LightningModule with forward passes only: saving, resuming, callbacks and schedulers are Lightning's.
 
-python examples/lightning_module.py
+    python examples/lightning_module.py
+
+Write `zo_loss` instead of `training_step`.
 """
 
 import lightning

@@ -1,7 +1,9 @@
 """LoRA with forward passes only: MeZO moves the adapter's weights, and the base model is only read.
 
-python examples/lora.py                     about two minutes on two cores
-python examples/lora.py --method pgap --rank 16
+    python examples/lora.py                     about two minutes on two cores
+    python examples/lora.py --method pgap --rank 16
+
+The adapter alone is saved, to runs/lora.
 """
 
 import argparse

@@ -155,6 +155,14 @@ def test_a_rank_above_the_matrix_is_that_of_the_matrix(row, mode):
         make(row, nn.Linear(600, 600, bias=False), rank=600, mode=mode)
 
 
+@pytest.mark.parametrize("id, mode", [("mezo-3", "scratch"), ("pgap", "folded")])
+def test_slices_are_not_served_in_place(id, mode):
+    _, opt = make(ROW[id], Words(), mode="auto", members=2)
+    assert opt.mode == mode and opt.mode_reason == "slices see points of their own"
+    with pytest.raises(ValueError, match=r"^mode: got 'auto', but no mode can serve: no model was given"):
+        ROW["mezo-3"].make(list(Words().named_parameters()), **ROW["mezo-3"].options, members=2)
+
+
 @pytest.mark.parametrize(
     "id, mode", [("mezo-3", "scratch"), ("pgap", "scratch"), ("pgap", "folded"), ("helene", "scratch")]
 )

@@ -360,6 +360,18 @@ def test_arguments_from_a_command_line():
     assert helene.make_optimizer(nn.Linear(2, 2), 7).batch_size == 7
 
 
+def test_the_optimizers_errors_name_arguments():
+    for given, message in (
+        ({"zo_eps": -1.0}, "zo_eps: got -1.0"),
+        ({"zo_mode": "fused"}, "zo_mode: got 'fused'"),
+        ({"learning_rate": -1.0}, "learning_rate: got -1.0"),
+        ({"zo_mode": "inplace", "zo_members": 2}, "zo_members, zo_groups: got 2 slices"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            arguments(zo_method="mezo", **given).make_optimizer(nn.Linear(2, 2), 4)
+        assert str(caught.value).startswith(message)
+
+
 def test_a_script_for_mezos_trainer_runs():
     """Their arguments by name, and no other."""
     trainer = trainer_of(zo_method="mezo", zo_eps=1e-3, learning_rate=1e-6, max_steps=3)

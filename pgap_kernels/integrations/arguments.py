@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import re
 from difflib import get_close_matches
 from typing import Any
 
@@ -67,7 +68,21 @@ def _help(name: str, classes: list[type]) -> str:
     return "; ".join(f"{', '.join(names)}: {text}" for text, names in methods.items())
 
 
-_Options: Any = dataclasses.make_dataclass("_Options", _option_fields(), namespace={"__module__": __name__})
+@dataclasses.dataclass
+class _Method:
+    """First in ``--help``."""
+
+    zo_method: str = dataclasses.field(
+        default="pgap",
+        metadata={
+            "help": f"Zeroth-order method: {', '.join(available_methods())}. Options below that are None take the "
+            "method's default."
+        },
+    )
+
+
+_OPTIONS = _option_fields()
+_Options: Any = dataclasses.make_dataclass("_Options", _OPTIONS, bases=(_Method,), namespace={"__module__": __name__})
 
 
 @dataclasses.dataclass
@@ -90,9 +105,6 @@ class ZOArguments(_Options):
         ValueError, TypeError: an argument cannot be served.
     """
 
-    zo_method: str = dataclasses.field(
-        default="pgap", metadata={"help": f"Zeroth-order method: {', '.join(available_methods())}."}
-    )
     zo_options: str | None = dataclasses.field(
         default=None, metadata={"help": "More options of the method as JSON, for methods of other packages."}
     )
@@ -140,9 +152,9 @@ class ZOArguments(_Options):
         except ValueError as error:
             raise ValueError(str(error).replace("name:", "zo_method:", 1)) from None
         given = {
-            field.name.removeprefix("zo_"): getattr(self, field.name)
-            for field in dataclasses.fields(_Options)
-            if getattr(self, field.name) != field.default
+            name.removeprefix("zo_"): getattr(self, name)
+            for name, _, field in _OPTIONS
+            if getattr(self, name) != field.default
         }
         if self.zo_options is not None:
             try:
@@ -182,4 +194,16 @@ class ZOArguments(_Options):
             "batch_size": batch_size,
         }
         own = {name: value for name, value in own.items() if name in accepted}
-        return method_class(self.zo_method)(model, **own, **self.method_options(), **more)
+        try:
+            return method_class(self.zo_method)(model, **own, **self.method_options(), **more)
+        except (TypeError, ValueError) as error:
+            raise type(error)(_as_arguments(str(error))) from error
+
+
+def _as_arguments(message: str) -> str:
+    """An optimizer's error message, with the options that it begins with named as they are here."""
+    ours = {"lr": "learning_rate", **{name.removeprefix("zo_"): name for name, *_ in _OPTIONS}}
+    begin = re.match(r"\w+(, \w+)*(?=[:\[])", message)
+    if begin is None:
+        return message
+    return ", ".join(ours.get(name, name) for name in begin[0].split(", ")) + message[begin.end() :]

@@ -1,13 +1,15 @@
 """Zeroth-order steps in Lightning, by manual optimisation: the automatic one would keep activations for a backward.
 
-from pgap_kernels.integrations.lightning import ZOLightningMixin
+    from pgap_kernels.integrations.lightning import ZOLightningMixin
 
-class Mine(ZOLightningMixin, lightning.LightningModule):
-    def zo_loss(self, batch, batch_idx):
-        return cross_entropy(self.model(batch["x"]), batch["y"])
+    class Mine(ZOLightningMixin, lightning.LightningModule):
+        def zo_loss(self, batch, batch_idx):
+            return cross_entropy(self.model(batch["x"]), batch["y"])
 
-    def configure_optimizers(self):
-        return make_optimizer("mezo", self, lr=1e-6)
+        def configure_optimizers(self):
+            return make_optimizer("mezo", self, lr=1e-6)
+
+Saving, resuming, callbacks and schedulers are Lightning's.
 """
 
 from __future__ import annotations

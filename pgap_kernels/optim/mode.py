@@ -79,7 +79,7 @@ class ModeOptimizer(ModelOptimizer, metaclass=_EnterMode):
     def _enter_mode(self, mode: str) -> None:
         weights = self.weights()
         lowrank = self.lowrank_indices()
-        choice = choose(mode, weights, self.model, lowrank)
+        choice = choose(mode, weights, self.model, lowrank, self.members * self.groups)
         check_options(
             choice.mode,
             weights,
@@ -211,7 +211,8 @@ class ModeOptimizer(ModelOptimizer, metaclass=_EnterMode):
             for name, value in self.state.get(w.tensor, {}).items():
                 if isinstance(value, Tensor) and value.device != w.tensor.device:
                     self.state[w.tensor][name] = value.to(w.tensor.device)
-        choice = choose(self.requested_mode, weights, self.model, self.lowrank_indices())
+        slices = self.members * self.groups
+        choice = choose(self.requested_mode, weights, self.model, self.lowrank_indices(), slices)
         if recast or choice.mode != self.mode:
             self._enter_mode(self.requested_mode)
         else:

@@ -34,7 +34,9 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose(mode: str, weights: Sequence[Weight], model: nn.Module | None, lowrank: Collection[int] | None) -> Choice:
+def choose(
+    mode: str, weights: Sequence[Weight], model: nn.Module | None, lowrank: Collection[int] | None, slices: int = 1
+) -> Choice:
     """Choose the mode for a method.
 
     Args:
@@ -42,6 +44,7 @@ def choose(mode: str, weights: Sequence[Weight], model: nn.Module | None, lowran
         weights: to train.
         model: the one that has them as parameters; hooks need it.
         lowrank: indices of the weights with low-rank directions; None if the method has none.
+        slices: of a batch, each of which sees a point of its own.
 
     Raises:
         ValueError: the mode cannot serve the method, the model or a weight.
@@ -52,14 +55,15 @@ def choose(mode: str, weights: Sequence[Weight], model: nn.Module | None, lowran
             raise ValueError(f"mode: got {mode!r}, but {reason}")
         return Choice(mode, "asked for")
     kind = "dense" if lowrank is None else "low-rank"
-    if any(w.tensor.dtype != torch.float32 for w in weights):
+    sixteen_bit = any(w.tensor.dtype != torch.float32 for w in weights)
+    if sixteen_bit or slices > 1:
         wanted, other = "scratch" if lowrank is None else "folded", "scratch"
-        why = "16-bit weights are not restored exactly in place"
+        why = "16-bit weights are not restored exactly in place" if sixteen_bit else "slices see points of their own"
     else:
         device = weights[0].tensor.device.type
         wanted, other = _FLOAT32.get((kind, device), "inplace"), "inplace"
         why = f"table of float32 modes, {kind} on {device}"
-    for candidate in (wanted, other, "scratch", "inplace"):
+    for candidate in (wanted, other, "scratch", *(["inplace"] if slices == 1 else [])):
         reason = _refusal(candidate, weights, model, lowrank)
         if reason is None:
             return Choice(candidate, why)
