@@ -323,7 +323,7 @@ def test_option_out_of_range(option, value, accepted, capsys, model, table, tmp_
         ("lozo", ["--rank", "few"], ["--rank", "few", "int"]),
         ("lozo", ["--baseline", "mean"], ["--baseline", "'mean'", "'loo'"]),
         ("lozo-m", ["--groups", "2"], ["--groups", "--method lozo-m"]),
-        ("mezo", ["--members", "2"], ["--members, --groups", "mode='inplace'"]),
+        ("mezo", ["--members", "2", "--mode", "inplace"], ["--members, --groups", "mode='inplace'"]),
         ("mezo", ["--members", "3", "--mode", "scratch"], ["--members", "got 3 for 2 points"]),
         ("lozo", ["--groups", "3"], ["--groups", "got 3", "divides --batch-size 4"]),
         ("lozo", ["--lr-rule", "signal"], ["--lr-rule", "'signal'", "--members or --groups of 2"]),

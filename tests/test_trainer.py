@@ -390,6 +390,7 @@ REFUSED = {
     "option": ({"zo_method": "mezo", "zo_rank": 4}, "zo_rank: no option of zo_method='mezo'"),
     "weight_decay": ({"zo_method": "dizo", "weight_decay": 0.1}, "weight_decay: got 0.1; accepted: 0 with zo_method="),
     "options": ({"zo_options": "[1]"}, "zo_options: got '[1]'; accepted: a dict"),
+    "floors": ({"zo_method": "helene", "zo_floors": "bias"}, "zo_floors: got 'bias'; accepted: NAME=NUMBER"),
     "dropout": ({"zo_dropout": True, "zo_members": 2}, "zo_dropout: got True; accepted: False with zo_members"),
 }
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..optim import LowRankOptimizer, ZOOptimizer, method_options
 from ..optim.described import described
+from ..optim.options import by_name
 from ..optim.registry import method_class
 from .errors import UserError
 
@@ -58,12 +59,11 @@ def names(text: str) -> list[str]:
 
 
 def numbers_by_name(text: str) -> dict[str, float]:
-    """A dict from NAME=NUMBER,NAME=NUMBER."""
+    """As ``optim.options.by_name``, with the error that argparse reports."""
     try:
-        pairs = [entry.rpartition("=") for entry in names(text)]
-        return {name.strip(): float(value) for name, _, value in pairs}
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text!r}; accepted: NAME=NUMBER,NAME=NUMBER") from None
+        return by_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 READERS: dict[str, Callable[[str], Any]] = {

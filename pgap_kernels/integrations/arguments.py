@@ -14,6 +14,7 @@ from typing import Any
 
 from ..optim import available_methods, method_options
 from ..optim.described import described
+from ..optim.options import by_name
 from ..optim.registry import method_class, method_classes, method_name
 
 # What the trainer's own arguments say, or what makes no sense as text.
@@ -174,8 +175,10 @@ class ZOArguments(_Options):
                     + ", ".join(f"zo_{other}" for other in sorted(own))
                 )
         if isinstance(given.get("floors"), str):
-            pairs = (pair.rpartition("=") for pair in given["floors"].split(","))
-            given["floors"] = {name.strip(): float(value) for name, _, value in pairs}
+            try:
+                given["floors"] = by_name(given["floors"])
+            except ValueError as error:
+                raise ValueError(f"zo_floors: {error}") from None
         return given
 
     def make_optimizer(self, model: Any, batch_size: int, **more: Any) -> Any:

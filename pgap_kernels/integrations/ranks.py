@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, distributed
 
+from ..perturbation import in_several_processes
+
 
 def mean_over_ranks(values: Tensor) -> Tensor:
     """The mean of a tensor over all processes, float64; the tensor itself if there is one process.
@@ -12,7 +14,7 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     Gathered and then summed in the order of the ranks: ``all_reduce`` would sum in the backend's order, which may
     differ from process to process.
     """
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+    if not in_several_processes():
         return values
     own = values.detach().double().contiguous()
     gathered = [torch.empty_like(own) for _ in range(distributed.get_world_size())]

@@ -73,3 +73,16 @@ def near_names(pattern: str, known: Sequence[str]) -> str:
         return f"'*{core}*' matches {', '.join(map(repr, containing[:3]))}"
     near = get_close_matches(pattern, known, 3, 0.4)
     return f"near names: {', '.join(map(repr, near))}" if near else f"names are like {known[0]!r}"
+
+
+def by_name(text: str) -> dict[str, float]:
+    """Numbers from the text NAME=NUMBER,NAME=NUMBER.
+
+    Raises:
+        ValueError: it is of another form.
+    """
+    try:
+        pairs = [entry.rpartition("=") for entry in text.split(",") if entry.strip()]
+        return {name.strip(): float(value) for name, _, value in pairs}
+    except ValueError:
+        raise ValueError(f"got {text!r}; accepted: NAME=NUMBER,NAME=NUMBER") from None

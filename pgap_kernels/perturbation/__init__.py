@@ -15,7 +15,7 @@ from .hooks import modules_of
 from .inplace import InPlace
 from .modes import MERGES, MODES, Choice, build, check_options, choose, unfolded
 from .observers import observing
-from .readers import merge_for
+from .readers import in_several_processes, merge_for
 from .residual import Residual
 from .scratch import Scratch
 from .step_context import Ambient, Autocast, ForwardState, outside_ambient_state, uninterrupted
@@ -37,6 +37,7 @@ __all__ = [
     "build",
     "check_options",
     "choose",
+    "in_several_processes",
     "merge_for",
     "modules_of",
     "observing",

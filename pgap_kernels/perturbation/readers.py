@@ -25,6 +25,11 @@ class Pending(Protocol):
     def merge(self) -> None: ...
 
 
+def in_several_processes() -> bool:
+    """Whether this process is one of several that torch.distributed has joined."""
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
 def merge_for(client: Pending, call: str) -> None:
     """Merge because ``call`` reads the weights.
 
@@ -33,7 +38,7 @@ def merge_for(client: Pending, call: str) -> None:
     """
     if client.pending:
         client.refuse_inside_forward(call)
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        if in_several_processes():
             raise RuntimeError(
                 f"{call}: some updates or perturbations are not in the weights yet, and to write them rounds, so that "
                 "this process's weights would differ from the others'; accepted: after merge() of the optimizer, "
