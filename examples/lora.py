@@ -18,7 +18,7 @@ WORDS = {"positive": " great", "negative": " terrible"}
 
 
 def batches(tokenizer, size, count):
-    """Sentences with the word that shall follow each, padded on the left so that it comes last."""
+    """Sentences with the word that should follow each, padded on the left so that it comes last."""
     tokenizer.pad_token, tokenizer.padding_side = tokenizer.pad_token or tokenizer.eos_token, "left"
     rows = records.read("default", "train")[0]
     for first in range(0, count * size, size):

@@ -25,7 +25,7 @@ class Own:
 
 
 def example(record, tokenizer):
-    """A sentence and the word that shall follow it, which alone counts."""
+    """A sentence and the word that should follow it, which alone counts."""
     words = tokenizer(f"{record['text']} It was", truncation=True, max_length=32)["input_ids"]
     answer = tokenizer(WORDS[record["label"]])["input_ids"]
     return {"input_ids": words + answer, "labels": [-100] * len(words) + answer}

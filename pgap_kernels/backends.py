@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
 from types import ModuleType
 
 import torch
 
-from . import checks, cpu, reference, triton
+from . import checks, cpu, notices, reference, triton
 
 BACKENDS: tuple[ModuleType, ...] = (cpu, triton, reference)
 OPS = (
@@ -96,8 +95,7 @@ def select(op: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
 
 @functools.cache
 def _warn_slow(reasons: str) -> None:
-    warnings.warn(
+    notices.warn(
         f"pgap_kernels runs on its plain-PyTorch reference, which is exact but slow ({reasons}); "
-        "`pgap-kernels doctor` says more",
-        stacklevel=2,
+        "`pgap-kernels doctor` says more"
     )

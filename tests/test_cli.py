@@ -117,10 +117,10 @@ def test_help_teaches_every_option_of_a_method(method, capsys, monkeypatch):
 def test_what_is_said_of_an_option_is_what_its_docstring_says(capsys, monkeypatch):
     assert_has(
         help_of("lozo-m", capsys, monkeypatch),
-        "--beta X decay rate of the moments, of a group (default: 0.9)",  # its own
-        "--rank N r, of a group (default: 2)",  # of its base
+        "--beta X decay rate of the moments, per param group (default: 0.9)",  # its own
+        "--rank N r, of the perturbation, per param group (default: 2)",  # of its base
         "--lr X learning rate, >= 0 (default: 1e-06)",  # "as in" another
-        "--divide-by-rank, --no-divide-by-rank as the paper's equation does, and its code does not (default: no)",
+        "--divide-by-rank, --no-divide-by-rank divide the update by r, as the paper's equation does and its code",
         '--on-nonfinite WORD "raise" NonFiniteLossError,',  # of every method
     )
 
@@ -329,7 +329,7 @@ def test_option_out_of_range(option, value, accepted, capsys, model, table, tmp_
         ("lozo", ["--lr-rule", "signal"], ["--lr-rule", "'signal'", "--members or --groups of 2"]),
         ("lozo", ["--lr-rule", "signal", "--groups", "4"], ["--lr-rule", "'signal'", "two examples"]),
         ("lozo", ["--lr-rule", "signal", "--members", "2", "--baseline", "clean"], ["--lr-rule", "two directions"]),
-        ("agzo", ["--lr-rule", "signal"], ["--lr-rule", "no option of --method agzo"]),
+        ("agzo", ["--lr-rule", "signal"], ["--lr-rule", "--method agzo has no such option"]),
         ("pizo", ["--pool", "1"], ["--alpha, --pool", "got 0.5 and 1"]),
         ("helene", ["--floors", "*"], ["--floors", "'*'", "NAME=NUMBER"]),
         ("helene", ["--floors", "a=1,b=0"], ["--floors", "got 0", "> 0"]),

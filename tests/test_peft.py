@@ -241,3 +241,11 @@ def test_the_best_adapter_is_loaded_at_the_end(tmp_path):
     )  # fmt: skip
     trainer.train()
     assert trainer.evaluate()["eval_loss"] == trainer.state.best_metric
+
+
+def test_a_rate_for_whole_models_is_said(caplog):
+    for rate, said in ((None, 1), (1e-4, 0)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="pgap_kernels"):
+            trainer_of(model=adapted("lora"), learning_rate=rate, max_steps=1).train()
+        assert sum("adapters usually take more" in record.getMessage() for record in caplog.records) == said

@@ -59,8 +59,10 @@ def test_another_packages_methods(other_package):
     "name, option, error, match",
     [
         ("MEZO", "lr", ValueError, r"^name: got 'MEZO' \(did you mean 'mezo'\?\); accepted: adalezo, "),
-        ("mezo", "probs", TypeError, r"^probs: no option of 'mezo' \(did you mean 'probes'\?\); accepted: "),
-        ("lozo", "scale", TypeError, "^scale: no option of 'lozo'"),  # of the trunk, and the recipe's to choose
+        ("mezo", "probs", TypeError, r"^probs: 'mezo' has no such option \(did you mean 'probes'\?\); accepted: "),
+        ("mezo-sgd", "lr", ValueError, r"^name: got 'mezo-sgd' \(did you mean 'mezo'\?\)"),
+        ("lozo", "probes", TypeError, r"^probes: 'lozo' has no such option \(did you mean 'directions'\?\)"),
+        ("lozo", "scale", TypeError, "^scale: 'lozo' has no such option"),  # of the trunk, and the recipe's to choose
     ],
 )
 def test_unknown_names_and_options(name, option, error, match):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -360,6 +361,21 @@ def test_arguments_from_a_command_line():
     assert helene.make_optimizer(nn.Linear(2, 2), 7).batch_size == 7
 
 
+def test_help_shows_each_methods_default(capsys):
+    with pytest.raises(SystemExit):
+        HfArgumentParser(ZOTrainingArguments).parse_args_into_dataclasses(["--help"])
+    shown = " ".join(capsys.readouterr().out.replace("\n", " ").split())
+    for text in (
+        "(default: 0.001; fzoo: 0.0001)",  # what most have, then who differs
+        "lozo, lozo-m: 2; pgap: 128;",
+        "--zo_two_pass [ZO_TWO_PASS]",  # a switch takes no value
+        "which is meant for tuning whole models. (default: 1e-06;",
+    ):
+        assert text in shown
+    options = re.findall(r"--zo_\w+ .*?\(default: (.*?)\)", shown)
+    assert len(options) > 70 and "given" not in options
+
+
 def test_the_optimizers_errors_name_arguments():
     for given, message in (
         ({"zo_eps": -1.0}, "zo_eps: got -1.0"),
@@ -387,7 +403,12 @@ REFUSED = {
     "optim_target_modules": ({"optim_target_modules": "all-linear"}, "optim_target_modules: got"),
     "liger": ({"use_liger_kernel": True}, "use_liger_kernel: got True with zo_mode=None; accepted: with zo_mode='inpl"),
     "method": ({"zo_method": "mezzo"}, "zo_method: got 'mezzo' (did you mean 'mezo'?)"),
-    "option": ({"zo_method": "mezo", "zo_rank": 4}, "zo_rank: no option of zo_method='mezo'"),
+    "option": ({"zo_method": "mezo", "zo_rank": 4}, "zo_rank: zo_method='mezo' has no such option"),
+    "switch": ({"zo_method": "tezo", "zo_antithetic": True}, "zo_antithetic: zo_method='tezo' has no such option"),
+    "directions": (
+        {"zo_method": "lozo", "zo_probes": 2},
+        "zo_probes: zo_method='lozo' has no such option (did you mean zo_directions?)",
+    ),
     "weight_decay": ({"zo_method": "dizo", "weight_decay": 0.1}, "weight_decay: got 0.1; accepted: 0 with zo_method="),
     "options": ({"zo_options": "[1]"}, "zo_options: got '[1]'; accepted: a dict"),
     "floors": ({"zo_method": "helene", "zo_floors": "bias"}, "zo_floors: got 'bias'; accepted: NAME=NUMBER"),
@@ -463,6 +484,12 @@ def test_what_has_no_effect_is_said(caplog):
     said = [record.getMessage() for record in caplog.records]
     assert any("optim: got" in text and "adafactor" in text.lower() for text in said)
     assert any("gradient_checkpointing: has no effect" in text for text in said)
+
+
+def test_warnings_point_at_the_script():
+    with pytest.warns(UserWarning, match="16-bit weights are perturbed in place") as warned:
+        trainer_of(model=model_of("llama").bfloat16(), zo_method="mezo", zo_mode="inplace", max_steps=1).train()
+    assert __file__ in [w.filename for w in warned]
 
 
 @dataclass

@@ -54,7 +54,7 @@ class Pass:
         with_padding_kept(self.weights, self.part.tensors, lambda: self.part.apply(self.part.tensors, **self.options))
 
     def inverse(self) -> Pass | None:
-        """The pass that takes the weights back, to rounding; None if there is none."""
+        """The pass that takes the weights back, up to rounding; None if there is none."""
         keep = [1.0 - d for d in self.decay or [0.0] * len(self.weights)]
         back = {w.index: -1.0 / k for w, k in zip(self.weights, keep, strict=True)}
         return Pass(self.part.reverted(back), [1.0 - 1.0 / k for k in keep])

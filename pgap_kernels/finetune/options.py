@@ -7,14 +7,13 @@ import inspect
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
 from typing import Any
 
 from ..optim import LowRankOptimizer, ZOOptimizer, method_options
 from ..optim.described import described
 from ..optim.options import by_name
-from ..optim.registry import method_class
+from ..optim.registry import did_you_mean, method_class
 from .errors import UserError
 
 #: What this task changes of a method's own defaults.
@@ -123,10 +122,9 @@ def refuse_unknown(method: str, given: str, others: Iterable[str] = ()) -> None:
     known = options_of(method)
     if given in known:
         return
-    near = get_close_matches(given, [*known, *others], 1)
-    hint = f" (did you mean {flag(near[0])}?)" if near else ""
+    hint = did_you_mean(given, [*known, *others], flag)
     accepted = ", ".join(option.flag for option in known.values())
-    raise UserError(f"{flag(given)}: no option of --method {method}{hint}; accepted with it: {accepted}")
+    raise UserError(f"{flag(given)}: --method {method} has no such option{hint}; accepted with it: {accepted}")
 
 
 # ---- names ----------------------------------------------------------------------------------------------------------

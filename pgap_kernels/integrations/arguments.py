@@ -9,13 +9,12 @@ import dataclasses
 import inspect
 import json
 import re
-from difflib import get_close_matches
 from typing import Any
 
 from ..optim import available_methods, method_options
 from ..optim.described import described
 from ..optim.options import by_name
-from ..optim.registry import method_class, method_classes, method_name
+from ..optim.registry import did_you_mean, method_class, method_classes, method_name
 
 # What the trainer's own arguments say, or what makes no sense as text.
 _OF_THE_TRAINER = ("lr", "weight_decay", "seed", "batch_size", "model", "tensor_ids")
@@ -37,26 +36,46 @@ _REFUSED = {
 }
 
 
-def _option_fields() -> list[tuple[str, Any, Any]]:
-    """A field for each option of this package's methods: None stands for the method's own default.
+class _NotGiven:
+    """The default of a field that leaves the choice to the method; None once the arguments are made.
 
-    Switches have their default, the same in all methods: command lines then take their name alone.
+    Not None from the start: ``--help`` shows defaults, and argument parsers take a switch's name alone only where it
+    has one.
     """
+
+    def __init__(self, shown: str) -> None:
+        self._shown = shown
+
+    def __repr__(self) -> str:
+        return self._shown
+
+
+def _option_fields() -> list[tuple[str, Any, Any]]:
+    """A field for each option of this package's methods."""
     owners: dict[str, list[type]] = {}
     types: dict[str, Any] = {}
-    defaults: dict[str, Any] = {}
     for cls in method_classes():
         for name, parameter in method_options(method_name(cls)).items():
             text = inspect.formatannotation(parameter.annotation).strip("'").removesuffix(" | None")
             if name not in _OF_THE_TRAINER and text in _TYPES:
                 owners.setdefault(name, []).append(cls)
-                types[name] = bool if text == "bool" else _TYPES[text] | None
-                defaults[name] = parameter.default if text == "bool" else None
+                types[name] = _TYPES[text] | None
     fields = []
     for name, classes in owners.items():
         metadata = {"help": _help(name, classes).replace("%", "%%")}
-        fields.append((f"zo_{name}", types[name], dataclasses.field(default=defaults[name], metadata=metadata)))
+        default = _NotGiven(_defaults(name, classes))
+        fields.append((f"zo_{name}", types[name], dataclasses.field(default=default, metadata=metadata)))
     return fields
+
+
+def _defaults(name: str, classes: list[type]) -> str:
+    """The defaults of an option in these methods."""
+    methods: dict[str, list[str]] = {}
+    for cls in classes:
+        default = method_options(method_name(cls))[name].default
+        text = "none" if default in (None, ()) else "required" if default is inspect.Parameter.empty else str(default)
+        methods.setdefault(text, []).append(method_name(cls))
+    return _each_once(methods, len(classes))
 
 
 def _help(name: str, classes: list[type]) -> str:
@@ -64,9 +83,14 @@ def _help(name: str, classes: list[type]) -> str:
     methods: dict[str, list[str]] = {}
     for cls in classes:
         methods.setdefault(described(cls, name), []).append(method_name(cls))
-    if len(methods) == 1 and len(classes) == len(method_classes()):
-        return next(iter(methods))
-    return "; ".join(f"{', '.join(names)}: {text}" for text, names in methods.items())
+    return _each_once(methods, len(method_classes()))
+
+
+def _each_once(methods: dict[str, list[str]], several: int) -> str:
+    """Texts with the methods that they are of; first, without them, the one of more than half of so many."""
+    texts = sorted(methods, key=lambda text: 2 * len(methods[text]) <= several)
+    common = 2 * len(methods[texts[0]]) > several
+    return "; ".join(text if common and text is texts[0] else f"{', '.join(methods[text])}: {text}" for text in texts)
 
 
 @dataclasses.dataclass
@@ -75,10 +99,7 @@ class _Method:
 
     zo_method: str = dataclasses.field(
         default="pgap",
-        metadata={
-            "help": f"Zeroth-order method: {', '.join(available_methods())}. Options below that are None take the "
-            "method's default."
-        },
+        metadata={"help": f"Zeroth-order method: {', '.join(available_methods())}. Options of others are refused."},
     )
 
 
@@ -91,8 +112,9 @@ class ZOArguments(_Options):
     """Fields to put before any ``TrainingArguments``: ``class ZOSFTConfig(ZOArguments, SFTConfig)``.
 
     Beside those below there is one for every option of every method, named ``zo_`` and the option
-    (``pgap-kernels methods`` and docs/methods.md list them); None stands for the method's default. What belongs to
-    another method, or to training with gradients, is refused by name before anything else happens.
+    (``pgap-kernels methods`` and docs/methods.md list them); None, or an option that is not given, stands for the
+    method's default. What belongs to another method, or to training with gradients, is refused by name before anything
+    else happens.
 
     Args:
         zo_method: one of ``pgap_kernels.optim.available_methods()``.
@@ -113,12 +135,18 @@ class ZOArguments(_Options):
     zo_dropout: bool = dataclasses.field(
         default=False, metadata={"help": "Let dropout act in the forwards; by default it does not, as in MeZO."}
     )
-    learning_rate: float | None = dataclasses.field(default=None, metadata={"help": "By default the method's."})
+    learning_rate: float | None = dataclasses.field(
+        default=_NotGiven(_defaults("lr", method_classes())),  # type: ignore[assignment]
+        metadata={"help": "By default the method's, which is meant for tuning whole models."},
+    )
     max_grad_norm: float = dataclasses.field(
         default=0.0, metadata={"help": "There are no gradients to clip: only 0 is accepted."}
     )
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if isinstance(getattr(self, field.name), _NotGiven):
+                setattr(self, field.name, None)
         # Before the base class, which changes the environment for some of what is refused here.
         for name, reason in _REFUSED.items():
             value = getattr(self, name, None)
@@ -132,7 +160,8 @@ class ZOArguments(_Options):
                 "reads the head's weight outside the head's forward"
             )
         options = self.method_options()
-        if self.learning_rate is None:
+        self.uses_default_rate = self.learning_rate is None
+        if self.uses_default_rate:
             self.learning_rate = method_options(self.zo_method)["lr"].default
         if getattr(self, "weight_decay", 0.0) and "weight_decay" not in method_options(self.zo_method):
             raise ValueError(f"weight_decay: got {self.weight_decay}; accepted: 0 with zo_method={self.zo_method!r}")
@@ -153,9 +182,7 @@ class ZOArguments(_Options):
         except ValueError as error:
             raise ValueError(str(error).replace("name:", "zo_method:", 1)) from None
         given = {
-            name.removeprefix("zo_"): getattr(self, name)
-            for name, _, field in _OPTIONS
-            if getattr(self, name) != field.default
+            name.removeprefix("zo_"): getattr(self, name) for name, *_ in _OPTIONS if getattr(self, name) is not None
         }
         if self.zo_options is not None:
             try:
@@ -168,10 +195,9 @@ class ZOArguments(_Options):
         for name in given:
             if name not in accepted or name in _OF_THE_TRAINER:
                 own = [other for other in accepted if other not in _OF_THE_TRAINER]
-                near = get_close_matches(name, own, 1)
-                hint = f" (did you mean zo_{near[0]}?)" if near else ""
+                hint = did_you_mean(name, own, "zo_{}".format)
                 raise ValueError(
-                    f"zo_{name}: no option of zo_method={self.zo_method!r}{hint}; accepted with it: "
+                    f"zo_{name}: zo_method={self.zo_method!r} has no such option{hint}; accepted with it: "
                     + ", ".join(f"zo_{other}" for other in sorted(own))
                 )
         if isinstance(given.get("floors"), str):

@@ -110,6 +110,12 @@ class ZOTrainerMixin:
                 )
             if args.gradient_checkpointing:
                 _log.warning("gradient_checkpointing: has no effect, as nothing is kept for a backward pass")
+            if args.uses_default_rate and hasattr(self.model, "peft_config"):
+                _log.warning(
+                    "learning_rate: not given, so it is %g, which is meant for whole models; adapters usually take "
+                    "more (MeZO's authors: 1e-4 or 5e-5 for LoRA)",
+                    args.learning_rate,
+                )
             if args.world_size > 1:
                 broadcast_from_first([*self.model.parameters(), *self.model.buffers()])
             per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size

@@ -33,11 +33,12 @@ class AGZO(LowRankOptimizer):
 
     Args:
         params, lr, weight_decay: as in ``MeZO``; the model, or named parameters and ``model=``.
-        eps: the radius (mu), of a group.
-        rank: r, of a group.
-        iterations: K.
-        sides: 1 or 2.
-        basis_interval: steps between new A.
+        eps: smoothing radius (the paper's mu), per param group.
+        rank: r, of the basis of a layer's inputs, per param group.
+        iterations: K, power iterations that make the basis.
+        sides: forwards around the difference: 1, one-sided, beside the loss at W; 2, two-sided, beside the forward that
+            shows H.
+        basis_interval: steps between new bases.
         exclude: names of linear layers' weights that take dense noise instead.
         **options: of ``ZOOptimizer``.
     """

@@ -55,10 +55,16 @@ def check(optimizer: ModeOptimizer, state_dict: dict[str, Any]) -> None:
             f"of methods elsewhere; accepted: format {FORMAT}. Finish that run with the version that began it, or "
             "start from its weights"
         )
-    if zo["contract_version"] != CONTRACT_VERSION or zo["method"] != optimizer.method:
+    if zo["method"] != optimizer.method:
         raise ValueError(
-            f"state_dict: got {zo['method']} under noise contract {zo['contract_version']}; accepted: "
-            f"{optimizer.method} under {CONTRACT_VERSION}: another stream would not continue the run"
+            f"state_dict: got that of the method {zo['method']}; accepted: that of {optimizer.method}. To go on with "
+            "another method, load the weights alone"
+        )
+    if zo["contract_version"] != CONTRACT_VERSION:
+        raise ValueError(
+            f"state_dict: got noise of version {zo['contract_version']} (docs/kernels.md); accepted: "
+            f"{CONTRACT_VERSION}, as other noise would not continue the run. Finish it with the version of this "
+            "package that began it, or start from its weights"
         )
     saved, own = (_names(groups) for groups in (state_dict["param_groups"], optimizer.param_groups))
     if saved != own:

@@ -32,8 +32,11 @@ class DiZO(ZOOptimizer):
     Args:
         params, lr, eps: as in ``MeZO``.
         select: name patterns of the weights to project (the published code knows OPT's alone); each has to match.
-        kappa, iterations: MeZO steps between projections, and J, steps of a projection.
-        eps_p, tau, s: radius of a projection's differences, the most that c may leave 1 by, and the step size of c.
+        kappa: MeZO steps between projections.
+        iterations: J, steps of a projection.
+        eps_p: radius of the finite differences of a projection.
+        tau: the most by which a projection's scale c may differ from 1.
+        s: step size of c.
         **options: of ``ZOOptimizer``.
     """
 

@@ -36,12 +36,12 @@ class EGGROLL(LowRankOptimizer):
 
     Args:
         params, lr, weight_decay: as in ``MeZO``; the method has no decay.
-        eps: sigma, of a group.
-        population: N, 2 or more, even with pairs.
-        rank: p, of a group.
-        update: "jax" or "llm".
-        antithetic: members are pairs of either sign.
-        normalise: divide by the standard deviation of F with update="llm" (``normalize_with_std``).
+        eps: smoothing radius (the paper's sigma), per param group.
+        population: N, members of a step: 2 or more, an even number if antithetic.
+        rank: p, of a member's perturbation, per param group.
+        update: scale of the update: of the official "jax" code, or of its "llm" code.
+        antithetic: members come in pairs, one at +eps and one at -eps.
+        normalise: divide by the standard deviation of the fitness with update="llm" (``normalize_with_std``).
         scale_by_root: multiply by sqrt(N) with update="llm" (``scale_lr_in_grad``).
         noise_reuse: steps that share their members' noise; 0 never draws anew.
         exclude: names of matrices that take dense noise instead.

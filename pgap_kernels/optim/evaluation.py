@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from .. import notices
 from ..directions import Amounts, Direction, Weight
 from ..perturbation import Ambient, Autocast, ForwardState, Perturbation, observing, uninterrupted
 from . import scores
@@ -38,11 +38,10 @@ class FlatLosses:
         flat = len(losses) > 1 and all(loss == losses[0] for loss in losses)
         self.steps = self.steps + 1 if flat else 0
         if self.steps == _FLAT_STEPS:
-            warnings.warn(
+            notices.warn(
                 f"the losses at all points of each of the last {_FLAT_STEPS} steps were bit-equal: no perturbation "
-                "reaches the loss. Does the closure run the model whose parameters are trained (not a copy, merged "
-                "adapters or functional_call), and is eps large enough for the loss's precision?",
-                stacklevel=5,  # above torch's wrapper of ``step``
+                "reaches the loss. Is the loss that of the model whose parameters are trained (not of a copy, merged "
+                "adapters or functional_call), and is eps large enough for the loss's precision?"
             )
 
 
@@ -228,6 +227,4 @@ class Evaluation:
         self.checked_slices.add(flags)
 
 
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=2)
+_warn_once = functools.cache(notices.warn)

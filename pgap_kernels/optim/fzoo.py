@@ -26,10 +26,10 @@ class FZOO(ZOOptimizer):
 
     Args:
         params, eps: as in ``MeZO``.
-        lr: learning rate, of the code's scale.
+        lr: learning rate, on the scale of the published code.
         weight_decay: as in ``MeZO``; the method has no decay.
-        probes: N, 2 or more.
-        ddof: what is taken from N in the standard deviation, 0 or 1.
+        probes: N, one-sided directions per step, 2 or more.
+        ddof: the standard deviation of the losses divides by N - ddof: 0 or 1.
         **options: of ``ZOOptimizer``.
     """
 

@@ -32,12 +32,14 @@ class HELENE(ZOOptimizer):
 
     Args:
         params, lr, eps, weight_decay: as in ``MeZO``.
-        beta1, beta2: decay rates of m and h, of a group.
-        gamma, floor: of the denominator, of a group.
-        floors: floors by name pattern, which take precedence: "layer-wise clipping".
-        e: keeps the denominator away from 0.
-        anneal_steps: T.
-        refresh_every: k.
+        beta1: decay rate of the momentum m, per param group.
+        beta2: decay rate of the curvature h, per param group.
+        gamma: factor of the curvature in the denominator, per param group.
+        floor: the least that the curvature counts as in the denominator, per param group.
+        floors: floors by name pattern, which take precedence over ``floor``: "layer-wise clipping".
+        e: added to the denominator, which keeps it away from 0.
+        anneal_steps: T, steps over which the weight of the newest gradient falls.
+        refresh_every: k, steps between estimates of the curvature.
         batch_size: B, examples in the closure's minibatch.
         **options: of ``ZOOptimizer``.
     """

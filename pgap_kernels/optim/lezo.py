@@ -90,12 +90,12 @@ class AdaLeZO(LayerwiseOptimizer):
 
     Args:
         params, lr, eps, weight_decay: as in ``MeZO``.
-        share: k over the number of layers L; k is at least 1.
-        tau: temperature.
+        share: layers drawn in a step over all layers, k/L; at least one is drawn.
+        tau: temperature of the draw: the larger, the more evenly layers are drawn.
         gamma: share of uniform exploration, from 0 to below 1.
-        clip: the most that a draw's weight can be.
-        ema: of Q, above 0 to 1.
-        interval: steps between draws.
+        clip: the most that the importance weight of a drawn layer can be.
+        ema: weight of the newest observation in a layer's score Q, above 0, at most 1.
+        interval: steps between draws of the layers.
         **options: of ``ZOOptimizer``.
     """
 

@@ -37,12 +37,12 @@ class LOREN(ZOOptimizer):
 
     Args:
         params, lr, eps, weight_decay: as in ``MeZO``; no decay with "per_query".
-        probes: K, 2 or more.
-        damping: rho.
+        probes: K, one-sided directions per step, 2 or more.
+        damping: rho, what is added to the curvature a a^T.
         beta: decay rate of the momentum.
-        momentum: "per_step" or "per_query".
-        curvature: "frozen" or "learned".
-        lr_a: learning rate of a.
+        momentum: of the estimate of a step, "per_step", or of each direction's in turn, "per_query".
+        curvature: whether the curvature's vector a stays as drawn, "frozen", or is "learned".
+        lr_a: learning rate of a, if it is learned.
         **options: of ``ZOOptimizer``.
     """
 

@@ -29,11 +29,12 @@ class LOZO(LowRankOptimizer):
 
     Args:
         params, lr, eps, weight_decay: as in ``MeZO``.
-        rank: r, of a group.
+        rank: r, of the perturbation, per param group.
         window: steps between new v.
-        divide_by_rank: as the paper's equation does, and its code does not.
+        divide_by_rank: divide the update by r, as the paper's equation does and its code does not.
         exclude: names of matrices that take dense noise instead.
-        directions, baseline: n fresh u per step (and group), and what their losses are compared with: ``Sampling``.
+        directions: n fresh u per step (and group of examples).
+        baseline: as in ``MeZO``.
         **options: of ``ZOOptimizer``.
     """
 

@@ -31,7 +31,7 @@ class LOZOM(LOZO):
 
     Args:
         params, lr, eps, weight_decay, **options: as in ``LOZO``.
-        beta: decay rate of the moments, of a group.
+        beta: decay rate of the moments, per param group.
     """
 
     method: ClassVar[str] = "LOZOM"

@@ -21,8 +21,9 @@ class MeZO(ZOOptimizer):
         lr: learning rate, >= 0.
         eps: smoothing radius, > 0; a group's own eps gives it its own projected gradient.
         weight_decay: decoupled, on tensors of two or more dimensions.
-        probes: n, directions per step (and group).
-        baseline: what a loss is compared with, as in ``Sampling``: "antithetic", "loo" or "clean".
+        probes: n, directions per step (and group of examples).
+        baseline: what the loss in a direction is compared with: that in the opposite one ("antithetic", two forwards a
+            direction), the mean of the other directions ("loo"), or the loss without perturbation ("clean").
         **options: model, seed, tensor_ids, on_nonfinite, mode and its options, of ``ZOOptimizer``.
     """
 

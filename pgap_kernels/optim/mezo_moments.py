@@ -68,7 +68,7 @@ class MeZOMomentum(_MomentMeZO):
 
     Args:
         params, lr, eps, weight_decay, probes, baseline: as in ``MeZO``.
-        beta: decay rate of m, of a group; there is no factor 1 - beta.
+        beta: decay rate of the momentum m, per param group; new gradients are not multiplied by 1 - beta.
         **options: of ``ZOOptimizer``.
     """
 
@@ -109,8 +109,9 @@ class MeZOAdam(_MomentMeZO):
 
     Args:
         params, lr, eps, weight_decay, probes, baseline: as in ``MeZO``.
-        beta1, beta2: decay rates of m and v, of a group.
-        e: keeps the denominator away from 0, of a group.
+        beta1: decay rate of the first moment m, per param group.
+        beta2: decay rate of the second moment v, per param group.
+        e: added to the denominator, which keeps it away from 0; per param group.
         **options: of ``ZOOptimizer``.
     """
 

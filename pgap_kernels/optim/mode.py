@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import checks, noise
+from .. import checks, noise, notices
 from ..directions import Direction, Weight
 from ..noise import Role
 from ..perturbation import (
@@ -46,10 +45,9 @@ class _EnterMode(type):
             _ = optimizer.perturbation
             optimizer._note_model()
         if any(group.get("param_names") is None for group in optimizer.param_groups):
-            warnings.warn(
+            notices.warn(
                 "params: parameters without names get their flat index as name, so their noise depends on their "
-                "order; pass the model or model.named_parameters()",
-                stacklevel=2,
+                "order; pass the model or model.named_parameters()"
             )
         return optimizer
 
@@ -90,10 +88,9 @@ class ModeOptimizer(ModelOptimizer, metaclass=_EnterMode):
             residual=self.residual,
         )
         if choice.mode == "inplace" and any(w.tensor.dtype != torch.float32 for w in weights):
-            warnings.warn(
+            notices.warn(
                 "16-bit weights are perturbed in place: each step rounds them, so they are not restored exactly "
-                f"(fp32 weights are, to rounding); {choice.reason if mode == 'auto' else 'other modes are exact'}",
-                stacklevel=4,
+                f"(fp32 weights are, up to rounding); {choice.reason if mode == 'auto' else 'other modes are exact'}"
             )
         before = self._perturbation
         options = {

@@ -30,10 +30,11 @@ class PGAP(GradientSubspaceOptimizer):
     Args:
         params: a model, named parameters or param groups.
         lr, eps, weight_decay: as in ``MeZO``.
-        rank: r, of a param group; a matrix too small for it, such as a LoRA factor, takes its shorter side.
+        rank: r, of the subspaces, per param group; a matrix too small for it, such as a LoRA factor, takes its
+            shorter side.
         window: steps between refreshes of the subspaces; the first step refreshes.
-        probes: h, probes per refresh.
-        delta: alignment strength of a param group, >= 0; 1 keeps the estimator unbiased within the subspace, 0 removes
+        probes: h, two-sided probes per refresh.
+        delta: alignment strength, per param group, >= 0; 1 keeps the estimator unbiased within the subspace, 0 removes
             the aligned part.
         delta_steps: if given, delta falls linearly to 0 over this many steps.
         xi: sign of the alignment, drawn in every step for each matrix ("per_matrix") or once for all ("global"), or
@@ -42,13 +43,13 @@ class PGAP(GradientSubspaceOptimizer):
             "paper": 1.
         exclude: names (fnmatch patterns, e.g. "*embed*") of matrices that take dense noise instead.
         eps_probe: smoothing radius of the probes; by default eps, or 1e-3 with scale="paper".
-        eps_dense, lr_dense: eps and lr of tensors that take dense noise, in all param groups; by default the group's.
-            lr_dense counts as a ratio to ``lr``, so schedules and groups with their own lr scale it; their decay still
-            follows lr.
+        eps_dense: eps of tensors that take dense noise, in all param groups; by default the group's.
+        lr_dense: lr of tensors that take dense noise, by default the group's. It counts as a ratio to ``lr``, so
+            schedules and groups with their own lr scale it; their decay still follows lr.
         probe_rank: if given, probes are low-rank, on the matrices alone, and each group of examples (``groups=``) has
             its own: probes * groups directions for the same forwards.
-        directions: n, cores per step, for each group of examples.
-        baseline: what the losses of the n directions are compared with: ``Sampling``.
+        directions: n, directions (cores Z) per step and group of examples.
+        baseline: as in ``MeZO``.
         **options: model, seed, tensor_ids, on_nonfinite, mode and its options, of ``ZOOptimizer``.
     """
 

@@ -88,9 +88,10 @@ class PIZO(ZOOptimizer):
 
     Args:
         params, lr, eps, weight_decay: as in ``MeZO``.
-        pool: M, 2 or more.
+        pool: M, directions that are tried in a step, 2 or more.
         alpha: share of the pool that counts as best; 1 <= floor(alpha M) < M.
-        guide: "gv" or "greedy".
+        guide: the step goes along the mean of the best of the pool minus that of the rest ("gv"), or along the best
+            alone ("greedy").
         history: the pool is the best noise of the step before, tried anew on this batch, and M - 1 new ones.
         normalise_v: divide v by its standard deviation per element, so that eps and lr mean what they mean in MeZO;
             the paper does not.

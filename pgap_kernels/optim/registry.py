@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from importlib.metadata import entry_points
 from typing import Any
@@ -33,6 +34,8 @@ from .zo_adamu import ZOAdaMU
 from .zo_muon import ZOMuon
 
 _TRUNKS = (LowRankOptimizer, GradientSubspaceOptimizer)
+# How many directions a step tries, as the methods' papers call it.
+_DIRECTIONS = ("directions", "probes", "population", "pool")
 ENTRY_POINTS = "pgap_kernels.methods"
 _OWN: dict[str, type[ZOOptimizer]] = {
     "adalezo": AdaLeZO,
@@ -92,9 +95,20 @@ def method_class(name: str) -> type[ZOOptimizer]:
             if not (isinstance(found, type) and issubclass(found, ZOOptimizer)):
                 raise TypeError(f"{name}: the entry point {point.value!r} is {found!r}; accepted: a ZOOptimizer class")
             return found
-    near = get_close_matches(str(name).lower(), available_methods(), 1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise ValueError(f"name: got {name!r}{hint}; accepted: {', '.join(available_methods())}")
+    names = available_methods()
+    hint = did_you_mean(str(name).lower().replace("_", "-"), names)
+    raise ValueError(f"name: got {name!r}{hint}; accepted: {', '.join(names)}")
+
+
+def did_you_mean(given: str, accepted: Iterable[str], shown: Callable[[str], str] = repr) -> str:
+    """A hint, in brackets after a blank, at the name that somebody most likely meant; empty if none is near."""
+    # "mezo-sgd" is MeZO, though "mezo-adam" has more letters in common with it.
+    accepted = [*accepted]
+    near = sorted((name for name in accepted if given.startswith(f"{name}-")), key=len)[-1:]
+    near = near or get_close_matches(given, accepted, 1)
+    if not near and given in _DIRECTIONS:
+        near = [name for name in accepted if name in _DIRECTIONS]
+    return f" (did you mean {' or '.join(map(shown, near))}?)" if near else ""
 
 
 def method_options(name: str) -> dict[str, inspect.Parameter]:
@@ -125,7 +139,6 @@ def make_optimizer(name: str, params: Params, **options: Any) -> ZOOptimizer:
     cls, accepted = method_class(name), method_options(name)
     unknown = sorted(set(options) - set(accepted))
     if unknown:
-        near = get_close_matches(unknown[0], accepted, 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise TypeError(f"{unknown[0]}: no option of {name!r}{hint}; accepted: {', '.join(sorted(accepted))}")
+        hint = did_you_mean(unknown[0], accepted)
+        raise TypeError(f"{unknown[0]}: {name!r} has no such option{hint}; accepted: {', '.join(sorted(accepted))}")
     return cls(params, **options)

@@ -29,8 +29,8 @@ class SparseMeZO(ZOOptimizer):
 
     Args:
         params, lr, eps, weight_decay: as in ``MeZO``; decay reaches the elements that are left alone, too.
-        sparsity: s, from 0 to below 1.
-        mask: "threshold" or "random".
+        sparsity: share of each tensor's elements that are left alone, from 0 to below 1.
+        mask: which elements move: those of magnitudes below a "threshold", or "random" ones.
         probes, baseline: as in ``MeZO``.
         **options: of ``ZOOptimizer``.
     """

@@ -33,13 +33,13 @@ class SubZero(LowRankOptimizer):
 
     Args:
         params, lr, eps, weight_decay: as in ``MeZO``; the method has no decay.
-        rank: r, of a group; a matrix too small for it takes its shorter side.
+        rank: r, of the subspaces, per param group; a matrix too small for it takes its shorter side.
         window: steps between new U and V.
         scale: as in ``PGAP``.
         reshape: names of matrices that are viewed as nearly square: 8 x 2560 as 128 x 160. They cannot be folded.
         exclude: names of matrices that take dense noise instead.
-        directions, baseline: n cores per step (and group), and what their losses are compared with: ``Sampling``.
-            "clean" is the published code's ``one_side``.
+        directions: as in ``PGAP``.
+        baseline: as in ``MeZO``; "clean" is the published code's ``one_side``.
         **options: of ``ZOOptimizer``.
     """
 

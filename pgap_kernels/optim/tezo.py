@@ -39,10 +39,11 @@ class TeZO(LowRankOptimizer):
 
     Args:
         params, lr, eps, weight_decay: as in ``MeZO``.
-        rank: r, of a group.
+        rank: r, of the perturbation, per param group.
         rule: "sgd", "momentum" (TeZO-m) or "adam" (TeZO-Adam).
-        beta, beta2: decay rates of m and v.
-        e: keeps the denominator away from 0.
+        beta: decay rate of the first moment m.
+        beta2: decay rate of the second moment v.
+        e: added to the denominator, which keeps it away from 0.
         scale: "norm": 1/sqrt(r), the norm of dense noise; "paper": 1.
         exclude: names of matrices that take dense noise instead.
         **options: of ``ZOOptimizer``.

@@ -34,12 +34,12 @@ class ZOMuon(LowRankOptimizer):
 
     Args:
         params, eps, weight_decay: as in ``MeZO``.
-        lr: of the matrices, of a group.
-        rank: r, of a group.
+        lr: learning rate of the matrices, per param group.
+        rank: r, of the perturbation, per param group.
         window: steps between new P.
-        directions: N.
-        update: "newton-schulz", or "sgd" for P M itself.
-        lr_dense: of tensors that take dense noise, as a ratio to ``lr`` of the default group; the code's is 1e-7.
+        directions: N, directions per step.
+        update: the matrices move by P M made orthogonal ("newton-schulz"), or by P M itself ("sgd").
+        lr_dense: lr of tensors that take dense noise, as a ratio to ``lr`` of the default group; the code's is 1e-7.
         exclude: names of matrices that take dense noise instead.
         **options: of ``ZOOptimizer``.
     """

@@ -1,0 +1,17 @@
+"""Warnings that point at the caller's own line, not at one of the libraries that called us."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+# What may stand between a script and an optimizer's step.
+_BETWEEN = {"pgap_kernels", "torch", "transformers", "accelerate", "trl", "lightning", "contextlib"}
+
+
+def warn(message: str) -> None:
+    """Warn, at the innermost line that is of none of these packages."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
