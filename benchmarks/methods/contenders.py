@@ -29,6 +29,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     # As often as P-GAP, so that a refresh can be waited for.
     **{name: {"window": 100} for name in ("pizo-subzero", "subzero", "svd-0")},
 }
+# Steps of a period of which each is run to be counted.
+_COUNTED_WHOLE = 20
 # Forwards of a step that can be slices of one.
 MEMBERS = {"eggroll": 8, "lozo": 2, "pgap": 2}
 
@@ -191,15 +193,36 @@ class Contender(InTurns):
         """Forwards and passes of a step over one period. They do not depend on the batch: one token will do."""
         if self.spec.provider == "published":
             return {"forwards": None, "passes": None}
-        period = self.optimizer.period
+        optimizer, period = self.optimizer, self.optimizer.period
         closure = Sampled(self.closure(0, tokens=1), real=sys.maxsize)
-        self._take(closure)  # enters a schedule
-        calls, passes = closure.calls, self.optimizer.passes
-        for _ in range(period):
-            self._take(closure)
-        found = {"forwards": closure.calls - calls, "passes": self.optimizer.passes - passes}
+
+        def count(steps: int) -> list[float]:
+            calls, passes = closure.calls, optimizer.passes
+            for _ in range(steps):
+                self._take(closure)
+            return [closure.calls - calls, optimizer.passes - passes]
+
+        if period <= _COUNTED_WHOLE:
+            count(1)  # enters a schedule
+            found = count(period)
+        else:
+            # Two that are like all others, then the last of a period and the first of the next. Each is counted after
+            # the step before it, which in place may write the perturbation of the next.
+            optimizer.merge()
+            optimizer.steps = self._begin_of_a_period()
+            count(1)
+            ordinary = [value / 2 for value in count(2)]
+            self.rest()
+            optimizer.steps = self._begin_of_a_period() - 2
+            count(1)
+            found = [ends + (period - 2) * other for ends, other in zip(count(2), ordinary, strict=True)]
         self.rest()
-        return {name: value / period for name, value in found.items()}
+        return dict(zip(("forwards", "passes"), (value / period for value in found), strict=True))
+
+    def _begin_of_a_period(self) -> int:
+        """The number of the first step of the next one."""
+        optimizer = self.optimizer
+        return -(-optimizer.steps // optimizer.period) * optimizer.period
 
     def release(self) -> None:
         """Take the hooks off; the weights are the model."""

@@ -1,15 +1,10 @@
-"""Methods as the published code does them, in plain PyTorch: noise from ``torch.normal`` for one parameter at a time,
-drawn anew in every pass, and elementwise ops out of place.
-
-MeZO and P-GAP, which `pgap-kernels finetune` compares itself with, are in `pgap_kernels.finetune.baseline`. What the
-authors' code does beside the method is left out: weight decay, the forward that HiZOO takes for its log, the copies of
-all noise that DiZO keeps by an oversight. There is no public code of AGZO and HELENE, and EGGROLL's runs in other
-frameworks.
-"""
+"""Methods of dense noise as the published code does them: PIZO, DiZO, HiZOO, AdaLeZO."""
 
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -17,104 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pgap_kernels.finetune.baseline import Baseline, BaselineMeZO, BaselinePGAP, Closure, dense_noise
+from pgap_kernels.finetune.baseline import Baseline, BaselineMeZO, Closure, dense_noise
 
-Directions = Iterator[tuple[torch.nn.Parameter, Tensor]]
-
-
-class LOZO(Baseline):
-    """optsuite/LOZO, large_models: u v^T multiplied out in every pass.
-
-    As there, the seed's stream yields v too in the perturbations of a step that changes v, but not in its update: that
-    goes along another u than was evaluated.
-    """
-
-    def __init__(self, model: torch.nn.Module, *, rank: int = 2, window: int = 50, **options: Any) -> None:
-        super().__init__(model, **options)
-        self.rank, self.window, self.steps = rank, window, 0
-        self.right: dict[str, Tensor] = {}
-
-    def step(self, closure: Closure) -> float:
-        loss = super().step(closure)
-        self.steps += 1
-        return loss
-
-    def _directions(self, zo_seed: int, update: bool = False) -> Directions:
-        torch.manual_seed(zo_seed)
-        for name, w in self.parameters.items():
-            if w.dim() < 2:
-                yield w, dense_noise(w)
-                continue
-            if self.steps % self.window == 0 and not update:
-                self.right[name] = _normal((w.shape[1], self.rank), w)
-            yield w, _normal((len(w), self.rank), w) @ self.right[name].T
-
-    def _update(self, zo_seed: int, projected_gradient: float) -> None:
-        for w, direction in self._directions(zo_seed, update=True):
-            w.data = w.data - self.lr * (projected_gradient * direction)
+from .draws import Directions
+from .one_sided import OneSided
 
 
-class LOZOM(LOZO):
-    """optsuite/LOZO, medium_models: LOZO with a moment of u, and dense moments of what is not a matrix."""
-
-    def __init__(self, model: torch.nn.Module, *, beta: float = 0.9, **options: Any) -> None:
-        super().__init__(model, **options)
-        self.beta = beta
-        self.moments: dict[str, Tensor] = {}
-        self.before: dict[str, Tensor] = {}
-
-    def _update(self, zo_seed: int, projected_gradient: float) -> None:
-        torch.manual_seed(zo_seed)
-        for name, w in self.parameters.items():
-            v = self.right.get(name)
-            noise = dense_noise(w) if v is None else _normal((len(w), self.rank), w)
-            moment = fresh = projected_gradient * noise
-            if name in self.moments:
-                kept = self.moments[name]
-                if v is not None and self.steps % self.window == 0:
-                    kept = kept @ self.before[name].T @ v / len(v)  # from left to right: as large as W
-                moment = self.beta * kept + (1 - self.beta) * fresh
-            self.moments[name] = moment
-            if v is not None:
-                self.before[name] = v
-            w.data = w.data - self.lr * (moment if v is None else moment @ v.T)
-
-
-class SubZero(Baseline):
-    """zimingyy/SubZero: sqrt(m n) / r * U Z V^T, with U and V from QRs of noise once per window."""
-
-    def __init__(self, model: torch.nn.Module, *, rank: int = 64, window: int = 1000, **options: Any) -> None:
-        super().__init__(model, **options)
-        self.rank, self.window, self.steps = rank, window, 0
-        self.basis: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def step(self, closure: Closure) -> float:
-        if self.steps % self.window == 0:
-            with self._timed("refresh"):
-                self._refresh()
-        self.steps += 1
-        return super().step(closure)
-
-    def _refresh(self) -> None:
-        for name, w in self.parameters.items():
-            if w.dim() == 2:
-                r = min(self.rank, *w.shape)
-                noise = (torch.randn((size, r), device=w.device) for size in w.shape)
-                left, right = (torch.linalg.qr(z)[0].to(w.dtype) for z in noise)
-                self.basis[name] = (left, right.T.contiguous())
-
-    def _directions(self, zo_seed: int) -> Directions:
-        torch.manual_seed(zo_seed)
-        for name, w in self.parameters.items():
-            if name not in self.basis:
-                yield w, dense_noise(w)
-                continue
-            left, right = self.basis[name]
-            core = _normal((left.shape[1], right.shape[0]), w)
-            yield w, left @ core @ right * math.sqrt(w.numel() / core.numel())
-
-
-class PIZO(Baseline):
+class PIZO(OneSided):
     """stan-anony/MeZO-GV, with the pool of the paper's Algorithm 2; v is stored, a tensor of each weight's size.
 
     The noise that builds v is the noise that was evaluated, as in trainer_fwa.py.
@@ -140,14 +44,6 @@ class PIZO(Baseline):
                     guide[name] = guide[name] + weight * dense_noise(w)
             self.guide = guide
         return super().step(closure)
-
-    def _one_sided(self, closure: Closure, zo_seed: int) -> float:
-        with self._timed("perturb"):
-            self._perturb(zo_seed, 1)
-        loss = self._forward(closure)
-        with self._timed("perturb"):
-            self._perturb(zo_seed, -1)
-        return loss
 
     def _directions(self, zo_seed: int) -> Directions:
         if not self.guide:
@@ -257,17 +153,50 @@ class HiZOO(Baseline):
             w.data = w.data - self.lr * (projected_gradient * z / torch.sqrt(self.curvature[name]))
 
 
-PUBLISHED: dict[str, type[Baseline]] = {
-    "dizo": DiZO,
-    "hizoo": HiZOO,
-    "lozo": LOZO,
-    "lozo-m": LOZOM,
-    "mezo": BaselineMeZO,
-    "pgap": BaselinePGAP,
-    "pizo": PIZO,
-    "subzero": SubZero,
-}
+class AdaLeZO(Baseline):
+    """WangFei-2019/UnifiedZO: MeZO on layers that a bandit draws, each layer's noise from a seed of its own."""
 
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        share: float = 0.2,
+        tau: float = 0.6,
+        gamma: float = 0.1,
+        clip: float = 4.0,
+        ema: float = 0.1,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, **options)
+        self.share, self.tau, self.gamma, self.clip, self.ema = share, tau, gamma, clip, ema
+        found: dict[str, list[torch.nn.Parameter]] = {}
+        for name, w in self.parameters.items():
+            number = re.search(r"(?<![^.])\d+(?![^.])", name)
+            found.setdefault(number[0] if number else "", []).append(w)
+        self.layers = [*found.values()]
+        self.worth = torch.zeros(len(self.layers))
+        self.drawn: dict[int, float] = {}  # layers, and what their updates are multiplied by
 
-def _normal(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    return torch.normal(mean=0, std=1, size=shape, device=like.device, dtype=like.dtype)
+    def step(self, closure: Closure) -> float:
+        count, k = len(self.layers), max(1, int(self.share * len(self.layers)))
+        most = self.worth.max().item() or 1.0
+        chances = (1 - self.gamma) * torch.softmax(self.worth / most / self.tau, 0) + self.gamma / count
+        draws = Counter(torch.multinomial(chances, k, replacement=True).tolist())
+        self.drawn = {i: n * min(1 / (k * chances[i].item() + 1e-8), self.clip) for i, n in draws.items()}
+        return super().step(closure)
+
+    def _directions(self, zo_seed: int) -> Directions:
+        for _, w, z in self._of_layers(zo_seed):
+            yield w, z
+
+    def _of_layers(self, zo_seed: int) -> Iterator[tuple[int, torch.nn.Parameter, Tensor]]:
+        for i in self.drawn:
+            torch.manual_seed(zo_seed + i)
+            for w in self.layers[i]:
+                yield i, w, dense_noise(w)
+
+    def _update(self, zo_seed: int, projected_gradient: float) -> None:
+        for i, w, z in self._of_layers(zo_seed):
+            w.data = w.data - self.lr * (projected_gradient * self.drawn[i] * z)
+        for i in self.drawn:
+            self.worth[i] = (1 - self.ema) * self.worth[i] + self.ema * abs(projected_gradient)
