@@ -1,6 +1,7 @@
-// W <- round(W - decay W + a P B^T),  P = A C
+// W <- round(W - decay W + a P B^T),  P = A C;  or with Q  W <- round(W - decay W + a P B^T / sqrt(Q (B B)^T + e))
 //
 //   delta = a (P B^T), every element of which is one chain of fma over k = 0, 1 .. from 0
+//   delta = delta / sqrt(Q (B B)^T + e)  if there is Q, with such chains too
 //   delta = fma(-decay, W, delta)  if decay != 0
 //   W     = round(W + delta)
 //
@@ -20,10 +21,10 @@ template <bool PAIRS> static int64_t lowrank_depth(const LowrankPass& pass) {
 // P B^T of ROWS rows and one panel. With PAIRS one instruction adds the products of k = 2 i and then 2 i + 1, which is
 // the chain of fma again (adds_in_order()). Loops are unrolled by force, or the sums would live in memory.
 template <int ROWS, bool PAIRS, class X = V> static inline __attribute__((always_inline))
-void lowrank_product(const LowrankPass& pass, int64_t row, const float* right,
+void lowrank_product(const LowrankPass& pass, const float* left, int64_t row, const float* right,
                      V::F (&sums)[ROWS][kLowrankPanelVectors]) {
     const int64_t depth = lowrank_depth<PAIRS>(pass);
-    const float* left = pass.left + row * depth;
+    left += row * depth;
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 16
@@ -57,7 +58,7 @@ template <int ROWS, bool PAIRS, class T> static void lowrank_tile(const LowrankP
             for (int64_t b = 0; b < int64_t(kLowrankPanel * sizeof(T)); b += 64)
                 V::prefetch_l2((const char*)(in + i * p.ld_in + ahead) + b);
     V::F sums[ROWS][kLowrankPanelVectors];
-    lowrank_product<ROWS, PAIRS>(pass, row, right, sums);
+    lowrank_product<ROWS, PAIRS>(pass, pass.left, row, right, sums);
     const V::F a = V::set(pass.coefficient), d = V::set(pass.decay);
     const bool decays = pass.decay != 0.0f;
 #pragma GCC unroll 16
@@ -78,12 +79,23 @@ template <int ROWS, bool PAIRS, class T> static void lowrank_tile(const LowrankP
 template <int ROWS, bool PAIRS> static void lowrank_delta(const LowrankPass& pass, int64_t row, const float* right,
                                                           float* delta, int64_t ld) {
     V::F sums[ROWS][kLowrankPanelVectors];
-    lowrank_product<ROWS, PAIRS>(pass, row, right, sums);
+    lowrank_product<ROWS, PAIRS>(pass, pass.left, row, right, sums);
     const V::F a = V::set(pass.coefficient);
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 16
         for (int v = 0; v < kLowrankPanelVectors; ++v) V::store(delta + i * ld + v * V::N, V::mul(a, sums[i][v]));
+    if (!pass.below_left) return;
+    // The second product takes the registers of the first, which waits in the buffer.
+    lowrank_product<ROWS, PAIRS>(pass, pass.below_left, row, pass.below_right + (right - pass.right), sums);
+    const V::F e = V::set(pass.e);
+    alignas(64) float root[kLowrankPanel];
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 16
+        for (int v = 0; v < kLowrankPanelVectors; ++v) V::store(root + v * V::N, V::sqrt(V::add(sums[i][v], e)));
+        for (int j = 0; j < kLowrankPanel; ++j) delta[i * ld + j] /= root[j];
+    }
 }
 
 // ROWS rows and the columns [first, last), of which first begins a panel.
@@ -95,17 +107,19 @@ template <int ROWS, bool PAIRS, class T> static void lowrank_nearest(const Lowra
     const int64_t width = last - first;
     const int64_t reach = kPanelsAhead * kLowrankPanel < width ? kPanelsAhead * kLowrankPanel : width;
     int64_t col = first;
-    for (; col + kLowrankPanel <= last; col += kLowrankPanel, right += panel) {
+    for (; col + kLowrankPanel <= last && !pass.below_left; col += kLowrankPanel, right += panel) {
         // At the end of these rows, prefetch the beginning of the rows below: that tile comes next.
         const int64_t ahead = col + reach < last ? reach : reach - width + ROWS * p.ld_in;
         lowrank_tile<ROWS, PAIRS, T>(pass, row, col, right, ahead);
     }
-    if (col == last) return;
-    alignas(64) float delta[ROWS * kLowrankPanel];  // for a last panel that is not full
-    lowrank_delta<ROWS, PAIRS>(pass, row, right, delta, kLowrankPanel);
-    for (int64_t i = row; i < row + ROWS; ++i) {
-        const T* in = p.in ? (const T*)p.in + i * p.ld_in + col : nullptr;
-        apply_nearest((T*)p.out + i * p.ld_out + col, in, delta + (i - row) * kLowrankPanel, last - col, pass.decay);
+    alignas(64) float delta[ROWS * kLowrankPanel];  // for a last panel that is not full, and for quotients
+    for (; col < last; col += kLowrankPanel, right += panel) {
+        lowrank_delta<ROWS, PAIRS>(pass, row, right, delta, kLowrankPanel);
+        const int64_t columns = last - col < kLowrankPanel ? last - col : kLowrankPanel;
+        for (int64_t i = row; i < row + ROWS; ++i) {
+            const T* in = p.in ? (const T*)p.in + i * p.ld_in + col : nullptr;
+            apply_nearest((T*)p.out + i * p.ld_out + col, in, delta + (i - row) * kLowrankPanel, columns, pass.decay);
+        }
     }
 }
 

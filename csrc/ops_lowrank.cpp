@@ -1,7 +1,8 @@
-// The op of lowrank.inl: W <- round(W - decay W + a A C B^T), with A, B and C stored or drawn from keys.
+// The op of lowrank.inl: W <- round(W - decay W + a A C B^T), with A, B and C stored or drawn from keys; or that
+// divided by sqrt((A A) diag(v) (B B)^T + e), element by element, with a diagonal C.
 //
 // The list of weights is processed in batches, each in three parallel steps: pack C of every weight; pack P = A C and
-// B^T, both rounded to the weights' dtype; pass over the weights.
+// B^T, both rounded to the weights' dtype, and likewise Q = (A A) diag(v) and (B B)^T; pass over the weights.
 #include "factors.h"
 
 #include <cmath>
@@ -95,6 +96,8 @@ struct PackedWeight {
     Factor a, b;
     std::vector<float> core;             // C in panels, as the right side of P = A C; a diagonal core's r numbers
     std::vector<float> left, right;      // P and, in panels, B^T
+    std::vector<float> below;            // v; empty: no quotient
+    std::vector<float> below_left, below_right;
     std::vector<MagnitudeRange> ranges;  // of what each item of Packer has packed
     LowrankPass pass;
 };
@@ -113,6 +116,10 @@ public:
         const int64_t panel = kernels().lowrank_panel, panels = (w.piece.cols + panel - 1) / panel;
         w.left.resize(size_t(w.piece.rows * depth()));
         w.right.assign(size_t(panels * panel * depth()), 0.0f);  // zeros pad the last panel
+        if (!w.below.empty()) {
+            w.below_left.resize(w.left.size());
+            w.below_right.assign(w.right.size(), 0.0f);
+        }
         w.ranges.assign(size_t(item_count(w)), MagnitudeRange());
     }
     void pack_item(PackedWeight& w, int64_t item) const {
@@ -170,6 +177,10 @@ private:
         }
         round_and_pair(p, range);
         std::copy(p.begin(), p.end(), w.left.begin() + begin * depth());
+        if (w.below.empty()) return;
+        for (size_t i = 0; i < p.size(); ++i) p[i] = a[i] * a[i] * w.below[i % size_t(rank_)];
+        round_and_pair(p, range);
+        std::copy(p.begin(), p.end(), w.below_left.begin() + begin * rank_);
     }
 
     void pack_right(PackedWeight& w, int64_t begin, MagnitudeRange& range) const {
@@ -182,6 +193,11 @@ private:
             b = buffer.data();
         }
         pack_panels(b, depth(), 1, columns, depth(), w.right.data() + begin * depth());
+        if (w.below.empty()) return;
+        std::vector<float> squares(b, b + count);
+        for (float& x : squares) x *= x;
+        round_and_pair(squares, range);
+        pack_panels(squares.data(), rank_, 1, columns, rank_, w.below_right.data() + begin * rank_);
     }
 
     DType dtype_;
@@ -205,11 +221,11 @@ std::vector<float> pack_core(Core kind, const std::vector<Tensor>& stored, size_
 
 // ---- the op -----------------------------------------------------------------------------------------------------
 
-// keys: one each for A, B and C; those of what is stored are ignored.
+// keys: one each for A, B and C; those of what is stored are ignored. below: v of each weight, or none.
 void lowrank(std::vector<Tensor> weights, std::vector<Tensor> out, std::vector<Tensor> left, std::vector<Tensor> right,
              std::vector<Tensor> core, Tensor keys, Tensor coefficient, Tensor decay,
              std::optional<Tensor> rounding_key, std::vector<int64_t> tensor_ids, std::vector<int64_t> slices,
-             int64_t rank, std::string core_kind) {
+             int64_t rank, std::string core_kind, std::vector<Tensor> below, std::optional<Tensor> e) {
     if (out.empty()) return;
     check_cpu(keys, ScalarType::Long, "keys");
     check_cpu(coefficient, ScalarType::Float, "coefficient");
@@ -225,6 +241,11 @@ void lowrank(std::vector<Tensor> weights, std::vector<Tensor> out, std::vector<T
     const Core kind = parse_core(core_kind);
     STD_TORCH_CHECK((kind == Core::full || kind == Core::diagonal) == !core.empty(),
                     "core: accepted: tensors if core_kind is diagonal or full, else none");
+    STD_TORCH_CHECK(below.empty() || (below.size() == count && kind == Core::diagonal && e.has_value()),
+                    "below: accepted: one per weight, with e and a diagonal core, or none");
+    if (e.has_value()) check_cpu(*e, ScalarType::Float, "e");
+    STD_TORCH_CHECK(!e.has_value() || one_or_all(*e), "e: accepted: one value or one per tensor");
+    const float* es = e.has_value() ? (const float*)e->const_data_ptr() : nullptr;
     const DType dtype = parse_dtype(out[0]);
     const std::vector<Piece> pieces = make_pieces(weights, out, tensor_ids, slices, dtype);
     const uint64_t* key = (const uint64_t*)keys.const_data_ptr();
@@ -239,6 +260,8 @@ void lowrank(std::vector<Tensor> weights, std::vector<Tensor> out, std::vector<T
                         "left, right, core: accepted: (m, rank), (n, rank), (rank,) or (rank, rank)");
         STD_TORCH_CHECK(core.empty() || (core[t].is_cpu() && core[t].is_contiguous()),
                         "core: accepted: contiguous CPU tensors");
+        STD_TORCH_CHECK(below.empty() || (below[t].numel() == rank && below[t].is_cpu() && below[t].is_contiguous()),
+                        "below: accepted: contiguous CPU tensors (rank,)");
         packed[t].piece = p;
         // A shard that begins at row i and column j of the unsharded weight takes A from row i on, and B from row j on.
         packed[t].a = make_factor(left, t, p.base / p.row_stride * rank, p.tensor_id, key[0]);
@@ -248,10 +271,11 @@ void lowrank(std::vector<Tensor> weights, std::vector<Tensor> out, std::vector<T
                           .rank = rank,
                           .coefficient = coefficients[coefficient.numel() == 1 ? 0 : t],
                           .decay = decays[decay.numel() == 1 ? 0 : t],
-                          .rounding_key = rounding};
+                          .rounding_key = rounding,
+                          .e = es ? es[e->numel() == 1 ? 0 : t] : 0.0f};
     }
     const Kernels& k = kernels();
-    const bool pairs = k.pairs && dtype == DType::bf16;
+    const bool pairs = k.pairs && dtype == DType::bf16 && below.empty();
     const Packer packer(dtype, rank, kind, pairs), float_packer(dtype, rank, kind, false);
 
     // The weights of a batch share each parallel region. This limit keeps the packed factors of a batch to some tens of
@@ -265,6 +289,7 @@ void lowrank(std::vector<Tensor> weights, std::vector<Tensor> out, std::vector<T
             for (; t < stop; ++t) {
                 PackedWeight& w = packed[size_t(t)];
                 w.core = pack_core(kind, core, size_t(t), rank, w.piece.tensor_id, key[2]);
+                if (!below.empty()) w.below = pack_core(Core::diagonal, below, size_t(t), rank, 0, 0);
                 packer.allocate(w);
             }
         });
@@ -282,6 +307,8 @@ void lowrank(std::vector<Tensor> weights, std::vector<Tensor> out, std::vector<T
             }
             w.pass.left = w.left.data();
             w.pass.right = w.right.data();
+            w.pass.below_left = w.below.empty() ? nullptr : w.below_left.data();
+            w.pass.below_right = w.below_right.data();
         }
         constexpr int64_t kRows = 24;  // rows of W in an item: a multiple of every tile's height
         parallel_for_items(
@@ -302,7 +329,7 @@ void lowrank(std::vector<Tensor> weights, std::vector<Tensor> out, std::vector<T
 STABLE_TORCH_LIBRARY_FRAGMENT(pgap_kernels_cpu, m) {
     m.def("lowrank(Tensor[] weights, Tensor(a!)[] out, Tensor[] left, Tensor[] right, Tensor[] core, Tensor keys, "
           "Tensor coefficient, Tensor decay, Tensor? rounding_key, int[] tensor_ids, int[] slices, int rank, "
-          "str core_kind) -> ()");
+          "str core_kind, Tensor[] below, Tensor? e) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pgap_kernels_cpu, CompositeExplicitAutograd, m) { m.impl("lowrank", TORCH_BOX(&lowrank)); }

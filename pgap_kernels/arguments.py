@@ -58,7 +58,8 @@ class AssembleArguments(NamedTuple):
 
 class LowRankArguments(NamedTuple):
     """Of ``lowrank_perturb_``: a factor that is an empty list is drawn, from its key in ``keys`` (left, right, core);
-    ``core_kind`` is "none", "diagonal", "full" or "regenerated"."""
+    ``core_kind`` is "none", "diagonal", "full" or "regenerated". ``below`` is empty, or the v of each weight's
+    quotient, which has an ``e`` > 0."""
 
     left: list[Tensor]
     right: list[Tensor]
@@ -69,8 +70,10 @@ class LowRankArguments(NamedTuple):
     tensor_ids: list[int]
     rank: int
     core_kind: str
+    below: list[Tensor]
     rounding_key: Tensor | None = None
     slices: Sequence[int] = ()
+    e: Tensor | None = None
 
 
 class ForwardArguments(NamedTuple):

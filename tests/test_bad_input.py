@@ -64,7 +64,7 @@ CASES = [(op, name) for op, parameters in OPS.items() for name in BAD if name in
 
 def test_every_argument_has_a_bad_value():
     """A new one needs a line above, or tests of its own."""
-    own = {"rounding_key", "state", "threshold", "share", "bits", "left", "right", "core", "rank"}
+    own = {"rounding_key", "state", "threshold", "share", "bits", "left", "right", "core", "below", "e", "rank"}
     assert set().union(*OPS.values()) == {*BAD, *own}
 
 
@@ -123,6 +123,24 @@ LOW_RANK = {
     "core transposed": ({"core": [torch.ones(2, 2).T, torch.ones(2, 2)]}, ValueError, r"core\[0\]: got shape"),
     "ids missing, left drawn": ({"left": 1, "tensor_ids": None}, ValueError, "tensor_ids: got None"),
     "ids missing, core drawn": ({"core": 1, "tensor_ids": None}, ValueError, "tensor_ids: got None"),
+    "below alone": ({"below": factor((2,), (2,)), "e": 1.0}, ValueError, "below: got tensors without a diagonal core"),
+    "below, shape": (
+        {"core": factor((2,), (2,)), "below": factor((2,), (3,)), "e": 1.0},
+        ValueError,
+        r"below\[1\]: got shape \(3,\)",
+    ),
+    "below, matrices": (
+        {"core": factor((2,), (2,)), "below": factor((2, 2), (2, 2)), "e": 1.0},
+        ValueError,
+        "below: got matrices; accepted: tensors",
+    ),
+    "e": (
+        {"core": factor((2,), (2,)), "below": factor((2,), (2,)), "e": [0.1, 0.0]},
+        ValueError,
+        r"e: got \[0.1, 0.0\]; accepted: numbers > 0",
+    ),
+    "e missing": ({"core": factor((2,), (2,)), "below": factor((2,), (2,))}, ValueError, "below, e: got below alone"),
+    "e alone": ({"e": 0.5}, ValueError, "below, e: got e alone"),
     "ids missing, stochastic": (
         {"rounding": "stochastic", "rounding_key": 1, "tensor_ids": None},
         ValueError,

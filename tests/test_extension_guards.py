@@ -20,7 +20,7 @@ NAMES = {
 }
 FORMS = (
     *("dense", "masked threshold", "masked share", "masked bits", "momentum", "adam", "anchor own torch.float32"),
-    *("low rank full", "dot", "norms torch.float32", "forward", "forward slices"),
+    *("low rank full", "low rank quotient", "dot", "norms torch.float32", "forward", "forward slices"),
 )
 
 
@@ -99,6 +99,10 @@ OWN = {
     "norms torch.float32": {"keys": ()},
     # A core's dtype is seen by a thread of the pool, whose message is lost.
     "low rank full": {"coefficient": ROW, "decay": ROW, "core": (COMPANIONS[0], *COMPANIONS[2:])},
+    "low rank quotient": {
+        **{"coefficient": ROW, "decay": ROW, "core": (COMPANIONS[0], *COMPANIONS[2:])},
+        **{"below": (COMPANIONS[0], *COMPANIONS[2:]), "e": (*ROW, lambda v: None)},
+    },
     "forward": FORWARD,
     "forward slices": FORWARD,
 }
@@ -109,7 +113,8 @@ SAID = {
     "keys": "coefficients gradient",
     "stages": "keys",
     "rounding_key": "rounding_keys",
-    **dict.fromkeys(("left", "right", "core"), "factors"),
+    **dict.fromkeys(("left", "right", "core", "below"), "factors"),
+    "e": "below",
     **dict.fromkeys(("out", "tensors"), "weights coefficient scalars totals"),
     **dict.fromkeys(("outputs", "inputs", "shape", "rank"), "outputs inputs left"),
 }

@@ -244,7 +244,7 @@ def test_compiled_ops_are_the_eager_ones(dtype, compiler):
     }
     row = torch.tensor([0.5])
     lowrank = {
-        **{"left": left, "right": [], "core": [], "core_kind": "regenerated", "rank": 2},
+        **{"left": left, "right": [], "core": [], "core_kind": "regenerated", "below": [], "rank": 2},
         **{"keys": torch.tensor([0, 5, 6]), "coefficient": row, "decay": row, "tensor_ids": [1], "slices": [0, 7]},
     }
 

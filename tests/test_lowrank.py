@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from support.helpers import DTYPES, assert_all_same, assert_same_bits, clones, ops, poison, weights
+from support.lowrank_calls import assert_quotient
 
 from pgap_kernels import noise, reference
 
@@ -80,6 +81,17 @@ def test_error_is_at_most_twice_that_of_pytorch(backend, dtype, rank, core):
     own, torch_own = torch.cat(own), torch.cat(torch_own)
     assert own.abs().max() <= 2 * torch_own.abs().max()
     assert own.square().mean().sqrt() <= 2 * torch_own.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_quotients_are_within_their_bounds(backend, dtype, rank):
+    w, left, right, cores = stored(rank, "diagonal", dtype)
+    below = [c.square() for c in cores]
+    options = {"core": cores, "below": below, "e": 0.01, "coefficient": 0.3, "backend": backend}
+    for values in zip(perturbed(w, left, right, **options), w, left, right, cores, below, strict=True):
+        assert_quotient(*values, e=0.01, coefficient=0.3)
 
 
 @pytest.mark.parametrize("rank", RANKS)

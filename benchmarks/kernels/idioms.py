@@ -100,6 +100,11 @@ def low_rank(w: Tensor, u: Tensor, z: Tensor, v: Tensor, scale: float, a: float)
     w.add_((u @ z @ v.T).mul_(scale), alpha=a)
 
 
+def quotient(w: Tensor, u: Tensor, m: Tensor, r: Tensor, v: Tensor, e: float, a: float) -> None:
+    """TeZO-Adam's update: two products of W's size, their quotient, added; factors in W's dtype."""
+    w.add_(((u * m) @ r.T) / ((u.square() * v) @ r.square().T + e).sqrt(), alpha=a)
+
+
 def addmm(w: Tensor, u: Tensor, z: Tensor, v: Tensor, a: float) -> None:
     """The same without a product of W's size."""
     w.addmm_(u @ z, v.T, alpha=a)

@@ -149,6 +149,16 @@ def _low_rank(w: Tensor, rank: int) -> Case:
     return case
 
 
+def _quotient(w: Tensor, rank: int) -> Case:
+    u, v = (torch.randn(rows, rank, device=w.device) for rows in w.shape)
+    first, second = torch.randn(rank, device=w.device), torch.rand(rank, device=w.device)
+    e = 1e-8
+    ours = partial(ops.lowrank_perturb_, [w], [u], [v], core=[first], below=[second], e=e, coefficient=A)
+    left, right, m, below = (t.to(w.dtype) for t in (u, v, first, second))
+    theirs = _with_compiled(idioms.quotient, w, left, m, right, below, e, A)
+    return Case(w, ours, **theirs, extra=u.nbytes + v.nbytes)
+
+
 def _forward(w: Tensor, rank: int, tokens: int) -> Case:
     """A layer's output plus what U Z V^T adds to it: each call straight after the layer, as hooks make it."""
     from pgap_kernels.arguments import ForwardArguments
@@ -220,6 +230,7 @@ OPS: dict[str, Op] = {
     "dot": Op("seeded dot", _dot, "(torch.normal(...) * W).sum()"),
     "norms": Op("squared norm of a distance", _norms, "torch.linalg.vector_norm(W - W0) ** 2"),
     "lowrank": Op("low rank", _low_rank, "W.add_(scale * (U @ Z @ V.T), alpha=a)", ranked=True),
+    "quotient": Op("quotient of low ranks", _quotient, "W.add_(U m V.T / sqrt(U² v V².T + e), alpha=a)", ranked=True),
     "forward": Op(
         "low rank in the forward",
         _forward,

@@ -352,6 +352,7 @@ class LowRankOperands(Operands):
             dict[str, Any](
                 core=self.cores[i : i + 1],
                 core_kind="full" if self.cores else "none",
+                below=[],
                 keys=self.keys,
                 coefficient=coefficient,
                 tensor_ids=[w.id],

@@ -65,6 +65,8 @@ def lowrank_perturb_(
     *,
     coefficient: Scalar,
     core: Factor | None = None,
+    below: Sequence[Tensor] | None = None,
+    e: Scalar | None = None,
     rank: int | None = None,
     decay: Scalar = 0.0,
     tensor_ids: Sequence[int] | None = None,
@@ -79,6 +81,9 @@ def lowrank_perturb_(
     in float32. For 16-bit W, P = A C and B are rounded once to W's dtype; for float32 W the products are IEEE. Results
     do not depend on threads, list or instruction set.
 
+    With ``below`` what is added is a quotient, element by element, as TeZO-Adam's update (2501.19057):
+    a (A diag(c) B^T) / sqrt((A A) diag(v) (B B)^T + e), where (A A) diag(v) and B B are rounded to W's dtype as well.
+
     Args:
         weights: matrices (m, n) as in ``dense_perturb_``.
         left: A, either tensors (m, rank), float32 or W's dtype, contiguous, or a key (integer in [0, 2**64) or int64
@@ -86,6 +91,8 @@ def lowrank_perturb_(
         right: B, tensors (n, rank) or a key, likewise.
         coefficient: a, as in ``dense_perturb_``.
         core: C: None (the identity), tensors (rank,) for a diagonal, tensors (rank, rank), or a key to draw the latter.
+        below: v of a quotient, tensors (rank,) as those of a diagonal core, which it needs; >= 0.
+        e: of the quotient, > 0: one value, or one per tensor.
         rank: needed if neither factor is stored; 1 <= rank <= min(m, n) of the unsharded weight, and <= 512.
         decay, out, rounding, rounding_key, slices: as in ``dense_perturb_``.
         tensor_ids: needed if anything is drawn or rounded stochastically.
@@ -113,7 +120,8 @@ def lowrank_perturb_(
     if not 1 <= given[0] <= limit:
         why = "the most the kernels take" if limit == MAX_RANK else "the shortest side among the weights"
         raise ValueError(f"rank: got {given[0]}; accepted: 1 to {limit}, {why}")
-    cores, core_key, core_kind = _core(core, weights, given[0])
+    cores, core_key, core_kind = _core("core", core, weights, given[0])
+    divisors, divisor_e = _below(below, e, core_kind, weights, given[0])
     keys_rounding = rounding_keys(rounding, rounding_key)
     if tensor_ids is None:
         drawn = not left_factors or not right_factors or core_kind == "regenerated"
@@ -137,26 +145,46 @@ def lowrank_perturb_(
         core_kind=core_kind,
         rounding_key=keys_rounding,
         slices=spans,
+        below=divisors,
+        e=divisor_e,
     )
     call_pass(torch_ops.lowrank_perturb_, weights, arguments, outputs(out, weights))
 
 
-def _core(core: Factor | None, weights: list[Tensor], rank: int) -> tuple[list, int | Tensor, str]:
+def _below(
+    below: Sequence[Tensor] | None, e: Scalar | None, core_kind: str, weights: list[Tensor], rank: int
+) -> tuple[list[Tensor], Tensor | None]:
+    if (below is None) != (e is None):
+        raise ValueError(f"below, e: got {'e' if below is None else 'below'} alone; accepted: both, or neither")
+    if below is None:
+        return [], None
+    if core_kind != "diagonal":
+        raise ValueError("below: got tensors without a diagonal core; accepted: core= with tensors (rank,)")
+    divisors, _, kind = _core("below", below, weights, rank)
+    if kind != "diagonal":
+        raise ValueError(f"below: got {'a key' if kind == 'regenerated' else 'matrices'}; accepted: tensors (rank,)")
+    row = checks.scalar_row("e", e, len(weights))
+    if row.device.type == "cpu" and not (row > 0).all():
+        raise ValueError(f"e: got {e}; accepted: numbers > 0")
+    return divisors, row
+
+
+def _core(name: str, core: Factor | None, weights: list[Tensor], rank: int) -> tuple[list, int | Tensor, str]:
     if core is None:
         return [], 0, "none"
     if isinstance(core, (int, Tensor)):
-        return [], checks.key_bits("core", core), "regenerated"
-    cores = checks.tensors("core", core, tuple({torch.float32, weights[0].dtype}))
+        return [], checks.key_bits(name, core), "regenerated"
+    cores = checks.tensors(name, core, tuple({torch.float32, weights[0].dtype}))
     kind = "diagonal" if cores[0].dim() == 1 else "full"
     shape = (rank,) if kind == "diagonal" else (rank, rank)
     if len(cores) != len(weights) or cores[0].device != weights[0].device:
         raise ValueError(
-            f"core: got {len(cores)} tensors on {cores[0].device}; accepted: one per weight, on its device"
+            f"{name}: got {len(cores)} tensors on {cores[0].device}; accepted: one per weight, on its device"
         )
     for i, c in enumerate(cores):
         if c.shape != shape or not c.is_contiguous():
             raise ValueError(
-                f"core[{i}]: got shape {tuple(c.shape)} with strides {c.stride()}; accepted: contiguous {shape}"
+                f"{name}[{i}]: got shape {tuple(c.shape)} with strides {c.stride()}; accepted: contiguous {shape}"
             )
     return cores, 0, kind
 

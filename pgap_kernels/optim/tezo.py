@@ -31,8 +31,8 @@ class TeZO(LowRankOptimizer):
                           - lr (U diag(m) V^T / sqrt(r)) / sqrt((U U) diag(v) (V V)^T / r + e), element by element
 
     Everything that is not a matrix takes dense noise, and rho of it. 2 forwards; 3 weight passes in place, none in mode
-    folded with a window. With "adam" 4 in place, and a pass for each matrix whose quotient PyTorch makes, in memory of
-    three such matrices. State: U and V, (m + n) r floats of a matrix, and r of each moment.
+    folded with a window; with "adam" 4 in place, as what it applies is not what it takes off. State: U and V, (m + n) r
+    floats of a matrix, and r of each moment.
 
     The paper has no public code; its scale and whether its moments are corrected are not known. 1/sqrt(r) gives D the
     norm of dense noise; ``scale="paper"`` leaves it out. Its choice of a rank for each layer is not here.
@@ -148,10 +148,9 @@ class TeZO(LowRankOptimizer):
         if self.rule == "momentum":
             first = [moments[w]["momentum"] for w in weights]
             return [self._along(weights, first, [self.scale_of(w) for w in weights])]
-        parts: list[Part] = []
+        ratios = []
         for w in weights:
             state, own, scale = self.state[w.tensor], moments[w], self.scale_of(w)
             below = own["second_moment"] * scale**2
-            ratio = Ratio(state["left"], state["right"], own["momentum"] * scale, below, self.e)
-            parts.append(Quotient(w, ratio))
-        return parts
+            ratios.append(Ratio(state["left"], state["right"], own["momentum"] * scale, below))
+        return [Quotient(weights, ratios, self.e, [1.0] * len(weights))]

@@ -81,6 +81,8 @@ _HALF = (
     LowRankConfig(64, 64, resident=True, makes=False, strip=32, config=_EIGHT_WARPS),
     *[_STEPS._replace(strip=32)] * 2,
 )
+# Of quotients, whose two sums fill the registers: their factors are made beforehand. Not timed on a card yet.
+_QUOTIENT = tuple(config._replace(columns=32) for config in (_SMALL[1], _STEPS))
 # The fastest of those that benchmarks.gpu.tuning has timed on an H200, spills or not (of rank 16, 2 % slower than the
 # fastest, which spills). float32 takes three products of TF32 there (factors.py).
 _HOPPER_FLOAT32 = (
@@ -105,8 +107,12 @@ LOWRANK = {
 }
 
 
-def lowrank_config(dtype: torch.dtype, rank: int, stochastic: bool, architecture: str) -> LowRankConfig:
+def lowrank_config(
+    dtype: torch.dtype, rank: int, stochastic: bool, architecture: str, quotient: bool = False
+) -> LowRankConfig:
     """The configuration of a dtype's rank bucket; tiles are narrower if random words need registers."""
+    if quotient:
+        return _QUOTIENT[rank >= 16]
     config = LOWRANK[architecture == "hopper", dtype, next(limit for limit in BUCKETS if rank <= limit)]
     return config._replace(columns=config.columns // 2) if stochastic else config
 

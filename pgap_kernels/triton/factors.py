@@ -47,6 +47,7 @@ class Factors(NamedTuple):
     right: tl.dtype | None
     core: tl.dtype | None
     precision: str  # of tl.dot on float32: ieee or tf32x3
+    squared: bool  # A A diag(v) instead of A C, which product_kernel makes of a quotient
     aligned: bool  # every A and B starts at a multiple of 16 bytes
 
 
@@ -96,7 +97,10 @@ def product_tile(entry, a_ptr, keys_ptr, i, j, FACTORS: tl.constexpr, KEY: tl.co
     elif FACTORS.kind == "diagonal":
         pointer = tl.load(entry + CORE).to(tl.pointer_type(FACTORS.core))
         c = tl.load(pointer + j, mask=j < FACTORS.rank, other=0.0).to(tl.float32)
-        p = left_tile(entry, a_ptr, key, i, j, FACTORS) * c
+        p = left_tile(entry, a_ptr, key, i, j, FACTORS)
+        if FACTORS.squared:
+            p *= p
+        p *= c
     else:
         p = tl.zeros((i.shape[0], j.shape[1]), tl.float32)
         for first in range(0, FACTORS.rank, STEP):
@@ -136,11 +140,11 @@ def precision_on(device: torch.device, dtype: torch.dtype, rank: int) -> str:
     return "tf32x3" if is_nvidia(device) and dtype != torch.float32 and rank >= 16 else "ieee"
 
 
-def pass_precision(device: torch.device, dtype: torch.dtype, rank: int) -> str:
+def pass_precision(device: torch.device, dtype: torch.dtype, rank: int, quotient: bool = False) -> str:
     """The same in a pass over W. There three TF32 products stand for one of float32, too, where they were timed: by fma
     a pass takes several times as long as a library's product. Tensor cores cut off where they sum: emulated, the
-    error beyond rank 64 is more than twice that of IEEE products."""
-    three = architecture(device) == "hopper" and 16 <= rank <= 64
+    error beyond rank 64 is more than twice that of IEEE products, and quotients were not timed."""
+    three = architecture(device) == "hopper" and 16 <= rank <= 64 and not quotient
     return "tf32x3" if three else precision_on(device, dtype, rank)
 
 
@@ -179,8 +183,11 @@ def make_factors(
     core: Sequence[Tensor] = (),
     kind: str = "none",
     key: int = 0,
+    squared: bool = False,
 ) -> FactorList:
     """P in the dtype of such weights, of all matrices in one launch; with key 1 it is B, drawn as A is with key 0.
+
+    ``squared`` takes the squares of A's elements instead of A.
 
     The workspace comes from PyTorch's allocator at each call. Tables do not hold its address, so a graph capture may
     use a workspace of its own.
@@ -214,7 +221,7 @@ def make_factors(
         table=table.pointers,
         keys_ptr=keys,
         workspace_ptr=workspace,
-        FACTORS=factors_of(rank, kind, factors, FactorList([]), core, precision_on(device, dtype, rank)),
+        FACTORS=factors_of(rank, kind, factors, FactorList([]), core, precision_on(device, dtype, rank), squared),
         KEY=key,
         TYPE=TYPES[dtype],
         TILE=PRODUCT,
@@ -223,7 +230,13 @@ def make_factors(
 
 
 def factors_of(
-    rank: int, kind: str, left: FactorList, right: FactorList, core: Sequence[Tensor], precision: str
+    rank: int,
+    kind: str,
+    left: FactorList,
+    right: FactorList,
+    core: Sequence[Tensor],
+    precision: str,
+    squared: bool = False,
 ) -> Factors:
     """The constants of a kernel."""
     return Factors(
@@ -234,5 +247,6 @@ def factors_of(
         right.dtype and TYPES[right.dtype],
         TYPES[core[0].dtype] if core else None,
         precision,
+        squared,
         left.aligned and right.aligned,
     )

@@ -1,6 +1,7 @@
 """Low-rank directions, one read and one write of W.
 
     P = round(A C);   W <- round(fma(a, P round(B)^T, W)), or with a decay round(W + fma(-d, W, a P round(B)^T))
+    of a quotient, with Q = round((A A) diag(v)),  P round(B)^T / sqrt(Q round(B B)^T + e)  instead of P round(B)^T
 
 P and B are rounded to W's dtype; sums are float32. A program owns a block of rows and walks over a strip of columns, so
 P is made once per row block and strip. Ranks below 16 are sums of outer products, others matrix products in steps.
@@ -37,6 +38,7 @@ from .rounding import INTERPRETED, round_to, stochastic, update_of
 from .table import (
     ALIGNED,
     BASE,
+    BELOW,
     COLUMNS,
     CORE,
     FIELDS,
@@ -63,13 +65,15 @@ class LowRankScalars(NamedTuple):
     coefficient: Tensor
     decay: Tensor
     rounding_key: Tensor | None
+    e: Tensor | None  # of quotients
 
 
 class Workspaces(NamedTuple):
-    """Where A (or P) and B are, if they were made just before the pass."""
+    """Where A (or P) and B are, if they were made just before the pass, and Q of quotients."""
 
     left: Tensor | None
     right: Tensor | None
+    below: Tensor | None
 
 
 class RowBlock(NamedTuple):
@@ -80,6 +84,8 @@ class RowBlock(NamedTuple):
     row: tl.tensor  # its first
     p: tl.tensor  # P, where the program holds it
     a_ptr: tl.tensor  # A or P, where it is read tile by tile
+    q_ptr: tl.tensor  # Q of a quotient
+    e: tl.tensor
     b_ptr: tl.tensor
     source: tl.tensor  # pointers of a tile at column 0
     target: tl.tensor
@@ -97,8 +103,9 @@ def right_tile(
     TYPE: tl.constexpr,
     EVEN: tl.constexpr,  # the steps of k end at the rank
     MASKED: tl.constexpr,  # a j may lie outside the matrix
+    SQUARED: tl.constexpr,
 ):
-    """B[j, k] rounded to TYPE; j and k broadcast to the tile."""
+    """B[j, k], or its square, rounded to TYPE; j and k broadcast to the tile."""
     pointer = b_ptr + (j * FACTORS.rank + k)
     if MASKED:
         b = tl.load(pointer, mask=(j < columns) & (k < FACTORS.rank), other=0.0)
@@ -106,7 +113,11 @@ def right_tile(
         b = tl.load(pointer)
     else:
         b = tl.load(pointer, mask=(j >= 0) & (k < FACTORS.rank), other=0.0)
-    return round_to(b.to(tl.float32), TYPE)
+    b = round_to(b.to(tl.float32), TYPE)
+    if SQUARED:
+        b = b.to(tl.float32)
+        b = round_to(b * b, TYPE)
+    return b
 
 
 @triton.jit
@@ -126,42 +137,61 @@ def dot(p, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def outer_products(
-    block, acc, columns, i, j, FACTORS: tl.constexpr, HELD: tl.constexpr, TYPE: tl.constexpr, MASKED: tl.constexpr
+    block,
+    a_ptr,
+    acc,
+    columns,
+    i,
+    j,
+    FACTORS: tl.constexpr,
+    HELD: tl.constexpr,
+    TYPE: tl.constexpr,
+    MASKED: tl.constexpr,
+    SQUARED: tl.constexpr,
 ):
-    """acc + P B^T by fma, one k after the other, for ranks below 16."""
+    """acc + P B^T, or with the squares of B, by fma, one k after the other, for ranks below 16."""
     if HELD:
         for k in tl.static_range(FACTORS.rank):
             p_k = tl.sum(tl.where(tl.arange(0, FACTORS.padded)[None, :] == k, block.p.to(tl.float32), 0.0), 1)
-            b_k = right_tile(block.b_ptr, columns, j, k, FACTORS, TYPE, True, MASKED)
+            b_k = right_tile(block.b_ptr, columns, j, k, FACTORS, TYPE, True, MASKED, SQUARED)
             acc = tl.fma(p_k[:, None], b_k.to(tl.float32)[None, :], acc)
     else:
         for k in range(FACTORS.rank):
-            p_k = left_tile(block.entry, block.a_ptr, 0, i, k, FACTORS).to(TYPE)
-            b_k = right_tile(block.b_ptr, columns, j, k, FACTORS, TYPE, True, MASKED)
+            p_k = left_tile(block.entry, a_ptr, 0, i, k, FACTORS).to(TYPE)
+            b_k = right_tile(block.b_ptr, columns, j, k, FACTORS, TYPE, True, MASKED, SQUARED)
             acc = tl.fma(p_k.to(tl.float32)[:, None], b_k.to(tl.float32)[None, :], acc)
     return acc
 
 
 @triton.jit
 def matrix_product(
-    block, columns, i, j, FACTORS: tl.constexpr, TILE: tl.constexpr, TYPE: tl.constexpr, MASKED: tl.constexpr
+    block,
+    a_ptr,
+    columns,
+    i,
+    j,
+    FACTORS: tl.constexpr,
+    TILE: tl.constexpr,
+    TYPE: tl.constexpr,
+    MASKED: tl.constexpr,
+    SQUARED: tl.constexpr,
 ):
-    """P B^T for ranks of at least 16, with P held, or read in steps."""
+    """P B^T, or with the squares of B, for ranks of at least 16, with P held, or read in steps."""
     acc = tl.zeros((i.shape[0], j.shape[1]), tl.float32)
     if TILE.resident:
         k = tl.arange(0, FACTORS.padded)[:, None]
-        b = right_tile(block.b_ptr, columns, j, k, FACTORS, TYPE, FACTORS.rank == FACTORS.padded, MASKED)
+        b = right_tile(block.b_ptr, columns, j, k, FACTORS, TYPE, FACTORS.rank == FACTORS.padded, MASKED, SQUARED)
         acc = dot(block.p, b, acc, FACTORS.precision)
     else:
         EVEN: tl.constexpr = FACTORS.rank % TILE.step == 0
         for first in range(0, FACTORS.rank, TILE.step):
             k = first + tl.arange(0, TILE.step)[None, :]
             if MASKED or not EVEN:
-                a = left_tile(block.entry, block.a_ptr, 0, i, k, FACTORS)
+                a = left_tile(block.entry, a_ptr, 0, i, k, FACTORS)
             else:
-                a = tl.load(block.a_ptr + (i * FACTORS.rank + k)).to(tl.float32)
+                a = tl.load(a_ptr + (i * FACTORS.rank + k)).to(tl.float32)
             k = first + tl.arange(0, TILE.step)[:, None]
-            b = right_tile(block.b_ptr, columns, j, k, FACTORS, TYPE, EVEN, MASKED)
+            b = right_tile(block.b_ptr, columns, j, k, FACTORS, TYPE, EVEN, MASKED, SQUARED)
             acc = dot(round_to(a, TYPE), b, acc, FACTORS.precision)
     return acc
 
@@ -206,6 +236,7 @@ def pass_tile(
     FACTORS: tl.constexpr,
     TILE: tl.constexpr,
     UPDATE: tl.constexpr,
+    QUOTIENT: tl.constexpr,
     WIDTH: tl.constexpr,
     MASKED: tl.constexpr,
 ):
@@ -223,9 +254,20 @@ def pass_tile(
         w = load_block(source, inside, MASKED)
         acc = in_layout_of(w, tl.zeros((TILE.rows, WIDTH), tl.float32))
         i_k, j_k = row + tl.arange(0, TILE.rows), column + tl.arange(0, WIDTH)
-        acc = outer_products(block, acc, columns, i_k, j_k, FACTORS, TILE.resident, UPDATE.dtype, MASKED)
+        zero = acc
+        acc = outer_products(
+            block, block.a_ptr, zero, columns, i_k, j_k, FACTORS, TILE.resident, UPDATE.dtype, MASKED, False
+        )
+        if QUOTIENT:
+            below = outer_products(
+                block, block.q_ptr, zero, columns, i_k, j_k, FACTORS, TILE.resident, UPDATE.dtype, MASKED, True
+            )
+            acc = tl.div_rn(acc, tl.sqrt_rn(below + block.e))
     else:  # W is loaded last, so that it takes no registers during the product
-        acc = matrix_product(block, columns, i, j, FACTORS, TILE, UPDATE.dtype, MASKED)
+        acc = matrix_product(block, block.a_ptr, columns, i, j, FACTORS, TILE, UPDATE.dtype, MASKED, False)
+        if QUOTIENT:
+            below = matrix_product(block, block.q_ptr, columns, i, j, FACTORS, TILE, UPDATE.dtype, MASKED, True)
+            acc = tl.div_rn(acc, tl.sqrt_rn(below + block.e))
         w = load_block(source, inside, MASKED)
     value = add_product(w, acc, block.coefficient, block.decay, UPDATE)
     if UPDATE.stochastic:
@@ -247,6 +289,7 @@ def lowrank_kernel(
     FACTORS: tl.constexpr,
     TILE: tl.constexpr,
     UPDATE: tl.constexpr,
+    QUOTIENT: tl.constexpr,
     CORE_STEP: tl.constexpr,  # of the sum in P
 ):
     """A strip of a row block of one matrix."""
@@ -264,6 +307,9 @@ def lowrank_kernel(
     a_ptr = None
     if FACTORS.left is not None:
         a_ptr = factor_pointer(entry, LEFT, workspaces.left, FACTORS.left)
+    q_ptr, e = a_ptr, coefficient  # placeholders
+    if QUOTIENT:
+        q_ptr, e = factor_pointer(entry, BELOW, workspaces.below, FACTORS.left), tl.load(scalars.e + scalar)
     p = tl.zeros((TILE.rows, FACTORS.padded), UPDATE.dtype)
     if TILE.resident:
         i, k = row + tl.arange(0, TILE.rows)[:, None], tl.arange(0, FACTORS.padded)[None, :]
@@ -281,18 +327,28 @@ def lowrank_kernel(
             a_ptr = tl.multiple_of(a_ptr, 16)
     source = tile_pointers(entry, IN, row, UPDATE.dtype, TILE.rows, TILE.columns)
     target = tile_pointers(entry, OUT, row, UPDATE.dtype, TILE.rows, TILE.columns)
-    block = RowBlock(entry, row, p, a_ptr, b_ptr, source, target, coefficient, decay)
+    block = RowBlock(entry, row, p, a_ptr, q_ptr, e, b_ptr, source, target, coefficient, decay)
     for column in range(begin, whole, TILE.columns):
-        pass_tile(block, column, scalars.rounding_key, FACTORS, TILE, UPDATE, TILE.columns, False)
+        pass_tile(block, column, scalars.rounding_key, FACTORS, TILE, UPDATE, QUOTIENT, TILE.columns, False)
     for column in range(whole, end, TILE.columns // 2):
-        pass_tile(block, column, scalars.rounding_key, FACTORS, TILE, UPDATE, TILE.columns // 2, True)
+        pass_tile(block, column, scalars.rounding_key, FACTORS, TILE, UPDATE, QUOTIENT, TILE.columns // 2, True)
 
 
 def lowrank_table(
-    weights, out, left: FactorList, right: FactorList, core, tensor_ids, slices, config: LowRankConfig, per_tensor: bool
+    weights,
+    out,
+    left: FactorList,
+    right: FactorList,
+    below: FactorList | None,
+    core,
+    tensor_ids,
+    slices,
+    config: LowRankConfig,
+    per_tensor: bool,
 ) -> Table:
     """The table of a pass: row blocks of matrices, each in strips."""
     device, cores = weights[0].device, addresses_of(core, len(weights))
+    divisors = [0] * len(weights) if below is None else below.places
 
     def build():
         entries, tiles = [], []
@@ -309,6 +365,7 @@ def lowrank_table(
                     LEFT: left.places[t],
                     RIGHT: right.places[t],
                     CORE: cores[t],
+                    BELOW: divisors[t],
                     ROWS: m,
                     COLUMNS: n,
                     BASE: base,
@@ -325,17 +382,18 @@ def lowrank_table(
             tiles.append(blocks(m, config.rows) * strips)
         return build_table(entries, tiles, device)
 
-    columns = (left.places, right.places, cores, tensor_ids, slices)
+    columns = (left.places, right.places, divisors, cores, tensor_ids, slices)
     return cached_table(("lowrank", device, config, per_tensor, *map(tuple, columns), table_key(weights, out)), build)
 
 
 def lowrank_perturb_(weights, out, arguments: LowRankArguments):
     """``ops.lowrank_perturb_`` in one launch, after one for each of P and B that programs cannot make themselves."""
-    left, right, core, keys, coefficient, decay, tensor_ids, rank, kind, rounding_key, slices = arguments
+    left, right, core, keys, coefficient, decay, tensor_ids, rank, kind, v, rounding_key, slices, e = arguments
     weight, device, count = weights[0], weights[0].device, len(weights)
     update = update_of(weight, decay, rounding_key)
-    config = lowrank_config(weight.dtype, rank, update.stochastic, architecture(device))
-    (coefficients, decays), per_tensor = broadcast_scalars(device, coefficient[None], decay[None])
+    config = lowrank_config(weight.dtype, rank, update.stochastic, architecture(device), bool(v))
+    given = [coefficient, decay] if e is None else [coefficient, decay, e]
+    (coefficients, decays, *es), per_tensor = broadcast_scalars(device, *[row[None] for row in given])
     keys = to_device_cached(device, keys)
     slices = slices or [x for w in weights for x in (0, max(w.shape[1], 1))]
     first_rows, first_columns = zip(*map(divmod, slices[::2], slices[1::2]), strict=True)
@@ -343,25 +401,35 @@ def lowrank_perturb_(weights, out, arguments: LowRankArguments):
         b = stored_factors(right, count)
     else:
         b = make_factors(weight, rank, keys, tensor_ids, [w.shape[1] for w in weights], first_columns, key=1)
+    rows, q = [w.shape[0] for w in weights], None
+    if v:
+        q = make_factors(weight, rank, keys, tensor_ids, rows, first_rows, left, v, "diagonal", squared=True)
     if config.makes or (left and kind == "none"):
         a = stored_factors(left, count)
     else:
-        a = make_factors(weight, rank, keys, tensor_ids, [w.shape[0] for w in weights], first_rows, left, core, kind)
+        a = make_factors(weight, rank, keys, tensor_ids, rows, first_rows, left, core, kind)
         core, kind = [], "none"
     # Before the guard: a graph capture that is refused must not be the first to make the device's flag.
-    table = lowrank_table(weights, out, a, b, core, tensor_ids, slices, config, per_tensor)
+    table = lowrank_table(weights, out, a, b, q, core, tensor_ids, slices, config, per_tensor)
     launch(
         lowrank_kernel,
         table.programs,
         device,
         config.config,
         table=table.pointers,
-        skip_ptr=guard(device, coefficient, decay),
-        scalars=LowRankScalars(keys, coefficients, decays, keys_on(device, rounding_key)),
-        workspaces=Workspaces(a.workspace, b.workspace),
-        FACTORS=factors_of(rank, kind, a, b, core, pass_precision(device, weight.dtype, rank)),
+        skip_ptr=guard(device, *given),
+        scalars=LowRankScalars(
+            keys,
+            coefficients,
+            decays,
+            keys_on(device, rounding_key),
+            es[0] if es else None,
+        ),
+        workspaces=Workspaces(a.workspace, b.workspace, q and q.workspace),
+        FACTORS=factors_of(rank, kind, a, b, core, pass_precision(device, weight.dtype, rank, q is not None)),
         TILE=config,
         UPDATE=update,
+        QUOTIENT=q is not None,
         CORE_STEP=PRODUCT.step,
     )
 

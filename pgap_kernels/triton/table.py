@@ -35,6 +35,7 @@ ROWS = tl.constexpr(16)
 TILES = tl.constexpr(17)
 CORE = tl.constexpr(18)  # low rank: address of C or of its diagonal
 FIRST_ROW = tl.constexpr(19)  # low rank: of the shard in the unsharded matrix
+BELOW = tl.constexpr(20)  # low rank: Q of a quotient, first element in its workspace
 FIELDS = tl.constexpr(24)  # padded: with 20, computing a row's address takes more instructions on gfx942
 
 GROUP = tl.constexpr(4096)  # elements of a tile: a group of the noise contract

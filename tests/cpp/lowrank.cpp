@@ -49,19 +49,33 @@ Matrix pair_rows(const Matrix& m) {  // of B^T, whose rows are k
     return to;
 }
 
+Matrix squared(const Matrix& m) {
+    Matrix to(DType::f32, m.rows, m.cols, 0, 0, 0);
+    for (int64_t i = 0; i < m.rows; ++i)
+        for (int64_t j = 0; j < m.cols; ++j) {
+            const float x = *(const float*)m.at(i, j);
+            *(float*)to.at(i, j) = x * x;
+        }
+    to.remember();
+    return to;
+}
+
 struct Rounding { float decay; bool stochastic; };
 
+// quotient: by the root of a product of the same factors, whose elements are then > 0.
 void lowrank_case(Run& run, const std::string& name, DType dtype, int64_t rank, int64_t rows, int64_t cols, bool reads,
-                  Rounding rounding) {
+                  Rounding rounding, bool quotient = false) {
     const uint64_t key = 29;
-    const bool pairs = run.k.pairs && dtype == DType::bf16;
+    const bool pairs = run.k.pairs && dtype == DType::bf16 && !quotient;
     Matrix left = make_factor(dtype, rows, rank, 12), right = make_factor(dtype, rank, cols, 13);
     Matrix packed_left = pairs ? pair_columns(left) : std::move(left);
     const Matrix items_right = pairs ? pair_rows(right) : std::move(right);
+    const Matrix squares_left = squared(packed_left), squares_right = squared(items_right);
     for (const Cut cut : kCuts) {
         Matrix in(dtype, rows, cols, rank % 3, 1, 14), out(dtype, rows, cols, rank % 2, 3, 0, Fill::nan);
         const auto call = [&](int64_t row, int64_t count, int64_t col, int64_t columns, bool singly) {
             const Matrix packed_right = pack_panels(items_right, col, col + columns, run.k.lowrank_panel);
+            const Matrix packed_squares = pack_panels(squares_right, col, col + columns, run.k.lowrank_panel);
             const int64_t row_stride = cols + 5;
             const LowrankPass pass = {.dtype = dtype,
                                       .piece = {.in = reads ? in.at(row, col) : nullptr,
@@ -79,7 +93,10 @@ void lowrank_case(Run& run, const std::string& name, DType dtype, int64_t rank, 
                                       .coefficient = 0.3f,
                                       .decay = rounding.decay,
                                       .rounding_key = rounding.stochastic ? &key : nullptr,
-                                      .pairs = pairs};
+                                      .pairs = pairs,
+                                      .below_left = quotient ? (const float*)squares_left.at(row) : nullptr,
+                                      .below_right = packed_squares.floats(),
+                                      .e = 0.1f};
             if (!singly) return run.k.lowrank(pass, 0, count);
             for (int64_t i = count; i-- > 0;) run.k.lowrank(pass, i, i + 1);
         };
@@ -116,6 +133,9 @@ void test_lowrank(Run& run) {
             const int64_t turn = rank * 3 + d, rows = kRows[turn % 6], cols = kCols[turn / 2 % 8];
             lowrank_case(run, "lowrank " + std::string(kDTypes[d]) + " " + std::to_string(rank), DType(d), rank, rows,
                          cols, turn % 5 > 0, kRoundings[turn / 3 % 4]);
+            if (rank % 9 == 0)
+                lowrank_case(run, "quotient " + std::string(kDTypes[d]) + " " + std::to_string(rank), DType(d), rank,
+                             rows, cols, turn % 5 > 0, kRoundings[turn / 3 % 4], true);
         }
 }
 

@@ -44,6 +44,7 @@ def given(w) -> dict[str, tuple]:
         "tensor_ids": [1],
         "rank": 2,
         "core_kind": "none",
+        "below": [],
     }
     affine = {"anchors": state0, "deltas": [], "coefficient": rows(1), **ids}
     dense, both = TABLE.dense_perturb_, ("coefficients", "decay")

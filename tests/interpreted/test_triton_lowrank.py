@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 from support.helpers import DTYPES, assert_all_same, assert_same_bits, weights
-from support.lowrank_calls import SHAPES, STOCHASTIC, WIDE, agreeing, at_most_twice, perturbed, stored
+from support.lowrank_calls import (
+    SHAPES,
+    STOCHASTIC,
+    WIDE,
+    agreeing,
+    assert_quotient,
+    at_most_twice,
+    perturbed,
+    stored,
+)
 
 from pgap_kernels.triton import lowrank, rounding
 from pgap_kernels.triton.config import lowrank_config
@@ -29,6 +38,21 @@ def test_whole_numbers(dtype, rank):
         left, right, cores = stored(rank, core)
         got = agreeing(w, left, right, core=cores, **options, **WIDE)
         assert not any(torch.equal(g, x) for g, x in zip(got, w, strict=True))
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quotients_of_whole_numbers(dtype, rank):
+    """Factors are signs, and v adds up so that the root is 16."""
+    w = weights(SHAPES, dtype)
+    left, right, cores = stored(rank, "diagonal")
+    left, right = ([torch.where(f > 0, 1.0, -1.0) for f in side] for side in (left, right))
+    below = torch.ones(rank)
+    below[0] = 256.0 - rank
+    options = {"core": [c.abs() + 1 for c in cores], "below": [below] * 2, "e": 1.0, **WIDE}
+    agreeing(w, left, right, coefficient=[0.5, -0.125], decay=[0.0, 0.25], **STOCHASTIC, **options)
+    got = agreeing(w, left, right, coefficient=2.0, **options)
+    assert not any(torch.equal(g, x) for g, x in zip(got, w, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -76,6 +100,17 @@ def test_error_is_at_most_twice_that_of_pytorch(dtype, rank, core):
     got = perturbed(w, left, right, core=cores, coefficient=0.3125, decay=decay, **WIDE)
     matrices = [torch.eye(rank) if core == "none" else c.diag() if core == "diagonal" else c for c in cores or w]
     at_most_twice(dtype, got, w, left, right, matrices, 0.3125, decay)
+
+
+@pytest.mark.parametrize("rank", (2, 9, 17, 33))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quotients_are_within_their_bounds(dtype, rank):
+    w = weights(SHAPES, dtype)
+    left, right, cores = stored(rank, "diagonal", draw=lambda sizes, seed: weights(sizes, seed=seed))
+    below = [c.square() for c in cores]
+    got = perturbed(w, left, right, core=cores, below=below, e=0.01, coefficient=0.3125, **WIDE)
+    for g, x, a, b, c, v in zip(got, w, left, right, cores, below, strict=True):
+        assert_quotient(g, x, a, b, c, v, e=0.01, coefficient=0.3125)
 
 
 # ---- decay ---------------------------------------------------------------------------------------------------------

@@ -246,16 +246,23 @@ def lowrank_arguments(
     out: bool = False,
     shapes=MATRICES,
 ) -> dict:
-    """Arguments of ``lowrank_perturb_``: whole numbers, or with the core "drawn" everything drawn.
+    """Arguments of ``lowrank_perturb_``: whole numbers, or with the core "drawn" everything drawn; "quotient" is a
+    diagonal core, and factors whose elements are signs, so that what it is divided by is 4.
 
     Decays are to the nearest power of two, so that no product with them is rounded either.
     """
-    size = {"diagonal": (rank,), "full": (rank, rank)}.get(core)
+    size = {"diagonal": (rank,), "quotient": (rank,), "full": (rank, rank)}.get(core)
     factors: dict[str, Any] = {
         "left": integers([(m, rank) for m, _ in shapes], 4, seed=1),
         "right": integers([(n, rank) for _, n in shapes], 4, seed=2),
         "core": integers([size] * len(shapes), 2, seed=3) if size else None,
     }
+    if core == "quotient":
+        for side in ("left", "right"):
+            factors[side] = [torch.where(f > 0, 1.0, -1.0) for f in factors[side]]
+        below = torch.ones(rank)
+        below[0] = 16 - rank
+        factors |= {"below": [below.clone() for _ in shapes], "e": 1.0}
     if core == "drawn":
         factors = {"left": LEFT, "right": RIGHT, "core": CORE, "rank": rank}
     arguments = {
@@ -427,7 +434,7 @@ def _rows() -> dict[str, Row]:
         build = part(anchor_arguments, anchors=anchors, deltas=deltas)
         name, elementwise = f"anchor {anchors} {deltas}", ("weights", "anchors", *(("deltas",) if deltas else ()))
         rows[name] = Row("anchor_affine_", build, _ANCHOR, ("weights",), elementwise)
-    for core, rank in (("none", 3), ("diagonal", 9), ("full", 12), ("drawn", 1)):
+    for core, rank in (("none", 3), ("diagonal", 9), ("full", 12), ("quotient", 5), ("drawn", 1)):
         build = part(lowrank_arguments, core, rank)
         large = (("shapes", [(131, 197), (70, 40)]),)
         rows[f"low rank {core}"] = Row("lowrank_perturb_", build, _LOWRANK, **weights_alone, large=large)

@@ -80,7 +80,7 @@ def lowrank_digests() -> dict[str, str]:
     for dtype in DTYPES:
         for rank in (1, 5, 16, 33):
             shapes = [shape for shape in MATRICES if min(shape) >= rank]
-            for core in ("none", "full", "regenerated", "diagonal"):
+            for core in ("none", "full", "regenerated", "diagonal", "quotient"):
                 for rounding in ("nearest", "stochastic"):
                     w = weights(shapes, dtype)
                     left = weights([(m, rank) for m, _ in shapes], seed=1)
@@ -89,7 +89,9 @@ def lowrank_digests() -> dict[str, str]:
                         "regenerated": 17,
                         "full": weights([(rank, rank)] * len(w), seed=2),
                         "diagonal": weights([(rank,)] * len(w), seed=3),
+                        "quotient": weights([(rank,)] * len(w), seed=3),
                     }[core]
+                    divisor = {"below": [c.square() for c in cores], "e": 0.1} if core == "quotient" else {}
                     ops.lowrank_perturb_(
                         w,
                         left,
@@ -100,6 +102,7 @@ def lowrank_digests() -> dict[str, str]:
                         tensor_ids=IDS[: len(w)],
                         rounding=rounding,
                         rounding_key=19,
+                        **divisor,
                     )
                     result[f"lowrank {dtype} {rank} {core} {rounding}"] = digest(w)
     return result

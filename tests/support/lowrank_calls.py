@@ -51,3 +51,18 @@ def at_most_twice(dtype, got, w, left, right, cores, coefficient: float, decay: 
     own, plain = torch.cat(own), torch.cat(plain)
     assert own.abs().max() <= 2 * plain.abs().max()
     assert own.square().mean().sqrt() <= 2 * plain.square().mean().sqrt()
+
+
+def assert_quotient(got, w, a, b, c, v, *, e: float, coefficient: float) -> None:
+    """A quotient, added to W, within what its roundings may move it by: two factors of each product to W's dtype, sums
+    of rank terms and a few operations in float32, and the result to W's dtype. Square roots halve relative errors."""
+    a, b, c, v = (t.double() for t in (a, b, c, v))
+    unit, single = torch.finfo(w.dtype).eps / 2, 2.0**-24
+    each = 2 * unit + (len(c) + 4) * single
+    above, below = (a * c) @ b.T, (a * a * v) @ (b * b).T + e
+    quotient = above / below.sqrt()
+    lost = each * (a.abs() * c.abs()) @ b.abs().T / below.sqrt() + (each + unit + 4 * single) * quotient.abs()
+    exact = w.double() + coefficient * quotient
+    lost = 1.01 * abs(coefficient) * lost  # terms of second order
+    ulp = torch.maximum(exact.abs() + lost, torch.tensor(torch.finfo(w.dtype).smallest_normal)) * unit
+    assert ((got.double() - exact).abs() <= lost + ulp + single * w.double().abs()).all()

@@ -232,6 +232,8 @@ LOWRANK: list[tuple[str, int, Callable[[int], object]]] = [
     ("stored core", 16, lambda rank: [torch.empty(rank, rank)]),
     ("stochastic", 16, lambda rank: 3),
     ("no core", 128, lambda rank: None),
+    ("quotient", 4, lambda rank: [torch.empty(rank)]),
+    ("quotient", 32, lambda rank: [torch.empty(rank)]),
 ]
 
 
@@ -239,14 +241,17 @@ def _lowrank(config: str, rank: int, core: Callable[[int], object], dtype: torch
     """Factors of W's dtype."""
     w, left, right = _matrix(dtype), _matrix(dtype, rank), _matrix(dtype, rank)
     options = {"decay": 1e-4} | ROUNDED if config == "stochastic" else {}
+    if config == "quotient":
+        options = {"below": [torch.empty(rank)], "e": 1e-8}
     lowrank_perturb_([w], [left], [right], core=core(rank), coefficient=1e-3, tensor_ids=[7], **options)
 
 
 def _lowrank_loops(arguments: dict, tiles: int) -> tuple[int, ...]:
-    """Over tiles, and, where P is not made by the program, over the rank in each."""
+    """Over tiles, and, where P is not made by the program, over the rank in each; of quotients twice."""
     rank, tile = arguments["FACTORS"].rank, arguments["TILE"]
     step = tile.step if rank >= 16 else 1
-    return (tiles,) if tile.resident or rank == step else (tiles, -(-rank // step))
+    products = 2 if arguments["QUOTIENT"] else 1
+    return (tiles,) if tile.resident or rank == step else (tiles, *[-(-rank // step)] * products)
 
 
 def lowrank_cases() -> list[Case]:
