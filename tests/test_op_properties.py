@@ -11,7 +11,10 @@ import pytest
 import torch
 from support.cases import CASES, ROWS, SETTINGS, Row, flat, run, storage
 from support.helpers import BACKENDS, DTYPES, assert_all_same, clones, ops, serving
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import pgap_kernels.ops
 
 OTHERS = [backend for backend in BACKENDS if backend != "reference"]
 cpu_alone = pytest.mark.skipif("cpu" not in BACKENDS, reason="of the C++ extension")
@@ -36,7 +39,10 @@ def poisoned_memory():
 
 def after(row: Row, arguments: dict, backend: str | None = None) -> list[torch.Tensor]:
     """What the call has written, or what it returned; a number for each tensor of a reduction."""
-    returned = getattr(ops, row.op)(**arguments, backend=backend)
+    return results(row, arguments, getattr(ops, row.op)(**arguments, backend=backend))
+
+
+def results(row: Row, arguments: dict, returned) -> list[torch.Tensor]:
     if row.written:
         return [t for name in row.written for t in flat(arguments.get("out", arguments[name]))]
     return list(returned) if row.op in ("seeded_dot", "squared_norms") else flat(returned)
@@ -290,6 +296,42 @@ def test_opcheck(row):
         function, args, kwargs = registered(row, **small(row), **setting)
         with serving(OTHERS[0]):
             torch.library.opcheck(function, args, kwargs)
+
+
+@every_op
+def test_public_ops_are_traced(row):
+    """A compiled function holds the public op in its one graph, checks and all."""
+    torch.compiler.reset()
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def step(arguments):
+        return [t * 2 for t in results(row, arguments, getattr(pgap_kernels.ops, row.op)(**arguments))]
+
+    got = row.arguments(**small(row))
+    want = after(row, row.arguments(**small(row)), OTHERS[0])
+    with serving(OTHERS[0]):
+        assert_all_same(step(got), [t * 2 for t in want])
+    if row.written:
+        assert_all_same(results(row, got, None), want)
+
+
+@pytest.mark.parametrize("given", ["tensors", "numbers"])
+def test_compiled_calls_take_other_keys_and_coefficients(given):
+    """As tensors they take one graph; of each Python float torch makes another."""
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def step(weights, key, coefficient):
+        pgap_kernels.ops.dense_perturb_(weights, [(key, coefficient)], tensor_ids=[7])
+
+    got, want = [torch.zeros(5, 7)], [torch.zeros(5, 7)]
+    for i in range(4):
+        values = (i + 3, 0.25 * i)
+        step(got, *(map(torch.tensor, values) if given == "tensors" else values))
+        pgap_kernels.ops.dense_perturb_(want, [values], tensor_ids=[7])
+    assert_all_same(got, want)
+    assert counter.frame_count == 1 or given == "numbers"
 
 
 @every_op

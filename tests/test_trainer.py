@@ -486,6 +486,17 @@ def test_what_has_no_effect_is_said(caplog):
     assert any("gradient_checkpointing: has no effect" in text for text in said)
 
 
+def test_a_resumed_run_says_which_arguments_it_does_not_use(tmp_path, caplog):
+    options = {"zo_method": "mezo", "save_strategy": "steps", "save_steps": 2}
+    trainer_of(folder=tmp_path, max_steps=2, **options).train()
+    trainer = trainer_of(folder=tmp_path, max_steps=3, zo_eps=0.5, zo_seed=9, **options)
+    with caplog.at_level(logging.WARNING, logger="pgap_kernels"):
+        trainer.train(resume_from_checkpoint=True)
+    said = [record.getMessage() for record in caplog.records]
+    assert [text for text in said if "resume_from_checkpoint: zo_eps is 0.001, as when" in text and "0.5" in text]
+    assert len([text for text in said if "resume_from_checkpoint" in text]) == 2  # and the seed
+
+
 def test_warnings_point_at_the_script():
     with pytest.warns(UserWarning, match="16-bit weights are perturbed in place") as warned:
         trainer_of(model=model_of("llama").bfloat16(), zo_method="mezo", zo_mode="inplace", max_steps=1).train()

@@ -40,6 +40,7 @@ __all__ = ["ZOArguments", "ZOTrainer", "ZOTrainerMixin", "ZOTrainingArguments"]
 
 _log = logging.getLogger("pgap_kernels")
 _DEFAULT_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
+_NO_OPTIONS = ("params", "param_names", "lr", "initial_lr")  # of param groups
 _COUNTERS = ("_metrics", "_total_train_tokens", "_stored_metrics")  # of TRL's trainers: what a forward adds to
 
 
@@ -246,6 +247,18 @@ class ZOTrainerMixin:
 
     # ---- between steps ----------------------------------------------------------------------------------------------
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        given = _options_of(self.zo)
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        for name, value in _options_of(self.zo).items():
+            if value != given.get(name):
+                _log.warning(
+                    "resume_from_checkpoint: zo_%s is %r, as when the run began; %r is not used",
+                    name,
+                    value,
+                    given.get(name),
+                )
+
     def _merge(self) -> None:
         """In every process: what is pending would be merged in the one that saves or evaluates alone."""
         if self.optimizer is not None:
@@ -276,6 +289,12 @@ class ZOTrainerMixin:
 
 class ZOTrainer(ZOTrainerMixin, Trainer):
     """The Trainer of transformers with zeroth-order steps: ``ZOTrainerMixin`` says what differs."""
+
+
+def _options_of(optimizer: ZOOptimizer) -> dict[str, Any]:
+    """What a checkpoint brings back, but for learning rates, which are the scheduler's to say."""
+    rest = {name: v for name, v in optimizer.param_groups[0].items() if name not in _NO_OPTIONS}
+    return {"seed": optimizer.seed, **rest}
 
 
 def _fused_head(model: nn.Module) -> dict[str, str]:

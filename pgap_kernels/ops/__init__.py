@@ -4,8 +4,9 @@ A public function takes lists of tensors, checks everything before anything is w
 small tensors, in the record of its family (``arguments``). Formulas are those of docs/kernels.md; a weight is rounded
 once, when it is written. A file here has its namesakes in ``reference`` and ``triton``.
 
-Under ``torch.compile`` the public functions run uncompiled, between graphs, because their checks read addresses. The
-ops themselves, ``torch.ops.pgap_kernels.*``, can be traced; they take the fields of the record as keywords.
+A compiled function (``torch.compile``) holds the public functions in its graph: their checks run while it is traced,
+but for those that read memory (``_library.traceable``). The ops themselves, ``torch.ops.pgap_kernels.*``, take the
+fields of the record as keywords.
 """
 
 from ._library import torch_ops, write_into

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -48,6 +49,28 @@ def define_pass(name: str, record: Any) -> None:
         bump_versions(out)
 
     define_with_out(name, record, run)
+
+
+def traceable(function: Callable) -> Callable:
+    """Let a compiled function hold a public op in its graph.
+
+    The checks then run while it is traced; those that read memory, addresses or numbers in tensors, are left out
+    (``torch.compiler.is_compiling``).
+    """
+
+    @torch._dynamo.nonstrict_trace
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        returned = function(*args, **kwargs)
+        return () if returned is None else returned  # None cannot be an output of a graph
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        returned = traced(*args, **kwargs)
+        return None if isinstance(returned, tuple) else returned
+
+    return call
 
 
 def call_pass(op: Any, weights: list[Tensor], arguments: Any, out: list[Tensor] | None) -> None:

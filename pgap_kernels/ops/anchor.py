@@ -9,13 +9,13 @@ from torch import Tensor
 
 from .. import checks
 from ..arguments import AnchorArguments
-from ._library import call_pass, define_pass, torch_ops
+from ._library import call_pass, define_pass, torch_ops, traceable
 from ._packing import Key, Scalar, Slices, outputs, rounding_keys, scalar
 
 define_pass("anchor_affine_", AnchorArguments)
 
 
-@torch.compiler.disable
+@traceable
 def anchor_affine_(
     weights: Sequence[Tensor],
     anchors: Sequence[Tensor],

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import backends, checks
 from ..arguments import AssembleArguments, DenseArguments, MaskedArguments, schema
 from ..noise import check_uint
-from ._library import bump_versions, call_pass, define, define_pass, torch_ops
+from ._library import bump_versions, call_pass, define, define_pass, torch_ops, traceable
 from ._packing import Draw, Key, Scalar, Slices, noise_options, outputs, pack_draws, rounding_keys, scalar
 
 
@@ -25,7 +25,7 @@ define_pass("masked_perturb_", MaskedArguments)
 define(f"assemble_gradient_(Tensor(a!)[] gradients, *, {schema(AssembleArguments)}) -> ()", _assemble)
 
 
-@torch.compiler.disable
+@traceable
 def dense_perturb_(
     weights: Sequence[Tensor],
     draws: Sequence[Draw],
@@ -80,7 +80,7 @@ def dense_perturb_(
     call_pass(torch_ops.dense_perturb_, weights, arguments, outputs(out, weights))
 
 
-@torch.compiler.disable
+@traceable
 def masked_perturb_(
     weights: Sequence[Tensor],
     draws: Sequence[Draw],
@@ -199,7 +199,7 @@ def _packed(keep: Tensor) -> Tensor:
 _PIECE = 1 << 18  # elements; a multiple of 32
 
 
-@torch.compiler.disable
+@traceable
 def assemble_gradient_(
     gradients: Sequence[Tensor],
     draws: Sequence[Draw],
@@ -235,7 +235,7 @@ def assemble_gradient_(
         torch_ops.assemble_gradient_(gradients, **arguments._asdict())
 
 
-@torch.compiler.disable
+@traceable
 def draw(
     shape: Sequence[int] | int,
     key: Key,

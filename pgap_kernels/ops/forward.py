@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import backends, checks
 from ..arguments import ForwardArguments, schema
 from ..noise import check_uint
-from ._library import bump_versions, define, torch_ops
+from ._library import bump_versions, define, torch_ops, traceable
 from ._packing import Key
 from .lowrank import MAX_RANK
 
@@ -44,7 +44,7 @@ def add_lowrank_(outputs: Tensor, inputs: Tensor, arguments: ForwardArguments) -
 define(f"lowrank_forward_(Tensor(a!) outputs, Tensor inputs, *, {schema(ForwardArguments)}) -> ()", _forward)
 
 
-@torch.compiler.disable
+@traceable
 def lowrank_forward_(
     outputs: Tensor,
     inputs: Tensor,
@@ -130,11 +130,12 @@ def lowrank_forward_(
         raise ValueError(f"{name}: got {slices} for {outputs.shape[0]} rows; accepted: a number that divides them")
     named = [("inputs", inputs), *((side.label(i), f) for side in sides for i, f in enumerate(side.tensors))]
     named += [(f"cores[{i}]", core) for i, core in enumerate(middle)]
-    begin, end = outputs.data_ptr(), outputs.data_ptr() + outputs.nbytes
+    begin, end = _span(outputs)
     for name, t in named:
         if t.device != outputs.device:
             raise ValueError(f"{name}: got a tensor on {t.device}; accepted: {outputs.device}, as outputs")
-        if begin and t.data_ptr() < end and begin < _end(t):
+        first, last = _span(t)
+        if begin and first < end and begin < last:
             raise ValueError(f"{name}: shares memory with outputs; accepted: tensors apart from what is written")
     # Made on the device: a copy from the host would wait for it, and cannot be captured in a graph.
     keys = torch.zeros(slices, 2, dtype=torch.int64, device=outputs.device)
@@ -235,15 +236,19 @@ def _check(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
         raise TypeError(f"{name}: got {t.layout} {t.dtype}; accepted: strided {', '.join(map(str, dtypes))}")
 
 
-def _end(t: Tensor) -> int:
-    """Address after the last element."""
+def _span(t: Tensor) -> tuple[int, int]:
+    """Addresses of the first element and after the last; zeros while a graph is traced, whose tensors have none."""
+    if torch.compiler.is_compiling():
+        return 0, 0
     if t.is_contiguous() or not t.numel():
-        return t.data_ptr() + t.nbytes
+        return t.data_ptr(), t.data_ptr() + t.nbytes
     last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-    return t.data_ptr() + (last + 1) * t.element_size()
+    return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
 
 
 def _check_indices(x: Tensor, rows: int) -> None:
+    if torch.compiler.is_compiling():
+        return
     low, high = (int(v) for v in x.aminmax())
     if low < 0 or high >= rows:
         raise ValueError(f"inputs: got row indices {low} to {high}; accepted: 0 to {rows - 1}")

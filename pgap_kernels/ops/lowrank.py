@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import backends, checks
 from ..arguments import LowRankArguments
-from ._library import call_pass, define, define_pass, torch_ops
+from ._library import call_pass, define, define_pass, torch_ops, traceable
 from ._packing import Key, Scalar, Slices, outputs, rounding_keys
 
 MAX_RANK = 512
@@ -57,7 +57,7 @@ def _factor(name: str, value: Factor, weights: list[Tensor], dim: int) -> tuple[
     return factors, 0, rank
 
 
-@torch.compiler.disable
+@traceable
 def lowrank_perturb_(
     weights: Sequence[Tensor],
     left: Factor,
@@ -164,7 +164,7 @@ def _below(
     if kind != "diagonal":
         raise ValueError(f"below: got {'a key' if kind == 'regenerated' else 'matrices'}; accepted: tensors (rank,)")
     row = checks.scalar_row("e", e, len(weights))
-    if row.device.type == "cpu" and not (row > 0).all():
+    if row.device.type == "cpu" and not torch.compiler.is_compiling() and not (row > 0).all():
         raise ValueError(f"e: got {e}; accepted: numbers > 0")
     return divisors, row
 
@@ -189,7 +189,7 @@ def _core(name: str, core: Factor | None, weights: list[Tensor], rank: int) -> t
     return cores, 0, kind
 
 
-@torch.compiler.disable
+@traceable
 def aligned_core(
     singular_values: Sequence[Tensor],
     key: Key,

@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import register_dataclass
 
 from .. import backends, checks
 from ..arguments import CurvatureArguments, PreconditionedArguments, schema
-from ._library import bump_versions, call_pass, define, define_with_out, torch_ops
+from ._library import bump_versions, call_pass, define, define_with_out, torch_ops, traceable
 from ._packing import Draw, Key, Scalar, Slices, noise_options, outputs, pack_draws, rounding_keys, scalar
 
 
@@ -181,6 +182,8 @@ class AdaMURule:
 
 
 Rule = MomentumRule | AdamRule | HiZOORule | HELENERule | AdaMURule
+for _kind in (MomentumRule, AdamRule, HiZOORule, HELENERule, AdaMURule):
+    register_dataclass(_kind)  # so that compiled functions can pass them on
 _COUNTS = {"hizoo": (1, "one with HiZOORule"), "adamu": (2, "two with AdaMURule")}
 
 
@@ -223,7 +226,7 @@ def _checked_number(name: str, value: Any) -> Any:
     return checks.number(name, value)
 
 
-@torch.compiler.disable
+@traceable
 def preconditioned_update_(
     weights: Sequence[Tensor],
     state: Sequence[Sequence[Tensor]],
@@ -299,7 +302,7 @@ def preconditioned_update_(
         torch_ops.preconditioned_update_(weights, state0, state1, **arguments._asdict())
 
 
-@torch.compiler.disable
+@traceable
 def preconditioned_perturb_(
     weights: Sequence[Tensor],
     draws: Sequence[Draw],

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import backends, checks
 from ..arguments import ReductionArguments, schema
-from ._library import define, torch_ops
+from ._library import define, torch_ops, traceable
 from ._packing import Key, Slices, noise_options
 
 
@@ -25,7 +25,7 @@ def _fake_reduce(tensors, **arguments):
 define(f"reduce(Tensor[] tensors, *, {schema(ReductionArguments)}) -> Tensor", _reduce, _fake_reduce)
 
 
-@torch.compiler.disable
+@traceable
 def seeded_dot(
     tensors: Sequence[Tensor],
     key: Key,
@@ -65,7 +65,7 @@ def seeded_dot(
         return torch_ops.reduce(values, **arguments._asdict())
 
 
-@torch.compiler.disable
+@traceable
 def squared_norms(tensors: Sequence[Tensor], anchors: Sequence[Tensor] | None = None) -> Tensor:
     """Squared Frobenius norm of each tensor, or of its distance from an anchor (DiZO).
 
