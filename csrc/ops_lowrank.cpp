@@ -2,7 +2,7 @@
 // divided by sqrt((A A) diag(v) (B B)^T + e), element by element, with a diagonal C.
 //
 // The list of weights is processed in batches, each in three parallel steps: pack C of every weight; pack P = A C and
-// B^T, both rounded to the weights' dtype, and likewise Q = (A A) diag(v) and (B B)^T; pass over the weights.
+// B^T, both rounded to the weights' dtype, and Q = (A A) diag(v) and (B B)^T, which stay float32; pass over the weights.
 #include "factors.h"
 
 #include <cmath>
@@ -178,9 +178,8 @@ private:
         round_and_pair(p, range);
         std::copy(p.begin(), p.end(), w.left.begin() + begin * depth());
         if (w.below.empty()) return;
-        for (size_t i = 0; i < p.size(); ++i) p[i] = a[i] * a[i] * w.below[i % size_t(rank_)];
-        round_and_pair(p, range);
-        std::copy(p.begin(), p.end(), w.below_left.begin() + begin * rank_);
+        float* q = w.below_left.data() + begin * rank_;
+        for (int64_t i = 0; i < int64_t(p.size()); ++i) q[i] = a[i] * a[i] * w.below[size_t(i % rank_)];
     }
 
     void pack_right(PackedWeight& w, int64_t begin, MagnitudeRange& range) const {
@@ -196,7 +195,6 @@ private:
         if (w.below.empty()) return;
         std::vector<float> squares(b, b + count);
         for (float& x : squares) x *= x;
-        round_and_pair(squares, range);
         pack_panels(squares.data(), rank_, 1, columns, rank_, w.below_right.data() + begin * rank_);
     }
 

@@ -20,7 +20,6 @@ _LARGEST = torch.finfo(torch.float32).max
 # Set while a pass writes no weights: a scalar on the device that is not finite then spoils a loss, which is seen, and
 # no launch has to look at it first.
 unguarded: ContextVar[bool] = ContextVar("unguarded", default=False)
-_NO_NUMBER = (Tensor, torch.SymInt, torch.SymFloat)
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))  # other subclasses may override dtype or strides
 
 
@@ -176,8 +175,6 @@ def key_bits(name: str, key: int | Tensor) -> int | Tensor:
                 "one int64 bit pattern"
             )
         return key.reshape(())
-    if isinstance(key, torch.SymInt):
-        return torch.scalar_tensor(key, dtype=torch.int64, device="cpu")
     value = check_uint(name, key, 64)
     return value - (1 << 64) if value >> 63 else value
 
@@ -242,13 +239,8 @@ def scalar_row(name: str, value: Any, count: int) -> Tensor:
     values = list(value) if isinstance(value, (list, tuple)) else [value]
     if len(values) not in (1, count):
         raise ValueError(f"{name}: got {len(values)} values; accepted: one, or {count} (one per tensor)")
-    checked = [scalar_row(name, _constant(v), 1) if isinstance(v, _NO_NUMBER) else number(name, v) for v in values]
+    checked = [scalar_row(name, v, 1) if isinstance(v, Tensor) else number(name, v) for v in values]
     return _packed(checked, torch.float32)
-
-
-def _constant(value: Any) -> Tensor:
-    """A number that a compiled function was given as an argument is a variable while it is traced: a tensor."""
-    return value if isinstance(value, Tensor) else torch.scalar_tensor(value, dtype=torch.float32, device="cpu")
 
 
 def scalar_table(name: str, rows: Sequence[Tensor]) -> Tensor:

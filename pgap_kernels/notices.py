@@ -6,7 +6,18 @@ import sys
 import warnings
 
 # What may stand between a script and an optimizer's step.
-_BETWEEN = {"pgap_kernels", "torch", "transformers", "accelerate", "trl", "lightning", "contextlib"}
+_BETWEEN = {
+    "accelerate",
+    "contextlib",
+    "lightning",
+    "lightning_fabric",
+    "peft",
+    "pgap_kernels",
+    "pytorch_lightning",
+    "torch",
+    "transformers",
+    "trl",
+}
 
 
 def warn(message: str) -> None:

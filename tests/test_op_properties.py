@@ -317,19 +317,21 @@ def test_public_ops_are_traced(row):
 
 @pytest.mark.parametrize("given", ["tensors", "numbers"])
 def test_compiled_calls_take_other_keys_and_coefficients(given):
-    """As tensors they take one graph; of each Python float torch makes another."""
+    """As tensors they take one graph; of each new Python number torch makes another."""
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
 
     @torch.compile(backend=counter, fullgraph=True)
     def step(weights, key, coefficient):
         pgap_kernels.ops.dense_perturb_(weights, [(key, coefficient)], tensor_ids=[7])
+        pgap_kernels.ops.lowrank_perturb_(weights, key, key, coefficient=coefficient, rank=2, tensor_ids=[7])
 
     got, want = [torch.zeros(5, 7)], [torch.zeros(5, 7)]
     for i in range(4):
         values = (i + 3, 0.25 * i)
         step(got, *(map(torch.tensor, values) if given == "tensors" else values))
         pgap_kernels.ops.dense_perturb_(want, [values], tensor_ids=[7])
+        pgap_kernels.ops.lowrank_perturb_(want, i + 3, i + 3, coefficient=0.25 * i, rank=2, tensor_ids=[7])
     assert_all_same(got, want)
     assert counter.frame_count == 1 or given == "numbers"
 

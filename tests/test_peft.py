@@ -248,4 +248,4 @@ def test_a_rate_for_whole_models_is_said(caplog):
         caplog.clear()
         with caplog.at_level(logging.WARNING, logger="pgap_kernels"):
             trainer_of(model=adapted("lora"), learning_rate=rate, max_steps=1).train()
-        assert sum("adapters usually take more" in record.getMessage() for record in caplog.records) == said
+        assert sum("adapters usually need a larger one" in record.getMessage() for record in caplog.records) == said

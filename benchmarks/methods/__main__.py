@@ -12,8 +12,8 @@ Who       ours: the methods of `available_methods()` in the modes inplace, two_p
 Seconds   means over the timed steps: of a step, of its forwards, and outside them (perturb, update and all else). A
           refresh is spread over its window, and counts to the step only; few of its forwards are run.
 Counts    forwards and weight passes of a step as `optimizer.cost()` declares them, and as counted over one period of
-          steps with one token a sentence, on which they do not depend. Of long periods four steps are run: the first
-          and the last, and two of the others, which are alike.
+          steps with one token a sentence, on which they do not depend. Of long periods four steps are counted: the
+          first and the last, and two of the others, which are alike.
 Memory    in MB beyond the weights. Declared: state between steps, and scratch. Measured, of tensors: what is kept
           between steps, scratch included; and the peak of a step beyond that of a plain forward of as many rows, which
           state and scratch should account for. C++ scratch and LAPACK's workspaces are no tensors; they are in the

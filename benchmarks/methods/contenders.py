@@ -29,7 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     # As often as P-GAP, so that a refresh can be waited for.
     **{name: {"window": 100} for name in ("pizo-subzero", "subzero", "svd-0")},
 }
-# Steps of a period of which each is run to be counted.
+# Periods of up to so many steps are counted in full.
 _COUNTED_WHOLE = 20
 # Forwards of a step that can be slices of one.
 MEMBERS = {"eggroll": 8, "lozo": 2, "pgap": 2}

@@ -40,7 +40,9 @@ __all__ = ["ZOArguments", "ZOTrainer", "ZOTrainerMixin", "ZOTrainingArguments"]
 
 _log = logging.getLogger("pgap_kernels")
 _DEFAULT_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
-_NO_OPTIONS = ("params", "param_names", "lr", "initial_lr")  # of param groups
+# Entries of param groups. The rate of the moment is the scheduler's.
+_ARGUMENTS = {"initial_lr": "learning_rate", "weight_decay": "weight_decay"}
+_NO_ARGUMENTS = ("zo_params", "zo_param_names", "zo_lr")
 _COUNTERS = ("_metrics", "_total_train_tokens", "_stored_metrics")  # of TRL's trainers: what a forward adds to
 
 
@@ -113,8 +115,8 @@ class ZOTrainerMixin:
                 _log.warning("gradient_checkpointing: has no effect, as nothing is kept for a backward pass")
             if args.uses_default_rate and hasattr(self.model, "peft_config"):
                 _log.warning(
-                    "learning_rate: not given, so it is %g, which is meant for whole models; adapters usually take "
-                    "more (MeZO's authors: 1e-4 or 5e-5 for LoRA)",
+                    "learning_rate: not given, so it is the method's %g, which is meant for whole models; adapters "
+                    "usually need a larger one (MeZO's authors take 1e-4 or 5e-5 with LoRA): set learning_rate",
                     args.learning_rate,
                 )
             if args.world_size > 1:
@@ -251,13 +253,12 @@ class ZOTrainerMixin:
         given = _options_of(self.zo)
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
         for name, value in _options_of(self.zo).items():
-            if value != given.get(name):
+            if value != given.get(name, value):
                 _log.warning(
-                    "resume_from_checkpoint: zo_%s is %r, as when the run began; %r is not used",
-                    name,
-                    value,
-                    given.get(name),
-                )
+                    "resume_from_checkpoint: %s stays %r, from the checkpoint; the given %r is not used (to change it, "
+                    "begin a run from the weights)",
+                    name, value, given[name],
+                )  # fmt: skip
 
     def _merge(self) -> None:
         """In every process: what is pending would be merged in the one that saves or evaluates alone."""
@@ -292,9 +293,9 @@ class ZOTrainer(ZOTrainerMixin, Trainer):
 
 
 def _options_of(optimizer: ZOOptimizer) -> dict[str, Any]:
-    """What a checkpoint brings back, but for learning rates, which are the scheduler's to say."""
-    rest = {name: v for name, v in optimizer.param_groups[0].items() if name not in _NO_OPTIONS}
-    return {"seed": optimizer.seed, **rest}
+    """What a checkpoint brings back, by argument."""
+    group = {_ARGUMENTS.get(name, f"zo_{name}"): v for name, v in optimizer.param_groups[0].items()}
+    return {"zo_seed": optimizer.seed, **{name: v for name, v in group.items() if name not in _NO_ARGUMENTS}}
 
 
 def _fused_head(model: nn.Module) -> dict[str, str]:

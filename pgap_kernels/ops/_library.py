@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from .. import backends, checks
 from ..arguments import schema
@@ -60,6 +61,7 @@ def traceable(function: Callable) -> Callable:
 
     @torch._dynamo.nonstrict_trace
     def traced(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = tree_map(_constant, (args, kwargs))
         returned = function(*args, **kwargs)
         return () if returned is None else returned  # None cannot be an output of a graph
 
@@ -71,6 +73,13 @@ def traceable(function: Callable) -> Callable:
         return None if isinstance(returned, tuple) else returned
 
     return call
+
+
+def _constant(value: Any) -> Any:
+    """A number that changes from call to call is a variable in a graph. Ops take numbers as they are: another graph."""
+    if isinstance(value, torch.SymInt):
+        return int(value)
+    return float(value) if isinstance(value, torch.SymFloat) else value
 
 
 def call_pass(op: Any, weights: list[Tensor], arguments: Any, out: list[Tensor] | None) -> None:

@@ -77,12 +77,13 @@ def lowrank_perturb_(
 ) -> None:
     """Add a low-rank product to weight matrices, in place, in one pass:  W <- round((1 - d) W + a A C B^T).
 
-    P-GAP and SubZero (U Z V^T), TeZO (diagonal core) and LOZO (no core) are this op. Products accumulate
-    in float32. For 16-bit W, P = A C and B are rounded once to W's dtype; for float32 W the products are IEEE. Results
-    do not depend on threads, list or instruction set.
+    P-GAP and SubZero (U Z V^T), TeZO (diagonal core) and LOZO (no core) are this op. Products accumulate in float32.
+    For 16-bit W, P = A C and B are rounded once to W's dtype; for float32 W the products are IEEE (on Hopper GPUs three
+    TF32 products each, for ranks 16 to 64). Results do not depend on threads, list or instruction set.
 
-    With ``below`` what is added is a quotient, element by element, as TeZO-Adam's update (2501.19057):
-    a (A diag(c) B^T) / sqrt((A A) diag(v) (B B)^T + e), where (A A) diag(v) and B B are rounded to W's dtype as well.
+    With ``below`` what is added is a quotient, element by element, as in TeZO-Adam's update (2501.19057):
+    a (A diag(c) B^T) / sqrt((A A) diag(v) (B B)^T + e), where c is ``core``, v is ``below``, and A A and B B are the
+    squares of the elements, in float32.
 
     Args:
         weights: matrices (m, n) as in ``dense_perturb_``.

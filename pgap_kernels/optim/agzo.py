@@ -36,8 +36,7 @@ class AGZO(LowRankOptimizer):
         eps: smoothing radius (the paper's mu), per param group.
         rank: r, of the basis of a layer's inputs, per param group.
         iterations: K, power iterations that make the basis.
-        sides: forwards around the difference: 1, one-sided, beside the loss at W; 2, two-sided, beside the forward that
-            shows H.
+        sides: 1: one-sided, L(W + eps D) against L(W); 2: two-sided, plus the forward at W that shows H.
         basis_interval: steps between new bases.
         exclude: names of linear layers' weights that take dense noise instead.
         **options: of ``ZOOptimizer``.

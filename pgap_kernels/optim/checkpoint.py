@@ -62,7 +62,7 @@ def check(optimizer: ModeOptimizer, state_dict: dict[str, Any]) -> None:
         )
     if zo["contract_version"] != CONTRACT_VERSION:
         raise ValueError(
-            f"state_dict: got noise of version {zo['contract_version']} (docs/kernels.md); accepted: "
+            f"state_dict: got noise of version {zo['contract_version']} (docs/noise_v1.md); accepted: "
             f"{CONTRACT_VERSION}, as other noise would not continue the run. Finish it with the version of this "
             "package that began it, or start from its weights"
         )

@@ -38,7 +38,7 @@ class HELENE(ZOOptimizer):
         floor: the least that the curvature counts as in the denominator, per param group.
         floors: floors by name pattern, which take precedence over ``floor``: "layer-wise clipping".
         e: added to the denominator, which keeps it away from 0.
-        anneal_steps: T, steps over which the weight of the newest gradient falls.
+        anneal_steps: T, time constant, in steps, of the annealing of the newest gradient's weight.
         refresh_every: k, steps between estimates of the curvature.
         batch_size: B, examples in the closure's minibatch.
         **options: of ``ZOOptimizer``.

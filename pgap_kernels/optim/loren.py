@@ -40,7 +40,8 @@ class LOREN(ZOOptimizer):
         probes: K, one-sided directions per step, 2 or more.
         damping: rho, what is added to the curvature a a^T.
         beta: decay rate of the momentum.
-        momentum: of the estimate of a step, "per_step", or of each direction's in turn, "per_query".
+        momentum: "per_step": a step of momentum with the sum of all estimates; "per_query": one for each direction in
+            turn.
         curvature: whether the curvature's vector a stays as drawn, "frozen", or is "learned".
         lr_a: learning rate of a, if it is learned.
         **options: of ``ZOOptimizer``.

@@ -31,8 +31,8 @@ class TeZO(LowRankOptimizer):
                           - lr (U diag(m) V^T / sqrt(r)) / sqrt((U U) diag(v) (V V)^T / r + e), element by element
 
     Everything that is not a matrix takes dense noise, and rho of it. 2 forwards; 3 weight passes in place, none in mode
-    folded with a window; with "adam" 4 in place, as what it applies is not what it takes off. State: U and V, (m + n) r
-    floats of a matrix, and r of each moment.
+    folded with a window; with "adam" 4 in place, as restoring and updating cannot share a pass. State: U and V,
+    (m + n) r floats of a matrix, and r of each moment.
 
     The paper has no public code; its scale and whether its moments are corrected are not known. 1/sqrt(r) gives D the
     norm of dense noise; ``scale="paper"`` leaves it out. Its choice of a rank for each layer is not here.

@@ -40,9 +40,9 @@ class ZOAdaMU(ZOOptimizer):
     Args:
         params, lr, eps, weight_decay: as in ``MeZO``.
         warmup_steps: steps at the beginning with alpha, beta1 and beta2 at 1.
-        total_steps: steps of the run, more than 1.25 of ``warmup_steps``.
-        final: alpha, beta1 and beta2 in the last phase: 0.5, 0.9 and 0.01 as in the paper's "text", or those at its
-            beginning, "freeze", as in the published code.
+        total_steps: steps of the run, more than 1.25 times ``warmup_steps``.
+        final: alpha, beta1 and beta2 in the last phase: "text": 0.5, 0.9 and 0.01, as in the paper's text; "freeze":
+            those reached when it begins, as in the published code.
         e: added to the denominator, which keeps it away from 0.
         **options: of ``ZOOptimizer``.
     """

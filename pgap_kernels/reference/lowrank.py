@@ -90,7 +90,7 @@ def lowrank_perturb_(weights, out, arguments: LowRankArguments):
         a = left[t].float() if left else regenerate(m, base // row_stride, left_key)
         b = right[t].float() if right else regenerate(n, base % row_stride, right_key)
         if arguments.below:
-            squares = (a * a * arguments.below[t].float()).to(dtype).float()
+            squares = a * a * arguments.below[t].float()
         if core_kind == "diagonal":
             a = a * core[t].float()
         elif core_kind == "full":
@@ -100,11 +100,9 @@ def lowrank_perturb_(weights, out, arguments: LowRankArguments):
         a, b = a.to(dtype).float(), b.to(dtype).float()
         d = decay[column(decay, t)].to(device)
         weight = source.float()
-        product = a @ b.T
+        value = coefficient[column(coefficient, t)].to(device) * (a @ b.T)
         if arguments.e is not None:
-            e = arguments.e[column(arguments.e, t)].to(device)
-            product = product / (squares @ (b * b).to(dtype).float().T + e).sqrt()
-        value = coefficient[column(coefficient, t)].to(device) * product
+            value = value / (squares @ (b * b).T + arguments.e[column(arguments.e, t)].to(device)).sqrt()
         if d != 0:
             value = value - d * weight
         value = weight + value

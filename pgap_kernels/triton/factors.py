@@ -46,7 +46,7 @@ class Factors(NamedTuple):
     left: tl.dtype | None
     right: tl.dtype | None
     core: tl.dtype | None
-    precision: str  # of tl.dot on float32: ieee or tf32x3
+    precision: str  # of tl.dot on float32: ieee, tf32x3 or tf32
     squared: bool  # A A diag(v) instead of A C, which product_kernel makes of a quotient
     aligned: bool  # every A and B starts at a multiple of 16 bytes
 
@@ -143,8 +143,14 @@ def precision_on(device: torch.device, dtype: torch.dtype, rank: int) -> str:
 def pass_precision(device: torch.device, dtype: torch.dtype, rank: int, quotient: bool = False) -> str:
     """The same in a pass over W. There three TF32 products stand for one of float32, too, where they were timed: by fma
     a pass takes several times as long as a library's product. Tensor cores cut off where they sum: emulated, the
-    error beyond rank 64 is more than twice that of IEEE products, and quotients were not timed."""
-    three = architecture(device) == "hopper" and 16 <= rank <= 64 and not quotient
+    error beyond rank 64 is more than twice that of IEEE products.
+
+    What a quotient is divided by is a sum of float32 products of numbers >= 0. Beside 16-bit weights TF32 will do,
+    which has the digits of float16 and the exponents of float32; beside float32 ones quotients were not timed.
+    """
+    if quotient:
+        return "tf32" if is_nvidia(device) and dtype != torch.float32 and rank >= 16 else "ieee"
+    three = architecture(device) == "hopper" and 16 <= rank <= 64
     return "tf32x3" if three else precision_on(device, dtype, rank)
 
 
@@ -187,12 +193,12 @@ def make_factors(
 ) -> FactorList:
     """P in the dtype of such weights, of all matrices in one launch; with key 1 it is B, drawn as A is with key 0.
 
-    ``squared`` takes the squares of A's elements instead of A.
+    ``squared`` takes the squares of A's elements instead of A, and keeps them in float32: in 16 bits they underflow.
 
     The workspace comes from PyTorch's allocator at each call. Tables do not hold its address, so a graph capture may
     use a workspace of its own.
     """
-    device, dtype, count = weight.device, weight.dtype, len(rows)
+    device, dtype, count = weight.device, torch.float32 if squared else weight.dtype, len(rows)
     *places, size = accumulate((m * rank for m in rows), initial=0)
     workspace = torch.empty(size, dtype=dtype, device=device)
     factors, cores = stored_factors(left, count), addresses_of(core, count)

@@ -1,7 +1,7 @@
 """Low-rank directions, one read and one write of W.
 
     P = round(A C);   W <- round(fma(a, P round(B)^T, W)), or with a decay round(W + fma(-d, W, a P round(B)^T))
-    of a quotient, with Q = round((A A) diag(v)),  P round(B)^T / sqrt(Q round(B B)^T + e)  instead of P round(B)^T
+    of a quotient, with Q = (A A) diag(v),  P round(B)^T / sqrt(Q (round(B) round(B))^T + e)  instead of P round(B)^T
 
 P and B are rounded to W's dtype; sums are float32. A program owns a block of rows and walks over a strip of columns, so
 P is made once per row block and strip. Ranks below 16 are sums of outer products, others matrix products in steps.
@@ -105,7 +105,7 @@ def right_tile(
     MASKED: tl.constexpr,  # a j may lie outside the matrix
     SQUARED: tl.constexpr,
 ):
-    """B[j, k], or its square, rounded to TYPE; j and k broadcast to the tile."""
+    """B[j, k] rounded to TYPE, or its square in float32; j and k broadcast to the tile."""
     pointer = b_ptr + (j * FACTORS.rank + k)
     if MASKED:
         b = tl.load(pointer, mask=(j < columns) & (k < FACTORS.rank), other=0.0)
@@ -116,7 +116,7 @@ def right_tile(
     b = round_to(b.to(tl.float32), TYPE)
     if SQUARED:
         b = b.to(tl.float32)
-        b = round_to(b * b, TYPE)
+        b *= b
     return b
 
 
@@ -157,7 +157,9 @@ def outer_products(
             acc = tl.fma(p_k[:, None], b_k.to(tl.float32)[None, :], acc)
     else:
         for k in range(FACTORS.rank):
-            p_k = left_tile(block.entry, a_ptr, 0, i, k, FACTORS).to(TYPE)
+            p_k = left_tile(block.entry, a_ptr, 0, i, k, FACTORS)
+            if not SQUARED:
+                p_k = p_k.to(TYPE)
             b_k = right_tile(block.b_ptr, columns, j, k, FACTORS, TYPE, True, MASKED, SQUARED)
             acc = tl.fma(p_k.to(tl.float32)[:, None], b_k.to(tl.float32)[None, :], acc)
     return acc
@@ -192,7 +194,9 @@ def matrix_product(
                 a = tl.load(a_ptr + (i * FACTORS.rank + k)).to(tl.float32)
             k = first + tl.arange(0, TILE.step)[:, None]
             b = right_tile(block.b_ptr, columns, j, k, FACTORS, TYPE, EVEN, MASKED, SQUARED)
-            acc = dot(round_to(a, TYPE), b, acc, FACTORS.precision)
+            if not SQUARED:
+                a = round_to(a, TYPE)
+            acc = dot(a, b, acc, FACTORS.precision)
     return acc
 
 
@@ -309,7 +313,7 @@ def lowrank_kernel(
         a_ptr = factor_pointer(entry, LEFT, workspaces.left, FACTORS.left)
     q_ptr, e = a_ptr, coefficient  # placeholders
     if QUOTIENT:
-        q_ptr, e = factor_pointer(entry, BELOW, workspaces.below, FACTORS.left), tl.load(scalars.e + scalar)
+        q_ptr, e = factor_pointer(entry, BELOW, workspaces.below, tl.float32), tl.load(scalars.e + scalar)
     p = tl.zeros((TILE.rows, FACTORS.padded), UPDATE.dtype)
     if TILE.resident:
         i, k = row + tl.arange(0, TILE.rows)[:, None], tl.arange(0, FACTORS.padded)[None, :]

@@ -40,7 +40,7 @@ def test_whole_numbers(dtype, rank):
         assert not any(torch.equal(g, x) for g, x in zip(got, w, strict=True))
 
 
-@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("rank", (1, 9, 16, 33))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_quotients_of_whole_numbers(dtype, rank):
     """Factors are signs, and v adds up so that the root is 16."""
@@ -102,15 +102,14 @@ def test_error_is_at_most_twice_that_of_pytorch(dtype, rank, core):
     at_most_twice(dtype, got, w, left, right, matrices, 0.3125, decay)
 
 
-@pytest.mark.parametrize("rank", (2, 9, 17, 33))
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "rank"), [*zip(DTYPES, (2, 17, 33), strict=True)], ids=str)
 def test_quotients_are_within_their_bounds(dtype, rank):
     w = weights(SHAPES, dtype)
     left, right, cores = stored(rank, "diagonal", draw=lambda sizes, seed: weights(sizes, seed=seed))
-    below = [c.square() for c in cores]
-    got = perturbed(w, left, right, core=cores, below=below, e=0.01, coefficient=0.3125, **WIDE)
+    below = [1e-8 * c.square() for c in cores]
+    got = perturbed(w, left, right, core=cores, below=below, e=1e-10, coefficient=3e-5, **WIDE)
     for g, x, a, b, c, v in zip(got, w, left, right, cores, below, strict=True):
-        assert_quotient(g, x, a, b, c, v, e=0.01, coefficient=0.3125)
+        assert_quotient(g, x, a, b, c, v, e=1e-10, coefficient=3e-5)
 
 
 # ---- decay ---------------------------------------------------------------------------------------------------------

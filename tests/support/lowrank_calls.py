@@ -54,8 +54,8 @@ def at_most_twice(dtype, got, w, left, right, cores, coefficient: float, decay: 
 
 
 def assert_quotient(got, w, a, b, c, v, *, e: float, coefficient: float) -> None:
-    """A quotient, added to W, within what its roundings may move it by: two factors of each product to W's dtype, sums
-    of rank terms and a few operations in float32, and the result to W's dtype. Square roots halve relative errors."""
+    """A quotient, added to W, within what its roundings may move it by: P and B to W's dtype, sums of rank terms and a
+    few operations in float32, and the result to W's dtype. Below, where B is squared, the root halves the error."""
     a, b, c, v = (t.double() for t in (a, b, c, v))
     unit, single = torch.finfo(w.dtype).eps / 2, 2.0**-24
     each = 2 * unit + (len(c) + 4) * single
