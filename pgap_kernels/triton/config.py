@@ -82,7 +82,7 @@ _HALF = (
     *[_STEPS._replace(strip=32)] * 2,
 )
 # Of quotients, whose two sums fill the registers: their factors are made beforehand. Not timed on a card yet.
-_QUOTIENT = tuple(config._replace(columns=32) for config in (_SMALL[1], _STEPS))
+_QUOTIENT = tuple(config._replace(columns=32, config=Config()) for config in (_SMALL[1], _STEPS))
 # The fastest of those that benchmarks.gpu.tuning has timed on an H200, spills or not (of rank 16, 2 % slower than the
 # fastest, which spills). float32 takes three products of TF32 there (factors.py).
 _HOPPER_FLOAT32 = (
