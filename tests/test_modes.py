@@ -10,6 +10,8 @@ from support.methods import METHODS, ROWS, Row, is_exact
 from support.models import IDS, Words, snapshot
 from support.selection import cycled, runs, some_runs, unstacked
 
+from pgap_kernels.optim import cost
+
 pytestmark = pytest.mark.filterwarnings("ignore:16-bit weights")
 
 
@@ -107,10 +109,22 @@ def test_cost_is_what_is_counted(row, mode):
         opt.step(closure)
         tensors = [t for state in opt.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
         held.append(sum(t.nbytes for t in tensors) + opt.perturbation.state_bytes)
-    cost = opt.cost()
-    assert opt.passes - begun == pytest.approx(row.period * cost.weight_passes, rel=1e-12)
-    assert closure.calls == pytest.approx(row.period * cost.forwards)
-    assert cost.state_bytes == max(held)
+    declared = opt.cost()
+    assert opt.passes - begun == pytest.approx(row.period * declared.weight_passes, rel=1e-12)
+    assert closure.calls == pytest.approx(row.period * declared.forwards)
+    assert declared.state_bytes == max(held)
+
+
+WINDOWS = [row for row in METHODS if "window" in row.options]
+
+
+@pytest.mark.parametrize("row, mode", runs(WINDOWS))
+def test_a_long_window_costs_what_its_steps_cost(row, mode, monkeypatch):
+    """Of which few are taken."""
+    optimizer = build(row, mode, Words(tied=False), window=7)[1]
+    whole = optimizer.cost()
+    monkeypatch.setattr(cost, "_TAKEN_WHOLE", 6)
+    assert optimizer.cost() == pytest.approx(whole, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -131,5 +145,5 @@ def test_cost_is_what_is_counted(row, mode):
 def test_costs_of_the_literature(id, mode, forwards, passes):
     """As the methods' docstrings have them, counted by hand."""
     row: Row = next(r for r in ROWS if r.id == id)
-    cost = build(row, mode, Words(tied=False))[1].cost()
-    assert (cost.forwards, cost.weight_passes) == (forwards, pytest.approx(passes, rel=1e-12))
+    declared = build(row, mode, Words(tied=False))[1].cost()
+    assert (declared.forwards, declared.weight_passes) == (forwards, pytest.approx(passes, rel=1e-12))

@@ -305,6 +305,8 @@ FAULTS = [
         ("cost-of-the-first-period", "for _ in range(2):", "for _ in range(1):", "cost and two_pass")),
     *faults(f"{PACKAGE}/optim/model.py", METHODS,
         ("biases-decay", "if w.tensor.dim() > 1 else 0.0", "if w.tensor.dim() > 0 else 0.0", "mezo-3-inplace")),
+    *faults(f"{PACKAGE}/optim/cost.py", METHODS,
+        ("ends-of-a-window-are-ordinary", "ends + (period - 2) * value", "period * value", "long_window")),
     *faults(f"{PACKAGE}/optim/lowrank.py", METHODS,
         ("scale-without-rank", " / self.rank_of(weight) if", " if", "pgap-inplace")),
     *faults(f"{PACKAGE}/optim/mezo.py", METHODS,

@@ -19,6 +19,7 @@ from benchmarks.step.contenders import EPS, LR, InTurns, Sampled
 from benchmarks.step.models import LABEL_TOKENS, Workload
 from pgap_kernels.finetune.scoring import Scorer
 from pgap_kernels.optim import LowRankOptimizer, available_methods, make_optimizer, method_options
+from pgap_kernels.optim.cost import over_a_period
 from pgap_kernels.optim.registry import method_class
 
 # What differs from a method's defaults, for both sides. DiZO's are a tenth of its own, so that a few steps show both of
@@ -29,8 +30,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     # As often as P-GAP, so that a refresh can be waited for.
     **{name: {"window": 100} for name in ("pizo-subzero", "subzero", "svd-0")},
 }
-# Periods of up to so many steps are counted in full.
-_COUNTED_WHOLE = 20
 # Forwards of a step that can be slices of one.
 MEMBERS = {"eggroll": 8, "lozo": 2, "pgap": 2}
 
@@ -202,27 +201,9 @@ class Contender(InTurns):
                 self._take(closure)
             return [closure.calls - calls, optimizer.passes - passes]
 
-        if period <= _COUNTED_WHOLE:
-            count(1)  # enters a schedule
-            found = count(period)
-        else:
-            # Two that are like all others, then the last of a period and the first of the next. Each is counted after
-            # the step before it, which in place may write the perturbation of the next.
-            optimizer.merge()
-            optimizer.steps = self._begin_of_a_period()
-            count(1)
-            ordinary = [value / 2 for value in count(2)]
-            self.rest()
-            optimizer.steps = self._begin_of_a_period() - 2
-            count(1)
-            found = [ends + (period - 2) * other for ends, other in zip(count(2), ordinary, strict=True)]
+        found = over_a_period(optimizer, count)
         self.rest()
         return dict(zip(("forwards", "passes"), (value / period for value in found), strict=True))
-
-    def _begin_of_a_period(self) -> int:
-        """The number of the first step of the next one."""
-        optimizer = self.optimizer
-        return -(-optimizer.steps // optimizer.period) * optimizer.period
 
     def release(self) -> None:
         """Take the hooks off; the weights are the model."""

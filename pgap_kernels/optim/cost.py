@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .mode import ModeOptimizer
+
+# Periods of up to so many steps are taken whole to be counted.
+_TAKEN_WHOLE = 20
 
 
 class Cost(NamedTuple):
@@ -21,6 +25,31 @@ class Cost(NamedTuple):
     # of them in the modes scratch and folded
     state_bytes: int  # kept between steps
     scratch_bytes: int  # largest transient, up to the O((m + n)(r + 8)) of an SVD
+
+
+def over_a_period(optimizer: ModeOptimizer, count: Callable[[int], Sequence[float]]) -> list[float]:
+    """The sums over one period of what ``count`` counts in as many steps as it is told to take.
+
+    Of a long window not all steps are taken: beside the first and the last they are alike.
+    """
+    period = optimizer.period
+    if period <= _TAKEN_WHOLE or getattr(optimizer, "window", None) != period:
+        count(1)  # enters a schedule
+        return list(count(period))
+    # A step is counted after the one before it, which may write its perturbation; so steps are left out after a merge.
+    optimizer.merge()
+    optimizer.steps = _next_period(optimizer)
+    count(1)
+    ordinary = [value / 2 for value in count(2)]
+    optimizer.merge()
+    optimizer.steps = _next_period(optimizer) - 2
+    count(1)
+    return [ends + (period - 2) * value for ends, value in zip(count(2), ordinary, strict=True)]
+
+
+def _next_period(optimizer: ModeOptimizer) -> int:
+    """The number of its first step."""
+    return -(-optimizer.steps // optimizer.period) * optimizer.period
 
 
 def measure_cost(optimizer: ModeOptimizer) -> Cost:
@@ -36,15 +65,20 @@ def measure_cost(optimizer: ModeOptimizer) -> Cost:
         return torch.tensor(losses, dtype=torch.float32, device="cpu")
 
     perturbation = twin.perturbation
-    for _ in range(2):  # the first period may have more to do: to enter a schedule, to make state
-        forwards, state_bytes, perturbation.passes = 0, 0, 0.0
-        for _ in range(twin.period):
+
+    def count(steps: int) -> list[float]:
+        nonlocal state_bytes
+        before = [forwards, perturbation.passes]
+        for _ in range(steps):
             twin.step(closure)  # type: ignore[arg-type]
             tensors = [t for state in twin.state.values() for t in state.values() if isinstance(t, Tensor)]
             state_bytes = max(state_bytes, sum(t.nbytes for t in tensors) + perturbation.state_bytes)
+        return [forwards - before[0], perturbation.passes - before[1]]
+
+    all_forwards, passes = over_a_period(twin, count)
     return Cost(
-        forwards / twin.period,
-        perturbation.passes / twin.period,
+        all_forwards / twin.period,
+        passes / twin.period,
         state_bytes,
         perturbation.scratch_bytes + perturbation.workspace_bytes,
     )
