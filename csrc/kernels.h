@@ -97,9 +97,9 @@ struct LowrankPass {
     float coefficient, decay;
     const uint64_t* rounding_key;
     bool pairs;  // items of P and B^T are not floats but two bf16: k = 2 i in the high half, 2 i + 1 in the low one
-    const float* below_left;   // Q, as P; null: no quotient
-    const float* below_right;  // (B B)^T, as B^T
-    float e;
+    const float* below_left;   // Q, laid out as P; null: no quotient
+    const float* below_right;  // (B B)^T, laid out as B^T
+    float e;                   // of the quotient, > 0
 };
 
 // The tokens of a layer's input and output, and the direction that a slice of them sees: the factors F_in and F_out, and

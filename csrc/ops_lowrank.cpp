@@ -2,7 +2,8 @@
 // divided by sqrt((A A) diag(v) (B B)^T + e), element by element, with a diagonal C.
 //
 // The list of weights is processed in batches, each in three parallel steps: pack C of every weight; pack P = A C and
-// B^T, both rounded to the weights' dtype, and Q = (A A) diag(v) and (B B)^T, which stay float32; pass over the weights.
+// B^T, both rounded to the weights' dtype, and for a quotient Q = (A A) diag(v) and (B B)^T, which stay float32; pass
+// over the weights.
 #include "factors.h"
 
 #include <cmath>

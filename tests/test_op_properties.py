@@ -336,32 +336,3 @@ def test_compiled_calls_take_other_keys_and_coefficients(given):
         pgap_kernels.ops.lowrank_perturb_(want, i + 3, i + 3, coefficient=0.25 * i, rank=2, tensor_ids=[7])
     assert_all_same(got, want)
     assert counter.frame_count == 1 or given == "numbers"
-
-
-@every_op
-def test_compiled(row):
-    """The registered op can be traced; what follows it in the graph sees what it wrote."""
-    torch.compiler.reset()
-    function, args, kwargs = registered(row, **small(row))
-
-    @torch.compile(backend="aot_eager", fullgraph=True)
-    def step(args):
-        returned = function(*args, **kwargs)
-        return [t * 2 for t in flat([returned, args])]
-
-    def copied(value):
-        return value.clone() if isinstance(value, torch.Tensor) else [copied(v) for v in value]
-
-    got, want = copied(args), copied(args)
-    with serving(OTHERS[0]):
-        returned = function(*want, **kwargs)
-        assert_all_same(step(got), [t * 2 for t in flat([returned, want])])
-    assert_all_same(flat(got), flat(want))
-
-
-@every_op
-def test_a_compiled_function_may_call_the_public_one(row):
-    """Whatever the compiler makes of the checks."""
-    arguments = row.arguments(**small(row))
-    got = torch.compile(lambda: after(row, arguments), backend="aot_eager")()
-    assert_all_same(got, after(row, row.arguments(**small(row))))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -12,7 +11,7 @@ from typing import Any
 
 from ..optim import LowRankOptimizer, ZOOptimizer, method_options
 from ..optim.described import described
-from ..optim.options import by_name
+from ..optim.options import by_name, renamed
 from ..optim.registry import did_you_mean, method_class
 from .errors import UserError
 
@@ -137,4 +136,4 @@ def flag(name: str) -> str:
 
 def as_flags(message: str) -> str:
     """The error message of an optimizer, with the arguments that it begins with as they are on the command line."""
-    return re.sub(r"^\w+(, \w+)*(?=[:\[])", lambda found: ", ".join(map(flag, found[0].split(", "))), message)
+    return renamed(message, flag)

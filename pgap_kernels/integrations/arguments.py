@@ -8,12 +8,11 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import re
 from typing import Any
 
 from ..optim import available_methods, method_options
 from ..optim.described import described
-from ..optim.options import by_name
+from ..optim.options import by_name, renamed
 from ..optim.registry import did_you_mean, method_class, method_classes, method_name
 
 # What the trainer's own arguments say, or what makes no sense as text.
@@ -124,6 +123,9 @@ class ZOArguments(_Options):
         learning_rate: by default the method's.
         max_grad_norm: only 0 is accepted.
 
+    Attributes:
+        uses_default_rate: whether ``learning_rate`` is the method's, as none was given.
+
     Raises:
         ValueError, TypeError: an argument cannot be served.
     """
@@ -226,13 +228,5 @@ class ZOArguments(_Options):
         try:
             return method_class(self.zo_method)(model, **own, **self.method_options(), **more)
         except (TypeError, ValueError) as error:
-            raise type(error)(_as_arguments(str(error))) from error
-
-
-def _as_arguments(message: str) -> str:
-    """An optimizer's error message, with the options that it begins with named as they are here."""
-    ours = {"lr": "learning_rate", **{name.removeprefix("zo_"): name for name, *_ in _OPTIONS}}
-    begin = re.match(r"\w+(, \w+)*(?=[:\[])", message)
-    if begin is None:
-        return message
-    return ", ".join(ours.get(name, name) for name in begin[0].split(", ")) + message[begin.end() :]
+            ours = {"lr": "learning_rate", **{name.removeprefix("zo_"): name for name, *_ in _OPTIONS}}
+            raise type(error)(renamed(str(error), lambda name: ours.get(name, name))) from error

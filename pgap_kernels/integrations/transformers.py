@@ -40,7 +40,7 @@ __all__ = ["ZOArguments", "ZOTrainer", "ZOTrainerMixin", "ZOTrainingArguments"]
 
 _log = logging.getLogger("pgap_kernels")
 _DEFAULT_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
-# Entries of param groups. The rate of the moment is the scheduler's.
+# Entries of param groups, as arguments. The rate of the moment is the scheduler's.
 _ARGUMENTS = {"initial_lr": "learning_rate", "weight_decay": "weight_decay"}
 _NO_ARGUMENTS = ("zo_params", "zo_param_names", "zo_lr")
 _COUNTERS = ("_metrics", "_total_train_tokens", "_stored_metrics")  # of TRL's trainers: what a forward adds to
@@ -257,8 +257,8 @@ class ZOTrainerMixin:
                 _log.warning(
                     "resume_from_checkpoint: %s stays %r, from the checkpoint; the given %r is not used (to change it, "
                     "begin a run from the weights)",
-                    name, value, given[name],
-                )  # fmt: skip
+                    *(name, value, given[name]),
+                )
 
     def _merge(self) -> None:
         """In every process: what is pending would be merged in the one that saves or evaluates alone."""

@@ -15,6 +15,12 @@ from .base import Evaluation, Params, ZOOptimizer
 from .options import at_least_one, fraction, positive
 
 
+def layer_number(name: str) -> str | None:
+    """The first number that is a whole part of a parameter's name; None if there is none."""
+    found = re.search(r"(?<![^.])\d+(?![^.])", name)
+    return found and found[0]
+
+
 class LayerwiseOptimizer(ZOOptimizer):
     """Base of methods that move some layers in a step.
 
@@ -24,12 +30,12 @@ class LayerwiseOptimizer(ZOOptimizer):
 
     def layers(self) -> list[list[Weight]]:
         """The weights of each layer, by its number or name, whatever the order in which they were given."""
-        numbers = {w.index: re.search(r"(?<![^.])\d+(?![^.])", w.name) for w in self.weights()}
+        numbers = {w.index: layer_number(w.name) for w in self.weights()}
         found: dict[str, list[Weight]] = {}
         for w in self.weights():
             number = numbers[w.index]
             module = "" if any(numbers.values()) else w.name.rpartition(".")[0]
-            found.setdefault(number[0] if number else module, []).append(w)
+            found.setdefault(number or module, []).append(w)
         names = sorted(found, key=lambda name: (int(name), "") if name.isdecimal() else (-1, name))
         return [sorted(found[name], key=lambda w: w.name) for name in names]
 

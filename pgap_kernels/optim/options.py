@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
@@ -73,6 +74,11 @@ def near_names(pattern: str, known: Sequence[str]) -> str:
         return f"'*{core}*' matches {', '.join(map(repr, containing[:3]))}"
     near = get_close_matches(pattern, known, 3, 0.4)
     return f"near names: {', '.join(map(repr, near))}" if near else f"names are like {known[0]!r}"
+
+
+def renamed(message: str, name: Callable[[str], str]) -> str:
+    """An error message, with the arguments that it begins with under the names that its reader knows."""
+    return re.sub(r"^\w+(, \w+)*(?=[:\[])", lambda found: ", ".join(map(name, found[0].split(", "))), message)
 
 
 def by_name(text: str) -> dict[str, float]:

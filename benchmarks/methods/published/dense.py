@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pgap_kernels.finetune.baseline import Baseline, BaselineMeZO, Closure, dense_noise
+from pgap_kernels.optim.lezo import layer_number
 
 from .draws import Directions
 from .one_sided import OneSided
@@ -32,8 +32,7 @@ class PIZO(OneSided):
     @torch.no_grad()
     def step(self, closure: Closure) -> float:
         self.guide = {}
-        seeds = [self._draw_seed() for _ in range(self.pool)]
-        losses = [self._one_sided(closure, zo_seed) for zo_seed in seeds]
+        seeds, losses = self._losses(closure, self.pool)
         with self._timed("perturb"):
             order = sorted(range(self.pool), key=losses.__getitem__)
             guide = {name: torch.zeros_like(w) for name, w in self.parameters.items()}
@@ -171,8 +170,7 @@ class AdaLeZO(Baseline):
         self.share, self.tau, self.gamma, self.clip, self.ema = share, tau, gamma, clip, ema
         found: dict[str, list[torch.nn.Parameter]] = {}
         for name, w in self.parameters.items():
-            number = re.search(r"(?<![^.])\d+(?![^.])", name)
-            found.setdefault(number[0] if number else "", []).append(w)
+            found.setdefault(layer_number(name) or "", []).append(w)
         self.layers = [*found.values()]
         self.worth = torch.zeros(len(self.layers))
         self.drawn: dict[int, float] = {}  # layers, and what their updates are multiplied by
