@@ -59,11 +59,14 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=90)
     parser.add_argument("--sizes", type=int, nargs=3, default=[1000, 100, 200], metavar="N", help="train, dev and test")
     parser.add_argument("--output", default="runs/tasks", metavar="DIR")
+    parser.add_argument("--files-only", action="store_true", help="write the tasks' data to DIR, and run nothing")
     args = parser.parse_args(given)
     for task in args.only:
         folder = Path(args.output, task)
         file = folder.with_suffix(".jsonl")
         write_rows(task, file)
+        if args.files_only:
+            continue
         report = run(
             Config(
                 model=args.model,

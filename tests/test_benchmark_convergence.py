@@ -13,7 +13,7 @@ pytest.importorskip("tomllib")
 from support.finetune_tiny import csv_file, tiny_model
 
 from benchmarks.convergence import __main__ as program
-from benchmarks.convergence import report, times
+from benchmarks.convergence import report, run, times
 from benchmarks.convergence.store import Store
 from benchmarks.convergence.study import DEFAULT, SCHEDULES, Refused, Study, load
 from benchmarks.convergence.times import Ratio, Setting, Time
@@ -72,7 +72,7 @@ def study(config) -> Study:
 
 
 def go(cell, study, store, over=lambda: False):
-    return program.run_cell(cell, study, store, torch.device("cpu"), lambda share: None, over)
+    return run.run_cell(cell, study, store, torch.device("cpu"), lambda share: None, over)
 
 
 def after(steps: int):
@@ -89,10 +89,12 @@ def test_cells_of_the_study_come_in_the_order_of_interest():
     arms = list(dict.fromkeys(cell.arm for cell in study.cells))
     repeats = list(dict.fromkeys(cell.data_seed for cell in study.cells))
     assert len(repeats) >= 3
-    assert [cell.data_seed for cell in study.cells] == sorted(cell.data_seed for cell in study.cells)
-    first = [cell for cell in study.cells if cell.data_seed == repeats[0]]
-    assert {cell.arm for cell in first[: len(arms) + 2]} == {*arms}  # MeZO has three entries
-    assert {(c.batch, c.lr) for c in first if c.arm == "MeZO"} >= {(b, lr) for b in (1, 4, 16) for lr in (6e-5, 9.6e-4)}
+    entries = next(number for number, cell in enumerate(study.cells) if cell.data_seed != repeats[0])
+    first = study.cells[: entries * len(repeats)]
+    assert {(cell.arm, cell.data_seed) for cell in first} == {(arm, seed) for arm in arms for seed in repeats}
+    assert len({(cell.batch, cell.schedule, cell.lr) for cell in first if cell.arm == "P-GAP, K = 8"}) == 1
+    mezo = {(c.batch, c.lr) for c in study.cells if c.arm == "MeZO"}
+    assert mezo >= {(16, lr) for lr in (6e-5, 9.6e-4)} | {(b, lr) for b in (1, 4) for lr in (3e-5, 2.4e-4)}
     for cell in study.cells:
         assert cell.batch % cell.options.get("groups", 1) == 0 and cell.data_seed != cell.direction_seed
 
@@ -140,7 +142,7 @@ def test_the_program_from_cells_to_report(config, tmp_path, capsys, monkeypatch)
         assert {p["forwards"] for p in points[1:]} <= {*steps["forwards"]} and 5 < len(points) < 15
         assert (steps["second_moment"][0] is not None) == (arm == "P-GAP")
     # What is finished is not run again.
-    monkeypatch.setattr(program, "Run", None)
+    monkeypatch.setattr(run, "Run", None)
     capsys.readouterr()
     assert program.main(command) == 0
     assert "all cells are finished" in capsys.readouterr().out
@@ -152,6 +154,34 @@ def test_the_program_from_cells_to_report(config, tmp_path, capsys, monkeypatch)
     assert text.startswith("before") and text.endswith("after") and "old" not in text
     assert "| P-GAP | > 120 | 0 of 1 | none | batch 2, constant, lr 0.001 (end) |" in text
     assert "(curves.png)" in text and (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_a_cell_of_generated_answers_reports_their_metric(config, tmp_path):
+    config.write_text(config.read_text().replace("test_size", 'task = "generation", max_new_tokens = 2, test_size'))
+    study, store = load(config, "cpu", only=["P-GAP"]), Store(tmp_path / "results")
+    store.begin(study)
+    record = go(study.cells[0], study, store)
+    assert record["status"] == "completed" and {"f1", "exact_match"} < set(record["checkpoints"][-1])
+    assert "test f1" in report.markdown(store.study(), [record], None)
+
+
+def test_cells_at_a_time_are_those_in_turn(config, study, tmp_path, capsys):
+    folder = tmp_path / "results"
+    command = ["--config", str(config), "--json", str(folder), "--parallel", "2"]
+    with pytest.raises(SystemExit):
+        program.main(command)
+    assert "accepted: with --seconds 0" in capsys.readouterr().err
+    assert program.main([*command, "--seconds", "0", "--max-minutes", "0"]) == 0
+    assert "stopped; 2 of 2 cells are left" in capsys.readouterr().out
+    assert program.main([*command, "--seconds", "0"]) == 0
+    for cell in study.cells:
+        found, straight = Store(folder).read(cell), go(cell, study, Store(tmp_path))
+        assert found["status"] == "completed"
+        losses = straight["steps"]["losses"][: len(found["steps"]["losses"])]
+        assert found["steps"]["losses"] == pytest.approx(losses, rel=1e-4)  # not by as many threads
+    # Nothing is said of seconds, for which there was no budget.
+    assert program.main(["report", str(folder), "--figure", str(tmp_path / "curves.png")]) == 0
+    assert "seconds" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arm", ["MeZO", "P-GAP"])

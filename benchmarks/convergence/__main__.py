@@ -7,7 +7,7 @@ Study     benchmarks/convergence/study.toml says which arms there are (methods x
           sizes x seeds), what they learn, the budgets and the targets. SmolLM2-135M learns which movie snippets are
           positive; model and data are fetched the first time. Needs Python 3.11.
 Cells     each is a file in DIR. A finished one is not run again, a stopped one goes on where it was: after
-          --max-minutes, or Ctrl-C. The most wanted come first, and one seed of all before the second.
+          --max-minutes, or Ctrl-C. The likeliest settings come first, each with every seed.
 Budgets   a cell ends when its example-forwards and its seconds are used up, so that arms can be compared at equal
           forwards and at equal seconds. All forwards and seconds of its steps count, refreshes included; evaluations
           do not, nor do the forwards that try out, once, whether a model keeps the slices of a batch apart.
@@ -18,10 +18,9 @@ Seconds are only worth something on an idle machine, and those of one device do 
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,8 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from benchmarks.convergence import report
-from benchmarks.convergence.run import Run, Stopped
+from benchmarks.convergence.parallel import records
+from benchmarks.convergence.run import run_cell
 from benchmarks.convergence.store import Store
 from benchmarks.convergence.study import DEFAULT, Cell, Refused, Study, load
 from benchmarks.harness import options
@@ -38,57 +38,56 @@ from benchmarks.harness.tables import console
 from pgap_kernels.finetune import UserError
 
 
-def run(study: Study, store: Store, device: torch.device, minutes: float | None) -> bool:
+def run(study: Study, store: Store, device: torch.device, minutes: float | None, parallel: int = 1) -> bool:
     """Run the cells that are not finished; whether all are now."""
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
-
-    def over() -> bool:
-        return deadline is not None and time.monotonic() >= deadline
-
     left = [cell for cell in study.cells if not store.finished(cell)]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console()) as bar:
         task = bar.add_task("", total=len(left))
-        for done, cell in enumerate(left):
-            bar.update(task, description=cell.name)
-            if over():
-                return False
-            progress = partial(_note_progress, bar, task, done)
-            record = run_cell(cell, study, store, device, progress, over)
-            if record["status"] == "stopped":
-                return False
-            progress(1.0)
-            last = record["checkpoints"][-1]
-            bar.console.print(f"{cell.name}: {record['status']}, {study.part} loss {last['loss']:.4f}", highlight=False)
-    return True
+        if parallel == 1:
+            found = _in_turn(left, study, store, device, deadline, bar, task)
+        else:
+            bar.update(task, description=f"{parallel} at a time")
+            found = records(left, study, store, device, deadline, parallel)
+        finished = 0
+        for record in found:
+            if record is not None and record["status"] != "stopped":
+                finished += 1
+                bar.update(task, completed=finished)
+                bar.console.print(_said(record, study), highlight=False)
+    return finished == len(left)
+
+
+def _in_turn(
+    left: Sequence[Cell],
+    study: Study,
+    store: Store,
+    device: torch.device,
+    deadline: float | None,
+    bar: Progress,
+    task: TaskID,
+) -> Iterator[dict[str, Any]]:
+    def over() -> bool:
+        return deadline is not None and time.monotonic() >= deadline
+
+    for done, cell in enumerate(left):
+        bar.update(task, description=cell.name)
+        if over():
+            return
+        record = run_cell(cell, study, store, device, partial(_note_progress, bar, task, done), over)
+        yield record
+        if record["status"] == "stopped":
+            return
 
 
 def _note_progress(bar: Progress, task: TaskID, done: int, share: float) -> None:
     bar.update(task, completed=done + share)
 
 
-def run_cell(
-    cell: Cell,
-    study: Study,
-    store: Store,
-    device: torch.device,
-    progress: Callable[[float], object],
-    over: Callable[[], bool],
-) -> dict[str, Any]:
-    """Run a cell from where it was stopped, if it was, until it is finished or stopped; returns its record."""
-    run = Run(cell, study, device)
-    before = store.resume(cell, device)
-    if before is not None:
-        run.load(*before)
-    try:
-        run.go(progress, over)
-    except Stopped:
-        store.stop(cell, run.record, run.state())
-    else:
-        store.finish(cell, run.record)
-    run.optimizer.detach()
-    gc.collect()  # a model and its hooks refer to one another
-    return run.record
+def _said(record: dict[str, Any], study: Study) -> str:
+    name = Cell(**record["cell"]).name
+    return f"{name}: {record['status']}, {study.part} loss {record['checkpoints'][-1]['loss']:.4f}"
 
 
 def arguments(given: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -106,11 +105,20 @@ def arguments(given: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.N
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ...; default: %(default)s")
     add("--only", nargs="+", metavar="ARM", help="default: all")
     add("--seconds", type=float, help="budget of a cell; default: the study's for the device")
+    add(
+        "--parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="cells at a time, each in a process of its own; needs --seconds 0, as they then take longer",
+    )
     add("--max-minutes", type=float, help="stop after so many; the same command goes on later")
     add("--list", action="store_true", help="print the cells in their order, and run none")
     args = parser.parse_args(given)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device: got {args.device!r}, but PyTorch finds no such device here; accepted here: cpu")
+    if args.parallel < 1:
+        parser.error(f"--parallel: got {args.parallel}; accepted: 1 or more")
     return parser, args
 
 
@@ -125,9 +133,14 @@ def main(given: Sequence[str] | None = None) -> int:
         if args.list:
             print("\n".join(cell.name for cell in study.cells))
             return 0
+        if args.parallel > 1 and study.seconds:
+            raise Refused(
+                f"--parallel: got {args.parallel} with a budget of {study.seconds:g} seconds, but cells at a time take "
+                "longer; accepted: with --seconds 0"
+            )
         store = Store(args.json)
         store.begin(study)
-        complete = run(study, store, device, args.max_minutes)
+        complete = run(study, store, device, args.max_minutes, args.parallel)
     except (Refused, UserError) as error:
         parser.error(str(error))
     left = sum(not store.finished(cell) for cell in study.cells)

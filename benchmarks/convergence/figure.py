@@ -1,4 +1,4 @@
-"""Two panels: the loss over example-forwards and over seconds, of each arm with its best setting."""
+"""The loss over example-forwards and over seconds, of each arm with its best setting."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from benchmarks.convergence.times import AXES, Record, Setting
 
 
 def draw(study: Mapping[str, Any], arms: Mapping[str, dict[Setting, dict[int, Record]]], file: Path) -> None:
-    """Draw both; a thin line is a seed, a thick one their mean as far as all seeds go."""
+    """Draw those that have a budget; a thin line is a seed, a thick one their mean as far as all seeds go."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 5.2), layout="constrained")
+    shown = [axis for axis in AXES if study[axis]]
+    figure = Figure(figsize=(7 * len(shown), 5.2), layout="constrained")
     FigureCanvasAgg(figure)
-    for place, axis in enumerate(AXES, 1):
-        _panel(figure.add_subplot(1, 2, place), study, arms, axis)
+    for place, axis in enumerate(shown, 1):
+        _panel(figure.add_subplot(1, len(shown), place), study, arms, axis)
     figure.savefig(file, dpi=150)
 
 

@@ -46,10 +46,11 @@ def arms_of(records: Sequence[Record]) -> Arms:
 
 def tables(study: Mapping[str, Any], arms: Arms) -> Iterator[Table]:
     """All of them."""
-    for axis in AXES:
+    axes = [axis for axis in AXES if study[axis]]  # a study of forwards alone has no budget of seconds
+    for axis in axes:
         for name, target in study["targets"].items():
             yield _to_target(study, arms, axis, name, target)
-    for axis in AXES:
+    for axis in axes:
         yield _at_budget(study, arms, axis)
     yield _signal(study, arms)
 
@@ -76,15 +77,14 @@ def _to_target(study: Mapping[str, Any], arms: Arms, axis: str, name: str, targe
 
 
 def _at_budget(study: Mapping[str, Any], arms: Arms, axis: str) -> Table:
-    budget, lines = study[axis], []
+    budget, lines, metric = study[axis], [], ""
     for arm, found in arms.items():
         one = times.lowest(found, axis, budget)
+        metric = times.metric_of(next(iter(one.runs.values())))
         points = [times.loss_at(run, axis, budget) for run in one.runs.values()]
-        figures = [
-            _spread([point[name] for point in points], digits) for name, digits in (("loss", 4), ("accuracy", 3))
-        ]
+        figures = [_spread([point[name] for point in points], digits) for name, digits in (("loss", 4), (metric, 3))]
         lines.append([arm, *figures, str(len(points)), _setting(one)])
-    columns = ["arm", f"{study['part']} loss", f"{study['part']} accuracy", "seeds", "best setting"]
+    columns = ["arm", f"{study['part']} loss", f"{study['part']} {metric}", "seeds", "best setting"]
     return Table(columns, lines, f"at {budget:g} {UNITS[axis]}: mean (least to most)")
 
 

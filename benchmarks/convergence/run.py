@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -10,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.convergence.store import Store
 from benchmarks.convergence.study import SCHEDULES, Cell, Study
 from benchmarks.harness import batches, machine
 from pgap_kernels.finetune import data, models
-from pgap_kernels.finetune.scoring import Scorer
+from pgap_kernels.finetune.scoring import scorer_of
 from pgap_kernels.optim import NonFiniteLossError, make_optimizer
 
 EVALUATION_BATCH = 50
@@ -32,15 +34,18 @@ class Run:
 
     Attributes:
         record: what is kept of it: its cell, the machine, and by step the losses, the example-forwards and seconds so
-            far, and what the losses say of the gradient; the test's loss and accuracy at checkpoints.
+            far, and what the losses say of the gradient; loss and metrics of the evaluations at checkpoints.
     """
 
     def __init__(self, cell: Cell, study: Study, device: torch.device) -> None:
         self.cell, self.study, self.device = cell, study, device
         config = study.config()
-        self.model, tokenizer, _ = models.load(config.model, getattr(torch, config.dtype), device)
+        torch.manual_seed(cell.direction_seed)  # a new adapter is drawn at random
+        self.model, tokenizer, _ = models.load(
+            config.model, getattr(torch, config.dtype), device, tune=config.tune, lora_rank=config.lora_rank
+        )
         self.dataset = data.load(config, tokenizer)
-        self.scorer = Scorer(self.model, self.dataset.label_tokens, tokenizer.pad_token_id)
+        self.scorer = scorer_of(self.model, tokenizer, self.dataset, config.max_new_tokens)
         self.optimizer = make_optimizer(
             cell.method, self.model, lr=cell.lr, seed=cell.direction_seed, **{"eps": 1e-3, **cell.options}
         )
@@ -96,12 +101,16 @@ class Run:
                 if stop():
                     raise Stopped
                 self._step()
-                progress(min(self.forwards / self.study.forwards, self.seconds / self.study.seconds, 1.0))
+                progress(self._done())
             self.record["status"] = "completed"
         except NonFiniteLossError as error:
             self.record |= {"status": "diverged", "error": str(error)}
         except KeyboardInterrupt as error:
             raise Stopped from error
+
+    def _done(self) -> float:
+        budgets = ((self.forwards, self.study.forwards), (self.seconds, self.study.seconds))
+        return min(1.0, *(used / budget for used, budget in budgets if budget))
 
     def _used_up(self) -> bool:
         return self.forwards >= self.study.forwards and self.seconds >= self.study.seconds
@@ -109,8 +118,8 @@ class Run:
     def _step(self) -> None:
         cell, number = self.cell, len(self.record["steps"]["losses"])
         begin, calls = time.perf_counter(), 0
-        batch = self.scorer.encode(data.batch(self.dataset.train, cell.batch, cell.data_seed, number))
-        batch = batches.stacked(batch, cell.copies)
+        examples = data.batch(self.dataset.train, cell.batch, cell.data_seed, number)
+        batch = self.scorer.encode(examples * cell.copies)
         factor = SCHEDULES[cell.schedule](self.forwards / self.study.forwards)
         for group in self.optimizer.param_groups:
             group["lr"] = cell.lr * factor
@@ -144,5 +153,29 @@ class Run:
         score = self.scorer.evaluate(getattr(self.dataset, self.study.part), EVALUATION_BATCH)
         self.record["checkpoints"].append({
             "step": len(self.record["steps"]["losses"]), "forwards": self.forwards, "seconds": self.seconds,
-            "loss": score.loss, "accuracy": score.accuracy,
+            "loss": score.loss, **score.metrics,
         })  # fmt: skip
+
+
+def run_cell(
+    cell: Cell,
+    study: Study,
+    store: Store,
+    device: torch.device,
+    progress: Callable[[float], object],
+    over: Callable[[], bool],
+) -> dict[str, Any]:
+    """Run a cell from where it was stopped, if it was, until it is finished or stopped; returns its record."""
+    run = Run(cell, study, device)
+    before = store.resume(cell, device)
+    if before is not None:
+        run.load(*before)
+    try:
+        run.go(progress, over)
+    except Stopped:
+        store.stop(cell, run.record, run.state())
+    else:
+        store.finish(cell, run.record)
+    run.optimizer.detach()
+    gc.collect()  # a model and its hooks refer to one another
+    return run.record

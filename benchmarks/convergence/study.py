@@ -171,7 +171,7 @@ def _cells(found: Mapping[str, Any]) -> list[Cell]:
             for rank, (schedule, batch, lr) in enumerate(settings):
                 options = arm.get("options", {})
                 cell = Cell(arm["name"], arm["method"], batch, schedule, lr, options, data_seed, direction_seed)
-                ranked.append((repeat, rank, cell))
+                ranked.append((rank, repeat, cell))
     cells = [cell for *_, cell in sorted(ranked, key=lambda r: r[:2])]  # stable: arms in their order
     twice = [name for name, count in Counter(cell.name for cell in cells).items() if count > 1]
     if twice:

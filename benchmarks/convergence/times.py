@@ -69,11 +69,16 @@ def time_to(record: Record, target: float, axis: str, budget: float) -> Time:
 def loss_at(record: Record, axis: str, budget: float) -> dict[str, float]:
     """The checkpoint at a budget: the first with as much, less than a step later.
 
-    The loss of a run that has diverged is infinite, and its accuracy chance.
+    The loss of a run that has diverged is infinite, and its metrics are those that it began with.
     """
     if record["status"] == "diverged":
-        return {"loss": math.inf, "accuracy": 0.5}
+        return record["checkpoints"][0] | {"loss": math.inf}
     return next(point for point in record["checkpoints"] if point[axis] >= budget)
+
+
+def metric_of(record: Record) -> str:
+    """The most telling metric of a run's evaluations, such as its accuracy."""
+    return next(name for name in record["checkpoints"][0] if name not in ("step", *AXES, "loss"))
 
 
 def settings(records: Iterable[Record], arm: str) -> dict[Setting, dict[int, Record]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pgap_kernels import per_example_loss
 from pgap_kernels.finetune.scoring import Encoded, Scorer
 
 
@@ -19,4 +18,4 @@ def stacked(batch: Encoded, copies: int) -> Encoded:
 
 def loss(scorer: Scorer, batch: Encoded, slices: int) -> Tensor:
     """The mean loss of a batch; one loss per row where it has several slices."""
-    return scorer.loss(batch) if slices == 1 else per_example_loss(scorer.logits(batch), batch.labels)
+    return scorer.loss(batch) if slices == 1 else scorer.losses(batch)

@@ -17,7 +17,7 @@ from .errors import UserError
 
 #: What this task changes of a method's own defaults.
 OVERRIDES: dict[str, dict[str, Any]] = {
-    # Both from benchmarks/convergence/demo.toml (docs/finetune.md): half as much learns more slowly, twice as much
+    # Both from benchmarks/convergence/rates/default.toml (docs/finetune.md): half as much learns more slowly, twice as much
     # diverges. Their own 1e-6 is for full tuning of models a hundred times larger.
     "mezo": {"lr": 2.4e-4},
     # Rank 16 learns more slowly, and 128, the paper's smallest, is most of the rank of matrices with 192 rows.

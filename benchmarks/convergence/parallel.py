@@ -1,0 +1,42 @@
+"""Several cells at a time, each in a process of its own: for forwards, as cells that share a machine take longer."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from typing import Any
+
+import torch
+
+from benchmarks.convergence.run import run_cell
+from benchmarks.convergence.store import Store
+from benchmarks.convergence.study import Cell, Study
+
+
+def records(
+    cells: Sequence[Cell], study: Study, store: Store, device: torch.device, deadline: float | None, count: int
+) -> Iterator[dict[str, Any] | None]:
+    """The records of cells as they end, ``count`` at a time and begun in their order.
+
+    Args:
+        deadline: in ``time.monotonic()``, which all processes share; None for a cell that was not begun by then.
+    """
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    threads = max(1, (os.cpu_count() or 1) // count)
+    with ProcessPoolExecutor(count, context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+        waiting: list[Future] = [pool.submit(_one, cell, study, store, device, deadline) for cell in cells]
+        try:
+            for ended in as_completed(waiting):
+                yield ended.result()
+        finally:  # Ctrl-C, which the processes get too: those at work keep what they have
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _one(cell: Cell, study: Study, store: Store, device: torch.device, deadline: float | None) -> dict[str, Any] | None:
+    def over() -> bool:
+        return deadline is not None and time.monotonic() >= deadline
+
+    return None if over() else run_cell(cell, study, store, device, lambda share: None, over)
