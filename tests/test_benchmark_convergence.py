@@ -171,8 +171,6 @@ def test_cells_at_a_time_are_those_in_turn(config, study, tmp_path, capsys):
     with pytest.raises(SystemExit):
         program.main(command)
     assert "accepted: with --seconds 0" in capsys.readouterr().err
-    assert program.main([*command, "--seconds", "0", "--max-minutes", "0"]) == 0
-    assert "stopped; 2 of 2 cells are left" in capsys.readouterr().out
     assert program.main([*command, "--seconds", "0"]) == 0
     for cell in study.cells:
         found, straight = Store(folder).read(cell), go(cell, study, Store(tmp_path))
@@ -325,4 +323,5 @@ def test_tables_say_what_the_protocol_asks_for():
     )
     assert "5 finished cells; processor one." in text and "| A |  | 4 |" not in text
     with pytest.raises(Refused, match="cells of 2 machines"):
-        report.arms_of([*slow, fast[0] | {"facts": {"processor": "two"}}])
+        report.arms_of(study, [*slow, fast[0] | {"facts": {"processor": "two"}}])
+    assert set(report.arms_of(study | {"seconds": 0}, [*slow, fast[0] | {"facts": {"processor": "two"}}])) == {"A", "B"}

@@ -17,10 +17,11 @@ from support.finetune_tiny import csv_file, tiny_model
 
 from pgap_kernels.finetune import Config, UserError, data, fetch, job, models, report, run, timing
 from pgap_kernels.finetune.baseline import BaselineMeZO, BaselinePGAP, aligned_core
-from pgap_kernels.finetune.options import OF_ALL, OVERRIDES
+from pgap_kernels.finetune.options import OF_ALL
 from pgap_kernels.finetune.scoring import Scorer
 from pgap_kernels.finetune.table import print_table
 from pgap_kernels.finetune.timing import StepClock
+from pgap_kernels.finetune.tuned import OVERRIDES
 from pgap_kernels.optim import available_methods, method_options
 
 EXAMPLES = [data.Example(tuple(range(3, 3 + length)), length % 2) for length in (2, 5, 9, 3, 7)]

@@ -141,6 +141,8 @@ def main(given: Sequence[str] | None = None) -> int:
         store = Store(args.json)
         store.begin(study)
         complete = run(study, store, device, args.max_minutes, args.parallel)
+    except KeyboardInterrupt:  # of --parallel; in turn, the cell at work has seen to it
+        complete = False
     except (Refused, UserError) as error:
         parser.error(str(error))
     left = sum(not store.finished(cell) for cell in study.cells)

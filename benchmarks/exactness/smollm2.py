@@ -17,8 +17,8 @@ from tqdm import tqdm
 from benchmarks.harness import timer
 from benchmarks.harness.optimizers import mode_options, timed_step
 from pgap_kernels.finetune import Config, data, models
-from pgap_kernels.finetune.options import OVERRIDES
 from pgap_kernels.finetune.scoring import Encoded, Scorer
+from pgap_kernels.finetune.tuned import OVERRIDES
 from pgap_kernels.optim import PGAP, MeZO
 
 METHODS = {"pgap": PGAP, "mezo": MeZO}

@@ -11,7 +11,8 @@ from ..optim import available_methods
 from ..perturbation import MODES
 from .builtin import BUILT_IN
 from .config import DTYPES, KEEP, OBJECTIVES, SCHEDULE_NAMES, TASKS, TOO_LONG, field_default
-from .options import HALVED, OVERRIDES, Option, names, options_of
+from .options import Option, names, options_of
+from .tuned import ADAPTER_FACTORS, HALVED, OVERRIDES, scales_with_adapters
 
 EPILOG = """\
 examples:
@@ -169,6 +170,8 @@ def _help(option: Option, method: str) -> str:
     shown = _shown(default)
     if option.name == "lr" and method in OVERRIDES:
         shown += f"; half of it with --task {' or '.join(HALVED)}"
+    if option.name in ADAPTER_FACTORS and scales_with_adapters(method):
+        shown += f"; {ADAPTER_FACTORS[option.name]:g} times as much for adapters"
     return f"{option.help} (default: {shown})".replace("%", "%%")
 
 

@@ -19,10 +19,11 @@ from ..optim import ZOOptimizer, make_optimizer, method_options
 from ..optim.options import number
 from ..optim.signal import signal_of
 from ..perturbation import MODES
+from . import tuned
 from .baseline import BASELINES
 from .builtin import BUILT_IN
 from .errors import UserError
-from .options import HALVED, OVERRIDES, SCHEDULES, as_flags, flag, names, numbers_by_name, options_of, refuse_unknown
+from .options import as_flags, flag, names, numbers_by_name, options_of, refuse_unknown
 
 DTYPES = ("float32", "bfloat16", "float16")
 TASKS = ("classification", "choice", "generation")
@@ -41,6 +42,7 @@ SCHEDULE_NAMES = (
     "inverse_sqrt",
 )
 DEFAULT = "default"
+ADAPTER_FILE = "adapter_config.json"  # that makes a folder one of a PEFT adapter
 #: Options of several points in one forward, which plain PyTorch does not have: it takes as many examples two-sided.
 POPULATION = ("members", "groups", "directions", "baseline")
 INTEGERS = (
@@ -136,7 +138,7 @@ class Config:
             self._check_comparison()
         self.options = self._defaults() | self.options
         if self.schedule is None:
-            self.schedule = SCHEDULES.get(self.method, "constant")
+            self.schedule = tuned.schedule_of(self.method)
         self._check_options()
 
     # ---- checks -----------------------------------------------------------------------------------------------------
@@ -255,8 +257,7 @@ class Config:
     def _defaults(self) -> dict[str, Any]:
         options = options_of(self.method).items()
         found = {name: option.default for name, option in options if option.default is not inspect.Parameter.empty}
-        if self.task in HALVED and self.method in OVERRIDES:
-            found["lr"] /= 2
+        found = tuned.scaled(self.method, found, self.task, self.tunes_adapter)
         if "merge" in found and self.mode not in ("auto", "folded"):
             found["merge"] = "step"  # other modes have no window
         return found
@@ -306,6 +307,11 @@ class Config:
         sampling = optimizer.sampling
         signal = signal_of(torch.zeros(sampling.copies, self.batch_size), sampling.groups, sampling.baseline, 1.0)
         return optimizer.members * optimizer.groups > 1 and signal.squared_norm is not None
+
+    @property
+    def tunes_adapter(self) -> bool:
+        """Whether an adapter is what is tuned: a new one, or the one that ``model`` is."""
+        return self.lora_rank is not None or (Path(self.model).expanduser() / ADAPTER_FILE).is_file()
 
     @property
     def slices(self) -> int:

@@ -21,13 +21,12 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from . import fetch, layers
-from .config import DEFAULT
+from .config import ADAPTER_FILE, DEFAULT
 from .errors import UserError
 from .layers import tuned_parameters
 
 __all__ = ["check_fits", "default_model_dir", "is_masked", "load", "tuned_parameters"]
 
-ADAPTER = "adapter_config.json"
 MASKED = "ForMaskedLM"
 _LOADING = threading.Lock()  # transformers loads one model at a time
 DEFAULT_NAME = "SmolLM2-135M-Instruct (Q4_1, dequantised)"
@@ -68,7 +67,7 @@ def _load(
 ) -> tuple[Any, Any, str]:
     transformers_logging.disable_progress_bar()
     path = Path(name).expanduser()
-    if (path / ADAPTER).is_file():
+    if (path / ADAPTER_FILE).is_file():
         return _load_adapter(path, dtype, device, tune, lora_rank)
     model, tokenizer = _load_base(name, dtype)
     model = model.to(device).eval()

@@ -14,21 +14,7 @@ from ..optim.described import described
 from ..optim.options import by_name, renamed
 from ..optim.registry import did_you_mean, method_class
 from .errors import UserError
-
-#: What this task changes of a method's own defaults.
-OVERRIDES: dict[str, dict[str, Any]] = {
-    # Both from benchmarks/convergence/rates/default.toml (docs/finetune.md): half as much learns more slowly, twice as much
-    # diverges. Their own 1e-6 is for full tuning of models a hundred times larger.
-    "mezo": {"lr": 2.4e-4},
-    # Rank 16 learns more slowly, and 128, the paper's smallest, is most of the rank of matrices with 192 rows.
-    "pgap": {"lr": 2.4e-4, "rank": 64},
-}
-
-#: Tasks with larger losses, and so larger slopes: half of that learning rate, as the whole diverges (docs/finetune.md).
-HALVED = ("choice", "generation")
-
-#: The learning rate's course, for methods that were tried with it; constant for the others.
-SCHEDULES: dict[str, str] = {"mezo": "linear", "pgap": "linear"}
+from .tuned import OVERRIDES
 
 #: The same of every method that has the option: nobody reads the weights before the run's loop has merged.
 OF_ALL: dict[str, Any] = {"merge": "window"}

@@ -1,0 +1,65 @@
+"""Options that were chosen by trying them on the built-in model: docs/finetune.md has what came of each.
+
+The methods' own learning rates are their papers', for models a hundred times larger.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+#: What this task changes of a method's own defaults.
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "mezo": {"lr": 2.4e-4},
+    # Rank 16 learns more slowly, and 128, the paper's smallest, is most of the rank of matrices with 192 rows.
+    "pgap": {"lr": 2.4e-4, "rank": 64},
+    "adalezo": {"lr": 2.4e-4},
+    "agzo": {"lr": 1e-2},
+    "dizo": {"lr": 2.4e-4},
+    # The curvature begins at about 100: with a floor of 1 hardly a weight is divided by the same as the next.
+    "helene": {"lr": 4.8e-3, "floor": 100.0},
+    # Twice as much was a little better in 50 steps; it is what MeZO and P-GAP diverge with in 100.
+    "hizoo": {"lr": 2.4e-4},
+    "svd-0": {"lr": 2.4e-4},
+    # A quarter of the layers moves in a step, so each may move as far as all would together.
+    "lezo": {"lr": 9.6e-4},
+    "lozo": {"lr": 1.2e-4},
+    "lozo-m": {"lr": 1.2e-4},
+    "mezo-adam": {"lr": 4e-3},
+    "mezo-momentum": {"lr": 4.8e-5},
+    "sparse-mezo": {"lr": 4.8e-4},
+    "subzero": {"lr": 2.4e-4},
+    "tezo": {"lr": 2.4e-4},
+    "zo-adamu": {"lr": 2.4e-4},
+}
+
+#: Tasks with larger losses, and so larger slopes: half of that learning rate, as the whole diverges.
+HALVED = ("choice", "generation")
+
+#: What adapters take times as much of: they have few weights, which begin at 0. MeZO's authors have 50 and 10.
+ADAPTER_FACTORS = {"lr": 12.5, "eps": 10.0}
+
+#: Those that keep theirs: Adam's steps do not grow with the gradient, and AGZO's directions have another length.
+NOT_FOR_ADAPTERS = ("agzo", "mezo-adam")
+
+#: The learning rate's course, as it was tried; constant for methods that were not.
+SCHEDULE = "linear"
+
+
+def schedule_of(method: str) -> str:
+    """The course of a method's learning rate."""
+    return SCHEDULE if method in OVERRIDES else "constant"
+
+
+def scales_with_adapters(method: str) -> bool:
+    """Whether a method's rate and radius are others for an adapter."""
+    return method in OVERRIDES and method not in NOT_FOR_ADAPTERS
+
+
+def scaled(method: str, options: dict[str, Any], task: str, adapter: bool) -> dict[str, Any]:
+    """A method's defaults for a task, and for an adapter if it is one that is tuned."""
+    found = dict(options)
+    if method in OVERRIDES and task in HALVED:
+        found["lr"] /= 2
+    if adapter and scales_with_adapters(method):
+        found |= {name: found[name] * factor for name, factor in ADAPTER_FACTORS.items()}
+    return found
