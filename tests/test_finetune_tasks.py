@@ -360,16 +360,17 @@ def test_the_learning_rate_is_the_tasks():
         task: Config(task=task, method="pgap").options["lr"] for task in ("classification", "choice", "generation")
     }
     assert rates["choice"] == rates["generation"] == rates["classification"] / 2
+    assert Config(data="r8", method="pgap").options["lr"] == rates["choice"]
     assert Config(task="choice", method="pgap", options={"lr": 3e-5}).options["lr"] == 3e-5
     assert Config(task="choice", method="fzoo").options["lr"] == Config(method="fzoo").options["lr"]
 
 
 def test_adapters_have_a_learning_rate_and_radius_of_their_own():
-    """Unless they were given; of methods that were tried, and whose step goes with the gradient's length."""
+    """Unless they were given; of methods that were tried."""
     whole, adapter = Config(method="mezo").options, Config(method="mezo", lora_rank=4).options
     assert adapter["lr"] > whole["lr"] and adapter["eps"] > whole["eps"]
     assert adapter["lr"] == 2 * Config(method="mezo", lora_rank=4, task="choice").options["lr"]
     given = Config(method="mezo", lora_rank=4, options={"lr": 3e-5, "eps": 2e-3}).options
     assert (given["lr"], given["eps"]) == (3e-5, 2e-3)
-    for method in ("fzoo", "mezo-adam"):
+    for method in ("fzoo", "lozo"):
         assert Config(method=method, lora_rank=4).options == Config(method=method).options

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -26,13 +27,18 @@ def records(
     """
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     threads = max(1, (os.cpu_count() or 1) // count)
-    with ProcessPoolExecutor(count, context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+    with ProcessPoolExecutor(count, context, initializer=_begin, initargs=(threads, sys.orig_argv)) as pool:
         waiting: list[Future] = [pool.submit(_one, cell, study, store, device, deadline) for cell in cells]
         try:
             for ended in as_completed(waiting):
                 yield ended.result()
         finally:  # Ctrl-C, which the processes get too: those at work keep what they have
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin(threads: int, command: list[str]) -> None:
+    torch.set_num_threads(threads)
+    sys.orig_argv = command  # for the facts in the records
 
 
 def _one(cell: Cell, study: Study, store: Store, device: torch.device, deadline: float | None) -> dict[str, Any] | None:

@@ -12,15 +12,15 @@ from ..perturbation import MODES
 from .builtin import BUILT_IN
 from .config import DTYPES, KEEP, OBJECTIVES, SCHEDULE_NAMES, TASKS, TOO_LONG, field_default
 from .options import Option, names, options_of
-from .tuned import ADAPTER_FACTORS, HALVED, OVERRIDES, scales_with_adapters
+from .tuned import ADAPTER_FACTORS, HALVED, OVERRIDES, WITH_ADAPTERS
 
 EPILOG = """\
 examples:
   pgap-kernels finetune
       P-GAP on the built-in model and data; look at runs/finetune/report.html.
   pgap-kernels finetune --method lozo --help
-      The options of another method. Those of mezo and pgap have defaults that were tried on the built-in model; those
-      of the others are their papers', for longer runs of larger models: expect to raise --lr.
+      The options of another method. Learning rates were tried on the built-in model: a larger model wants less. Those
+      of eggroll, fzoo, loren, pizo, pizo-subzero and zo-muon are their papers', for long runs: expect to raise them.
   pgap-kernels finetune --method mezo --lr 3e-5 --steps 500 --compare
       MeZO, and beside a few of its steps MeZO in plain PyTorch, to compare seconds per step.
   pgap-kernels finetune --members 2 --groups 8 --lr-rule signal
@@ -62,6 +62,8 @@ exit status: 0 completed (--time-limit and --patience included), 1 the loss was 
 report says what), 2 an error that you can correct (one line on stderr says how), 128 and the signal's number if a
 signal ended it: 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP.
 """
+
+LARGE = " or ".join(name for name, data in BUILT_IN.items() if data.large_losses)
 
 METAVARS = {"int": "N", "float": "X", "str": "WORD", "names": "NAME,NAME", "numbers_by_name": "NAME=X,NAME=X"}
 
@@ -169,8 +171,8 @@ def _help(option: Option, method: str) -> str:
         return f"{option.help} (required)".replace("%", "%%")
     shown = _shown(default)
     if option.name == "lr" and method in OVERRIDES:
-        shown += f"; half of it with --task {' or '.join(HALVED)}"
-    if option.name in ADAPTER_FACTORS and scales_with_adapters(method):
+        shown += f"; half of it with --data {LARGE}, or --task {' or '.join(HALVED)}"
+    if option.name in ADAPTER_FACTORS and method in WITH_ADAPTERS:
         shown += f"; {ADAPTER_FACTORS[option.name]:g} times as much for adapters"
     return f"{option.help} (default: {shown})".replace("%", "%%")
 

@@ -22,6 +22,7 @@ class BuiltIn:
         train, test: its files; without ``test`` the test part is split off ``train``.
         read: the records of a file.
         settings: what options of the run are by default on it.
+        large_losses: whether losses, and so slopes, are larger than with two labels (`tuned.scaled`).
     """
 
     title: str
@@ -29,6 +30,7 @@ class BuiltIn:
     read: Callable[[Path], list[Record]]
     settings: Mapping[str, Any]
     test: fetch.DataFile | None = None
+    large_losses: bool = False
 
 
 def _rated(path: Path) -> list[Record]:
@@ -67,5 +69,6 @@ BUILT_IN = {
             "too_long": "cut",
         },
         fetch.REUTERS_TEST,
+        large_losses=True,
     ),
 }

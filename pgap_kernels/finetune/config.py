@@ -257,7 +257,9 @@ class Config:
     def _defaults(self) -> dict[str, Any]:
         options = options_of(self.method).items()
         found = {name: option.default for name, option in options if option.default is not inspect.Parameter.empty}
-        found = tuned.scaled(self.method, found, self.task, self.tunes_adapter)
+        built_in = BUILT_IN.get(self.data)
+        large_losses = self.task in tuned.HALVED or (built_in is not None and built_in.large_losses)
+        found = tuned.scaled(self.method, found, large_losses, self.tunes_adapter)
         if "merge" in found and self.mode not in ("auto", "folded"):
             found["merge"] = "step"  # other modes have no window
         return found

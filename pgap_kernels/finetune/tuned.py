@@ -32,14 +32,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "zo-adamu": {"lr": 2.4e-4},
 }
 
-#: Tasks with larger losses, and so larger slopes: half of that learning rate, as the whole diverges.
+#: Tasks with larger losses, and so larger slopes: half of that learning rate, as the whole diverges. Many labels are
+#: the same to it (`builtin.BuiltIn.large_losses`).
 HALVED = ("choice", "generation")
 
 #: What adapters take times as much of: they have few weights, which begin at 0. MeZO's authors have 50 and 10.
 ADAPTER_FACTORS = {"lr": 12.5, "eps": 10.0}
 
-#: Those that keep theirs: Adam's steps do not grow with the gradient, and AGZO's directions have another length.
-NOT_FOR_ADAPTERS = ("agzo", "mezo-adam")
+#: The methods that were tried with it. SubZero diverges, and LOZO learns little.
+WITH_ADAPTERS = ("mezo", "pgap")
 
 #: The learning rate's course, as it was tried; constant for methods that were not.
 SCHEDULE = "linear"
@@ -50,16 +51,11 @@ def schedule_of(method: str) -> str:
     return SCHEDULE if method in OVERRIDES else "constant"
 
 
-def scales_with_adapters(method: str) -> bool:
-    """Whether a method's rate and radius are others for an adapter."""
-    return method in OVERRIDES and method not in NOT_FOR_ADAPTERS
-
-
-def scaled(method: str, options: dict[str, Any], task: str, adapter: bool) -> dict[str, Any]:
-    """A method's defaults for a task, and for an adapter if it is one that is tuned."""
+def scaled(method: str, options: dict[str, Any], large_losses: bool, adapter: bool) -> dict[str, Any]:
+    """A method's defaults for a task with large losses, and for an adapter if it is one that is tuned."""
     found = dict(options)
-    if method in OVERRIDES and task in HALVED:
+    if method in OVERRIDES and large_losses:
         found["lr"] /= 2
-    if adapter and scales_with_adapters(method):
+    if adapter and method in WITH_ADAPTERS:
         found |= {name: found[name] * factor for name, factor in ADAPTER_FACTORS.items()}
     return found
