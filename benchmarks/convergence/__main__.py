@@ -30,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from benchmarks.convergence import report
 from benchmarks.convergence.parallel import records
-from benchmarks.convergence.run import run_cell
+from benchmarks.convergence.run import past, run_cell
 from benchmarks.convergence.store import Store
 from benchmarks.convergence.study import DEFAULT, Cell, Refused, Study, load
 from benchmarks.harness import options
@@ -68,14 +68,12 @@ def _in_turn(
     bar: Progress,
     task: TaskID,
 ) -> Iterator[dict[str, Any]]:
-    def over() -> bool:
-        return deadline is not None and time.monotonic() >= deadline
-
     for done, cell in enumerate(left):
         bar.update(task, description=cell.name)
-        if over():
+        if past(deadline):
             return
-        record = run_cell(cell, study, store, device, partial(_note_progress, bar, task, done), over)
+        progress = partial(_note_progress, bar, task, done)
+        record = run_cell(cell, study, store, device, progress, partial(past, deadline))
         yield record
         if record["status"] == "stopped":
             return

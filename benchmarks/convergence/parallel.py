@@ -5,14 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks.convergence.run import run_cell
+from benchmarks.convergence.run import past, run_cell
 from benchmarks.convergence.store import Store
 from benchmarks.convergence.study import Cell, Study
 
@@ -42,7 +42,6 @@ def _begin(threads: int, command: list[str]) -> None:
 
 
 def _one(cell: Cell, study: Study, store: Store, device: torch.device, deadline: float | None) -> dict[str, Any] | None:
-    def over() -> bool:
-        return deadline is not None and time.monotonic() >= deadline
-
-    return None if over() else run_cell(cell, study, store, device, lambda share: None, over)
+    if past(deadline):
+        return None
+    return run_cell(cell, study, store, device, lambda share: None, partial(past, deadline))

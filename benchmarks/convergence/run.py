@@ -157,6 +157,11 @@ class Run:
         })  # fmt: skip
 
 
+def past(deadline: float | None) -> bool:
+    """Whether a moment of ``time.monotonic`` is over; None never is."""
+    return deadline is not None and time.monotonic() >= deadline
+
+
 def run_cell(
     cell: Cell,
     study: Study,

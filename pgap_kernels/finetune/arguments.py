@@ -63,7 +63,7 @@ report says what), 2 an error that you can correct (one line on stderr says how)
 signal ended it: 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP.
 """
 
-LARGE = " or ".join(name for name, data in BUILT_IN.items() if data.large_losses)
+LARGE_LOSSES = " or ".join(name for name, data in BUILT_IN.items() if data.large_losses)
 
 METAVARS = {"int": "N", "float": "X", "str": "WORD", "names": "NAME,NAME", "numbers_by_name": "NAME=X,NAME=X"}
 
@@ -171,7 +171,7 @@ def _help(option: Option, method: str) -> str:
         return f"{option.help} (required)".replace("%", "%%")
     shown = _shown(default)
     if option.name == "lr" and method in OVERRIDES:
-        shown += f"; half of it with --data {LARGE}, or --task {' or '.join(HALVED)}"
+        shown += f"; half of it with --data {LARGE_LOSSES}, or --task {' or '.join(HALVED)}"
     if option.name in ADAPTER_FACTORS and method in WITH_ADAPTERS:
         shown += f"; {ADAPTER_FACTORS[option.name]:g} times as much for adapters"
     return f"{option.help} (default: {shown})".replace("%", "%%")

@@ -15,7 +15,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "adalezo": {"lr": 2.4e-4},
     "agzo": {"lr": 1e-2},
     "dizo": {"lr": 2.4e-4},
-    # The curvature begins at about 100: with a floor of 1 hardly a weight is divided by the same as the next.
+    # The curvature begins at (1 - beta2) B rho^2 z^2, about 100 z^2 as rho begins near 25: above a floor of 1 hardly a
+    # weight is divided by the same as the next, and nothing is learnt.
     "helene": {"lr": 4.8e-3, "floor": 100.0},
     # Twice as much was a little better in 50 steps; it is what MeZO and P-GAP diverge with in 100.
     "hizoo": {"lr": 2.4e-4},
