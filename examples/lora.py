@@ -20,7 +20,7 @@ WORDS = {"positive": " great", "negative": " terrible"}
 def batches(tokenizer, size, count):
     """Sentences with the word that should follow each, padded on the left so that it comes last."""
     tokenizer.pad_token, tokenizer.padding_side = tokenizer.pad_token or tokenizer.eos_token, "left"
-    rows = records.read("default", "train")[0]
+    rows = records.read("default")[0]
     for first in range(0, count * size, size):
         some = [rows[i % len(rows)] for i in range(first, first + size)]
         texts = [f"{row['text']} It was" for row in some]

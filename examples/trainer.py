@@ -42,7 +42,7 @@ def main(given=None):
     own, arguments = parser.parse_args_into_dataclasses(given)
     model, tokenizer, _ = models.load(own.model, torch.float32, torch.device("cpu"))
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    rows = [example(record, tokenizer) for record in records.read("default", "train")[0]]
+    rows = [example(record, tokenizer) for record in records.read("default")[0]]
     train, rest = rows[: own.train_size], rows[own.train_size :][: own.eval_size]
     collator = DataCollatorForSeq2Seq(tokenizer)
     trainer = ZOTrainer(model, arguments, train_dataset=train, eval_dataset=rest, data_collator=collator)

@@ -41,7 +41,7 @@ def main(given=None):
     own, arguments = parser.parse_args_into_dataclasses(given)
     model, tokenizer, _ = models.load(own.model, torch.float32, torch.device("cpu"))
     tokenizer.eos_token = tokenizer.eos_token or tokenizer.pad_token
-    rows = [{"text": record["text"]} for record in records.read("default", "train")[0][: own.train_size]]
+    rows = [{"text": record["text"]} for record in records.read("default")[0][: own.train_size]]
     trainer = ZOSFTTrainer(
         model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
         peft_config=LoraConfig(r=8, target_modules=["q_proj", "v_proj"]) if own.use_peft else None,

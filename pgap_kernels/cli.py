@@ -6,6 +6,7 @@ import argparse
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import fields
@@ -89,6 +90,7 @@ def _finetune(arguments: dict[str, Any]) -> int:
     json_output, fetch_only = arguments.pop("json"), arguments.pop("fetch_only")
     own = {name: arguments.pop(name) for name in options_of(arguments["method"]) if name in arguments}
     config = Config(**arguments, options=own)
+    begun = time.time()
     try:
         from .finetune import report, run
 
@@ -102,7 +104,9 @@ def _finetune(arguments: dict[str, Any]) -> int:
     except Exception as error:
         # The report has the traceback; nobody wants to read it in a terminal.
         summary = f"{type(error).__name__}: {error}".splitlines()[0]
-        reports = list(Path(config.output).expanduser().rglob("report.json"))
+        # Of this run: an earlier one may have failed in another way. File systems round times, hence the second.
+        written = Path(config.output).expanduser().rglob("report.json")
+        reports = [file for file in written if file.stat().st_mtime >= begun - 1]
         told = [file for file in reports if '"traceback"' in file.read_text(encoding="utf-8")]
         if not told:
             traceback.print_exc()

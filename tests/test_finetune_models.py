@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,6 +58,18 @@ def test_layers_are_chosen_by_pattern(tune, wanted, llama):
     assert layers.choose(model, tune).keys() == {name for name in every if wanted(name)}
     with pytest.raises(UserError, match=r"^--tune: '\*q_porj\*' matches no parameter; .*near it: .*q_proj"):
         layers.choose(model, ["*q_porj*"])
+    with pytest.raises(
+        UserError, match=r"^--tune: 'lm_head\*' matches 'lm_head.weight', which is tied; .*embed_tokens"
+    ):
+        layers.choose(model, ["lm_head*"])
+
+
+def test_convolutions_are_no_stacks_of_matrices(tmp_path):
+    model, _, _ = models.load(str(tiny_folder("mamba", tmp_path / "mamba")), torch.float32, CPU)
+    assert not any("conv1d" in name for name in models.tuned_parameters(model))
+    pytest.importorskip("peft")
+    with pytest.raises(UserError, match=r"^--lora-rank: no adapter can be put on this model"):
+        models.load(str(tmp_path / "mamba"), torch.float32, CPU, lora_rank=2)
 
 
 @pytest.mark.parametrize("method", ["mezo", "pgap"])
@@ -82,6 +95,8 @@ def test_a_lora_adapter_is_begun_saved_and_gone_on_with(llama, config_for, tmp_p
     assert first["saved_model"]["reloaded_loss"] == pytest.approx(first["saved_model"]["loss"], rel=1e-6)
     files = {path.name for path in (tmp_path / "run" / "model").iterdir()}
     assert "adapter_model.safetensors" in files and "model.safetensors" not in files
+    written = json.loads((tmp_path / "run" / "model" / "adapter_config.json").read_text())
+    assert Path(written["base_model_name_or_path"]).is_absolute(), "it loads from any folder"
     again = run(config_for(tmp_path / "run" / "model", output=str(tmp_path / "more"), options={"lr": 3e-2}))
     assert again["test"]["before"]["loss"] == pytest.approx(first["test"]["after"]["loss"], rel=1e-6)
     assert again["model"]["tuned_parameters"] == first["model"]["tuned_parameters"], "the base stays as it is"
@@ -133,6 +148,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused_with_their_names(llama, tmp_
         ({"model_type": "t5"}, "is an encoder-decoder .t5."),
         ({"model_type": "vit"}, "is a vit, of which transformers has no language model"),
         ({"model_type": "no-such-thing"}, "^--model: cannot load .*no-such-thing"),
+        ({"intermediate_size": 48}, "^--model: the weights of .* do not have the shapes of its config.json"),
     ],
 )
 def test_models_of_other_kinds_are_refused_in_a_line(config, message, llama, tmp_path):
@@ -144,6 +160,11 @@ def test_models_of_other_kinds_are_refused_in_a_line(config, message, llama, tmp
 def test_prompts_longer_than_the_positions_are_refused(llama, config_for, tmp_path):
     with pytest.raises(UserError, match=r"^--max-length: there are prompts of \d+ tokens .* the model has 4 positions"):
         run(config_for(changed(llama, tmp_path / "m", max_position_embeddings=4)))
+    full = tiny_model(tmp_path / "gpt2", "gpt2")  # whose positions are embeddings: a 65th does not exist
+    rows = "text,label\n" + "".join(f"{'good film ' * 40},{n % 2}\n" for n in range(80))
+    (tmp_path / "long.csv").write_text(rows)
+    config = config_for(full, data=str(tmp_path / "long.csv"), max_length=64, too_long="cut", steps=1)
+    assert run(config)["status"] == "completed"
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(llama, config_for, tmp_path):
@@ -159,6 +180,14 @@ def test_a_tokenizer_without_pad_and_end_serves(llama, config_for, tmp_path):
     written = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(written | {"pad_token": None, "eos_token": None}))
     assert run(config_for(folder))["test"] == run(config_for(llama, overwrite=True))["test"]
+
+
+def test_a_masked_model_whose_tokenizer_has_no_mask_is_refused(config_for, tmp_path):
+    folder = tiny_folder("bert", tmp_path / "bert")
+    written = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(written | {"mask_token": None}))
+    with pytest.raises(UserError, match=r"^--model: predicts masked tokens, but its tokenizer has no mask token"):
+        run(config_for(folder))
 
 
 def test_prompts_of_no_tokens_are_dropped(llama, config_for, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import io
 import json
 import math
 import os
@@ -21,9 +22,10 @@ import torch
 
 pytest.importorskip("transformers")
 
+from rich.console import Console
 from support.finetune_tiny import csv_file, tiny_model
 
-from pgap_kernels.finetune import Config, UserError, checkpoint, job, models, output, run, training
+from pgap_kernels.finetune import Config, UserError, checkpoint, job, models, output, run, table, training
 from pgap_kernels.finetune.scoring import Scorer
 
 SMALL = {
@@ -120,6 +122,19 @@ def test_what_ran_out_of_time_goes_on_and_what_is_complete_does_not(config_for, 
     with pytest.raises(UserError, match=r"^--steps: got 4 with --resume; .* begun with 3|^--lr: got"):
         run(config_for("seeds", seed=(0, 1), steps=3, resume=True, options={"lr": 5.0}))
     assert run(config_for("seeds", seed=(0, 1), steps=3, resume=True))["summary"] == seeds["summary"]
+    for more in ({"steps": 5}, {"save_model": True}):
+        with pytest.raises(UserError, match=r"^--resume: the run in '.*seed-0' is complete"):
+            run(config_for("seeds", seed=(0, 1), resume=True, **{"steps": 3} | more))
+    with pytest.raises(UserError, match=r"^--resume: got it with --overwrite"):
+        config_for(resume=True, overwrite=True)
+
+
+def test_a_time_limit_shorter_than_an_evaluation_gets_on(config_for, tmp_path):
+    limited = {"steps": 10**6, "eval_every": 10**6, "time_limit": 1e-3}
+    first = len(run(config_for(**limited))["curves"]["train_loss"])
+    assert len(run(config_for(**limited, resume=True))["curves"]["train_loss"]) > first
+    run(config_for("none", **limited, checkpoint_every=0))
+    assert not list((tmp_path / "none").glob("checkpoint-*"))
 
 
 def test_a_refused_resumption_leaves_the_report_as_it_was(config_for, tmp_path):
@@ -320,7 +335,7 @@ def test_results_of_an_earlier_run_are_taken_away_or_refused(config_for, tmp_pat
         run(config_for())
     with pytest.raises(UserError, match=r"^--eps: got -1"):
         run(config_for(overwrite=True, options={"lr": 1e-3, "eps": -1.0}))
-    assert (tmp_path / "run" / "model").is_dir()
+    assert (tmp_path / "run" / "model").is_dir() and not (tmp_path / "run" / ".reserve").exists()
     (tmp_path / "run" / "mine.txt").write_text("stays")
     assert run(config_for(overwrite=True, steps=1))["status"] == "completed"
     assert not (tmp_path / "run" / "model").exists() and (tmp_path / "run" / "mine.txt").exists()
@@ -382,7 +397,7 @@ def test_the_curve_is_a_table_that_spreadsheets_read(config_for, tmp_path):
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == list(range(13))
     assert [float(row["train_loss"]) for row in rows[1:]] == result["curves"]["train_loss"]
-    assert [float(row["lr"]) for row in rows[1:]] == pytest.approx([1e-2 * (12 - n) / 12 for n in range(1, 13)])
+    assert [float(row["lr"]) for row in rows[1:]] == pytest.approx([1e-2 * (12 - n) / 12 for n in range(12)])
     assert [row["step"] for row in rows if row["dev_loss"]] == ["0", "4", "8", "12"]
 
 
@@ -405,6 +420,8 @@ def test_tensorboard_gets_the_curves(config_for, tmp_path):
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 13))
     assert [event.step for event in events.Scalars("dev/accuracy")] == [0, 4, 8, 12]
+    run(config_for(tensorboard=True, steps=2))
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1, "runs would be one curve"
 
 
 def test_quiet_says_nothing(config_for, capsys):
@@ -430,6 +447,28 @@ def test_the_saved_model_is_tried(config_for, monkeypatch):
     monkeypatch.setattr(job.Job, "_save_model", spoilt)
     with pytest.raises(UserError, match=r"^--save-model: the saved model, loaded again, has the loss"):
         run(config_for(save_model=True, overwrite=True))
+
+
+@pytest.mark.parametrize("seed", [0, (0, 1)])
+def test_losses_that_are_not_finite_are_shown_as_gaps(seed, config_for, tmp_path):
+    """The first step makes all weights NaN, the others are skipped, and so the test loss is NaN."""
+    options = {"lr": 1e30, "on_nonfinite": "skip"}
+    result = run(config_for(steps=4, seed=seed, options=options))
+    assert result["status"] == "diverged"
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["status"] == "diverged"
+    assert "–" in (tmp_path / "run" / "report.html").read_text()
+    table.print_table(result, Console(file=io.StringIO()))
+    if seed == 0:
+        assert any("the loss on test is" in note for note in result["notes"])
+        assert (tmp_path / "run" / "curves.png").is_file()
+
+
+def test_plain_pytorch_has_the_same_objective(config_for):
+    result = run(config_for(compare=True, compare_steps=3, objective="accuracy", options={"lr": 1e-2, "eps": 0.1}))
+    shares = {n / 4 for n in range(5)}
+    assert {*result["baseline"]["losses"], *result["curves"]["train_loss"]} <= {
+        (a + b) / 2 for a in shares for b in shares
+    }
 
 
 def test_turns_with_plain_pytorch_see_the_same_batches(config_for, monkeypatch):

@@ -70,7 +70,7 @@ def write(path, kind):
 def test_every_kind_of_file_gives_the_same_records(kind, tmp_path):
     path = tmp_path / f"data.{kind}"
     write(path, kind)
-    found, _ = records.read(str(path), "train")
+    found, _ = records.read(str(path))
     names = {"0": "negative", "1": "positive"} if kind == "splits" else {"0": "0", "1": "1"}
     assert [(row["text"], records.plain(row["label"])) for row in found] == [
         (row["text"], names[str(row["label"])]) for row in ROWS
@@ -79,6 +79,19 @@ def test_every_kind_of_file_gives_the_same_records(kind, tmp_path):
         assert len(records.read(str(path), "other")[0]) == 1
         with pytest.raises(UserError, match=r"^--split: got 'dev'; .* has 'train', 'other'"):
             records.read(str(path), "dev")
+        return
+    for option, blamed in (("--data", "--split"), ("--test-data", "--test-split")):
+        with pytest.raises(UserError, match=f"^{blamed}: got 'test', but .* has no splits"):
+            records.read(str(path), "test", option)
+
+
+def test_what_has_no_splits_is_not_tested_on_its_training_part(llama, tmp_path):
+    config = config_for(llama, tmp_path, data=json_lines(tmp_path / "a.jsonl", ROWS * 9), test_split="test")
+    message = r"^--test-split: got 'test', but .* has no splits; accepted: .* --test-data"
+    with pytest.raises(UserError, match=message):
+        data.records_of(config)
+    with pytest.raises(UserError, match=message):
+        records.read("r8", "test", "--test-data")
 
 
 @pytest.mark.parametrize("name", ["data.parquet", "folder"])
@@ -87,7 +100,7 @@ def test_a_damaged_file_is_said_in_a_line(name, tmp_path):
     path = tmp_path / name
     path.write_bytes(b"no table") if name.endswith("parquet") else path.mkdir()
     with pytest.raises(UserError, match=rf"^--data: .*{name}"):
-        records.read(str(path), "train")
+        records.read(str(path))
 
 
 def test_cells_that_hold_nothing_are_dropped_and_counted(llama, loaded, tmp_path):
@@ -101,14 +114,22 @@ def test_cells_that_hold_nothing_are_dropped_and_counted(llama, loaded, tmp_path
 @pytest.mark.parametrize(
     "labels, expected",
     [([0.0, 1.0], ("0", "1")), (["0.0", "1.0"], ("0", "1")), ([False, True], ("false", "true")),
-     (["True", "False"], ("false", "true")), (["film", "cast"], ("cast", "film"))],
+     (["TRUE", "False"], ("false", "true")), (["film", "cast"], ("cast", "film"))],
 )  # fmt: skip
 def test_labels_are_the_same_however_a_file_writes_them(labels, expected, llama, loaded, tmp_path):
     rows = [{"text": "good film", "label": label} for label in labels * 30]
     dataset = data.load(config_for(llama, tmp_path, data=json_lines(tmp_path / "a.jsonl", rows)), loaded[1])
     assert dataset.labels == expected
-    words = (" terrible", " great") if expected[0] != "cast" else (" cast", " film")
-    assert dataset.words == words
+    own = tuple(f" {label}" for label in expected)
+    assert dataset.words == ((" terrible", " great") if expected in (("0", "1"), ("false", "true")) else own)
+
+
+def test_words_are_given_in_pairs_or_as_json_and_defaults_differ():
+    assert examples.words_of("TRUE= good,False= bad", ("false", "true")) == (" bad", " good")
+    assert examples.words_of('{"a, b": " good", "c=d": " bad"}', ("a, b", "c=d")) == (" good", " bad")
+    assert examples.words_of(None, ("0", "1", "negative")) == (" 0", " 1", " negative"), "0 and negative are one word"
+    with pytest.raises(UserError, match=r"^--verbalizers: got '\{\]', which is not a JSON object"):
+        examples.words_of("{]", ("0", "1"))
 
 
 @pytest.mark.parametrize(
@@ -119,6 +140,9 @@ def test_labels_are_the_same_however_a_file_writes_them(labels, expected, llama,
         ([{"text": f"t {n}", "label": f"l {n}"} for n in range(300)], {}, "300 distinct labels .* --task generation"),
         (ROWS, {"text_column": "txet"}, "--text-column: .* no column 'txet'; columns found: 'label', 'text'"),
         (ROWS, {"template": "{text} {other}"}, "--template: .* no column 'other'"),
+        (ROWS, {"template": "{review-text} {text}"}, "--template: .* no column 'review-text'"),
+        (ROWS, {"template": '{"a": 1} It was'}, "--template: .* names no column; columns found: 'label', 'text'"),
+        (ROWS, {"template": "{text} {mask} {mask}"}, "--template: .* accepted: one {mask}"),
         (ROWS, {"template": "{text} {mask}"}, "--template: got {mask}, but the model predicts the next token"),
         (ROWS, {"task": "choice"}, "--choices: .* no column 'choices'"),
         ([{"text": "a", "label": 0, "choices": "b"}], {"task": "choice"}, "--choices: .* record 1 holds 'b'; .* list"),
@@ -140,12 +164,20 @@ def test_labels_are_the_same_however_a_file_writes_them(labels, expected, llama,
         ),
         (ROWS * 9, {"verbalizers": "1= good,0= bad,7= x"}, "--verbalizers: the data has no label '7'"),
         (ROWS * 9, {"verbalizers": "1= good,1= great"}, "--verbalizers: got .* with a label twice"),
-        (ROWS * 9, {"test_data": "EMPTY"}, "--test-data: none of its 0 records can be used"),
+        (ROWS * 9, {"test_data": []}, "--test-data: none of its 0 records can be used"),
+        (ROWS * 9, {"test_data": [{"txt": "a", "label": 1}]}, "--text-column: '.*b.jsonl' has no column 'text'"),
+        (ROWS * 9, {"test_data": [{"text": [1], "label": 1}]}, "--test-data: the column 'text' holds a list"),
+        ([{"text": "a", "label": [{"x": 1}]}], {"task": "generation"}, "'label' holds a object in record 1"),
+        (
+            [{"text": "a", "label": 0, "choices": [{"x": 1}, "b"]}],
+            {"task": "choice"},
+            "'choices' holds a object in record 1",
+        ),
     ],
 )
 def test_records_that_the_task_cannot_use(rows, given, message, llama, loaded, tmp_path):
     if "test_data" in given:
-        given = {"test_data": json_lines(tmp_path / "b.jsonl", [])}
+        given = {"test_data": json_lines(tmp_path / "b.jsonl", given["test_data"])}
     config = config_for(llama, tmp_path, data=json_lines(tmp_path / "a.jsonl", rows), **given)
     with pytest.raises(UserError, match=message):
         data.load(config, loaded[1])
@@ -154,32 +186,48 @@ def test_records_that_the_task_cannot_use(rows, given, message, llama, loaded, t
 def test_quotation_marks_in_files_without_quoting(tmp_path):
     path = tmp_path / "a.tsv"
     path.write_text("text\tlabel\n" + "".join(f'"good film {n}\t{n % 2}\n' for n in range(6)))
-    found = records.read(str(path), "train")[0]
+    found = records.read(str(path))[0]
     assert len(found) == 6 and found[0] == {"text": '"good film 0', "label": "0"}
     (tmp_path / "a.csv").write_text('text,label\n"good,1\nfilm,0\n')
     with pytest.raises(UserError, match=r"^--data: a\.csv is not a CSV file .* quotation mark without its second"):
-        records.read(str(tmp_path / "a.csv"), "train")
+        records.read(str(tmp_path / "a.csv"))
     (tmp_path / "b.csv").write_text("text,label,text\na,1,b\n")
     with pytest.raises(UserError, match=r"^--data: b\.csv has two columns 'text'"):
-        records.read(str(tmp_path / "b.csv"), "train")
+        records.read(str(tmp_path / "b.csv"))
+    (tmp_path / "b.tsv").write_text('text\tlabel\n"he said ""no""\nand left"\t1\nfilm\t0\n')
+    found = records.read(str(tmp_path / "b.tsv"))[0]
+    assert [row["text"] for row in found] == ['he said "no"\nand left', "film"], "as pandas writes it"
+    (tmp_path / "c.csv").write_text("text,label,,\nfilm,1,,\n")
+    assert records.read(str(tmp_path / "c.csv"))[0] == [{"text": "film", "label": "1"}]
     assert records.plain(b"caf\xc3\xa9") == "café" and records.missing("  ")
+    assert records.plain("film \ud83d") == "film \ufffd", "half of an emoji"
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 100_000])
+def test_json_that_python_cannot_read_is_said_in_a_line(value, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": ' + value + "}\n")
+    with pytest.raises(UserError, match=r"^--data: line 1 of a\.jsonl is not JSON that can be read") as found:
+        records.read(str(tmp_path / "a.jsonl"))
+    assert "\n" not in str(found.value)
 
 
 def test_cells_of_tables_may_hold_json_and_others_are_text(llama, loaded, tmp_path):
     answer = '["the plot", "a cast"]'
     (tmp_path / "a.csv").write_text("text,label\n" + 'film,"' + answer.replace('"', '""') + '"\n')
-    for file, wanted in (("a.csv", ("the plot", "a cast")), ("a.jsonl", (answer,))):
+    (tmp_path / "b.csv").write_text("text,label\nfilm,\"['the plot', 'a cast']\"\n")  # as pandas writes a list
+    both = ("the plot", "a cast")
+    for file, wanted in (("a.csv", both), ("b.csv", both), ("a.jsonl", (answer,))):
         path = tmp_path / file
         if file == "a.jsonl":
             json_lines(path, [{"text": "film", "label": answer}])
         config = config_for(llama, tmp_path, task="generation", data=str(path), train_size=1, dev_size=1, test_size=1)
-        (row,) = examples.rows_of(records.read(str(path), "train")[0], config, Counter())
+        (row,) = examples.rows_of(records.read(str(path))[0], config, Counter(), [])
         assert row.accepted == wanted
 
 
 def test_a_template_may_hold_braces_of_its_own_and_columns_of_any_name(llama, loaded, tmp_path):
     rows = [{"text": "a film", "the-place": "scene", "label": n % 2} for n in range(100)]
-    template = '{"a": 1} {the-place} {text} It was'
+    template = '{"a": 1} { the-place } {text} It was'
     config = config_for(llama, tmp_path, data=json_lines(tmp_path / "a.jsonl", rows), template=template)
     assert data.load(config, loaded[1]).train[0].prompt == '{"a": 1} scene a film It was'
 
@@ -191,6 +239,8 @@ def test_a_test_set_of_its_own_is_used_whole_and_alone(llama, loaded, tmp_path):
     dataset = data.load(config_for(llama, tmp_path, **given), loaded[1])
     assert len(dataset.test) == len(tests) and all(example.prompt.startswith("bad") for example in dataset.test)
     assert all(example.prompt.startswith("good") for example in dataset.train + dataset.dev)
+    few = data.load(config_for(llama, tmp_path, **given, test_size=5), loaded[1])
+    assert len(few.test) == 5 and f"5 of {len(tests)} test examples are used (--test-size)" in few.notes
 
 
 def test_a_template_may_come_from_a_file_and_name_any_column(llama, loaded, tmp_path):
@@ -209,13 +259,23 @@ def test_a_template_may_come_from_a_file_and_name_any_column(llama, loaded, tmp_
 @pytest.mark.parametrize(
     "given, index",
     [({"choices": ["the plot", "a", "very quite"], "label": 2}, 2), ({"choices": ["the plot", "a"], "label": "B"}, 1),
-     ({"choices": ["the plot", "a"], "label": "b"}, 1), ({"choices": ["7", "1", "2"], "label": 0}, 0)],
+     ({"choices": ["the plot", "a"], "label": "b"}, 1), ({"choices": ["7", "1", "2"], "label": 0}, 0),
+     ({"choices": ["the plot", "a", None], "label": "1.0"}, 1)],
 )  # fmt: skip
 def test_the_right_choice_by_number_letter_or_text(given, index, llama, loaded, tmp_path):
     rows = [{"text": "film", **given}] * 100
     config = config_for(llama, tmp_path, task="choice", data=json_lines(tmp_path / "a.jsonl", rows))
     dataset = data.load(config, loaded[1])
     assert dataset.train[0].label == index and len(dataset.train[0].answers) == len(dataset.train[0].texts)
+    counted = str(given["label"]) not in ("B", "b", "0")
+    assert any("count from 0, not from 1" in note for note in dataset.notes) == counted
+
+
+def test_a_choice_that_is_empty_shifts_no_number(llama, loaded, tmp_path):
+    good = {"text": "film", "choices": ["the plot", "a"], "label": 0}
+    path = json_lines(tmp_path / "a.jsonl", [good] * 20 + [good | {"choices": ["", "the plot", "a"], "label": 1}])
+    dataset = data.load(config_for(llama, tmp_path, task="choice", data=path), loaded[1])
+    assert dataset.dropped == {"with an empty choice": 1}
 
 
 def mean_log_likelihood(model, prompt, answer):
@@ -284,6 +344,8 @@ def test_generation_is_greedy_and_stops_where_it_should(llama, loaded, tmp_path)
                 tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
             assert said == tokenizer.decode(tokens[len(example.tokens) :], skip_special_tokens=True).strip()
         assert score.metrics["f1"] == pytest.approx(sum(metrics.f1(s, ("the plot", "a cast")) for s in score.said) / 6)
+    scorer.decode = lambda tokens: "the\u2028plot\nand more"
+    assert scorer.evaluate(examples, 4).said == ("the\u2028plot",) * 6, "other marks than a new line end no answer"
 
 
 @pytest.mark.parametrize(

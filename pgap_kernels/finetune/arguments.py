@@ -111,7 +111,8 @@ def _add_task(parser: argparse.ArgumentParser) -> None:
     _option(group, "label-column", str, "column of the label, of the right choice, or of the answers", metavar="NAME")
     _option(group, "verbalizers", str,
             "the word that stands for each label, exactly as it follows the template (default: great and terrible for "
-            "1 and 0, positive and negative, true and false; else the labels themselves)",
+            "1 and 0, positive and negative, true and false; else the labels themselves); where labels hold commas, a "
+            "JSON object",
             metavar="LABEL=WORD,LABEL=WORD")  # fmt: skip
     _option(group, "choices", names, "column with a list of choices, or several columns with one each")
     _option(group, "objective", str, "what steps make better; accuracy and f1 need no gradient", choices=OBJECTIVES)
@@ -133,7 +134,12 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     _option(group, "tune", names,
             "linear: the linear layers, experts included, but not the head; all; or patterns of parameter names, such "
             "as '*.mlp.*,*q_proj*'")  # fmt: skip
-    _option(group, "lora-rank", int, "begin a LoRA adapter of that rank on them, and tune it instead")
+    _option(
+        group,
+        "lora-rank",
+        int,
+        "begin a LoRA adapter of that rank on those that are linear layers, and tune it instead",
+    )
     _option(group, "device", str, "where to run: auto (CUDA if there is one), cpu, cuda, cuda:1, ...", metavar="DEVICE")
     _option(group, "dtype", str, "type of the weights", choices=DTYPES)
 

@@ -198,6 +198,14 @@ class Config:
             )
         if self.task != "choice" and tuple(self.choices) != field_default("choices"):
             raise UserError(f"--choices: got {','.join(self.choices)} with --task {self.task}; accepted: with choice")
+        if self.task != "classification" and self.verbalizers is not None:
+            raise UserError(
+                f"--verbalizers: got {self.verbalizers!r} with --task {self.task}; accepted: with classification"
+            )
+        if self.resume and self.overwrite:
+            raise UserError(
+                "--resume: got it with --overwrite, which would take away what it goes on from; accepted: one"
+            )
         for name in ("tune", "choices"):
             if isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise UserError(f"{flag(name)}: got {getattr(self, name)!r}; accepted: a list of names")

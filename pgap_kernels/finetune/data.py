@@ -5,6 +5,7 @@ A batch is a pure function of (seed, step), so runs of different methods see the
 
 from __future__ import annotations
 
+import copy
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from typing import Any
 
 from . import fetch
 from .builtin import BUILT_IN, Record
-from .config import Config
+from .config import Config, field_default
 from .errors import UserError
 from .examples import Example, Prompts, Row, Tokens, label_answers, rows_of, spaced, words_of
 from .records import read
@@ -79,11 +80,12 @@ def load(config: Config, tokenizer: Any, mask: str | None = None) -> Dataset:
     if mask is not None and config.task != "classification":
         raise UserError(f"--task: got {config.task!r} with a masked model; accepted: classification")
     dropped, prompts = Counter[str](), Prompts(config, tokenizer, mask)
+    notes: list[str] = []
     records, name, tests = records_of(config)
-    pools = [rows_of(part, config, dropped) for part in (records, tests or [])]
+    pools = [rows_of(records, config, dropped, notes), _test_rows(tests or [], config, dropped)]
     if not pools[0]:
-        raise UserError(f"--data: {name} holds no examples; accepted: at least 4")
-    data = Dataset(name, config.task, [], [], [])
+        raise UserError(f"--data: {name} holds no examples; accepted: at least 5")
+    data = Dataset(name, config.task, [], [], [], notes=notes)
     if config.task == "classification":
         data.labels = _labels([row for pool in pools for row in pool], name)
         data.words = words_of(config.verbalizers, data.labels)
@@ -110,13 +112,24 @@ def load(config: Config, tokenizer: Any, mask: str | None = None) -> Dataset:
 
 def records_of(config: Config) -> tuple[list[Record], str, list[Record] | None]:
     """All records, the data's name for reports, and those of a test part that comes apart, or None."""
-    records, name = read(config.data, config.split)
+    split = None if config.split == field_default("split") else config.split
+    records, name = read(config.data, split)
     built_in = BUILT_IN.get(config.data)
     if config.test_data is not None:
-        return records, name, read(config.test_data, config.test_split or "test", "--test-data")[0]
+        return records, name, read(config.test_data, config.test_split, "--test-data")[0]
     if built_in is not None and built_in.test is not None:
         return records, name, built_in.read(fetch.fetch_data(built_in.test))
     return records, name, None
+
+
+def _test_rows(records: Sequence[Record], config: Config, dropped: Counter[str]) -> list[Row]:
+    """The rows of a test part that comes apart: errors are its own."""
+    own = copy.copy(config)
+    own.data = config.test_data or config.data
+    try:
+        return rows_of(records, own, dropped, [])
+    except UserError as error:
+        raise UserError(str(error).replace("--data:", "--test-data:", 1)) from error
 
 
 def _labels(rows: Sequence[Row], name: str) -> tuple[str, ...]:
@@ -194,6 +207,8 @@ def _divide(config: Config, data: Dataset, examples: Sequence[Example], given: S
     if given:
         order = permutation(len(given), f"test/{config.data_seed}")
         data.test = [given[index] for index in order[: config.test_size]]
+        if len(data.test) < len(given):
+            data.notes.append(f"{len(data.test)} of {len(given)} test examples are used (--test-size)")
     if scaled:
         parts = [("train", data.train), ("dev", data.dev), *([] if given else [("test", data.test)])]
         names, numbers = ("/".join(each) for each in zip(*((part, str(len(of))) for part, of in parts), strict=True))

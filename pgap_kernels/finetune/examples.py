@@ -6,6 +6,7 @@ its own in every row, and in generation there is the right one alone.
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections import Counter
@@ -22,7 +23,7 @@ from .records import missing, plain
 Tokens = tuple[int, ...]
 
 #: Where a template has a column's text.
-PLACES = re.compile(r"\{([^{}]+)\}")
+PLACES = re.compile(r"\{\s*([^{}]*[^{}\s])\s*\}")
 
 # What labels say where nobody has said it: with the default template, sentiment.
 WORDS = {"0": " terrible", "1": " great", "negative": " terrible", "positive": " great", "false": " terrible",
@@ -60,8 +61,14 @@ class Row:
 # ---- records to rows ------------------------------------------------------------------------------------------------
 
 
-def rows_of(records: Sequence[Record], config: Config, dropped: Counter[str]) -> list[Row]:
+def rows_of(records: Sequence[Record], config: Config, dropped: Counter[str], notes: list[str]) -> list[Row]:
     """Rows with all that the task needs; records without it are dropped, and counted by the reason.
+
+    Args:
+        records: of the data that ``config.data`` names.
+        config: says what the task needs.
+        dropped: is added to.
+        notes: likewise: what the user should know.
 
     Raises:
         UserError: a column is missing or holds what the task cannot use.
@@ -72,7 +79,7 @@ def rows_of(records: Sequence[Record], config: Config, dropped: Counter[str]) ->
     if records:
         _check_columns(known, config, columns)
     make: Callable[..., Row | None] = _labelled if config.task == "classification" else _answered
-    reading = _reading_of(records, config) if config.task == "choice" else None
+    reading = _reading_of(records, config, notes) if config.task == "choice" else None
     rows = []
     for number, record in enumerate(records, 1):
         empty = next((name for _, name in columns if missing(record.get(name))), None)
@@ -86,7 +93,7 @@ def rows_of(records: Sequence[Record], config: Config, dropped: Counter[str]) ->
             else _choice(fields, record, config, number, reading)
         )
         if row is None:
-            dropped["without an answer"] += 1
+            dropped["without an answer" if reading is None else "with an empty choice"] += 1
             continue
         rows.append(row)
     return rows
@@ -98,7 +105,12 @@ def _template_columns(config: Config, known: Collection[str]) -> dict[str, str]:
     Braces around what is neither a column nor a word are the template's own.
     """
     names = [name for name in PLACES.findall(config.template) if name != "mask"]
-    named = [name for name in names if name in known or re.fullmatch(r"\w+", name)]
+    named = [name for name in names if name in known or re.fullmatch(r"\w[\w-]*", name)]
+    if not named:
+        raise UserError(
+            f"--template: got {config.template!r}, which names no column; columns found: "
+            f"{', '.join(map(repr, sorted(known))) or 'none'}"
+        )
     return {name: config.text_column if name == "text" else name for name in named}
 
 
@@ -132,13 +144,18 @@ def _text(value: Any, column: str, number: int) -> str:
 
 def _labelled(fields: Mapping[str, str], record: Record, config: Config, number: int) -> Row:
     label = _text(record[config.label_column], config.label_column, number)
-    if re.fullmatch(r"-?\d+\.0+|[Tt]rue|[Ff]alse", label):
-        label = label.partition(".")[0].lower()  # as other files write the same
-    return Row(fields, label)
+    return Row(fields, same_label(label))
+
+
+def same_label(label: str) -> str:
+    """A label as other files write the same one: 1 for 1.0, true for TRUE."""
+    if re.fullmatch(r"-?\d+\.0+|(?i:true|false)", label):
+        return label.partition(".")[0].lower()
+    return label
 
 
 def _options(record: Record, config: Config, number: int) -> list[str]:
-    """The choices of a record."""
+    """The choices of a record, the empty ones at its end left out; others may be empty, so that numbers fit."""
     if len(config.choices) == 1:
         found = _listed(record[config.choices[0]], config)
         if not isinstance(found, list) or len(found) < 2:
@@ -146,16 +163,21 @@ def _options(record: Record, config: Config, number: int) -> list[str]:
                 f"--choices: the column {config.choices[0]!r} of record {number} holds {found!r}; accepted: a list of "
                 "two or more, or several columns with one choice each"
             )
-        return [plain(option) for option in found if not missing(option)]
+        last = max((index for index, option in enumerate(found) if not missing(option)), default=-1)
+        return ["" if missing(o) else _text(o, config.choices[0], number) for o in found[: last + 1]]
     return [_text(record[name], name, number) for name in config.choices]
 
 
 #: How a label says which choice is right.
 READINGS: dict[str, Callable[[str, Sequence[str]], int | None]] = {
     "text": lambda given, options: options.index(given) if given in options else None,
-    "number": lambda given, options: int(given) if given.isdecimal() and int(given) < len(options) else None,
+    "number": lambda given, options: _number(same_label(given), len(options)),
     "letter": lambda given, options: _letter(given, len(options)),
 }
+
+
+def _number(given: str, count: int) -> int | None:
+    return int(given) if given.isdecimal() and int(given) < count else None
 
 
 def _letter(given: str, count: int) -> int | None:
@@ -163,8 +185,10 @@ def _letter(given: str, count: int) -> int | None:
     return index if 0 <= index < count else None
 
 
-def _reading_of(records: Sequence[Record], config: Config) -> str:
+def _reading_of(records: Sequence[Record], config: Config, notes: list[str]) -> str:
     """The reading of the labels that fits most of them: one for all, as rows on their own can be read in several.
+
+    Numbers of which none is 0 get a note, as they may count from 1.
 
     Raises:
         UserError: two fit them all, and say different things.
@@ -182,11 +206,17 @@ def _reading_of(records: Sequence[Record], config: Config) -> str:
             f"--label-column: the labels could be the {fitting[0]} of the right choice or its {fitting[1]}, which say "
             "different things; accepted: letters from A, or choices and labels that cannot be taken for each other"
         )
-    return min(found, key=lambda name: found[name].count(None))
+    best = min(found, key=lambda name: found[name].count(None))
+    if best == "number" and found[best] and 0 not in found[best]:
+        notes.append("no label is 0: labels are taken as numbers of choices that count from 0, not from 1")
+    return best
 
 
-def _choice(fields: Mapping[str, str], record: Record, config: Config, number: int, reading: str) -> Row:
+def _choice(fields: Mapping[str, str], record: Record, config: Config, number: int, reading: str) -> Row | None:
+    """None for a record with an empty choice among the others."""
     options, given = _options(record, config, number), plain(record[config.label_column])
+    if not all(options):
+        return None
     index = READINGS[reading](given, options)
     if index is None:
         raise UserError(
@@ -206,18 +236,22 @@ def _answered(fields: Mapping[str, str], record: Record, config: Config, number:
                 "answers, or SQuAD's object of both"
             )
         found = found["text"]
-    accepted = tuple(plain(a) for a in (found if isinstance(found, (list, tuple)) else [found]) if not missing(a))
+    several = found if isinstance(found, (list, tuple)) else [found]
+    accepted = tuple(_text(a, config.label_column, number) for a in several if not missing(a))
     return Row(fields, accepted[0], accepted=accepted) if accepted else None
 
 
 def _listed(value: Any, config: Config) -> Any:
-    """What a cell holds: in a CSV or TSV file a list, or SQuAD's object, may be written as JSON."""
+    """What a cell holds: in a CSV or TSV file a list, or SQuAD's object, may be written as JSON, or as Python does."""
     in_text = Path(config.data).suffix.lower() in (".csv", ".tsv")
     if in_text and isinstance(value, str) and value.startswith(("[", "{")):
         try:
             found = json.loads(value)
-        except json.JSONDecodeError:
-            return value  # text that begins with a bracket
+        except ValueError:
+            try:
+                found = ast.literal_eval(value)
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                return value  # text that begins with a bracket
         if isinstance(found, list) or "text" in found:
             return found
     return value
@@ -237,6 +271,8 @@ class Prompts:
             end = tokenizer("x")["input_ids"][-1:]
             self.closes = tuple(end) if end and end[0] == tokenizer.eos_token_id else ()
         self.template = config.template
+        if self.template.count("{mask}") > 1:
+            raise UserError(f"--template: got {config.template!r}; accepted: one {{mask}}, where the label's word is")
         if mask is not None:
             self.template = (self.template if "{mask}" in self.template else self.template + "{mask}.").replace(
                 "{mask}", mask
@@ -305,12 +341,12 @@ def words_of(option: str | None, labels: Sequence[str]) -> tuple[str, ...]:
         UserError: the option cannot be read, or leaves a label out.
     """
     if option is None:
-        known = all(label in WORDS for label in labels)
+        known = len({WORDS.get(label) for label in labels} - {None}) == len(labels)  # 0 and negative would be the same
         return tuple(WORDS[label] if known else " " + label for label in labels)
-    pairs = [pair.partition("=") for pair in option.split(",")]
-    if not all(label and word for label, _, word in pairs):
-        raise UserError(f"--verbalizers: got {option!r}; accepted: label=word,label=word")
-    words = {label.strip(): word for label, _, word in pairs}
+    pairs = _pairs(option)
+    if not all(label and word for label, word in pairs):
+        raise UserError(f"--verbalizers: got {option!r}; accepted: label=word,label=word, or a JSON object of words")
+    words = {same_label(label.strip()): word for label, word in pairs}
     if len(words) < len(pairs):
         raise UserError(f"--verbalizers: got {option!r}, with a label twice; accepted: a word for each label")
     strange = next((label for label in words if label not in labels), None)
@@ -325,6 +361,16 @@ def words_of(option: str | None, labels: Sequence[str]) -> tuple[str, ...]:
             f'"{",".join(f"{label}=word" for label in labels[:5])}"'
         )
     return tuple(words[label] for label in labels)
+
+
+def _pairs(option: str) -> list[tuple[str, str]]:
+    """Labels and words: of a JSON object, in which labels may hold any character, or of label=word,label=word."""
+    if option.lstrip().startswith("{"):
+        try:
+            return [(label, str(word)) for label, word in json.loads(option, object_pairs_hook=list)]
+        except ValueError as error:
+            raise UserError(f"--verbalizers: got {option!r}, which is not a JSON object ({error})") from error
+    return [(label, word) for label, _, word in (pair.partition("=") for pair in option.split(","))]
 
 
 def label_answers(prompts: Prompts, words: Sequence[str], mask: str | None) -> tuple[Tokens, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,10 +58,12 @@ def _save(figure: Any, to: Any, form: str) -> None:
 def _draw_loss(axes: Any, report: Mapping[str, Any]) -> None:
     train, dev = report["curves"]["train_loss"], report["curves"]["dev"]
     steps = range(1, len(train) + 1)
-    axes.plot(steps, train, color="#4c78a8", alpha=0.3, linewidth=0.8, label="train, each batch")
-    axes.plot(steps, _running_mean(train, 20), color="#4c78a8", label="train, mean of last 20")
+    objective = report["config"]["objective"]
+    of_train = "train" if objective == "loss" else f"train, 1 - {objective}"
+    axes.plot(steps, _numbers(train), color="#4c78a8", alpha=0.3, linewidth=0.8, label=f"{of_train}, each batch")
+    axes.plot(steps, _running_mean(train, 20), color="#4c78a8", label=f"{of_train}, mean of last 20")
     axes.plot(_column(dev, "step"), _column(dev, "loss"), color="#f58518", marker="o", markersize=4, label="dev")
-    axes.set(title="loss", xlabel="step", ylabel="nats")
+    axes.set(title="loss", xlabel="step", ylabel="nats" if objective == "loss" else "")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
 
@@ -82,7 +85,7 @@ def _draw_metric(axes: Any, report: Mapping[str, Any]) -> None:
     axes.plot(_column(dev, "step"), _column(dev, name), color="#f58518", marker="o", markersize=4, label="dev")
     for step, score in ((0, test["before"]), (last_step(report), test["after"])):
         if score:
-            axes.plot(step, score[name], "D", color="black", label=None if step else "test")
+            axes.plot(step, _numbers([score[name]]), "D", color="black", label=None if step else "test")
     if report["data"]["majority"] is not None:
         axes.axhline(report["data"]["majority"], color="gray", linewidth=0.8, linestyle=":", label="majority")
     axes.set(title=name.replace("_", " "), xlabel="step", ylabel="share correct" if name == "accuracy" else "")
@@ -128,9 +131,16 @@ def timings(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _column(points: list[dict[str, Any]], name: str) -> list[Any]:
-    return [point[name] for point in points]
+    return _numbers([point[name] for point in points])
 
 
-def _running_mean(values: list[float], width: int) -> list[float]:
+def _numbers(values: list[float | None]) -> list[float]:
+    """Values that a report has as None, as they were not finite, are NaN again, which leaves a gap."""
+    return [math.nan if value is None else value for value in values]
+
+
+def _running_mean(values: list[float | None], width: int) -> list[float]:
+    """Of the last values that are finite."""
     windows = (values[max(0, end - width) : end] for end in range(1, len(values) + 1))
-    return [sum(window) / len(window) for window in windows]
+    finite = ([value for value in window if value is not None and math.isfinite(value)] for window in windows)
+    return [sum(window) / len(window) if window else math.nan for window in finite]

@@ -46,10 +46,9 @@ def run(config: Config, interrupts: Interrupts | None = None) -> dict[str, Any]:
         Exception: whatever else went wrong; the report then says so, with the status ``"failed"``.
     """
     output = Output(config.output, overwrite=config.overwrite, resume=config.resume)
-    before = finished_report(output.folder) if config.resume else None
-    if before is not None and not (output.checkpoints() and config.steps > before["config"]["steps"]):
+    if config.resume and (before := finished_report(output.folder)) is not None and not goes_on(config, output, before):
         output.close()
-        raise UserError(f"--resume: the run in {config.output!r} is complete; accepted: another folder, or --overwrite")
+        raise UserError(_complete(config))
     shown = Shown(config.quiet)
     try:
         if interrupts is not None:
@@ -70,6 +69,26 @@ def finished_report(folder: Path) -> dict[str, Any] | None:
     return found if done and not found["config"]["evaluate_only"] else None
 
 
+def goes_on(config: Config, output: Output, before: dict[str, Any]) -> bool:
+    """Whether a finished run can take the further steps that are wanted now: it has kept its checkpoints."""
+    return bool(output.checkpoints()) and config.steps > before["config"]["steps"]
+
+
+def refuse_more(config: Config, before: dict[str, Any]) -> None:
+    """Refuse what a finished run cannot have any more.
+
+    Raises:
+        UserError: more steps, or a saved model.
+    """
+    lacks_model = config.save_model and not (Path(config.output).expanduser() / MODEL).exists()
+    if config.steps > before["config"]["steps"] or lacks_model:
+        raise UserError(_complete(config))
+
+
+def _complete(config: Config) -> str:
+    return f"--resume: the run in {config.output!r} is complete; accepted: another folder, or --overwrite without it"
+
+
 class Job:
     """Everything loaded, and the report that is filled."""
 
@@ -79,6 +98,10 @@ class Job:
         shown.doing("loading the model and the data")
         self.model, self.tokenizer, self.name = self.load_model()
         mask = self.tokenizer.mask_token if models.is_masked(self.model) else None
+        if mask is None and models.is_masked(self.model):
+            raise UserError(
+                "--model: predicts masked tokens, but its tokenizer has no mask token; accepted: one that has"
+            )
         self.dataset = data.load(config, self.tokenizer, mask)
         models.check_fits(self.model, self.dataset, config.max_new_tokens)
         self.scorer = self.scorer_for(self.model)

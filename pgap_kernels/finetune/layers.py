@@ -38,6 +38,7 @@ def choose(model: Any, tune: Sequence[str]) -> dict[str, nn.Parameter]:
         for pattern in tune:
             found = {name for name in names if fnmatchcase(name, pattern)}
             if not found:
+                _refuse_tied(model, pattern)
                 parts = {part for name in names for part in name.split(".")}
                 near = ", ".join(get_close_matches(pattern.strip("*."), parts, 3))
                 raise UserError(
@@ -50,6 +51,18 @@ def choose(model: Any, tune: Sequence[str]) -> dict[str, nn.Parameter]:
     return tuned_parameters(model)
 
 
+def _refuse_tied(model: Any, pattern: str) -> None:
+    """Refuse a pattern that matches only another name of a parameter.
+
+    Raises:
+        UserError: it does.
+    """
+    own = {id(parameter): name for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if fnmatchcase(name, pattern):
+            raise UserError(f"--tune: {pattern!r} matches {name!r}, which is tied; accepted: {own[id(parameter)]!r}")
+
+
 def _linear(model: Any) -> Iterator[str]:
     head = model.get_output_embeddings()
     inside = {id(module) for module in model.base_model.modules()}
@@ -57,6 +70,8 @@ def _linear(model: Any) -> Iterator[str]:
         if id(module) not in inside or module is head:
             continue
         linear = isinstance(module, (nn.Linear, Conv1D))
+        if isinstance(module, nn.Conv1d):  # of three dimensions, too, and no stack of matrices
+            continue
         for name, parameter in module.named_parameters(recurse=False):
             # Experts are stacks of matrices, in no module of their own each.
             if linear or parameter.dim() == 3:

@@ -70,6 +70,9 @@ def _load(
     if (path / ADAPTER_FILE).is_file():
         return _load_adapter(path, dtype, device, tune, lora_rank)
     model, tokenizer = _load_base(name, dtype)
+    if name != DEFAULT and path.exists():
+        # What an adapter says of its model: from wherever it is loaded, and of a GGUF file not only the folder.
+        model.name_or_path = model.config._name_or_path = str(path.resolve())
     model = model.to(device).eval()
     layers.choose(model, tune)
     if lora_rank is not None:
@@ -154,7 +157,10 @@ def _load_adapter(
         )
     if not base:
         raise UserError(f"--model: the adapter {str(path)!r} does not name its model (base_model_name_or_path)")
-    model, tokenizer = _load_base(base, dtype)
+    try:
+        model, tokenizer = _load_base(base, dtype)
+    except UserError as error:
+        raise UserError(f"{error}; it is what the adapter {str(path)!r} was made for") from error
     try:
         model = peft.PeftModel.from_pretrained(model, str(path), is_trainable=True)
     except (RuntimeError, *LOAD_ERRORS) as error:
@@ -172,7 +178,10 @@ def _with_lora(model: Any, rank: int) -> Any:
         raise UserError("--tune: none of the chosen parameters is of a linear layer; accepted with --lora-rank: some")
     task = None if is_masked(model) else "CAUSAL_LM"
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear, task_type=task)
-    return peft.get_peft_model(model, config).eval()
+    try:
+        return peft.get_peft_model(model, config).eval()
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--lora-rank: no adapter can be put on this model ({_first_line(error)})") from error
 
 
 def _peft() -> Any:
@@ -261,9 +270,16 @@ def _load_from(name: str, dtype: torch.dtype, **options: Any) -> tuple[Any, Any]
         )
     auto = _class_for(config, name)
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
-    model, info = auto.from_pretrained(
-        name, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
-    )
+    try:
+        model, info = auto.from_pretrained(
+            name, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
+        )
+    except RuntimeError as error:
+        if "mismatch" not in str(error):
+            raise
+        raise UserError(
+            f"--model: the weights of {name!r} do not have the shapes of its config.json; accepted: a whole model"
+        ) from error
     lacking = sorted(info["missing_keys"])
     if lacking:
         shown = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")

@@ -11,7 +11,7 @@ from pathlib import Path
 from .errors import UserError
 
 #: Written by every run, and taken away when another begins.
-FILES = ("report.json", "report.html", "curves.png", "curve.csv")
+FILES = ("report.json", "report.html", "curves.png", "curve.csv", "tensorboard")
 MODEL = "model"
 CHECKPOINT = "checkpoint-"
 _INCOMPLETE = ".incomplete-"
@@ -35,6 +35,14 @@ class Output:
 
     def __init__(self, name: str, *, overwrite: bool, resume: bool) -> None:
         self.folder = Path(name).expanduser()
+        if (self.folder / MODEL).is_file():
+            raise UserError(f"--output: {str(self.folder / MODEL)!r} is a file, where the model's folder would be")
+        kept = [path for path in (self.folder / MODEL, *self.checkpoints()) if path.exists()]
+        if kept and not overwrite and not resume:
+            raise UserError(
+                f"--output: {name!r} holds {kept[-1].name}/ of an earlier run; accepted: another folder, --resume to "
+                "go on with that run, or --overwrite to take it away"
+            )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._reserve()
@@ -43,16 +51,8 @@ class Output:
                 f"--output: cannot write to the folder {name!r} ({error.strerror}); accepted: a folder that can be "
                 "written, on a disk with room"
             ) from error
-        if (self.folder / MODEL).is_file():
-            raise UserError(f"--output: {str(self.folder / MODEL)!r} is a file, where the model's folder would be")
         for path in self.folder.glob(f"{_INCOMPLETE}*"):  # of a run that was killed
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        kept = [path for path in (self.folder / MODEL, *self.checkpoints()) if path.exists()]
-        if kept and not overwrite and not resume:
-            raise UserError(
-                f"--output: {name!r} holds {kept[-1].name}/ of an earlier run; accepted: another folder, --resume to "
-                "go on with that run, or --overwrite to take it away"
-            )
         self._stale = [] if resume else [*kept, *(self.folder / file for file in FILES)]
 
     def begin(self) -> None:

@@ -79,9 +79,14 @@ def _scores(scorer: Scorer, examples: Sequence[Example], index: int) -> Tensor:
 
 
 def _sees_what_follows(scorer: Scorer, example: Example) -> bool:
-    """Whether the scores at the end of a prompt change when it goes on."""
-    rows = [torch.tensor([example.tokens + more], device=scorer.model.device) for more in ((), example.tokens[:3])]
-    alone, followed = (scorer.model(input_ids=row).logits[0, len(example.tokens) - 1] for row in rows)
+    """Whether the scores at the end of a prompt change when it goes on.
+
+    Its own last tokens are what follows, as there may be no positions for more.
+    """
+    tokens = example.tokens if len(example.tokens) > 1 else example.tokens * 4
+    end = max(1, len(tokens) - 3)
+    rows = [torch.tensor([some], device=scorer.model.device) for some in (tokens[:end], tokens)]
+    alone, followed = (scorer.model(input_ids=row).logits[0, end - 1] for row in rows)
     return not _close(alone.float(), followed.float(), TOLERANCE[scorer.model.dtype])
 
 

@@ -19,17 +19,19 @@ ACCEPTED = (
 )
 
 
-def read(name: str, split: str, option: str = "--data") -> tuple[list[Record], str]:
+def read(name: str, split: str | None = None, option: str = "--data") -> tuple[list[Record], str]:
     """All records, and a name for reports.
 
     Args:
         name: as ``ACCEPTED`` says.
-        split: of a `datasets` folder or a data set on the hub.
+        split: of a `datasets` folder or a data set on the hub; None for train with ``--data``, else test.
         option: to blame.
 
     Raises:
         UserError: it cannot be read.
     """
+    if split is not None and (name in BUILT_IN or Path(name).expanduser().is_file()):
+        raise UserError(_has_no_splits(name, split, option))
     if name in BUILT_IN:
         found = BUILT_IN[name]
         return found.read(fetch.fetch_data(found.train)), found.title
@@ -52,24 +54,36 @@ def read(name: str, split: str, option: str = "--data") -> tuple[list[Record], s
     return _dataset(name, split, option), name
 
 
+def _has_no_splits(name: str, split: str, option: str) -> str:
+    if option == "--data":
+        return f"--split: got {split!r}, but {name!r} has no splits; accepted: without --split"
+    return f"--test-split: got {split!r}, but {name!r} has no splits; accepted: a file of its own, as --test-data"
+
+
 def _separated(delimiter: str) -> Callable[[Path], list[Record]]:
     def records(path: Path) -> list[Record]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             lines = file.readlines()
         kind = "CSV" if delimiter == "," else "TSV"
         try:
-            reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
-            rows = list(reader)
+            try:
+                reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+                rows = list(reader)
+            except csv.Error:
+                if kind == "CSV":
+                    raise
+                rows = []
+            if kind == "TSV" and _is_unquoted(rows):
+                reader = csv.DictReader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+                rows = list(reader)
         except csv.Error as error:
-            if kind == "CSV":
-                hint = "; is there a quotation mark without its second?" if "end of data" in str(error) else ""
-                raise UserError(f"{path.name} is not a CSV file that can be read ({error}{hint})") from error
-            rows = []
-        # In most TSV files a quotation mark is one like any other: one that would take in whole lines certainly is.
-        if kind == "TSV" and (not rows or any("\n" in str(cell) for row in rows for cell in row.values())):
-            reader = csv.DictReader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE)
-            rows = list(reader)
+            hint = "; is there a quotation mark without its second?" if "end of data" in str(error) else ""
+            raise UserError(f"{path.name} is not a {kind} file that can be read ({error}{hint})") from error
         names = list(reader.fieldnames or ())
+        if "" in names and all(missing(row.get("")) for row in rows):  # a spreadsheet's empty columns
+            names = [name for name in names if name]
+            for row in rows:
+                row.pop("", None)
         if len({*names}) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise UserError(f"{path.name} has two columns {twice!r}; accepted: names that differ")
@@ -84,6 +98,17 @@ def _separated(delimiter: str) -> Callable[[Path], list[Record]]:
     return records
 
 
+def _is_unquoted(rows: list[Record]) -> bool:
+    """Whether the rows of a TSV file, read with quotes, show that its quotation marks are letters like any other.
+
+    In most TSV files they are. One that takes in the ends of lines and cells certainly is.
+    """
+    return not rows or any(
+        None in row or None in row.values() or any("\n" in cell and "\t" in cell for cell in row.values())
+        for row in rows
+    )
+
+
 def _json_lines(path: Path) -> list[Record]:
     records = []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
@@ -91,8 +116,9 @@ def _json_lines(path: Path) -> list[Record]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"line {number} of {path.name} is not JSON ({error.msg})") from error
+        except (ValueError, RecursionError) as error:  # numbers and nesting may be too long for Python
+            reason = getattr(error, "msg", None) or _first_line(error)
+            raise UserError(f"line {number} of {path.name} is not JSON that can be read ({reason})") from error
         if not isinstance(record, dict):
             raise UserError(
                 f"line {number} of {path.name} is no JSON object but a {type(record).__name__}; accepted: one object "
@@ -122,7 +148,7 @@ READERS: dict[str, Callable[[Path], list[Record]]] = {
 }
 
 
-def _dataset(name: str, split: str, option: str) -> list[Record]:
+def _dataset(name: str, split: str | None, option: str) -> list[Record]:
     """A split of a data set of the library `datasets`; class labels by their names."""
     try:
         import datasets
@@ -140,9 +166,13 @@ def _dataset(name: str, split: str, option: str) -> list[Record]:
     except Exception as error:  # the library raises its own, the hub client's, pyarrow's and the file system's
         raise UserError(f"{option}: cannot load {name!r} ({_first_line(error)}); accepted: {ACCEPTED}") from error
     if isinstance(found, dict):
+        split = split or ("train" if option == "--data" else "test")
         if split not in found:
-            raise UserError(f"--split: got {split!r}; {name!r} has {', '.join(map(repr, found))}")
+            blamed = "--split" if option == "--data" else "--test-split"
+            raise UserError(f"{blamed}: got {split!r}; {name!r} has {', '.join(map(repr, found))}")
         found = found[split]
+    elif split is not None:
+        raise UserError(_has_no_splits(name, split, option))
     named = {name: feature for name, feature in found.features.items() if isinstance(feature, datasets.ClassLabel)}
     return [
         record | {name: label(feature, record[name]) for name, feature in named.items()} for record in found.to_list()
@@ -176,7 +206,12 @@ def plain(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    return str(value).strip()
+    text = str(value).strip()
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, as where an emoji was cut in two
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _first_line(error: Exception) -> str:

@@ -329,7 +329,8 @@ class AnswerScorer(OptionScorer):
                 break
             whole = self._longer(whole, tokens)
             inputs = {name: tensor if name == "attention_mask" else tensor[:, -1:] for name, tensor in whole.items()}
-        texts = [(self.decode(tokens).strip().splitlines() or [""])[0].strip() for tokens in said]
+        # Other marks than \n that end a line may be part of an answer.
+        texts = [self.decode(tokens).strip().split("\n")[0].strip() for tokens in said]
         return list(zip(texts, examples, strict=True))
 
     @staticmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from . import checkpoint, page, report
 from .config import Config
 from .interrupts import Interrupts
-from .job import finished_report
+from .job import finished_report, goes_on, refuse_more
 from .output import Output
 
 Run = Callable[[Config, Interrupts], dict[str, Any]]
@@ -30,11 +31,14 @@ def run(config: Config, run_one: Run) -> dict[str, Any]:
     output = Output(config.output, overwrite=config.overwrite, resume=config.resume)
     configs = [config.of_seed(seed, str(output.folder / f"seed-{seed}")) for seed in config.seeds]
     done = [finished_report(Path(one.output)) if config.resume else None for one in configs]
-    for one, before in zip(configs, done, strict=True):
-        if before is not None:
+    for index, (one, before) in enumerate(zip(configs, done, strict=True)):
+        folder = Output(one.output, overwrite=one.overwrite, resume=one.resume)
+        folder.close()
+        if before is not None and goes_on(one, folder, before):
+            done[index] = None
+        elif before is not None:
             checkpoint.check_options(one, before["config"], one.output)
-        else:
-            Output(one.output, overwrite=one.overwrite, resume=one.resume).close()
+            refuse_more(one, before)
     output.begin()
     runs: list[dict[str, Any]] = []
     try:
@@ -78,6 +82,7 @@ def combined(config: Config, runs: list[dict[str, Any]]) -> dict[str, Any]:
     return found | ({"signal": runs[-1]["signal"]} if "signal" in runs[-1] else {})
 
 
-def _spread(values: list[float]) -> dict[str, Any]:
+def _spread(found: list[float | None]) -> dict[str, Any]:
+    values = [math.nan if value is None else value for value in found]  # as JSON has it
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "standard_deviation": deviation, "values": values}

@@ -43,13 +43,17 @@ def _seeds_table(report: dict[str, Any]) -> Table:
     for run in report["runs"]:
         scores = [run["test"][when] for _ in names for when in ("before", "after")]
         each = [name for name in names for _ in range(2)]
-        cells = (f"{score[name]:.4f}" if score else "-" for score, name in zip(scores, each, strict=True))
+        cells = (_number(score and score[name], 4) for score, name in zip(scores, each, strict=True))
         table.add_row(str(run["config"]["seed"]), *cells)
     table.add_section()
     means = [report["summary"][when] and report["summary"][when][name]["mean"] for name in names
              for when in ("before", "after")]  # fmt: skip
-    table.add_row("mean", *(f"{mean:.4f}" if mean is not None else "-" for mean in means))
+    table.add_row("mean", *(_number(mean, 4) for mean in means))
     return table
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _result_table(report: dict[str, Any]) -> Table:
@@ -58,7 +62,7 @@ def _result_table(report: dict[str, Any]) -> Table:
         table.add_column(heading, justify="left" if heading.startswith("test") else "right")
     for name, digits in (("loss", 4), *((metric, 3) for metric in report["metrics"])):
         scores = [report["test"][when] for when in ("before", "after")]
-        table.add_row(name.replace("_", " "), *(f"{score[name]:.{digits}f}" if score else "-" for score in scores))
+        table.add_row(name.replace("_", " "), *(_number(score and score[name], digits) for score in scores))
     if report["data"]["majority"] is not None:
         table.add_section()
         table.add_row("accuracy of the most frequent label", f"{report['data']['majority']:.3f}", "")

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from transformers import get_scheduler
 
-from ..optim import Signal, ZOOptimizer
+from ..optim import NonFiniteLossError, Signal, ZOOptimizer
 from . import checkpoint, data, models, report
 from .comparison import Baseline
 from .errors import UserError
 from .examples import Example
 from .machine import peak_memory_mib
-from .scoring import Scorer
+from .scoring import Encoded, Scorer
 from .timing import StepClock, timed_step
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ class Training:
         self._first = 0
         self._resumed: dict[str, Any] | None = None  # state of the optimizer and the scheduler, until they are made
         self._baseline: Baseline | None = None
-        self._board = _board(job) if self.config.tensorboard else None
+        self._board: Any = None
+        self._saved = False  # in this session
 
     # ---- going on with a run ----------------------------------------------------------------------------------------
 
@@ -94,6 +95,7 @@ class Training:
             "said": self.job.said,
             "report": {name: self.report[name] for name in ("curves", "test", "baseline", "peak_memory_mib")},
         }
+        self._saved = True
         try:
             checkpoint.save(self.job.output, self.step, self._weights(), state, report.finite(run))
         except OSError as error:
@@ -121,6 +123,7 @@ class Training:
         config, job = self.config, self.job
         self._begin(config.mode)
         self._first = self.step  # of this session
+        self._board = _board(job) if config.tensorboard else None
         if self.step == 0:
             self._evaluate()
             if self._keeps_best:
@@ -145,6 +148,10 @@ class Training:
                 if config.time_limit is not None and time.monotonic() - self.begun >= 60 * config.time_limit:
                     job.note(f"--time-limit: {config.time_limit:g} minutes are over after step {self.step}")
                     self.report["ended"] = "time limit"
+                    # Else a limit that is shorter than the time between two evaluations would never get on. Where there
+                    # is one, none is made here: in mode folded it would change the bits of what follows.
+                    if not self._saved and config.checkpoint_every != 0 and self.step < config.steps:
+                        self._save()
                     break
         if not self.report["curves"]["dev"] or self.report["curves"]["dev"][-1]["step"] != self.step:
             self._evaluate()
@@ -161,7 +168,10 @@ class Training:
         schedule = "constant_with_warmup" if config.schedule == "constant" and config.warmup else config.schedule
         # The polynomial one ends at 1e-7 by default, which is a usual rate here.
         more = {"scheduler_specific_kwargs": {"lr_end": 0.0}} if schedule == "polynomial" else {}
-        self.scheduler = get_scheduler(schedule, self.optimizer, config.warmup, config.steps, **more)
+        try:
+            self.scheduler = get_scheduler(schedule, self.optimizer, config.warmup, config.steps, **more)
+        except ValueError as error:
+            raise UserError(f"--schedule: {schedule} does not go with the other options ({error})") from error
         if self._resumed is not None:
             try:
                 self.optimizer.load_state_dict(self._resumed["optimizer"])
@@ -187,6 +197,9 @@ class Training:
             self.optimizer, self._closure(self.job.scorer, self.optimizer.members), self._fall_back
         )
         self.clock.add(parts)
+        self._lr = self.scheduler.get_last_lr()[0]
+        if self.optimizer.lr_rule:
+            self._lr *= self.optimizer.signal_rule.factor
         self.scheduler.step()
         self.step += 1
         self._parts = parts
@@ -194,16 +207,19 @@ class Training:
 
     def _closure(self, scorer: Scorer, members: int) -> Callable[[], Tensor]:
         batch = scorer.encode(self._examples(self.step, self.config.batch_size) * members)
-        objective, alone = self.config.objective, self.config.slices == 1
 
         def closure() -> Tensor:
             self.job.interrupts.check()
-            if objective == "loss":
-                return scorer.loss(batch) if alone else scorer.losses(batch)
-            errors = scorer.errors(batch, objective)
-            return errors.mean() if alone else errors
+            return self._objective(scorer, batch, self.config.slices == 1)
 
         return closure
+
+    def _objective(self, scorer: Scorer, batch: Encoded, alone: bool) -> Tensor:
+        """What a step makes small: of the batch, or of each row where it sees several points."""
+        if self.config.objective == "loss":
+            return scorer.loss(batch) if alone else scorer.losses(batch)
+        errors = scorer.errors(batch, self.config.objective)
+        return errors.mean() if alone else errors
 
     def _examples(self, step: int, size: int) -> list[Example]:
         return data.batch(self.job.dataset.train, size, self.config.seeds[0], step)
@@ -224,7 +240,7 @@ class Training:
         assert self.optimizer is not None
         curves = self.report["curves"]
         curves["train_loss"].append(loss)
-        curves["lr"].append(self.scheduler.get_last_lr()[0])
+        curves["lr"].append(self._lr)
         curves["seconds"].append(self.seconds())
         last = self.optimizer.last
         if not last.skipped and last.signal != Signal():
@@ -300,6 +316,8 @@ class Training:
         score = self.job.evaluate("test")
         self.report["test"][when] = score.as_dict()
         self.job.said[when] = list(score.said)
+        if not math.isfinite(score.loss):
+            raise NonFiniteLossError(f"the loss on test is {score.loss} after step {self.step}")
 
     # ---- the baseline, in turns -------------------------------------------------------------------------------------
 
@@ -321,7 +339,7 @@ class Training:
         copies = self.optimizer.members if self.optimizer is not None else 1
         size = config.batch_size if copies < 2 else config.batch_size * copies // 2
         batch = scorer.encode(self._examples(self.step - 1, size))  # that of the step just made
-        self._baseline.step(lambda: scorer.loss(batch))
+        self._baseline.step(lambda: self._objective(scorer, batch, True))
         self.report["baseline"] = self._baseline.as_dict() | {"turns": self.turns.as_dict(self._refresh_seconds())}
         if self.step == min(first + config.compare_steps - 1, config.steps):
             for text in self._baseline.notes:

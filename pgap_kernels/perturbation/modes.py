@@ -18,8 +18,8 @@ from .scratch import Scratch
 MODES = ("inplace", "scratch", "folded", "auto")
 MERGES = ("step", "window")
 
-# For float32 weights, for which every mode is exact up to rounding. Dense directions are fastest in place. Low-rank ones
-# take about as long in place as folded, which writes the weights least often (docs/modes.md has the figures).
+# For float32 weights, for which every mode is exact up to rounding. Dense directions are fastest in place. Low-rank
+# ones take about as long folded as in place, and write the weights least often (docs/modes.md has the figures).
 _FLOAT32 = {
     ("dense", "cpu"): "inplace",
     ("dense", "cuda"): "inplace",
