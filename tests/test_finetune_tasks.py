@@ -15,8 +15,9 @@ pytest.importorskip("transformers")
 
 from support.finetune_tiny import FILLERS, tiny_model
 
-from pgap_kernels.finetune import Config, UserError, data, examples, metrics, models, records, run
+from pgap_kernels.finetune import Config, UserError, data, examples, metrics, models, records, run, tuned
 from pgap_kernels.finetune.scoring import AnswerScorer, OptionScorer, Scorer, scorer_of
+from pgap_kernels.optim import available_methods, method_options
 
 ROWS = [{"text": "good film", "label": 1}, {"text": "bad, very bad", "label": 0}, {"text": "a\ttab", "label": 1}]
 
@@ -416,7 +417,7 @@ def test_populations_work_with_every_task(llama, tmp_path):
         assert run(config)["status"] == "completed"
 
 
-def test_the_learning_rate_is_the_tasks():
+def test_the_learning_rate_is_the_tasks(monkeypatch):
     """Half where losses are larger, unless it was given; of methods that were tried alone."""
     rates = {
         task: Config(task=task, method="pgap").options["lr"] for task in ("classification", "choice", "generation")
@@ -424,7 +425,10 @@ def test_the_learning_rate_is_the_tasks():
     assert rates["choice"] == rates["generation"] == rates["classification"] / 2
     assert Config(data="r8", method="pgap").options["lr"] == rates["choice"]
     assert Config(task="choice", method="pgap", options={"lr": 3e-5}).options["lr"] == 3e-5
-    assert Config(task="choice", method="fzoo").options["lr"] == Config(method="fzoo").options["lr"]
+    assert tuned.OVERRIDES.keys() == {*available_methods()}
+    monkeypatch.delitem(tuned.OVERRIDES, "fzoo")  # as a method of another package
+    untried = Config(task="choice", method="fzoo")
+    assert untried.options["lr"] == method_options("fzoo")["lr"].default and untried.schedule == "constant"
 
 
 def test_adapters_have_a_learning_rate_and_radius_of_their_own():

@@ -19,8 +19,7 @@ examples:
   pgap-kernels finetune
       P-GAP on the built-in model and data; look at runs/finetune/report.html.
   pgap-kernels finetune --method lozo --help
-      The options of another method. Learning rates were tried on the built-in model: a larger model wants less. Those
-      of eggroll, fzoo, loren, pizo, pizo-subzero and zo-muon are their papers', for long runs: expect to raise them.
+      The options of another method. Learning rates were tried on the built-in model: a larger model wants less.
   pgap-kernels finetune --method mezo --lr 3e-5 --steps 500 --compare
       MeZO, and beside a few of its steps MeZO in plain PyTorch, to compare seconds per step.
   pgap-kernels finetune --members 2 --groups 8 --lr-rule signal

@@ -1,6 +1,7 @@
 """Options that were chosen by trying them on the built-in model: docs/finetune.md has what came of each.
 
-The methods' own learning rates are their papers', for models a hundred times larger.
+The methods' own learning rates are their papers', for models a hundred times larger. Methods of other packages keep
+theirs, which stay constant.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "adalezo": {"lr": 2.4e-4},
     "agzo": {"lr": 1e-2},
     "dizo": {"lr": 2.4e-4},
+    # Its rate times eps is what others call a learning rate.
+    "eggroll": {"lr": 0.48},
+    # Its step is divided by the spread of the losses.
+    "fzoo": {"lr": 4e-3},
     # The curvature begins at (1 - beta2) B rho^2 z^2, about 100 z^2 as rho begins near 25: above a floor of 1 hardly a
     # weight is divided by the same as the next, and nothing is learnt.
     "helene": {"lr": 4.8e-3, "floor": 100.0},
@@ -23,14 +28,20 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "svd-0": {"lr": 2.4e-4},
     # A quarter of the layers moves in a step, so each may move as far as all would together.
     "lezo": {"lr": 9.6e-4},
+    # Its momentum adds up ten steps, as that of mezo-momentum.
+    "loren": {"lr": 6e-5},
     "lozo": {"lr": 1.2e-4},
     "lozo-m": {"lr": 1.2e-4},
     "mezo-adam": {"lr": 4e-3},
     "mezo-momentum": {"lr": 4.8e-5},
+    "pizo": {"lr": 2.4e-4},
+    "pizo-subzero": {"lr": 2.4e-4},
     "sparse-mezo": {"lr": 4.8e-4},
     "subzero": {"lr": 2.4e-4},
     "tezo": {"lr": 2.4e-4},
     "zo-adamu": {"lr": 2.4e-4},
+    # Its steps have orthogonal columns, of one size each.
+    "zo-muon": {"lr": 0.16},
 }
 
 #: Tasks with larger losses, and so larger slopes: half of that learning rate, as the whole diverges. Many labels are
