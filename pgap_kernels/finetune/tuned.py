@@ -19,7 +19,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     # Its rate times eps is what others call a learning rate.
     "eggroll": {"lr": 0.48},
     # Its step is divided by the spread of the losses.
-    "fzoo": {"lr": 4e-3},
+    "fzoo": {"lr": 1.6e-2},
     # The curvature begins at (1 - beta2) B rho^2 z^2, about 100 z^2 as rho begins near 25: above a floor of 1 hardly a
     # weight is divided by the same as the next, and nothing is learnt.
     "helene": {"lr": 4.8e-3, "floor": 100.0},
@@ -35,7 +35,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mezo-adam": {"lr": 4e-3},
     "mezo-momentum": {"lr": 4.8e-5},
     "pizo": {"lr": 2.4e-4},
-    "pizo-subzero": {"lr": 2.4e-4},
+    "pizo-subzero": {"lr": 1.2e-4},
     "sparse-mezo": {"lr": 4.8e-4},
     "subzero": {"lr": 2.4e-4},
     "tezo": {"lr": 2.4e-4},
