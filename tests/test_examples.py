@@ -72,9 +72,9 @@ def test_the_method_of_ones_own_takes_the_step_of_its_equation():
 
 def test_the_method_of_ones_own_has_its_options_on_the_command_line(monkeypatch):
     FZOO = run("own_method", as_program=False)["FZOO"]
-    points = {"pgap_kernels.methods": [EntryPoint("fzoo", FZOO)]}
+    points = {"pgap_kernels.methods": [EntryPoint("own-fzoo", FZOO)]}
     monkeypatch.setattr(registry, "entry_points", lambda group: points[group])
-    config = Config(method="fzoo", options={"probes": 2})
+    config = Config(method="own-fzoo", options={"probes": 2})
     assert config.make_optimizer(torch.nn.Linear(2, 2)).probes == 2 and config.options["lr"] == 5e-5
     assert {"lr": float, "probes": int}.items() <= {n: o.read for n, o in options_of("fzoo").items()}.items()
 
