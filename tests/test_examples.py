@@ -76,7 +76,7 @@ def test_the_method_of_ones_own_has_its_options_on_the_command_line(monkeypatch)
     monkeypatch.setattr(registry, "entry_points", lambda group: points[group])
     config = Config(method="own-fzoo", options={"probes": 2})
     assert config.make_optimizer(torch.nn.Linear(2, 2)).probes == 2 and config.options["lr"] == 5e-5
-    assert {"lr": float, "probes": int}.items() <= {n: o.read for n, o in options_of("fzoo").items()}.items()
+    assert {"lr": float, "probes": int}.items() <= {n: o.read for n, o in options_of("own-fzoo").items()}.items()
 
 
 def test_the_plain_trainer_learns(capsys):
