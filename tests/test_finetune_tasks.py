@@ -137,7 +137,7 @@ def test_words_are_given_in_pairs_or_as_json_and_defaults_differ():
     "rows, given, message",
     [
         ([{"text": ["a", "b"], "label": 1}] * 9, {}, "--data: the column 'text' holds a list in record 1"),
-        ([{"text": {"role": "user"}, "label": 1}] * 9, {}, "'text' holds a object in record 1"),
+        ([{"text": {"role": "user"}, "label": 1}] * 9, {}, "'text' holds an object in record 1"),
         ([{"text": f"t {n}", "label": f"l {n}"} for n in range(300)], {}, "300 distinct labels .* --task generation"),
         (ROWS, {"text_column": "txet"}, "--text-column: .* no column 'txet'; columns found: 'label', 'text'"),
         (ROWS, {"template": "{text} {other}"}, "--template: .* no column 'other'"),
@@ -168,11 +168,11 @@ def test_words_are_given_in_pairs_or_as_json_and_defaults_differ():
         (ROWS * 9, {"test_data": []}, "--test-data: none of its 0 records can be used"),
         (ROWS * 9, {"test_data": [{"txt": "a", "label": 1}]}, "--text-column: '.*b.jsonl' has no column 'text'"),
         (ROWS * 9, {"test_data": [{"text": [1], "label": 1}]}, "--test-data: the column 'text' holds a list"),
-        ([{"text": "a", "label": [{"x": 1}]}], {"task": "generation"}, "'label' holds a object in record 1"),
+        ([{"text": "a", "label": [{"x": 1}]}], {"task": "generation"}, "'label' holds an object in record 1"),
         (
             [{"text": "a", "label": 0, "choices": [{"x": 1}, "b"]}],
             {"task": "choice"},
-            "'choices' holds a object in record 1",
+            "'choices' holds an object in record 1",
         ),
     ],
 )

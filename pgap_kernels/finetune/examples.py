@@ -134,9 +134,9 @@ def _check_columns(known: Collection[str], config: Config, columns: Sequence[tup
 
 def _text(value: Any, column: str, number: int) -> str:
     if isinstance(value, (list, dict)):
-        kind = "list" if isinstance(value, list) else "object"
+        kind = "a list" if isinstance(value, list) else "an object"
         raise UserError(
-            f"--data: the column {column!r} holds a {kind} in record {number}; accepted: text or a number "
+            f"--data: the column {column!r} holds {kind} in record {number}; accepted: text or a number "
             "(of a conversation, write the prompt out)"
         )
     return plain(value)

@@ -23,12 +23,17 @@ def render_seeds(report: dict[str, Any]) -> str:
     return _filled("seeds.html", report=report, figure=drawn, names=["loss", *report["metrics"]])
 
 
+def number(value: float | None, digits: int) -> str:
+    """A number of a report, which has None for one that is not finite."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
 def _filled(name: str, **values: Any) -> str:
     import jinja2
 
     template = Path(__file__).with_name(name).read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.from_string(template).render(**values)
+    return environment.from_string(template).render(number=number, **values)
 
 
 def _svg(draw: Callable[[io.BytesIO], object]) -> str:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .figure import timings
+from .page import number
 from .timing import PARTS
 
 
@@ -43,17 +44,13 @@ def _seeds_table(report: dict[str, Any]) -> Table:
     for run in report["runs"]:
         scores = [run["test"][when] for _ in names for when in ("before", "after")]
         each = [name for name in names for _ in range(2)]
-        cells = (_number(score and score[name], 4) for score, name in zip(scores, each, strict=True))
+        cells = (number(score and score[name], 4) for score, name in zip(scores, each, strict=True))
         table.add_row(str(run["config"]["seed"]), *cells)
     table.add_section()
     means = [report["summary"][when] and report["summary"][when][name]["mean"] for name in names
              for when in ("before", "after")]  # fmt: skip
-    table.add_row("mean", *(_number(mean, 4) for mean in means))
+    table.add_row("mean", *(number(mean, 4) for mean in means))
     return table
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _result_table(report: dict[str, Any]) -> Table:
@@ -62,7 +59,7 @@ def _result_table(report: dict[str, Any]) -> Table:
         table.add_column(heading, justify="left" if heading.startswith("test") else "right")
     for name, digits in (("loss", 4), *((metric, 3) for metric in report["metrics"])):
         scores = [report["test"][when] for when in ("before", "after")]
-        table.add_row(name.replace("_", " "), *(_number(score and score[name], digits) for score in scores))
+        table.add_row(name.replace("_", " "), *(number(score and score[name], digits) for score in scores))
     if report["data"]["majority"] is not None:
         table.add_section()
         table.add_row("accuracy of the most frequent label", f"{report['data']['majority']:.3f}", "")
