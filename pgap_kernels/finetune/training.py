@@ -55,6 +55,8 @@ class Training:
         self._first = 0
         self._resumed: dict[str, Any] | None = None  # state of the optimizer and the scheduler, until they are made
         self._baseline: Baseline | None = None
+        # Looked for now, opened by run(): between the two, the folder is emptied of an earlier run.
+        self._writer = _writer() if self.config.tensorboard else None
         self._board: Any = None
         self._saved = False  # in this session
 
@@ -123,7 +125,8 @@ class Training:
         config, job = self.config, self.job
         self._begin(config.mode)
         self._first = self.step  # of this session
-        self._board = _board(job) if config.tensorboard else None
+        if self._writer is not None:
+            self._board = self._writer(str(job.output.folder / "tensorboard"))
         if self.step == 0:
             self._evaluate()
             if self._keeps_best:
@@ -148,8 +151,8 @@ class Training:
                 if config.time_limit is not None and time.monotonic() - self.begun >= 60 * config.time_limit:
                     job.note(f"--time-limit: {config.time_limit:g} minutes are over after step {self.step}")
                     self.report["ended"] = "time limit"
-                    # Else a limit that is shorter than the time between two evaluations would never get on. Where there
-                    # is one, none is made here: in mode folded it would change the bits of what follows.
+                    # Without a checkpoint, sessions shorter than the time between two evaluations would never get on.
+                    # Where one was made in this session, another here would only change bits: in mode folded it merges.
                     if not self._saved and config.checkpoint_every != 0 and self.step < config.steps:
                         self._save()
                     break
@@ -374,9 +377,14 @@ class Training:
             checkpoint.prune(self.job.output, set())
 
 
-def _board(job: Job) -> Any:
+def _writer() -> Any:
+    """TensorBoard's writer.
+
+    Raises:
+        UserError: it is not installed.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UserError("--tensorboard: needs the package tensorboard: pip install tensorboard") from error
-    return SummaryWriter(str(job.output.folder / "tensorboard"))
+    return SummaryWriter
