@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -85,6 +86,16 @@ def test_experts_are_tuned_and_learn(method, config_for, tmp_path):
 
 
 # ---- adapters -------------------------------------------------------------------------------------------------------
+
+
+def test_what_gets_no_adapter_is_noted(tmp_path):
+    pytest.importorskip("peft")
+    folder = str(tiny_folder("mixtral", tmp_path / "mixtral"))
+    notes = []
+    models.load(folder, torch.float32, CPU, lora_rank=2, note=notes.append)
+    assert len(notes) == 1 and re.match(r"--lora-rank: .* left as they are: .*experts", notes[0])
+    models.load(folder, torch.float32, CPU, tune=["*q_proj*"], lora_rank=2, note=notes.append)
+    assert len(notes) == 1, "all that was chosen has one"
 
 
 def test_a_lora_adapter_is_begun_saved_and_gone_on_with(llama, config_for, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,8 @@ class Job:
         self.config, self.output, self.shown, self.interrupts = config, output, shown, interrupts
         self.device = device_of(config.device)
         shown.doing("loading the model and the data")
-        self.model, self.tokenizer, self.name = self.load_model()
+        left: list[str] = []  # to be noted once there is a report
+        self.model, self.tokenizer, self.name = self.load_model(left.append)
         mask = self.tokenizer.mask_token if models.is_masked(self.model) else None
         if mask is None and models.is_masked(self.model):
             raise UserError(
@@ -107,7 +109,7 @@ class Job:
         self.scorer = self.scorer_for(self.model)
         self.said: dict[str, list[str]] = {}  # to each test example, before and after
         self.report = report.empty(config, versions(self.device), _model_facts(self.model, self.name), self.dataset)
-        for text in self.dataset.notes:
+        for text in (*left, *self.dataset.notes):
             self.note(text)
         every = [example for part in ("train", "dev", "test") for example in getattr(self.dataset, part)]
         way = padding.choose(self.scorer, every)
@@ -119,11 +121,11 @@ class Job:
                     "length; accepted: 1 of each"
                 )
 
-    def load_model(self) -> tuple[Any, Any, str]:
+    def load_model(self, note: Callable[[str], None] = lambda text: None) -> tuple[Any, Any, str]:
         config = self.config
         torch.manual_seed(config.seeds[0] % 2**63)  # a new adapter is drawn at random
         dtype = getattr(torch, config.dtype)
-        return models.load(config.model, dtype, self.device, tune=config.tune, lora_rank=config.lora_rank)
+        return models.load(config.model, dtype, self.device, tune=config.tune, lora_rank=config.lora_rank, note=note)
 
     def scorer_for(self, model: Any) -> Scorer:
         return scorer_of(model, self.tokenizer, self.dataset, self.config.max_new_tokens)

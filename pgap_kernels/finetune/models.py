@@ -6,7 +6,7 @@ Weights are read from safetensors or GGUF only, never from pickle files, and no 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ def load(
     *,
     tune: Sequence[str] = ("linear",),
     lora_rank: int | None = None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> tuple[Any, Any, str]:
     """Load model and tokenizer for scoring.
 
@@ -51,6 +52,7 @@ def load(
         device: where the weights go.
         tune: what is trainable: see `layers.choose`. Of an adapter it is what its own configuration says.
         lora_rank: begin a LoRA adapter of that rank on the layers of ``tune``, and train that instead.
+        note: is told what of ``tune`` no adapter can be put on.
 
     Returns:
         The model in eval mode, its tokenizer, and a name for reports.
@@ -59,11 +61,16 @@ def load(
         UserError: there is no such model, it lacks weights, or it is none that can be tuned here.
     """
     with _LOADING:
-        return _load(name, dtype, device, tune, lora_rank)
+        return _load(name, dtype, device, tune, lora_rank, note)
 
 
 def _load(
-    name: str, dtype: torch.dtype, device: torch.device, tune: Sequence[str], lora_rank: int | None
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    tune: Sequence[str],
+    lora_rank: int | None,
+    note: Callable[[str], None],
 ) -> tuple[Any, Any, str]:
     transformers_logging.disable_progress_bar()
     path = Path(name).expanduser()
@@ -76,7 +83,7 @@ def _load(
     model = model.to(device).eval()
     layers.choose(model, tune)
     if lora_rank is not None:
-        model = _with_lora(model, lora_rank)
+        model = _with_lora(model, lora_rank, note)
     return model, tokenizer, DEFAULT_NAME if name == DEFAULT else name
 
 
@@ -170,14 +177,21 @@ def _load_adapter(
     return model.to(device).eval(), tokenizer, f"{path} on {base}"
 
 
-def _with_lora(model: Any, rank: int) -> Any:
+def _with_lora(model: Any, rank: int, note: Callable[[str], None]) -> Any:
     peft = _peft()
-    modules = sorted({name.rpartition(".")[0] for name in layers.tuned_parameters(model) if "." in name})
+    chosen = {name: name.rpartition(".")[0] for name in layers.tuned_parameters(model)}
+    modules = sorted(set(chosen.values()))
     linear = [name for name in modules if isinstance(model.get_submodule(name), (torch.nn.Linear, Conv1D))]
+    left = [name for name, module in chosen.items() if module not in linear]
     if not linear:
         raise UserError("--tune: none of the chosen parameters is of a linear layer; accepted with --lora-rank: some")
     task = None if is_masked(model) else "CAUSAL_LM"
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear, task_type=task)
+    if left:
+        note(
+            f"--lora-rank: adapters go on linear layers; without one, and left as they are: "
+            f"{', '.join(left[:3])}{f' and {len(left) - 3} more' if len(left) > 3 else ''}"
+        )
     try:
         return peft.get_peft_model(model, config).eval()
     except (ValueError, TypeError) as error:
