@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -91,6 +92,8 @@ def _finetune(arguments: dict[str, Any]) -> int:
     own = {name: arguments.pop(name) for name in options_of(arguments["method"]) if name in arguments}
     config = Config(**arguments, options=own)
     begun = time.time()
+    # What these libraries tell one another's authors of their next versions; nobody can act on it here.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
     try:
         from .finetune import report, run
 
