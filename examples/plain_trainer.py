@@ -1,4 +1,4 @@
-"""One op in a training loop of your own: a step of MeZO in three passes over the weights, of which it keeps a number.
+"""One op in a training loop of your own: a step of MeZO is three passes over the weights, and keeps one number.
 
 W + eps z, W - eps z, and back to W with the update: z comes from a key, the same in all three, and is never stored.
 """

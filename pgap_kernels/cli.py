@@ -130,9 +130,12 @@ def _finetune(arguments: dict[str, Any]) -> int:
 
 def _fetch() -> int:
     from .finetune import fetch, models
+    from .finetune.builtin import BUILT_IN
 
     models.default_model_dir()
-    fetch.fetch_data()
+    for data in BUILT_IN.values():
+        for file in filter(None, (data.train, data.test)):
+            fetch.fetch_data(file)
     print(f"the built-in model and data are in {fetch.cache_dir()}", file=sys.stderr)
     return 0
 

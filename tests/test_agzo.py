@@ -36,6 +36,16 @@ def test_basis(iterations):
     assert (opt.basis(w, rows) - want).norm() <= bound
 
 
+def test_basis_is_orthonormal_under_autocast():
+    model = nn.Linear(N, 5)
+    opt = AGZO(model, rank=RANK, mode="inplace")
+    x = draw((TOKENS, N), 1, 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        opt.step(lambda: model(x).float().square().mean())
+    a = opt.state[model.weight]["right"].double()
+    assert (a.T @ a - torch.eye(RANK).double()).abs().max() < N * UNIT
+
+
 class Twice(nn.Module):
     """A layer that is called twice, one behind it, and an embedding that no linear layer uses."""
 

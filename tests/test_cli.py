@@ -119,7 +119,7 @@ def test_what_is_said_of_an_option_is_what_its_docstring_says(capsys, monkeypatc
         help_of("lozo-m", capsys, monkeypatch),
         "--beta X decay rate of the moments, per param group (default: 0.9)",  # its own
         "--rank N r, of the perturbation, per param group (default: 2)",  # of its base
-        "--lr X learning rate, >= 0 (default: 0.00012; half of it with --data r8",  # "as in" another, and tried
+        "--lr X learning rate, >= 0 (default: 0.00012; half of it with more than 2 labels",  # as "as in", and tried
         "--divide-by-rank, --no-divide-by-rank divide the update by r, as the paper's equation does and its code",
         '--on-nonfinite WORD "raise" NonFiniteLossError,',  # of every method
     )

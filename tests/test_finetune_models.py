@@ -243,6 +243,11 @@ def test_auto_falls_back_to_a_mode_that_serves(llama, config_for, monkeypatch):
     assert result["status"] == "completed" and result["mode"]["name"] == "inplace"
     assert any("cannot serve this model" in note for note in result["notes"])
     assert result["timing"]["steps"] == len(result["curves"]["train_loss"]) == 3
+    more = {"method": "pgap", "options": options, "schedule": "constant", "checkpoint_every": 1, "steps": 3}
+    run(config_for(llama, **more, keep_checkpoints=True, overwrite=True))
+    resumed = run(config_for(llama, **more | {"steps": 5}, resume=True))
+    assert resumed["status"] == "completed" and resumed["mode"]["name"] == "inplace"
+    assert any("cannot serve this model" in note for note in resumed["notes"]), "of the session before"
     with pytest.raises(UserError, match=r"^--mode: "):
         run(config_for(llama, method="pgap", options=options, mode="scratch", overwrite=True))
 

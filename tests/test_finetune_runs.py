@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,19 @@ pytest.importorskip("transformers")
 from rich.console import Console
 from support.finetune_tiny import csv_file, tiny_model
 
-from pgap_kernels.finetune import Config, UserError, checkpoint, job, models, output, run, table, training
+from pgap_kernels.finetune import (
+    Config,
+    UserError,
+    checkpoint,
+    interrupts,
+    job,
+    models,
+    output,
+    run,
+    shown,
+    table,
+    training,
+)
 from pgap_kernels.finetune.scoring import Scorer
 
 SMALL = {
@@ -152,7 +165,7 @@ def test_a_refused_resumption_leaves_the_report_as_it_was(config_for, tmp_path):
 def test_programs_may_give_paths_and_other_libraries_numbers(config_for, tmp_path):
     np = pytest.importorskip("numpy")
     config = config_for(steps=np.int64(2), options={"lr": np.float32(1e-3)}, seed=np.int64(3), time_limit=np.float64(9))
-    result = run(Config(**{**vars(config), "output": tmp_path / "paths", "data": Path(config.data)}))
+    result = run(replace(config, output=tmp_path / "paths", data=Path(config.data)))
     assert result["status"] == "completed" and result["config"]["steps"] == 2
     for given in ({"steps": "3"}, {"steps": 3.5}, {"time_limit": "1"}, {"options": 3}, {"output": 3}, {"template": 3}):
         with pytest.raises(UserError, match=rf"^(--)?{next(iter(given)).replace('_', '-')}: got"):
@@ -227,7 +240,7 @@ def test_killed_at_any_moment_and_resumed_is_the_uninterrupted_run(config_for, l
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_signals_end_a_run_with_a_report_and_the_last_steps_weights(number, config_for, monkeypatch, tmp_path, capsys):
+def test_signals_end_a_run_with_a_report_and_the_last_steps_weights(number, config_for, monkeypatch, tmp_path, capfd):
     before = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
     signal.signal(number, before)  # whoever runs this may have asked for it to be ignored
     run(config_for("four", steps=4, mode="scratch", save_model=True))
@@ -241,7 +254,7 @@ def test_signals_end_a_run_with_a_report_and_the_last_steps_weights(number, conf
     written = json.loads((tmp_path / "run" / "report.json").read_text())
     assert written["status"] == "interrupted" and written["signal"] == result["signal"] == number
     assert len(written["curves"]["train_loss"]) == written["timing"]["steps"] in (4, 5)
-    assert "already ending" in capsys.readouterr().err
+    assert "already ending" in capfd.readouterr().err
     if len(written["curves"]["train_loss"]) == 4:
         assert equal(saved(tmp_path / "run"), saved(tmp_path / "four"))
     assert signal.getsignal(number) is before
@@ -274,6 +287,53 @@ def test_out_of_memory_says_what_to_lower(error, config_for, monkeypatch, tmp_pa
     assert json.loads((tmp_path / "run" / "report.json").read_text())["status"] == "failed"
 
 
+def test_a_model_that_memory_is_too_small_for_says_what_to_lower(config_for, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(models, "load", full)
+    with pytest.raises(UserError, match=r"^out of memory: lower --batch-size"):
+        run(config_for())
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), BrokenPipeError()])
+def test_a_terminal_that_was_closed_costs_neither_report_nor_model(error, config_for, monkeypatch, tmp_path):
+    """SIGHUP comes with it, and from a shell twice."""
+
+    def gone(*_, **__):
+        raise error
+
+    monkeypatch.setattr(shown.tqdm, "write", gone)
+    monkeypatch.setattr(interrupts.os, "write", gone)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    steps_at(monkeypatch, 5, lambda: [os.kill(os.getpid(), signal.SIGHUP) for _ in range(2)])
+    assert run(config_for(save_model=True))["status"] == "interrupted"
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["signal"] == signal.SIGHUP
+    assert saved(tmp_path / "run")
+
+
+def test_whatever_fails_while_a_run_ends_its_report_is_written(config_for, monkeypatch, tmp_path):
+    def broken(*_):
+        raise ValueError("no such generation config")
+
+    monkeypatch.setattr(job.Job, "_save_model", broken)
+    with pytest.raises(ValueError, match="generation config"):
+        run(config_for(save_model=True))
+    written = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert written["status"] == "failed" and written["test"]["after"]
+
+
+def test_a_signal_between_two_runs_ends_the_next():
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with interrupts.Interrupts() as own:
+        own.defer()
+        own.end()
+        os.kill(os.getpid(), signal.SIGTERM)
+        own.check()
+        with pytest.raises(interrupts.Interrupted, match="SIGTERM"):
+            own.again()
+
+
 def test_a_report_is_there_from_the_first_evaluation_on(config_for, monkeypatch, tmp_path):
     seen = []
     steps_at(monkeypatch, 6, lambda: seen.append(json.loads((tmp_path / "run" / "report.json").read_text())))
@@ -282,17 +342,34 @@ def test_a_report_is_there_from_the_first_evaluation_on(config_for, monkeypatch,
     assert seen[0]["test"]["before"] is not None
 
 
-def test_a_full_disk_loses_a_checkpoint_but_not_the_run(config_for, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("writer", "error"),
+    [
+        ((checkpoint, "save_file"), OSError(errno.ENOSPC, "No space left on device")),
+        ((torch, "save"), RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")),
+    ],
+    ids=["weights", "optimizer"],
+)
+def test_a_full_disk_loses_a_checkpoint_but_not_the_run(writer, error, config_for, monkeypatch, tmp_path):
     def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(*writer, full)
     result = run(config_for())
     assert result["status"] == "completed"
     assert "no checkpoint of step 4: No space left on device; the run goes on" in result["notes"]
 
 
-def test_the_last_report_has_room_reserved(tmp_path):
+def test_two_runs_do_not_write_to_one_folder(config_for, tmp_path):
+    held = output.Output(str(tmp_path / "run"), overwrite=False, resume=False)
+    with pytest.raises(UserError, match=r"^--output: another run is writing to '.*run'; accepted: another folder"):
+        run(config_for())
+    assert (tmp_path / "run" / ".reserve").exists(), "it is the other run's"
+    held.close()
+    assert run(config_for())["status"] == "completed"
+
+
+def test_the_report_has_room_reserved(monkeypatch, tmp_path):
     folder = output.Output(str(tmp_path), overwrite=False, resume=False)
     (tmp_path / "report.json").write_text("old")
     tries = []
@@ -306,11 +383,18 @@ def test_the_last_report_has_room_reserved(tmp_path):
         path.write_text("new")
 
     folder.write("report.json", write)
-    assert (tmp_path / "report.json").read_text() == "new" and [path.name for path in tmp_path.iterdir()] == [
-        "report.json"
-    ]
+    assert (tmp_path / "report.json").read_text() == "new"
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", ".reserve"}, "there is room for the next"
+    tries.clear()
     with pytest.raises(OSError, match="No space"):
-        folder.write("report.json", lambda path: tries.clear() or write(path))
+        folder.write("checkpoint-4", write)
+    assert (tmp_path / ".reserve").exists(), "it is for the report"
+    monkeypatch.setattr(folder, "_reserve", lambda: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    tries.clear()
+    folder.write("report.json", write)
+    tries.clear()
+    with pytest.raises(OSError, match="No space"):
+        folder.write("report.json", write)
     assert (tmp_path / "report.json").read_text() == "new"
 
 
@@ -336,6 +420,9 @@ def test_results_of_an_earlier_run_are_taken_away_or_refused(config_for, tmp_pat
     with pytest.raises(UserError, match=r"^--eps: got -1"):
         run(config_for(overwrite=True, options={"lr": 1e-3, "eps": -1.0}))
     assert (tmp_path / "run" / "model").is_dir() and not (tmp_path / "run" / ".reserve").exists()
+    (tmp_path / "run" / "report.json").unlink()
+    with pytest.raises(UserError, match=r"^--resume: .*run' holds model/ but no checkpoint to go on from"):
+        run(config_for(resume=True))
     (tmp_path / "run" / "mine.txt").write_text("stays")
     assert run(config_for(overwrite=True, steps=1))["status"] == "completed"
     assert not (tmp_path / "run" / "model").exists() and (tmp_path / "run" / "mine.txt").exists()
@@ -343,6 +430,7 @@ def test_results_of_an_earlier_run_are_taken_away_or_refused(config_for, tmp_pat
 
 def test_limits_end_a_run_in_order(config_for):
     assert run(config_for(steps=10**6, time_limit=1e-3))["ended"] == "time limit"
+    assert run(config_for("whole", steps=1, time_limit=1e-9))["ended"] is None, "it made all its steps"
     tired = run(config_for("tired", steps=10**6, patience=2, options={"lr": 0.0}, mode="scratch"))
     assert tired["ended"] == "patience" and [point["step"] for point in tired["curves"]["dev"]] == [0, 4, 8]
     assert tired["status"] == "completed" and tired["test"]["after"] == tired["test"]["before"]
@@ -363,6 +451,12 @@ def test_the_best_weights_are_kept(method, config_for, monkeypatch, tmp_path):
     losses = iter([1.0, 0.5])
     run(config_for("four", method, steps=4, save_model=True))
     assert equal(saved(tmp_path / "best"), saved(tmp_path / "four"))
+    losses = iter([1.0, 0.5, 0.7])
+    with monkeypatch.context() as patch:
+        steps_at(patch, 8 if method == "mezo" else 9, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        result = run(config_for("ended", method, keep="best", save_model=True))
+    assert result["status"] == "interrupted" and result["kept_step"] == 4 < len(result["curves"]["train_loss"])
+    assert equal(saved(tmp_path / "ended"), saved(tmp_path / "four"))
 
 
 def test_evaluate_only_makes_no_step(config_for, tmp_path):
@@ -391,6 +485,23 @@ def test_several_seeds_make_one_report(config_for, tmp_path):
         config_for(seed=(1, 1))
 
 
+def test_a_report_of_some_seeds_says_that_it_is_of_some(config_for, monkeypatch, tmp_path):
+    told = []
+    read = lambda: json.loads((tmp_path / "run" / "report.json").read_text())  # noqa: E731
+    whole = job.Job.run
+
+    def second_fails(self):
+        if self.config.seed == 0:
+            return whole(self)
+        told.append(read()["status"])
+        raise KeyError("something")
+
+    monkeypatch.setattr(job.Job, "run", second_fails)
+    with pytest.raises(KeyError):
+        run(config_for(seed=(0, 7), steps=2))
+    assert told == ["running"] and read()["status"] == "failed" and len(read()["runs"]) == 1
+
+
 def test_the_curve_is_a_table_that_spreadsheets_read(config_for, tmp_path):
     result = run(config_for(schedule="linear"))
     with (tmp_path / "run" / "curve.csv").open(newline="") as file:
@@ -411,7 +522,7 @@ def test_the_page_is_whole_in_itself_and_shows_what_was_wrong(config_for, tmp_pa
     assert wrong and all(example["prompt"] in page for example in wrong)
 
 
-def test_tensorboard_gets_the_curves(config_for, tmp_path):
+def test_tensorboard_gets_the_curves(config_for, monkeypatch, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -423,6 +534,13 @@ def test_tensorboard_gets_the_curves(config_for, tmp_path):
     run(config_for(tensorboard=True, steps=2))
     assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1, "runs would be one curve"
 
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(training._writer(), "add_scalar", full)
+    result = run(config_for(tensorboard=True, steps=2))
+    assert result["status"] == "completed" and any("goes on without it" in note for note in result["notes"])
+
 
 def test_quiet_says_nothing(config_for, capsys):
     run(config_for(quiet=True))
@@ -433,6 +551,19 @@ def test_the_saved_model_is_tried(config_for, monkeypatch):
     result = run(config_for(save_model=True))
     tried = result["saved_model"]
     assert tried["reloaded_loss"] == pytest.approx(tried["loss"], rel=1e-6)
+    load, loaded = models.load, []
+
+    def once(*given, **options):
+        loaded.append(given)
+        if len(loaded) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return load(*given, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "load", once)
+        result = run(config_for(save_model=True, overwrite=True))
+    assert result["status"] == "completed" and result["saved_model"] is None
+    assert "the saved model was not loaded again to compare: out of memory" in result["notes"]
     save = job.Job._save_model
 
     def spoilt(self):

@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 from support.finetune_tiny import FILLERS, tiny_model
 
 from pgap_kernels.finetune import Config, UserError, data, examples, metrics, models, records, run, tuned
+from pgap_kernels.finetune.options import options_of
 from pgap_kernels.finetune.scoring import AnswerScorer, OptionScorer, Scorer, scorer_of
 from pgap_kernels.optim import available_methods, method_options
 
@@ -407,7 +408,7 @@ def test_every_task_learns(task, given, measure, llama, tmp_path):
     assert result["status"] == "completed" and better > 0.05, (before, after)
     assert result["metrics"][0] in after
     if task != "generation":
-        assert result["examples"]["put_right"] or result["examples"]["wrong_still"]
+        assert result["examples"]["fixed"] or result["examples"]["still_wrong"]
 
 
 def test_populations_work_with_every_task(llama, tmp_path):
@@ -423,11 +424,16 @@ def test_the_learning_rate_is_the_tasks(monkeypatch):
         task: Config(task=task, method="pgap").options["lr"] for task in ("classification", "choice", "generation")
     }
     assert rates["choice"] == rates["generation"] == rates["classification"] / 2
-    assert Config(data="r8", method="pgap").options["lr"] == rates["choice"]
+    assert Config(method="pgap").for_labels(3).options["lr"] == rates["choice"]
+    assert Config(method="pgap").for_labels(2).options["lr"] == rates["classification"]
+    assert Config(method="pgap", options={"lr": 3e-5}).for_labels(8).options["lr"] == 3e-5
     assert Config(task="choice", method="pgap", options={"lr": 3e-5}).options["lr"] == 3e-5
     assert tuned.OVERRIDES.keys() == {*available_methods()}
-    monkeypatch.delitem(tuned.OVERRIDES, "fzoo")  # as a method of another package
-    untried = Config(task="choice", method="fzoo")
+    options_of.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.delitem(tuned.OVERRIDES, "fzoo")  # as a method of another package
+        untried = Config(task="choice", method="fzoo")
+    options_of.cache_clear()
     assert untried.options["lr"] == method_options("fzoo")["lr"].default and untried.schedule == "constant"
 
 

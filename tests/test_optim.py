@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pgap_kernels import cpu, ops
-from pgap_kernels.optim import PGAP, PIZO, scores
+from pgap_kernels.optim import LOREN, PGAP, PIZO, AdaLeZO, scores
 
 ROW = {row.id: row for row in ROWS}
 
@@ -92,6 +92,35 @@ def test_scores():
     assert scores.standardised(losses, base=1.0, ddof=1)[0] == pytest.approx(2.0 / (11 / 12) ** 0.5)
     assert scores.standardised([2.0, 2.0]) == [0.0, 0.0]
     assert scores.standardised([3.0, 1.0], floor=3.0) == [0.5, -0.5]
+
+
+def test_slopes_are_told_where_steps_take_them():
+    """`last.rho`, one for each direction; none where losses are only ranked or scaled."""
+    counts = {"agzo": 1, "hizoo": 1, "zo-muon": 3, "loren": 4, "pgap": 1, "fzoo": 0, "eggroll": 0}
+    for name, count in counts.items():
+        _, optimizer, closure = build(ROW[name], "inplace")
+        optimizer.step(closure)
+        assert len(optimizer.last.rho) == count, name
+
+
+def test_loren_decays_its_curvature():
+    """By its own learning rate; of a loss that does not change, a has no gradient."""
+    model = nn.Linear(3, 2)
+    opt = LOREN(model, lr=0.0, weight_decay=0.5, curvature="learned", lr_a=0.2, seed=3, mode="inplace")
+    opt.step(lambda: model.weight.sum() * 0)
+    a = opt.state[model.weight]["a"].clone()
+    opt.step(lambda: model.weight.sum() * 0)
+    assert torch.equal(opt.state[model.weight]["a"], a * (1 - 0.2 * 0.5))
+
+
+def test_adalezo_weighs_layers_by_the_chances_that_they_were_drawn_with():
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(5)))
+    opt = AdaLeZO(model, share=0.2, interval=2, lr=0.01, mode="inplace")
+    x, seen = torch.ones(2, 3), []
+    for _ in range(3):
+        opt.step(lambda: model(x).square().mean())
+        seen.append((opt.drawn, opt.chances))
+    assert seen[0] == seen[1] and seen[1][1] != seen[2][1]
 
 
 def test_time_is_accounted_once():

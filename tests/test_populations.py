@@ -16,7 +16,7 @@ from torch import nn
 
 from pgap_kernels import noise, ops
 from pgap_kernels.noise import Role
-from pgap_kernels.optim import LOZO, LOZOM, PGAP, PIZO, MeZO, NonFiniteLossError
+from pgap_kernels.optim import EGGROLL, LOZO, LOZOM, PGAP, PIZO, MeZO, NonFiniteLossError, PIZOSubZero
 from pgap_kernels.optim.sampling import Sampling
 from pgap_kernels.optim.signal import signal_of
 from pgap_kernels.subspace import product_basis, randomized_svd
@@ -28,6 +28,8 @@ METHODS = {
     "mezo": (MeZO, {}, "probes"),
     "pgap": (PGAP, {"rank": 3, "window": 4, "probes": 2}, "directions"),
     "lozo": (LOZO, {"rank": 2, "window": 4}, "directions"),
+    "eggroll": (EGGROLL, {"rank": 1}, "population"),
+    "pizo-subzero": (PIZOSubZero, {"rank": 3, "pool": 4}, "pool"),
 }
 # Rounding of a loss, relative to the sum of its terms' sizes: IN products, OUT of them, and the mean.
 LOSS_ERROR = 32 * 2.0**-24
@@ -215,6 +217,7 @@ def test_low_rank_probes_estimate_the_gradient(groups, probe_rank):
         ("pgap", {"mode": "folded", "groups": 0}, "groups: got 0; accepted: "),
         ("pgap", {"mode": "folded", "probe_rank": 1, "probes": 2}, "rank: got 3 for 'layer.weight' with probe_rank=1"),
         ("lozo", {"mode": "folded", "lr_rule": "adaptive"}, "lr_rule: got 'adaptive'; accepted: "),
+        ("eggroll", {"mode": "folded", "update": "jax", "normalise": True}, "normalise: got True with update='jax'"),
     ],
 )
 def test_options_that_do_not_fit(name, options, message):
@@ -244,7 +247,16 @@ def test_closures_and_batches_that_do_not_fit():
     model2, alone = make("mezo", "scratch", lr_rule="signal")
     with pytest.raises(ValueError, match=r"^lr_rule: got 'signal' without a loss per row"):
         alone.step(lambda: model2.rows().mean())
+    apart = PGAP(nn.Linear(IN, OUT), mode="folded", members=2, eps_dense=0.25, lr_rule="signal")
+    with pytest.raises(ValueError, match=r"^lr_rule: got 'signal' with weights of several eps; accepted: one eps"):
+        apart.step(lambda: pytest.fail("called"))
     assert torch.equal(model.layer.weight, before)
+
+
+def test_any_number_of_members_tries_a_pool():
+    model, optimizer = make("pizo-subzero", "folded", members=4)
+    optimizer.step(closure_of(model, optimizer))
+    assert len(optimizer.last.losses) == 6, "four of the pool, and two along v"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

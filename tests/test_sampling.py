@@ -157,6 +157,10 @@ def test_signal_rule_by_hand():
     assert factors == [1.0, 1.0, 2.5 / 4, 1.0, 0.1]
     rule.floor = 0.25
     assert rule.factor == 0.25
+    late = SignalRule(window=2)
+    for squared_norm in (-1.0, -3.0, 10.0, -90.0):
+        late.note(Signal(squared_norm, 8.0 - squared_norm, 8.0))
+        assert late.factor == (1.0 if squared_norm > -90 else 0.1), "noise alone at first, which is no measure"
     again = SignalRule()
     again.load(rule.state())
     assert vars(again) == vars(rule)
@@ -169,6 +173,9 @@ def test_the_step_size_follows_the_signal():
         optimizer.signal_rule.load({"window": 1, "steps": 1, "first": 1.0})
         optimizer.signal_rule.note = lambda signal: None
         optimizer.signal_rule.squared_norm, optimizer.signal_rule.second_moment = 0.5, 2.0
+        optimizer.param_groups[0]["weight_decay"] = 0.1
+        assert optimizer.decay() == [0.1 * rate for rate in optimizer.rates()]
+        optimizer.param_groups[0]["weight_decay"] = 0.0
         optimizer.step(closure)
         weights.append(model.w.detach())
     assert weights[0].any() and torch.equal(weights[1], weights[0] / 4)

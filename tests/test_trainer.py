@@ -27,6 +27,7 @@ from support.trainer_tiny import MODES, InOrder, arguments, digest, examples, mo
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from pgap_kernels import per_example_loss
+from pgap_kernels.integrations.ranks import check_shares
 from pgap_kernels.integrations.transformers import ZOTrainer, ZOTrainerMixin, ZOTrainingArguments
 from pgap_kernels.optim import NonFiniteLossError, available_methods, make_optimizer, method_options
 
@@ -528,6 +529,14 @@ def test_the_parts_compose(plain):
 
 
 # ---- several processes ----------------------------------------------------------------------------------------------
+
+
+def test_methods_that_see_more_than_losses_are_refused_in_several_processes(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    layer = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"^AGZO: got it in 2 processes"):
+        check_shares(make_optimizer("agzo", layer))
+    check_shares(make_optimizer("pgap", layer))
 
 
 @pytest.mark.slow(seconds=20)

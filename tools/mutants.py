@@ -81,7 +81,7 @@ DIRECTIONS = ("tests/test_directions.py",)
 METHODS = ("tests/test_modes.py",)
 SAMPLING = ("tests/test_sampling.py", "tests/test_populations.py")
 STATE = ("tests/test_mode_state.py", "tests/test_optim_state.py")
-UNUSUAL = ("tests/test_faults.py", "tests/faults/test_*.py")
+UNUSUAL = ("tests/faults/test_*.py",)
 PADDING = (*DIRECTIONS, "tests/faults/test_padding.py")
 BROKEN_OFF = ("tests/test_mode_faults.py", "tests/test_optim_faults.py")
 FINETUNE = ("tests/test_finetune.py",)
@@ -362,7 +362,7 @@ FAULTS = [
     *faults(f"{PACKAGE}/optim/dizo.py", METHODS,
         ("ratio-without-a-lower-bound", "[min(max(c, 1 - self.tau), 1 + self.tau) for c", "[min(c, 1 + self.tau) for c",
          "dizo-far")),
-    *faults(f"{PACKAGE}/optim/scores.py", ["tests/test_optim.py", "tests/test_scores.py"],
+    *faults(f"{PACKAGE}/optim/scores.py", ["tests/test_optim.py"],
         ("leave-none-out", "difference / (len(losses) - 1)", "difference / len(losses)", "scores")),
     # ---- finetune ---------------------------------------------------------------------------------------------------
     *faults(f"{PACKAGE}/finetune/data.py", FINETUNE,

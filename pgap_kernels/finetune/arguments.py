@@ -12,14 +12,14 @@ from ..perturbation import MODES
 from .builtin import BUILT_IN
 from .config import DTYPES, KEEP, OBJECTIVES, SCHEDULE_NAMES, TASKS, TOO_LONG, field_default
 from .options import Option, names, options_of
-from .tuned import ADAPTER_FACTORS, HALVED, OVERRIDES, WITH_ADAPTERS
+from .tuned import ADAPTER_FACTORS, FEW, HALVED, OVERRIDES, WITH_ADAPTERS
 
 EPILOG = """\
 examples:
   pgap-kernels finetune
       P-GAP on the built-in model and data; look at runs/finetune/report.html.
   pgap-kernels finetune --method lozo --help
-      The options of another method. Learning rates were tried on the built-in model: a larger model wants less.
+      The options of another method. Learning rates were chosen on the built-in model: larger models need smaller ones.
   pgap-kernels finetune --method mezo --lr 3e-5 --steps 500 --compare
       MeZO, and beside a few of its steps MeZO in plain PyTorch, to compare seconds per step.
   pgap-kernels finetune --members 2 --groups 8 --lr-rule signal
@@ -42,15 +42,15 @@ your own model and data:
       Steps that raise the accuracy itself, which no gradient could.
   pgap-kernels finetune --model ./my-model --lora-rank 8 --save-model --output runs/lora
   pgap-kernels finetune --model ./runs/lora/model
-      A new LoRA adapter; then on with it.
+      Train a new LoRA adapter; then continue training it.
 
-when something comes between:
+interrupting and resuming:
   pgap-kernels finetune --output runs/long --steps 20000 --time-limit 600
   pgap-kernels finetune --output runs/long --steps 20000 --time-limit 600 --resume
-      A run that ended early, or ran out of time, goes on from its last checkpoint, to the same bits. Ctrl-C, SIGTERM
+      A run that ended early, or ran out of time, continues from its last checkpoint, to the same bits. Ctrl-C, SIGTERM
       and SIGHUP end it with a report and the weights of the last completed step.
   pgap-kernels finetune --seed 0,1,2
-      Three runs and a report of all.
+      Three runs, and a report on all of them.
   pgap-kernels finetune --json --steps 50 2>/dev/null | jq .test
       The report on stdout and nothing else there.
 
@@ -61,8 +61,6 @@ exit status: 0 completed (--time-limit and --patience included), 1 the loss was 
 report says what), 2 an error that you can correct (one line on stderr says how), 128 and the signal's number if a
 signal ended it: 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP.
 """
-
-LARGE_LOSSES = " or ".join(name for name, data in BUILT_IN.items() if data.large_losses)
 
 METAVARS = {"int": "N", "float": "X", "str": "WORD", "names": "NAME,NAME", "numbers_by_name": "NAME=X,NAME=X"}
 
@@ -96,7 +94,7 @@ def _add_task(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what to learn")
     _option(group, "data", str,
             f"{', '.join(map(repr, BUILT_IN))} (built in), a .csv, .tsv, .jsonl or .parquet file, a folder of the "
-            "library datasets, or a data set's id on the hub", metavar="DATA")  # fmt: skip
+            "library datasets, or a data set on the hub: ID, or ID:CONFIGURATION", metavar="DATA")  # fmt: skip
     _option(group, "split", str, "which split to train on, where the data has several", metavar="NAME")
     _option(group, "test-data", str, "other data to test on; else a part of the data is kept for it", metavar="DATA")
     _option(group, "test-split", str, "which split to test on, of --test-data, else of --data", metavar="NAME")
@@ -137,7 +135,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         group,
         "lora-rank",
         int,
-        "begin a LoRA adapter of that rank on those that are linear layers, and tune it instead",
+        "add a LoRA adapter of this rank to those that are linear layers, and tune only that",
     )
     _option(group, "device", str, "where to run: auto (CUDA if there is one), cpu, cuda, cuda:1, ...", metavar="DEVICE")
     _option(group, "dtype", str, "type of the weights", choices=DTYPES)
@@ -149,14 +147,14 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     _option(group, "steps", int, "optimizer steps")
     _option(group, "batch-size", int, "examples per step, and per forward of an evaluation (times --members)")
     _option(group, "schedule", str,
-            "how the learning rate goes on, as in transformers (default: what was tried with the method, else "
-            "constant)", choices=SCHEDULE_NAMES)  # fmt: skip
+            "learning-rate schedule, as in transformers (default: what was tried with the method, else constant)",
+            choices=SCHEDULE_NAMES)  # fmt: skip
     _option(group, "warmup", int, "steps in which the learning rate rises from 0")
     _option(group, "mode", str,
             "how perturbations reach the forwards: in place, on a perturbed copy of each layer (scratch), or beside "
             "the layer's output (folded, methods with low-rank directions only); auto picks",
             choices=MODES)  # fmt: skip
-    _option(group, "seed", seeds, "of the noise and of the order of the batches; several make a run each",
+    _option(group, "seed", seeds, "of the noise and of the order of the batches; a list makes one run per seed",
             metavar="N[,N]")  # fmt: skip
 
 
@@ -176,7 +174,7 @@ def _help(option: Option, method: str) -> str:
         return f"{option.help} (required)".replace("%", "%%")
     shown = _shown(default)
     if option.name == "lr" and method in OVERRIDES:
-        shown += f"; half of it with --data {LARGE_LOSSES}, or --task {' or '.join(HALVED)}"
+        shown += f"; half of it with more than {FEW} labels, or --task {' or '.join(HALVED)}"
     if option.name in ADAPTER_FACTORS and method in WITH_ADAPTERS:
         shown += f"; {ADAPTER_FACTORS[option.name]:g} times as much for adapters"
     return f"{option.help} (default: {shown})".replace("%", "%%")
@@ -196,13 +194,17 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is written")
     _option(group, "output", str, "folder for report.html, report.json, curves.png, curve.csv and model/",
             metavar="DIR")  # fmt: skip
-    _flag(group, "overwrite", "take away the model and checkpoints of an earlier run in that folder")
+    _flag(
+        group,
+        "overwrite",
+        "delete the model and checkpoints of an earlier run in that folder; its report is replaced even without",
+    )
     _flag(group, "save-model", "also write the tuned model, or its adapter, to DIR/model (safetensors)")
     _option(group, "checkpoint-every", int,
             "steps between two checkpoints, as large as the tuned weights (default: at every evaluation; 0: none)",
             metavar="N")  # fmt: skip
     _flag(group, "keep-checkpoints", "keep them all; else the last, and none when the run is complete")
-    _flag(group, "resume", "go on from the last checkpoint in DIR")
+    _flag(group, "resume", "continue from the last checkpoint in DIR")
     _flag(group, "tensorboard", "also write the curves for TensorBoard to DIR/tensorboard")
     _flag(group, "json", "print the report as JSON on stdout, and nothing else there")
     _flag(group, "quiet", "no progress and no notes on stderr, no table on stdout")

@@ -22,7 +22,6 @@ class BuiltIn:
         train, test: its files; without ``test`` the test part is split off ``train``.
         read: the records of a file.
         settings: what options of the run are by default on it.
-        large_losses: whether losses, and so slopes, are larger than with two labels (`tuned.scaled`).
     """
 
     title: str
@@ -30,7 +29,6 @@ class BuiltIn:
     read: Callable[[Path], list[Record]]
     settings: Mapping[str, Any]
     test: fetch.DataFile | None = None
-    large_losses: bool = False
 
 
 def _rated(path: Path) -> list[Record]:
@@ -69,6 +67,5 @@ BUILT_IN = {
             "too_long": "cut",
         },
         fetch.REUTERS_TEST,
-        large_losses=True,
     ),
 }

@@ -22,9 +22,11 @@ from .output import CHECKPOINT, Output
 
 #: Options that a run may be resumed with other values of: no step depends on them.
 FREE = {
-    "output", "resume", "overwrite", "save_model", "tensorboard", "quiet", "time_limit", "patience", "keep",
-    "keep_checkpoints", "compare", "compare_steps", "compare_full_refresh", "device", "eval_limit",
+    "output", "resume", "overwrite", "save_model", "tensorboard", "quiet", "time_limit", "patience",
+    "keep_checkpoints", "compare", "compare_steps", "compare_full_refresh", "device",
 }  # fmt: skip
+#: Schedules that do not depend on the number of steps, so that a run may go on to more.
+ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt")
 
 
 def save(
@@ -84,7 +86,9 @@ def check_options(config: Config, before: dict[str, Any], folder: str) -> None:
         UserError: naming the option.
     """
     now = json.loads(json.dumps(config.as_dict()))
-    free = FREE | ({"steps"} if config.schedule == "constant" else set())
+    if config.takes_tuned_rate:  # by the number of labels, for which the data may not have been read yet
+        now["lr"] = before.get("lr")
+    free = FREE | ({"steps"} if config.schedule in ENDLESS else set())
     for name, value in now.items():
         if name not in free and before.get(name) != value:
             why = f", as --schedule {config.schedule} depends on them" if name == "steps" else ""

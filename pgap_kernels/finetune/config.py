@@ -136,6 +136,7 @@ class Config:
             refuse_unknown(self.method, name)
         if self.compare:
             self._check_comparison()
+        self.takes_tuned_rate = self.method in tuned.OVERRIDES and "lr" not in self.options
         self.options = self._defaults() | self.options
         if self.schedule is None:
             self.schedule = tuned.schedule_of(self.method)
@@ -250,6 +251,14 @@ class Config:
         other.seed, other.output, other.options = seed, output, dict(self.options)
         return other
 
+    def for_labels(self, count: int) -> Config:
+        """The run on data with so many labels, which are not known before it is read: many take half the rate."""
+        if count <= tuned.FEW or self.task != "classification" or not self.takes_tuned_rate:
+            return self
+        other = copy.copy(self)
+        other.options = self.options | {"lr": self.options["lr"] / 2}
+        return other
+
     def _take_defaults_of_data(self) -> None:
         built_in = BUILT_IN.get(self.data)
         own = built_in.settings if built_in and self.task == "classification" else {}
@@ -265,9 +274,7 @@ class Config:
     def _defaults(self) -> dict[str, Any]:
         options = options_of(self.method).items()
         found = {name: option.default for name, option in options if option.default is not inspect.Parameter.empty}
-        built_in = BUILT_IN.get(self.data)
-        large_losses = self.task in tuned.HALVED or (built_in is not None and built_in.large_losses)
-        found = tuned.scaled(self.method, found, large_losses, self.tunes_adapter)
+        found = tuned.scaled(self.method, found, self.task in tuned.HALVED, self.tunes_adapter)
         if "merge" in found and self.mode not in ("auto", "folded"):
             found["merge"] = "step"  # other modes have no window
         return found
@@ -306,6 +313,10 @@ class Config:
             raise UserError(
                 f"--groups: got {optimizer.groups}; accepted: a number that divides --batch-size {self.batch_size}"
             )
+        try:
+            optimizer.check_schedule()
+        except ValueError as error:
+            raise UserError(as_flags(str(error))) from error
         if optimizer.lr_rule and not self._tells_signal(optimizer):
             raise UserError(
                 f"--lr-rule: got {optimizer.lr_rule!r}; accepted: with --members or --groups of 2 or more, two "

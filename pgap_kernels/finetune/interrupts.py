@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
-import sys
 import threading
 from types import FrameType
 from typing import Any
 
+STDERR = 2
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
@@ -65,8 +67,9 @@ class Interrupts:
 
     def _caught(self, number: int, frame: FrameType | None) -> None:
         if self._ending or self._pending is not None:
-            print("already ending; the report is still to be written", file=sys.stderr)
-            return
-        self._pending = number
+            # Not by print: it may have been interrupted itself, and the terminal may be what is gone.
+            with contextlib.suppress(OSError):
+                os.write(STDERR, b"already ending; the report is still to be written\n")
+        self._pending = self._pending or number  # for `again`, if this run is ending by itself
         if not self._deferring:
             self.check()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import traceback
 from collections.abc import Callable
@@ -14,7 +13,7 @@ import torch
 from ..optim import NonFiniteLossError
 from . import data, models, padding, report
 from .config import Config
-from .errors import UserError
+from .errors import UserError, is_out_of_memory
 from .interrupts import Interrupted, Interrupts
 from .machine import device_of, versions
 from .output import MODEL, Output
@@ -47,32 +46,50 @@ def run(config: Config, interrupts: Interrupts | None = None) -> dict[str, Any]:
         Exception: whatever else went wrong; the report then says so, with the status ``"failed"``.
     """
     output = Output(config.output, overwrite=config.overwrite, resume=config.resume)
-    if config.resume and (before := finished_report(output.folder)) is not None and not goes_on(config, output, before):
-        output.close()
-        raise UserError(_complete(config))
     shown = Shown(config.quiet)
     try:
+        if finished(config, output) is not None:
+            raise UserError(_complete(config))
         if interrupts is not None:
             return Job(config, output, shown, interrupts).run()
         with Interrupts() as own:
             return Job(config, output, shown, own).run()
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise UserError(OUT_OF_MEMORY) from error
+        raise
     finally:
         output.close()
 
 
-def finished_report(folder: Path) -> dict[str, Any] | None:
-    """The report in a folder, of a run that has nothing left to do; one that ran out of time has."""
+def finished(config: Config, output: Output) -> dict[str, Any] | None:
+    """With ``resume``, the report of the run in the folder if it has nothing left to do; None if one begins or goes on.
+
+    Raises:
+        UserError: there is a model of a run that cannot go on.
+    """
+    if not config.resume:
+        return None
+    before = _completed(output.folder)
+    if before is None:
+        if (output.folder / MODEL).exists() and not output.checkpoints():
+            raise UserError(
+                f"--resume: {config.output!r} holds {MODEL}/ but no checkpoint to go on from; accepted: another "
+                "folder, or --overwrite without it"
+            )
+        return None
+    # More steps may be wanted of a run that has kept its checkpoints.
+    return None if output.checkpoints() and config.steps > before["config"]["steps"] else before
+
+
+def _completed(folder: Path) -> dict[str, Any] | None:
+    """The report in a folder, of a run that made all its steps; one that ran out of time did not."""
     try:
         found = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     done = found.get("status") == "completed" and found.get("ended") != "time limit"
     return found if done and not found["config"]["evaluate_only"] else None
-
-
-def goes_on(config: Config, output: Output, before: dict[str, Any]) -> bool:
-    """Whether a finished run can take the further steps that are wanted now: it has kept its checkpoints."""
-    return bool(output.checkpoints()) and config.steps > before["config"]["steps"]
 
 
 def refuse_more(config: Config, before: dict[str, Any]) -> None:
@@ -97,19 +114,23 @@ class Job:
         self.config, self.output, self.shown, self.interrupts = config, output, shown, interrupts
         self.device = device_of(config.device)
         shown.doing("loading the model and the data")
-        left: list[str] = []  # to be noted once there is a report
-        self.model, self.tokenizer, self.name = self.load_model(left.append)
+        notes: list[str] = []  # until there is a report
+        self.model, self.tokenizer, self.name = self.load_model(notes.append)
         mask = self.tokenizer.mask_token if models.is_masked(self.model) else None
         if mask is None and models.is_masked(self.model):
             raise UserError(
                 "--model: predicts masked tokens, but its tokenizer has no mask token; accepted: one that has"
             )
         self.dataset = data.load(config, self.tokenizer, mask)
+        labels = len(self.dataset.labels)
+        if (other := config.for_labels(labels)) is not config:
+            self.config = config = other
+            notes.append(f"--lr: half of the default, {config.options['lr']:g}, as there are {labels} labels")
         models.check_fits(self.model, self.dataset, config.max_new_tokens)
         self.scorer = self.scorer_for(self.model)
         self.said: dict[str, list[str]] = {}  # to each test example, before and after
         self.report = report.empty(config, versions(self.device), _model_facts(self.model, self.name), self.dataset)
-        for text in (*left, *self.dataset.notes):
+        for text in (*notes, *self.dataset.notes):
             self.note(text)
         every = [example for part in ("train", "dev", "test") for example in getattr(self.dataset, part)]
         way = padding.choose(self.scorer, every)
@@ -169,17 +190,16 @@ class Job:
             self.report |= {"status": "failed", "error": str(error)}
             raise
         except Exception as error:
-            if _is_out_of_memory(error):
+            if is_out_of_memory(error):
                 self.report |= {"status": "failed", "error": OUT_OF_MEMORY}
-                raise UserError(OUT_OF_MEMORY) from error
+                raise
             self.report |= {"status": "failed", "error": str(error), "traceback": traceback.format_exc()}
             raise
         finally:
             # A signal from here on could only destroy what there is.
             self.interrupts.end()
-            training.close()
             if self.report["status"] != "completed":
-                self._save_model_unless_full()
+                self._keep_what_was_learnt(training)
             self.report["examples"] = report.changed(self.dataset, self.said)
             report.write(self.report, self.output)
             if self.report["status"] == "completed" and self.report["ended"] != "time limit":
@@ -192,7 +212,10 @@ class Job:
         if not self.config.evaluate_only:
             training.run()
             training.close()  # merges: from here on the parameters are the model
+            training.return_to_best()
             training.score_test("after")
+            training.measure()
+            report.write_json(self.report, self.output)  # what follows may need more memory than all before
         if self.config.save_model:
             self._save_model()
             self._try_saved_model()
@@ -205,37 +228,43 @@ class Job:
         self.shown.doing("saving the model")
         self.output.write(MODEL, write)
 
-    def _save_model_unless_full(self) -> None:
-        """Save what an ended run has learnt; that it ended is worse than that this failed."""
+    def _keep_what_was_learnt(self, training: Training) -> None:
+        """Of a run that did not reach its end: merge and save its weights. Whatever fails here, the report follows."""
+        actions = [training.close, training.return_to_best]
+        if training.optimizer is not None and self.report["test"]["after"] is None:
+            actions.append(training.measure)
         if self.config.save_model and self.report["curves"]["train_loss"]:
+            actions.append(self._save_model)
+        for action in actions:
             try:
-                self._save_model()
-            except OSError as error:
-                self.note(f"the model could not be saved ({error.strerror})")
+                action()
+            except Exception as error:
+                told = error.strerror if isinstance(error, OSError) and error.strerror else error
+                self.note(f"while ending, {action.__name__.strip('_').replace('_', ' ')} failed: {told}")
 
     def _try_saved_model(self) -> None:
         """Load the saved model as a user would, and compare its loss on some test examples."""
         self.shown.doing("loading the saved model to compare")
         examples = self.dataset.test[:RELOADED]
         dtype = getattr(torch, self.config.dtype)
-        model, _, _ = models.load(str(self.output.folder / MODEL), dtype, self.device)
-        scorer = self.scorer_for(model)
-        scorer.padding = self.scorer.padding
-        own, reloaded = (each.evaluate(examples, self.config.batch_size).loss for each in (self.scorer, scorer))
+        own = self.scorer.evaluate(examples, self.config.batch_size).loss
+        self.model.to("cpu")  # a device may have no room for two
+        try:
+            model, _, _ = models.load(str(self.output.folder / MODEL), dtype, self.device)
+            scorer = self.scorer_for(model)
+            scorer.padding = self.scorer.padding
+            reloaded = scorer.evaluate(examples, self.config.batch_size).loss
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self.note("the saved model was not loaded again to compare: out of memory")
+            return
         self.report["saved_model"] = {"examples": len(examples), "loss": own, "reloaded_loss": reloaded}
         if abs(own - reloaded) > RELOADED_TOLERANCE * abs(own):
             raise UserError(
                 f"--save-model: the saved model, loaded again, has the loss {reloaded:.6g} on {len(examples)} test "
                 f"examples, not {own:.6g}; its weights in {str(self.output.folder / MODEL)!r} are not the tuned ones"
             )
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return (
-        isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-        or "can't allocate memory" in str(error)
-    )
 
 
 def _model_facts(model: Any, name: str) -> dict[str, Any]:

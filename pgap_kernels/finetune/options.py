@@ -97,7 +97,7 @@ def _serves(cls: type[ZOOptimizer], name: str, parameters: Any) -> bool:
         "residual": cls.takes_residual,
         "two_pass": cls.plans_ahead,
         "merge": issubclass(cls, LowRankOptimizer),
-        "lr_rule": "baseline" in parameters,  # it listens to the estimate that methods with baselines share
+        "lr_rule": cls.takes_groups,
     }
     return needs.get(name, True)
 

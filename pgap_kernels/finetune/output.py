@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Callable
@@ -17,16 +19,17 @@ CHECKPOINT = "checkpoint-"
 _INCOMPLETE = ".incomplete-"
 _RESERVE = ".reserve"
 _RESERVED = 1 << 20  # bytes; a report with its figure takes about 300,000
+_FULL = ("No space left", "os error 28", "PytorchStreamWriter failed writing")
 
 
 class Output:
     """The folder, made and tried out.
 
-    A reserved file is given up when the disk is full, so that the last report still finds room.
+    A reserved file is given up when the disk is full, so that the report still finds room.
 
     Args:
         name: the folder, new or existing.
-        overwrite: take away the model and checkpoints of an earlier run.
+        overwrite: delete the model and checkpoints of an earlier run. Its report is replaced in any case.
         resume: go on with them.
 
     Raises:
@@ -43,10 +46,13 @@ class Output:
                 f"--output: {name!r} holds {kept[-1].name}/ of an earlier run; accepted: another folder, --resume to "
                 "go on with that run, or --overwrite to take it away"
             )
+        self._lock: int | None = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = self._claimed()
             self._reserve()
         except OSError as error:
+            self.close()
             raise UserError(
                 f"--output: cannot write to the folder {name!r} ({error.strerror}); accepted: a folder that can be "
                 "written, on a disk with room"
@@ -55,6 +61,25 @@ class Output:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         self._stale = [] if resume else [*kept, *(self.folder / file for file in FILES)]
 
+    def _claimed(self) -> int:
+        """The folder's descriptor, by which this run holds it until `close` or the end of the process, however it ends.
+
+        Raises:
+            UserError: another run holds it.
+        """
+        folder = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(folder)
+            raise UserError(
+                f"--output: another run is writing to {str(self.folder)!r}; accepted: another folder, or this one when "
+                "that run has ended"
+            ) from None
+        except OSError:
+            return folder  # a file system without locks
+        return folder
+
     def begin(self) -> None:
         """Take away what an earlier run has left; only now, as this one has loaded all that it needs."""
         for path in self._stale:
@@ -62,7 +87,12 @@ class Output:
         self._stale = []
 
     def _reserve(self) -> None:
-        (self.folder / _RESERVE).write_bytes(os.urandom(_RESERVED))  # what a file system could compress is no reserve
+        try:
+            # What a file system could compress is no reserve.
+            (self.folder / _RESERVE).write_bytes(os.urandom(_RESERVED))
+        except OSError:
+            (self.folder / _RESERVE).unlink(missing_ok=True)  # part of one is none
+            raise
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, the oldest first."""
@@ -77,19 +107,23 @@ class Output:
         """Let ``write`` make a file or folder, which takes its name only when it is complete.
 
         Raises:
-            OSError: it cannot be written, even after the reserve was given up.
+            OSError: it cannot be written; a file of the report, not even after the reserve was given up.
         """
         incomplete = self.folder / (_INCOMPLETE + name)
+        reserve = self.folder / _RESERVE
         try:
             self._written(incomplete, write)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not (self.folder / _RESERVE).exists():
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or name not in FILES or not reserve.exists():
                 raise
-            (self.folder / _RESERVE).unlink()
+            reserve.unlink()
             self._written(incomplete, write)
         if (self.folder / name).is_dir():
             shutil.rmtree(self.folder / name)
         os.replace(incomplete, self.folder / name)
+        if not reserve.exists():  # what was replaced may have left room for the next report's
+            with contextlib.suppress(OSError):
+                self._reserve()
 
     @staticmethod
     def _written(path: Path, write: Callable[[Path], object]) -> None:
@@ -101,10 +135,13 @@ class Output:
             else:
                 path.unlink(missing_ok=True)
             # safetensors and PyTorch have errors of their own for a disk that is full.
-            if not isinstance(error, OSError) and ("No space left" in str(error) or "os error 28" in str(error)):
+            if not isinstance(error, OSError) and any(text in str(error) for text in _FULL):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
             raise
 
     def close(self) -> None:
-        """Give the reserve back."""
-        (self.folder / _RESERVE).unlink(missing_ok=True)
+        """Give the reserve and the folder back."""
+        if self._lock is not None:
+            (self.folder / _RESERVE).unlink(missing_ok=True)
+            os.close(self._lock)
+            self._lock = None

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from .errors import UserError, is_out_of_memory
 from .examples import Example
 from .scoring import PADDING, Scorer
 
@@ -45,6 +45,8 @@ def choose(scorer: Scorer, examples: Sequence[Example]) -> str | None:
     try:
         _scores(scorer, [long], 0)
     except (IndexError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(
             f"--max-length: the model cannot read the longest prompt, of {len(long.tokens)} tokens "
             f"({(str(error).splitlines() or [type(error).__name__])[0]}); accepted: fewer"

@@ -15,7 +15,7 @@ from .errors import UserError
 
 ACCEPTED = (
     f"{', '.join(map(repr, BUILT_IN))}, a file that ends in .csv, .tsv, .jsonl or .parquet, a folder of the library "
-    "datasets, or the id of a data set on the hub"
+    "datasets, or the id of a data set on the hub, with its configuration if it has several (ID:NAME)"
 )
 
 
@@ -162,7 +162,8 @@ def _dataset(name: str, split: str | None, option: str) -> list[Record]:
         if Path(name, "dataset_dict.json").is_file() or Path(name, "dataset_info.json").is_file():
             found = datasets.load_from_disk(name)
         else:
-            found = datasets.load_dataset(name)
+            identity, _, configuration = name.partition(":")
+            found = datasets.load_dataset(identity, configuration or None)
     except Exception as error:  # the library raises its own, the hub client's, pyarrow's and the file system's
         raise UserError(f"{option}: cannot load {name!r} ({_first_line(error)}); accepted: {ACCEPTED}") from error
     if isinstance(found, dict):

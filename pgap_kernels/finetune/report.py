@@ -35,7 +35,7 @@ def empty(config: Config, versions: dict[str, Any], model: dict[str, Any], datas
     with their share of it, and ``wall_seconds``, evaluations included); ``mode`` (name and reason, once there is an
     optimizer); ``weight_passes`` (reads and writes of all tuned weights in the whole run); ``peak_memory_mib``;
     ``baseline`` (the method in plain PyTorch: losses, timing, peak memory, and ``turns``: the timing of the steps of
-    ours beside its own; null if it did not run); ``examples`` of test whose answer changed, or is wrong still;
+    ours beside its own; null if it did not run); ``examples`` of test that were fixed, broken, or are still wrong;
     ``saved_model`` (its loss when loaded again, and that of the tuned model, on some test examples); ``notes``.
     """
     return {
@@ -72,11 +72,11 @@ def empty(config: Config, versions: dict[str, Any], model: dict[str, Any], datas
 
 
 def changed(dataset: Dataset, said: dict[str, list[str]]) -> dict[str, list[dict[str, str]]] | None:
-    """Test examples that the model got wrong before or after: those put right, those spoilt, and those wrong still."""
+    """Test examples that the model got wrong before or after: those fixed, those broken, and those still wrong."""
     if "before" not in said:
         return None
     kinds: dict[tuple[bool, bool], str] = {
-        (False, True): "put_right", (True, False): "spoilt", (False, False): "wrong_still"
+        (False, True): "fixed", (True, False): "broken", (False, False): "still_wrong"
     }  # fmt: skip
     found: dict[str, list[dict[str, str]]] = {kind: [] for kind in kinds.values()}
     for index, example in enumerate(dataset.test):

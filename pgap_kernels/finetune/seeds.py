@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from . import checkpoint, page, report
 from .config import Config
 from .interrupts import Interrupts
-from .job import finished_report, goes_on, refuse_more
+from .job import finished, refuse_more
 from .output import Output
 
 Run = Callable[[Config, Interrupts], dict[str, Any]]
@@ -30,34 +29,48 @@ def run(config: Config, run_one: Run) -> dict[str, Any]:
     """
     output = Output(config.output, overwrite=config.overwrite, resume=config.resume)
     configs = [config.of_seed(seed, str(output.folder / f"seed-{seed}")) for seed in config.seeds]
-    done = [finished_report(Path(one.output)) if config.resume else None for one in configs]
-    for index, (one, before) in enumerate(zip(configs, done, strict=True)):
-        folder = Output(one.output, overwrite=one.overwrite, resume=one.resume)
-        folder.close()
-        if before is not None and goes_on(one, folder, before):
-            done[index] = None
-        elif before is not None:
-            checkpoint.check_options(one, before["config"], one.output)
-            refuse_more(one, before)
-    output.begin()
     runs: list[dict[str, Any]] = []
+    result: dict[str, Any] = {}
     try:
+        done = [_finished(one) for one in configs]
+        output.begin()
         with Interrupts() as interrupts:
             for one, before in zip(configs, done, strict=True):
                 interrupts.again()
                 runs.append(before or run_one(one, interrupts))
                 result = combined(config, runs)
+                if result["status"] == "completed" and len(runs) < len(configs):
+                    result["status"] = "running"
                 _write(result, output)
                 if runs[-1]["status"] != "completed":
                     break
     except KeyboardInterrupt as error:
         if not runs:
             raise
-        result = combined(config, runs) | {"status": "interrupted", "signal": getattr(error, "number", 2)}
+        result |= {"status": "interrupted", "signal": getattr(error, "number", 2)}
         _write(result, output)
+    except Exception as error:
+        if result:
+            _write(result | {"status": "failed", "error": str(error)}, output)
+        raise
     finally:
         output.close()
     return result
+
+
+def _finished(config: Config) -> dict[str, Any] | None:
+    """The report of a seed's run, if it is to be left as it is; its folder is tried out.
+
+    Raises:
+        UserError: it cannot be had as it is wanted now.
+    """
+    folder = Output(config.output, overwrite=config.overwrite, resume=config.resume)
+    folder.close()
+    before = finished(config, folder)
+    if before is not None:
+        checkpoint.check_options(config, before["config"], config.output)
+        refuse_more(config, before)
+    return before
 
 
 def _write(result: dict[str, Any], output: Output) -> None:
@@ -74,7 +87,7 @@ def combined(config: Config, runs: list[dict[str, Any]]) -> dict[str, Any]:
         summary[when] = {name: _spread([score[name] for score in scores]) for name in names} if scores else None
     found = {
         "status": runs[-1]["status"],
-        "config": config.as_dict(),
+        "config": {**config.as_dict(), "lr": runs[0]["config"]["lr"]},  # it may depend on the data
         "metrics": runs[0]["metrics"],
         "summary": summary,
         "runs": runs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Any
 
@@ -9,7 +10,10 @@ from tqdm import tqdm
 
 
 class Shown:
-    """Progress and notes; ``quiet`` shows neither."""
+    """Progress and notes; ``quiet`` shows neither.
+
+    Nobody reads what goes to a terminal that was closed, but its run goes on to its report.
+    """
 
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet
@@ -22,10 +26,13 @@ class Shown:
 
     def note(self, text: str) -> None:
         """Something to know, beside the report."""
-        if not self.quiet:
-            tqdm.write(f"note: {text}", file=sys.stderr)
+        self._say(f"note: {text}")
 
     def doing(self, text: str) -> None:
         """What is under way."""
+        self._say(f"{text} ...")
+
+    def _say(self, line: str) -> None:
         if not self.quiet:
-            tqdm.write(f"{text} ...", file=sys.stderr)
+            with contextlib.suppress(OSError):
+                tqdm.write(line, file=sys.stderr)

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..optim import NonFiniteLossError
+from .errors import is_out_of_memory
 
 PARTS = ("forward", "perturb", "refresh", "rest")
 
@@ -68,14 +68,12 @@ def timed_step(
     closure: Callable[[], Tensor],
     otherwise: Callable[[Exception, Callable[[], Tensor]], float] | None = None,
 ) -> tuple[float, dict[str, float]]:
-    """A step's loss and its seconds by part; ``otherwise`` is asked for the loss where hooks refuse the model."""
+    """A step's loss and its seconds by part; ``otherwise`` is asked for the loss where hooks may refuse the model."""
     start, before = time.perf_counter(), dict(optimizer.seconds)
     try:
         loss = optimizer.step(closure)
-    except (NonFiniteLossError, torch.OutOfMemoryError):
-        raise
     except (RuntimeError, ValueError) as error:
-        if otherwise is None or "can't allocate memory" in str(error):
+        if otherwise is None or isinstance(error, NonFiniteLossError) or is_out_of_memory(error):
             raise
         return otherwise(error, closure), dict.fromkeys(("forward", "perturb", "refresh"), 0.0) | {
             "rest": time.perf_counter() - start

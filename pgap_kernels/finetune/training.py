@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 FALLBACKS = ("scratch", "inplace")
 
 
+#: Entries of the report that a checkpoint keeps.
+_KEPT = ("curves", "test", "baseline", "peak_memory_mib")
+
+
 class Best(NamedTuple):
     """The step of the best evaluation on dev, and what it is compared by: less is better."""
 
@@ -48,6 +53,7 @@ class Training:
         self.optimizer: ZOOptimizer | None = None
         self.clock, self.turns = StepClock(), StepClock()
         self.step = 0
+        self.mode = self.config.mode  # another where "auto" chose one that did not serve the model
         self.best: Best | None = None
         self.passes = 0.0
         self.before = 0.0  # seconds of the run before it was resumed
@@ -73,9 +79,11 @@ class Training:
         checkpoint.load_weights(folder, self._weights())
         self.step, self.best = run["step"], run["best"] and Best(*run["best"])
         self.clock, self.turns = (StepClock(**run[name]) for name in ("clock", "turns"))
-        self.passes, self.before = run["passes"], run["seconds"]
-        for name in ("curves", "test", "baseline", "peak_memory_mib"):
+        self.passes, self.before, self.mode = run["passes"], run["seconds"], run["mode"]
+        for name in _KEPT:
             self.report[name] = run["report"][name]
+        new = [text for text in job.report["notes"] if text not in run["notes"]]
+        self.report["notes"] = [*run["notes"], *new]
         job.said = run["said"]
         job.note(f"resumed after step {self.step}")
         return True
@@ -94,8 +102,10 @@ class Training:
             "turns": vars(self.turns),
             "passes": self.passes + self.optimizer.passes,
             "seconds": self.seconds(),
+            "mode": self.mode,
             "said": self.job.said,
-            "report": {name: self.report[name] for name in ("curves", "test", "baseline", "peak_memory_mib")},
+            "notes": self.report["notes"],
+            "report": {name: self.report[name] for name in _KEPT},
         }
         self._saved = True
         try:
@@ -123,10 +133,11 @@ class Training:
     def run(self) -> None:
         """All steps that are left, or as many as the limits allow."""
         config, job = self.config, self.job
-        self._begin(config.mode)
+        self._begin(self.mode)
         self._first = self.step  # of this session
         if self._writer is not None:
-            self._board = self._writer(str(job.output.folder / "tensorboard"))
+            # What a killed session charted beyond its last checkpoint comes again.
+            self._board = self._writer(str(job.output.folder / "tensorboard"), purge_step=self.step or None)
         if self.step == 0:
             self._evaluate()
             if self._keeps_best:
@@ -144,24 +155,28 @@ class Training:
                     self._save()
                 bar.set_postfix(self._postfix(loss), refresh=False)
                 bar.update()
-                if due and self._is_tired():
+                if due and self._is_out_of_patience():
                     job.note(f"no better on dev in {config.patience} evaluations: the run ends after step {self.step}")
                     self.report["ended"] = "patience"
                     break
-                if config.time_limit is not None and time.monotonic() - self.begun >= 60 * config.time_limit:
+                if self.step < config.steps and self._is_out_of_time():
                     job.note(f"--time-limit: {config.time_limit:g} minutes are over after step {self.step}")
                     self.report["ended"] = "time limit"
                     # Without a checkpoint, sessions shorter than the time between two evaluations would never get on.
                     # Where one was made in this session, another here would only change bits: in mode folded it merges.
-                    if not self._saved and config.checkpoint_every != 0 and self.step < config.steps:
+                    if not self._saved and config.checkpoint_every != 0:
                         self._save()
                     break
         if not self.report["curves"]["dev"] or self.report["curves"]["dev"][-1]["step"] != self.step:
             self._evaluate()
-        self._return_to_best()
+
+    def _is_out_of_time(self) -> bool:
+        limit = self.config.time_limit
+        return limit is not None and time.monotonic() - self.begun >= 60 * limit
 
     def _begin(self, mode: str) -> None:
         config = self.config
+        self.mode = mode
         options = dict(config.options)
         if mode != config.mode and "merge" in options:
             options["merge"] = "step"  # other modes than the one that auto chose have no window
@@ -196,9 +211,8 @@ class Training:
 
     def _timed_step(self) -> float:
         assert self.optimizer is not None
-        loss, parts = timed_step(
-            self.optimizer, self._closure(self.job.scorer, self.optimizer.members), self._fall_back
-        )
+        closure = self._closure(self.job.scorer, self.optimizer.members)
+        loss, parts = timed_step(self.optimizer, closure, None if self.step else self._fall_back)
         self.clock.add(parts)
         self._lr = self.scheduler.get_last_lr()[0]
         if self.optimizer.lr_rule:
@@ -232,7 +246,9 @@ class Training:
         optimizer = self.optimizer
         assert optimizer is not None
         left = FALLBACKS[FALLBACKS.index(optimizer.mode) + 1 :] if optimizer.mode in FALLBACKS else FALLBACKS
-        if self.step or optimizer.steps or self.config.mode != "auto" or not left:
+        if not left:  # it has no hooks, so the error is another
+            raise error
+        if self.config.mode != "auto":
             raise UserError(f"--mode: a step cannot be made in mode {optimizer.mode} ({error})") from error
         optimizer.detach()
         self.job.note(f"mode {optimizer.mode} cannot serve this model ({error}); trying {left[0]}")
@@ -253,8 +269,18 @@ class Training:
 
     def _chart(self, values: dict[str, float]) -> None:
         if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, self.step)
+            with self._without_board():
+                for name, value in values.items():
+                    self._board.add_scalar(name, value, self.step)
+
+    @contextlib.contextmanager
+    def _without_board(self) -> Iterator[None]:
+        """Go on without TensorBoard where it can no longer write: the report has the same curves."""
+        try:
+            yield
+        except OSError as error:
+            self._board = None
+            self.job.note(f"tensorboard: {error.strerror or error}; the run goes on without it")
 
     def _postfix(self, loss: float) -> dict[str, str]:
         last = self.report["curves"]["dev"][-1]
@@ -272,7 +298,7 @@ class Training:
         value = self._worth(score.as_dict())
         if not math.isnan(value) and (self.best is None or value < self.best.worth):
             self.best = Best(self.step, value)
-        self._measure()
+        self.measure()
         try:
             report.write_json(self.report, self.job.output)
         except OSError as error:
@@ -292,15 +318,15 @@ class Training:
         every = self.config.checkpoint_every
         return evaluated if every is None else bool(every) and self.step % every == 0
 
-    def _is_tired(self) -> bool:
+    def _is_out_of_patience(self) -> bool:
         if self.config.patience is None or self.best is None:
             return False
         since = [point for point in self.report["curves"]["dev"] if point["step"] > self.best.step]
         return len(since) >= self.config.patience
 
-    def _return_to_best(self) -> None:
+    def return_to_best(self) -> None:
         """With ``keep="best"``: load the weights of the best evaluation again."""
-        if not self._keeps_best or self.best is None:
+        if not self._keeps_best or self.best is None or self.report["kept_step"] is not None:
             return
         best = self.report["kept_step"] = self.best.step
         if best == self.step:
@@ -334,15 +360,21 @@ class Training:
         if not config.compare or not first <= self.step < first + config.compare_steps:
             return
         if self._baseline is None:
-            self._measure()  # before there is a second model
+            self.measure()  # before there is a second model
             self._baseline = Baseline(self.job)
+            self.turns = StepClock(self.clock.window)  # an earlier session's were beside another baseline
         self.turns.add(self._parts)
         scorer = self._baseline.scorer
         # As many examples go forward: a batch of ours with its copies, or half of them and both signs.
         copies = self.optimizer.members if self.optimizer is not None else 1
         size = config.batch_size if copies < 2 else config.batch_size * copies // 2
         batch = scorer.encode(self._examples(self.step - 1, size))  # that of the step just made
-        self._baseline.step(lambda: self._objective(scorer, batch, True))
+
+        def closure() -> Tensor:
+            self.job.interrupts.check()
+            return self._objective(scorer, batch, True)
+
+        self._baseline.step(closure)
         self.report["baseline"] = self._baseline.as_dict() | {"turns": self.turns.as_dict(self._refresh_seconds())}
         if self.step == min(first + config.compare_steps - 1, config.steps):
             for text in self._baseline.notes:
@@ -355,7 +387,7 @@ class Training:
     def _refresh_seconds(self) -> float:
         return self.clock.as_dict()["refresh_seconds"]
 
-    def _measure(self) -> None:
+    def measure(self) -> None:
         """What the report says of time and memory so far."""
         self.report["timing"] = self.clock.as_dict() | {"wall_seconds": self.seconds()}
         if self.optimizer is not None:
@@ -367,9 +399,9 @@ class Training:
         """Take the hooks off; the parameters are then the model."""
         if self.optimizer is not None:
             self.optimizer.detach()
-            self._measure()
         if self._board is not None:
-            self._board.flush()
+            with self._without_board():
+                self._board.flush()
 
     def finish(self) -> None:
         """The run is complete: checkpoints have served, unless they are wanted."""

@@ -44,9 +44,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "zo-muon": {"lr": 0.16},
 }
 
-#: Tasks with larger losses, and so larger slopes: half of that learning rate, as the whole diverges. Many labels are
-#: the same to it (`builtin.BuiltIn.large_losses`).
+#: Tasks with larger losses, and so larger slopes: half of that learning rate, as the whole diverges. So do more labels
+#: than `FEW`.
 HALVED = ("choice", "generation")
+FEW = 2
 
 #: What adapters take times as much of: they have few weights, which begin at 0. MeZO's authors have 50 and 10.
 ADAPTER_FACTORS = {"lr": 12.5, "eps": 10.0}

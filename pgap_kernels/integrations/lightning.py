@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..optim import ZOOptimizer
-from .ranks import broadcast_from_first, mean_over_ranks
+from .ranks import broadcast_from_first, check_shares, mean_over_ranks
 
 __all__ = ["ZOLightningMixin"]
 
@@ -61,6 +61,7 @@ class ZOLightningMixin:
             kinds = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "none"
             raise TypeError(f"configure_optimizers: got {kinds}; accepted: one optimizer of pgap_kernels.optim")
         if trainer.world_size > 1:
+            check_shares(trainer.optimizers[0])
             broadcast_from_first([*self.parameters(), *self.buffers()])  # type: ignore[attr-defined]
         super().on_fit_start()  # type: ignore[misc]
 

@@ -1,11 +1,25 @@
-"""Losses of several processes, to the same bits in each."""
+"""What several processes share: losses, to the same bits in each, and the weights they begin with."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, distributed
 
+from ..optim import ZOOptimizer
 from ..perturbation import in_several_processes
+
+
+def check_shares(optimizer: ZOOptimizer) -> None:
+    """Refuse a method whose updates need more of the other processes than their losses.
+
+    Raises:
+        ValueError: it does.
+    """
+    if optimizer.sees_inputs:
+        raise ValueError(
+            f"{optimizer.method}: got it in {distributed.get_world_size()} processes, of which each would move along "
+            "directions from its own batch; accepted: one process, or another method"
+        )
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:

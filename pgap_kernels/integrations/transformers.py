@@ -34,7 +34,7 @@ from ..losses import per_example_loss
 from ..noise import canonical_name
 from ..optim import Signal, ZOOptimizer
 from .arguments import ZOArguments
-from .ranks import broadcast_from_first, mean_over_ranks
+from .ranks import broadcast_from_first, check_shares, mean_over_ranks
 
 __all__ = ["ZOArguments", "ZOTrainer", "ZOTrainerMixin", "ZOTrainingArguments"]
 
@@ -123,6 +123,8 @@ class ZOTrainerMixin:
                 broadcast_from_first([*self.model.parameters(), *self.model.buffers()])
             per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
             self.optimizer = args.make_optimizer(self.model, per_step, read_by=_fused_head(self.model))
+            if args.world_size > 1:
+                check_shares(self.optimizer)
         self._check_slices()
         return self.optimizer
 

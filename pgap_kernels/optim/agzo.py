@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from .. import noise, ops
@@ -28,8 +30,9 @@ class AGZO(LowRankOptimizer):
     independent reproductions, takes the two-sided g and 3 forwards. State: A, n r floats of a matrix.
 
     H has a column for every token of the batch, padding too; of a layer that is called more than once, those of its
-    first call. It is looked at while the layer runs and not kept. Signs of the QR are fixed, so that runs repeat.
-    One-sided differences lose their digits in 16-bit losses: reduce them in float32.
+    first call. It is looked at while the layer runs and not kept; A is computed in float32, under autocast too. Signs
+    of the QR are fixed, so that runs repeat. One-sided differences lose their digits in 16-bit losses: reduce them in
+    float32. Several processes would each have the basis of their own batch: the integrations refuse that.
 
     Args:
         params, lr, weight_decay: as in ``MeZO``; the model, or named parameters and ``model=``.
@@ -43,6 +46,7 @@ class AGZO(LowRankOptimizer):
     """
 
     method: ClassVar[str] = "AGZO"
+    sees_inputs: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -85,6 +89,7 @@ class AGZO(LowRankOptimizer):
             clean = evaluate.loss() if self._clean is None else self._clean
             loss = evaluate.loss(direction)
             amount = loss - clean
+            evaluate.slopes.append(amount / self.radius()[0])
         self.apply_update([(direction, self.descent(amount))], flush=self.refreshes_at(self.steps + 1))
         return loss
 
@@ -121,7 +126,9 @@ class AGZO(LowRankOptimizer):
         """A (n, r) of inputs (tokens, n)."""
         key = self.key(Role.RANGE_FINDER)
         omega = ops.draw((len(rows), self.rank_of(weight)), key, weight.id, device=rows.device)
-        a = orthonormal(rows.T @ omega)
-        for _ in range(self.iterations):
-            a = orthonormal(rows.T @ (rows @ a))
+        # This runs inside the caller's forward. (On the meta device, where costs are counted, there is no autocast.)
+        with contextlib.nullcontext() if rows.is_meta else torch.autocast(rows.device.type, enabled=False):
+            a = orthonormal(rows.T @ omega)
+            for _ in range(self.iterations):
+                a = orthonormal(rows.T @ (rows @ a))
         return a

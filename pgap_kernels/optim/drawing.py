@@ -53,7 +53,7 @@ class DirectionOptimizer(ModeOptimizer):
         if self.lr_rule and evaluate.signal.squared_norm is None and not self.perturbation.dry:
             raise ValueError(
                 f"lr_rule: got {self.lr_rule!r} without a loss per row of two examples or more in a group; accepted: "
-                "with members > 1 and such losses"
+                "with members or groups of 2 or more, and such losses"
             )
         amounts = [amount for row in sampling.differences(losses) for amount in row]
         evaluate.slopes += [amount * len(flat) / radius[0] for amount in amounts]

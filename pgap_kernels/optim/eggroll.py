@@ -74,6 +74,9 @@ class EGGROLL(LowRankOptimizer):
             raise ValueError(f"population: got {population}; accepted: 2 or more, an even number with pairs")
         self.update = checks.choice("update", update, UPDATES)
         self.normalise, self.scale_by_root = bool(normalise), bool(scale_by_root)
+        for name in ("normalise", "scale_by_root"):
+            if getattr(self, name) and update != "llm":
+                raise ValueError(f"{name}: got True with update={update!r}; accepted: with update='llm'")
         self.noise_reuse = 0 if noise_reuse == 0 else at_least_one("noise_reuse", noise_reuse)
 
     def direction(self, step: int, number: int = 0) -> Direction:

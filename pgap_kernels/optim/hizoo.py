@@ -68,6 +68,7 @@ class HiZOO(ZOOptimizer):
         clean, plus, minus = evaluate.population([(Direction(), radius), (probe, radius), (probe, back)])
         self._bend = abs(plus + minus - 2 * clean) / 2
         rho = [scores.spsa(plus, minus, eps) for eps in radius]
+        evaluate.slopes.append(rho[0])
         rule = StateRule(self.rule_of, self.state_of, takes_off=over_its_root)
         self.apply_update([(self.noise(key, same), rho)], rule=rule)
         return (plus + minus) / 2

@@ -106,7 +106,7 @@ class AdaLeZO(LayerwiseOptimizer):
     """
 
     method: ClassVar[str] = "AdaLeZO"
-    saved_attributes: ClassVar[dict[str, Any]] = {"worth": None, "drawn": None}
+    saved_attributes: ClassVar[dict[str, Any]] = {"worth": None, "drawn": None, "chances": None}
 
     def __init__(
         self,
@@ -125,6 +125,7 @@ class AdaLeZO(LayerwiseOptimizer):
     ) -> None:
         self.worth: list[float] | None
         self.drawn: list[int] | None
+        self.chances: list[float] | None  # with which ``drawn`` were drawn
         super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay}, **options)
         self.share, self.ema = positive("share", share), positive("ema", ema)
         for name in ("share", "ema"):
@@ -136,17 +137,18 @@ class AdaLeZO(LayerwiseOptimizer):
     def estimate_and_update(self, evaluate: Evaluation) -> float:
         layers = self.layers()
         worth = self.worth if self.worth is not None and len(self.worth) == len(layers) else [0.0] * len(layers)
-        chances = probabilities(worth, self.tau, self.gamma)
         count = max(1, math.floor(self.share * len(layers)))
-        if self.drawn is None or self.steps % self.interval == 0 or max(self.drawn) >= len(layers):
-            self.drawn = [pick(chances, self.uniform(i)) for i in range(count)]
+        new = self.steps % self.interval == 0 or self.chances is None or len(self.chances) != len(layers)
+        if new or self.drawn is None or self.chances is None:
+            self.chances = probabilities(worth, self.tau, self.gamma)
+            self.drawn = [pick(self.chances, self.uniform(i)) for i in range(count)]
         moved = sorted({*self.drawn})
         key = self.key(Role.DENSE)
         z = self.noise(key, bucket([w for i in moved for w in layers[i]]))
         plus, minus = evaluate.two_sided(z)
         scale = [1.0] * len(self.weights())
         for i in moved:
-            weight = self.drawn.count(i) * min(1 / (count * chances[i] + 1e-8), self.clip)
+            weight = self.drawn.count(i) * min(1 / (count * self.chances[i] + 1e-8), self.clip)
             for w in layers[i]:
                 scale[w.index] = weight
         amounts = [a * s for a, s in zip(self.descent((plus - minus) / 2), scale, strict=True)]

@@ -28,9 +28,9 @@ class LOREN(ZOOptimizer):
         momentum="per_step":   M <- beta M + sum_k w_k z_k,   W <- (1 - lr wd) W - lr M
         momentum="per_query":  for every k in turn  M <- beta M + w_k z_k,   W <- W - lr M
 
-    and with curvature="learned" a <- a - lr_a sum_k grad_k after that (``_move``). Weights that are not matrices take
-    u_k itself, those of one dimension without momentum. K forwards; 1 pass over the weights for the update, and 1 over
-    M for its rank-one term. State: a, and M of the weight's size.
+    and with curvature="learned" a <- (1 - lr_a wd) a - lr_a sum_k grad_k after that (``_move``). Weights that are not
+    matrices take u_k itself, those of one dimension without momentum. K forwards; in place 2K + 4 weight passes, one of
+    them over M for its rank-one term. State: a, and M of the weight's size.
 
     The published code (hseung88/loren) takes "per_query" steps, moves a between the queries of a step, by lr_a = 1e-3
     eps^2, with which it never moves in float32, gives vectors a curvature too, and decays every weight.
@@ -98,6 +98,7 @@ class LOREN(ZOOptimizer):
         losses = evaluate.population([(d, self.radius()) for d in z])
         centred = scores.leave_one_out(losses)
         slopes = [[c / eps for eps in self.radius()] for c in centred]
+        evaluate.slopes += [self.probes * c / self.radius()[0] for c in centred]
         evaluate.clear()
         self._update(keys, line, amounts, slopes)
         if self.learns and not self.perturbation.dry:
@@ -202,7 +203,7 @@ class LOREN(ZOOptimizer):
     def _move(
         self, matrices: Sequence[Weight], keys: list[int], dots: list[dict[int, float]], centred: list[float]
     ) -> None:
-        """a <- a - lr_a / sqrt(rho + s) sum_k c_k (<a~, u_k> 1^T U_k - m kappa (<a~, u_k>^2 - s) a).
+        """a <- (1 - lr_a wd) a - lr_a / sqrt(rho + s) sum_k c_k (<a~, u_k> 1^T U_k - m kappa (<a~, u_k>^2 - s) a).
 
         c_k is (f_k - mean f) / (K - 1) and kappa what ``_shrink`` gives; the sum over rows of -a~ cancels.
         """
@@ -215,4 +216,4 @@ class LOREN(ZOOptimizer):
             ops.assemble_gradient_([rows], draws, tensor_ids=[w.id], slices=[w.span] if w.span else None)
             along = sum(c * (dot**2 - s) for c, dot in zip(centred, own, strict=True))
             gradient = (rows.sum(0) - m * kappa[w.index] * along * a) / math.sqrt(self.damping + s)
-            a.sub_(gradient, alpha=self.lr_a)
+            a.mul_(1 - self.lr_a * float(w.group["weight_decay"])).sub_(gradient, alpha=self.lr_a)

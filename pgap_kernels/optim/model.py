@@ -34,6 +34,7 @@ class ModelOptimizer(torch.optim.Optimizer):
     plans_ahead: ClassVar[bool] = (
         False  # whether the first forward of a step sees ``direction(step)``, as two_pass needs
     )
+    sees_inputs: ClassVar[bool] = False  # whether updates depend on more of a batch than its losses
     takes_groups: ClassVar[bool] = False  # whether it moves by ``estimate``: groups may have their own directions
     period: int = 1  # steps after which what a step does repeats; ``cost`` counts one period
 
@@ -137,6 +138,11 @@ class ModelOptimizer(torch.optim.Optimizer):
             number("lr", group["lr"])
             positive("eps", group["eps"])
             number("weight_decay", group["weight_decay"])
+        if self.lr_rule and len({*self.radius()}) > 1:
+            raise ValueError(
+                f"lr_rule: got {self.lr_rule!r} with weights of several eps; accepted: one eps for all, as the signal "
+                "is that of slopes along one direction"
+            )
 
     def weights(self) -> list[Weight]:
         """Every trainable tensor once: tied weights under their first name, ids checked to be distinct."""
@@ -172,14 +178,20 @@ class ModelOptimizer(torch.optim.Optimizer):
 
     def rates(self) -> list[float]:
         """The learning rate of each weight."""
+        return self._group_rates()
+
+    def _group_rates(self) -> list[float]:
         factor = 1.0 if self.lr_rule is None else self.signal_rule.factor
         return [lr * factor for lr in self.amounts("lr")]
 
     def decay(self) -> list[float]:
-        """lr * weight_decay of each weight; tensors of one dimension (biases, norm scales) do not decay."""
+        """lr * weight_decay of each weight; tensors of one dimension (biases, norm scales) do not decay.
+
+        The lr is the group's, under ``lr_rule`` as it is now; a rate of its own for dense noise does not count.
+        """
         if not any(group["weight_decay"] for group in self.param_groups):
             return [0.0] * len(self.weights())
-        pairs = zip(self.weights(), self.amounts("lr"), self.amounts("weight_decay"), strict=True)
+        pairs = zip(self.weights(), self._group_rates(), self.amounts("weight_decay"), strict=True)
         return [lr * decay if w.tensor.dim() > 1 else 0.0 for w, lr, decay in pairs]
 
     # ---- copies -----------------------------------------------------------------------------------------------------

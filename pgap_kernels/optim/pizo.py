@@ -134,7 +134,7 @@ class PIZOSubZero(SubZero):
 
     v is of the same rank, with the cores' combination for its core: M + 2 forwards; M + 3 weight passes in place, none
     in mode folded with a window. State: U and V, (m + n) r floats of a matrix. With ``history`` the best core is tried
-    again, in the subspace of the day.
+    again, in the current subspace.
 
     Args:
         params, lr, eps, weight_decay, rank, window, scale, reshape, exclude: as in ``SubZero``.
@@ -180,11 +180,14 @@ class PIZOSubZero(SubZero):
             **options,
         )
         self.guide = Guide.checked(pool, alpha, guide, history, normalise_v)
-        if self.sampling != Sampling(1, 1, "antithetic"):
+
+    def sampling_of(self, directions: int, baseline: str) -> Sampling:
+        if (directions, baseline) != (1, "antithetic"):
             raise ValueError(
-                f"directions, baseline: got {self.sampling.directions} and {self.sampling.baseline!r}; accepted: 1 and "
-                "'antithetic' with PIZOSubZero, whose pool is what it samples"
+                f"directions, baseline: got {directions!r} and {baseline!r}; accepted: 1 and 'antithetic' with "
+                "PIZOSubZero, whose pool is what it samples"
             )
+        return Sampling(1, 1, baseline)  # members are of the pool: any number
 
     def estimate_and_update(self, evaluate: Evaluation) -> float:
         self.refresh_if_due("left", evaluate)

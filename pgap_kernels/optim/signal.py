@@ -16,13 +16,18 @@ _FLOOR = 0.1
 
 
 class Signal(NamedTuple):
-    """Estimates from one step; None where its points do not tell.
+    """Estimates from one step; None if its points do not determine them.
+
+    Of the gradient as the directions see it, <D, g> for D: where these lie in a subspace or have another scale than
+    dense noise (LOZO's u v^T has r times its variance), so do the estimates.
 
     Attributes:
         squared_norm: |g|^2, where a direction is shared by two examples or more.
         trace: tr Sigma, likewise.
-        second_moment: E |g_i|^2 = |g|^2 + tr Sigma.
-        curvature: tr H, where W itself was evaluated. One step says little of it: average over hundreds of examples.
+        second_moment: E |g_i|^2 = |g|^2 + tr Sigma, i counting the losses that the closure returned: where these are
+            means of groups of b examples, tr Sigma / b.
+        curvature: tr H, where W itself was evaluated. From one-sided differences, so the slope along the direction
+            stays in it as noise, 2 |g| / eps large: hundreds of steps say little of it.
     """
 
     squared_norm: float | None = None
@@ -63,7 +68,7 @@ def signal_of(rows: Tensor, groups: int, baseline: str, eps: float) -> Signal:
 class SignalRule:
     """eta_t = eta_0 s_t / s_0,  s = |g|^2 / (|g|^2 + tr Sigma) from moving averages, within [floor, 1] of eta_0.
 
-    A step size that falls as the signal gives way to noise. s_0 is that of the first ``window`` measured steps.
+    A step size that falls as the signal gives way to noise. s_0 is the first above 0 after ``window`` measured steps.
     """
 
     def __init__(self, window: int = _WINDOW, floor: float = _FLOOR) -> None:
@@ -79,7 +84,7 @@ class SignalRule:
         share = 1 / min(self.steps, self.window)  # a plain mean at first
         self.squared_norm += share * (signal.squared_norm - self.squared_norm)
         self.second_moment += share * (signal.second_moment - self.second_moment)
-        if self.steps == self.window:
+        if self.steps >= self.window and self.first <= 0:  # so far noise alone may have been seen
             self.first = self._ratio()
 
     def _ratio(self) -> float:

@@ -67,7 +67,11 @@ class SubZero(LowRankOptimizer):
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "rank": rank}
         super().__init__(params, defaults, window=window, scale=scale, exclude=exclude, **options)
         self.reshape = patterns("reshape", reshape, self._known_names())
-        self.sampling = Sampling.checked(directions, self.groups, self.members, baseline)
+        self.sampling = self.sampling_of(directions, baseline)
+
+    def sampling_of(self, directions: int, baseline: str) -> Sampling:
+        """How a step tries its directions; checks these options."""
+        return Sampling.checked(directions, self.groups, self.members, baseline)
 
     # ---- shapes -----------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from ..directions import Blend, Direction, Part, Weight
 from ..noise import Role
 from ..perturbation import StateRule
 from .base import Evaluation, Params, ZOOptimizer
-from .options import at_least_one
+from .options import at_least_one, positive
 
 FINALS = ("text", "freeze")
 _LAST = (0.5, 0.9, 0.01)  # alpha, beta1, beta2 of the last phase, as the text has them
@@ -70,7 +70,7 @@ class ZOAdaMU(ZOOptimizer):
             raise ValueError(
                 f"total_steps: got {total_steps} with warmup_steps={warmup_steps}; accepted: more than 1.25 times that"
             )
-        self.final, self.e = checks.choice("final", final, FINALS), float(e)
+        self.final, self.e = checks.choice("final", final, FINALS), positive("e", e)
         self._rho = 0.0
 
     def annealed(self, step: int) -> tuple[float, float, float]:

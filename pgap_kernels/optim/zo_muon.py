@@ -25,7 +25,7 @@ class ZOMuon(LowRankOptimizer):
     """Zeroth-order steps with an orthogonalised update.
 
         P (m, r) orthonormal, new every ``window`` steps;   u_i (r, n) ~ N(0, 1),  i = 1..N
-        M = 1/N sum_i (L(W + eps P u_i) - L(W)) / eps u_i,   O = M (M^T M)^(-1/2) by five Newton-Schulz iterations
+        M = 1/N sum_i (L(W + eps P u_i) - L(W)) / eps u_i,   O = (M M^T)^(-1/2) M by five Newton-Schulz iterations
         W <- (1 - lr wd) W - lr P O
 
     Everything that is not a matrix takes dense noise, with a learning rate of its own. N + 1 forwards; N + 1 weight
@@ -93,6 +93,7 @@ class ZOMuon(LowRankOptimizer):
         tried = [self.direction(self.steps, number) for number in range(self.directions)]
         clean, *losses = evaluate.population([(Direction(), self.radius()), *((d, self.radius()) for d in tried)])
         shares = [(loss - clean) / self.directions for loss in losses]
+        evaluate.slopes += [(loss - clean) / self.radius()[0] for loss in losses]
         steps = self._steps(shares)
         dense = [
             (self.noise(self.key(Role.DENSE, number), self.dense_buckets()), self.descent(share))

@@ -295,7 +295,7 @@ class Scratch(Perturbation):
             raise RuntimeError(
                 f"closure: {what} not perturbed, as the forward did not call the module (it may use the weight "
                 "without calling it, as MultiheadAttention does with out_proj). Freeze such parameters, choose "
-                "mode='inplace', or pass allow_unused=True if the forward rightly never uses them"
+                "mode='inplace', or pass allow_unused=True if the forward is meant not to use them"
             )
 
     def enter(self, number: int) -> None:

@@ -40,5 +40,5 @@ __all__ = [
 def refusal(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this backend does not serve the op there, or None."""
     if device.type == "mps":
-        return "needs float64, which MPS has not"
+        return "needs float64, which MPS lacks"
     return None

@@ -23,8 +23,8 @@ class Config(NamedTuple):
     def options(self, architecture: str) -> dict[str, int | bool]:
         """Compiler options; contraction is off, since bits are part of the contract.
 
-        ``warps`` counts warps of 32 lanes; AMD's waves have 64, so half as many do. NVIDIA's assembler takes as many
-        registers as make one program fast; the limit keeps several programs on a processor.
+        ``num_warps`` counts warps of 32 lanes; AMD's waves have 64, so half as many do. NVIDIA's assembler takes as
+        many registers as make one program fast; the limit keeps several programs on a processor.
         """
         warps = self.num_warps // 2 if architecture == "cdna" else self.num_warps
         options: dict[str, int | bool] = {"num_warps": warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
