@@ -26,8 +26,9 @@ class AGZO(LowRankOptimizer):
         Omega (tokens, r) ~ N(0, 1),  A <- qr(H Omega),  K times A <- qr(H (H^T A));  R (m, r) ~ N(0, 1) in every step
         g = (L(W + eps R A^T) - L(W)) / eps,   W <- (1 - lr wd) W - lr g R A^T
 
-    Everything else takes dense noise. 2 forwards, one of which shows H; R A^T is not scaled. ``sides=2``, the form of
-    independent reproductions, takes the two-sided g and 3 forwards. State: A, n r floats of a matrix.
+    Everything else takes dense noise. 2 forwards, one of which shows H; 2 weight passes in place; R A^T is not scaled.
+    ``sides=2``, the form of independent reproductions, takes the two-sided g: 3 forwards and passes. State: A, n r
+    floats of a matrix.
 
     H has a column for every token of the batch, padding too; of a layer that is called more than once, those of its
     first call. It is looked at while the layer runs and not kept; A is computed in float32, under autocast too. Signs

@@ -27,7 +27,8 @@ class DiZO(ZOOptimizer):
         c <- clip(c - s g z, 1 - tau, 1 + tau);      after the last:  W <- W0 + c Delta
 
     Each ``step`` call is one of either kind, with a minibatch of its own; the weights stay as they are until the
-    projection's last step. 2 forwards a step. State: W0 of the selected weights, and while projecting Delta in float32.
+    projection's last step. 2 forwards and in place 3 weight passes a step. State: W0 of the selected weights, m n
+    elements of their dtype, and while projecting Delta, m n floats.
 
     Args:
         params, lr, eps: as in ``MeZO``.

@@ -28,7 +28,8 @@ class EGGROLL(LowRankOptimizer):
         update="llm":  f = F - mean F  [/ std F],              W <- W + lr mean_i(f_i s_i E_i)  [* sqrt(N)]
 
     The two official scales, of HyperscaleES (JAX) and of its transformer experiments. The update is one pass, by the
-    members' factors side by side. N forwards, or one with ``members=N``; no state: factors are drawn in the forward.
+    members' factors side by side. N forwards, or one with ``members=N``; 2N - 1 weight passes in place; no state:
+    factors are drawn in the forward.
 
     The transformer code adds its update to bfloat16 weights to nearest, which loses most of it; here it rounds
     stochastically. It leaves tensors that are not matrices alone: freeze them. The JAX code perturbs them densely,

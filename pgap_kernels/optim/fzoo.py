@@ -17,9 +17,9 @@ class FZOO(ZOOptimizer):
         l_0 = L(W),   l_i = L(W + eps u_i),  u_i of random signs, i = 1..N
         W <- W - lr sum_i (l_i - l_0) u_i / (N std(l_1..l_N))
 
-    The standard deviation is about |g| eps, so a step has the length lr whatever the gradient's; where it is 0 there is
-    no step. N + 1 forwards, or one with ``members=N + 1``; N + 1 weight passes in place. No state, and a bit of random
-    numbers per element.
+    The standard deviation is about |g| eps, so the expected step has the length lr whatever the gradient's; where it is
+    0 there is no step. N + 1 forwards, or one with ``members=N + 1``; N + 1 weight passes in place. No state, and a bit
+    of random numbers per element.
 
     The published code divides by the standard deviation of a population (``ddof=0``), the paper by that of a sample;
     the paper's lr is eps times the code's, which is meant here.

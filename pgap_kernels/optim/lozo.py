@@ -22,7 +22,8 @@ class LOZO(LowRankOptimizer):
 
         rho = (L(W + eps u v^T) - L(W - eps u v^T)) / (2 eps),   W <- (1 - lr wd) W - lr rho u v^T  [/ r]
 
-    2 forwards; 3 weight passes in place. State: v, n r floats of a matrix.
+    2n forwards for n directions; 2n + 1 weight passes in place, 1/window folded with a window. State: v, n r floats of
+    a matrix.
 
     The published code does not divide by r (``divide_by_rank=False``), and applies another u than it evaluated in every
     step that changes v; here what was evaluated is applied.

@@ -24,7 +24,8 @@ class PGAP(GradientSubspaceOptimizer):
 
         rho = (L(W + eps D) - L(W - eps D)) / (2 eps),   W <- (1 - lr wd) W - lr rho D.
 
-    Tensors that are not matrices take dense noise as their D. A step has 2 + 2h/window forwards on average. Probes are
+    Tensors that are not matrices take dense noise as their D. A step of n directions has on average 2n + 2h/window
+    forwards and, in place, 2n + 1 + (2h + 1)/window weight passes; folded with a window, (2h + 1)/window. Probes are
     not stored, and G is assembled for one matrix at a time. State: U, S and V of each matrix, (m + n + 1) r floats.
 
     Args:

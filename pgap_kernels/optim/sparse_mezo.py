@@ -23,9 +23,9 @@ class SparseMeZO(ZOOptimizer):
         rho = (L(W + eps D) - L(W - eps D)) / (2 eps),   W <- (1 - lr wd) W - lr rho D
 
     s is the share that is left alone. The mask is that of the unperturbed weights of the step, for both forwards and
-    the update: in place it is kept as a bit per element, since it could not be read off perturbed weights. 2 forwards;
-    3 weight passes, and in place one for the bits. State: h, a number of a tensor; in place mn/32 words of bits. The
-    first step sorts one tensor after another.
+    the update: in place it is kept as a bit per element, since it could not be read off perturbed weights. 2q forwards
+    for q probes; 2q + 1 weight passes, and in place one for the bits. State: h, a number of a tensor; in place mn/32
+    words of bits. The first step sorts one tensor after another.
 
     Args:
         params, lr, eps, weight_decay: as in ``MeZO``; decay reaches the elements that are left alone, too.

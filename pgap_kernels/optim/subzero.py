@@ -25,8 +25,9 @@ class SubZero(LowRankOptimizer):
         D = sqrt(m n)/r U Z V^T,  Z (r, r) ~ N(0, 1)                 dense noise on the rest
         rho = (L(W + eps D) - L(W - eps D)) / (2 eps),   W <- (1 - lr wd) W - lr rho D
 
-    The scale is in the code and not in the paper's equations; it gives D the norm of dense noise. 2 forwards; 3 weight
-    passes in place, none in mode folded with a window. State: U and V, (m + n) r floats of a matrix.
+    The scale is in the code and not in the paper's equations; it gives D the norm of dense noise. 2n forwards for n
+    directions; 2n + 1 weight passes in place, 1/window folded with a window. State: U and V, (m + n) r floats of a
+    matrix.
 
     The published code does not correct the signs of QR, so its bases are not uniformly distributed; here they are. Its
     tensors of LoRA, prefix and prompt tuning are taken in their most nearly square factorisation: ``reshape``.

@@ -10,7 +10,6 @@ graph and replayed.
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 import traceback
 from collections import Counter
@@ -36,15 +35,11 @@ def _nothing() -> None:
 
 def _uncompiled() -> contextlib.AbstractContextManager:
     """Run compiled functions as the Python code that they were made from."""
-    if "torch._dynamo" not in sys.modules:  # then nothing is compiled; importing it only to see that takes seconds
-        return contextlib.nullcontext()
     return torch.compiler.set_stance("force_eager")
 
 
 def _is_called_compiled() -> bool:
     """Whether the forward was called by a compiled function, even if ``_uncompiled`` makes it run as Python code."""
-    if "torch._dynamo" not in sys.modules:
-        return False
     codes = (frame.f_code for frame, _ in traceback.walk_stack(None))
     file = torch._dynamo.eval_frame.__file__
     return any(code.co_name == "compile_wrapper" and code.co_filename == file for code in codes)
@@ -265,7 +260,7 @@ class Scratch(Perturbation):
         """Whether compiled code without hooks has run, of this model or of another one of its class: torch does not see
         that hooks have come."""
         called = any(self.calls) or self.graph_key in self.replays
-        return not called and "torch._dynamo" in sys.modules and not self.recompiled
+        return not called and not self.recompiled
 
     def _is_compiled(self) -> bool:
         """Whether modules of the model are compiled: they are not searched, as torch cannot trace the search."""
