@@ -7,13 +7,13 @@ import errno
 import io
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -194,46 +194,40 @@ def test_resuming_begins_where_there_is_no_checkpoint_and_refuses_another_run(co
         path.write_bytes(before)
 
 
-@pytest.mark.slow(seconds=95)
-def test_killed_at_any_moment_and_resumed_is_the_uninterrupted_run(config_for, llama, tmp_path):
+@pytest.mark.slow(seconds=60)
+def test_killed_at_any_moment_and_resumed_is_the_uninterrupted_run(config_for, tmp_path):
     whole = run(config_for("whole", "pgap", save_model=True, steps=60))
     expected, draw = saved(tmp_path / "whole"), random.Random(0)
-    command = [
-        sys.executable, "-m", "pgap_kernels", "finetune", "--method", "pgap", "--model", str(llama), "--device", "cpu",
-        "--data", str(tmp_path / "data.csv"), "--output", str(tmp_path / "killed"), "--save-model", "--resume",
-        "--steps", "60", "--quiet",
-        *(f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items() if name != "steps"),
-        *(f"--{name}={value}" for name, value in METHODS["pgap"].items()),
-    ]  # fmt: skip
+    context = multiprocessing.get_context("forkserver")  # its processes begin with everything imported
+    context.set_forkserver_preload(["pgap_kernels.finetune.job", "transformers.models.llama.modeling_llama"])
 
-    def clear() -> None:
-        """A run that was not killed in time is complete, and cannot be resumed."""
-        for file in (tmp_path / "killed").glob("*"):
-            if file.name in ("model", "report.json"):
-                subprocess.run(["rm", "-r", str(file)], check=True)
+    def resumed(seconds: float | None = None) -> bool:
+        """A run that goes on where the last was killed, killed in its turn; whether it was, or completed."""
+        for name in ("model", "report.json"):  # one that was not killed in time is complete, and cannot be resumed
+            subprocess.run(["rm", "-rf", str(tmp_path / "killed" / name)], check=True)
+        config = config_for("killed", "pgap", save_model=True, steps=60, resume=True, quiet=True)
+        process = context.Process(target=run, args=(config,))
+        process.start()
+        process.join(seconds)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL or equal(saved(tmp_path / "killed"), expected)
+        return process.exitcode == -signal.SIGKILL
 
+    assert not resumed()
+    shutil.rmtree(tmp_path / "killed")
     begun = time.monotonic()
-    subprocess.run(command, check=True)
+    assert not resumed()
     seconds = time.monotonic() - begun
     shutil.rmtree(tmp_path / "killed")
     killed = 0
     for _ in range(60):
-        clear()
-        with subprocess.Popen(command) as process:
-            # Any moment of a run but those of the imports, which take about half of it.
-            time.sleep(draw.uniform(0.4, 1) * seconds)
-            process.kill()
-        killed += process.returncode == -signal.SIGKILL
-        assert process.returncode != 0 or equal(saved(tmp_path / "killed"), expected)
+        killed += resumed(draw.uniform(0, 1) * seconds)
         if killed == 20:
             break
-    clear()
-    subprocess.run(command, check=True)
-    assert killed == 20 and equal(saved(tmp_path / "killed"), expected)
-    assert (
-        json.loads((tmp_path / "killed" / "report.json").read_text())["curves"]["train_loss"]
-        == (whole["curves"]["train_loss"])
-    )
+    assert killed == 20 and not resumed()
+    written = json.loads((tmp_path / "killed" / "report.json").read_text())
+    assert written["curves"]["train_loss"] == whole["curves"]["train_loss"]
 
 
 # ---- how runs end ---------------------------------------------------------------------------------------------------
