@@ -15,7 +15,7 @@ from . import data, models, padding, report
 from .config import Config
 from .errors import UserError, is_out_of_memory
 from .interrupts import Interrupted, Interrupts
-from .machine import device_of, versions
+from .machine import device_of, reset_peak_memory, versions
 from .output import MODEL, Output
 from .scoring import Score, Scorer, scorer_of
 from .shown import Shown
@@ -113,6 +113,7 @@ class Job:
     def __init__(self, config: Config, output: Output, shown: Shown, interrupts: Interrupts) -> None:
         self.config, self.output, self.shown, self.interrupts = config, output, shown, interrupts
         self.device = device_of(config.device)
+        reset_peak_memory(self.device)  # of an earlier seed's run
         shown.doing("loading the model and the data")
         notes: list[str] = []  # until there is a report
         self.model, self.tokenizer, self.name = self.load_model(notes.append)

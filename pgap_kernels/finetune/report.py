@@ -30,11 +30,12 @@ def empty(config: Config, versions: dict[str, Any], model: dict[str, Any], datas
     examples by label, what was dropped and why, and ``majority``, the accuracy on test of the most frequent label);
     ``metrics`` (names, the most telling first); ``test`` (``before`` and ``after``: loss in nats, metrics 0 to 1,
     examples); ``curves`` (``train_loss``, ``lr`` and ``seconds`` since the start, of every step; ``signal``: step and
-    what its losses say about the gradient, of steps with a loss per row; ``dev``: step, loss, metrics);
-    ``timing`` (steps, seconds by part, seconds of one refresh, the window of steps that it serves, seconds per step
-    with their share of it, and ``wall_seconds``, evaluations included); ``mode`` (name and reason, once there is an
-    optimizer); ``weight_passes`` (reads and writes of all tuned weights in the whole run); ``peak_memory_mib``;
-    ``baseline`` (the method in plain PyTorch: losses, timing, peak memory, and ``turns``: the timing of the steps of
+    what its losses say about the gradient, of steps with a loss per row; ``dev``: step, loss, metrics); ``timing``
+    (steps, seconds by part, seconds of one refresh, the window of steps that it serves, seconds per step with their
+    share of it, and ``wall_seconds``, evaluations included); ``mode`` (name and reason, once there is an optimizer);
+    ``weight_passes`` (reads and writes of all tuned weights in the whole run); ``peak_memory_mib`` (on CUDA what the
+    run allocated, else the process since it began; without the baseline and the trial of a saved model); ``baseline``
+    (the method in plain PyTorch: losses, timing, peak memory beside ours, and ``turns``: the timing of the steps of
     ours beside its own; null if it did not run); ``examples`` of test that were fixed, broken, or are still wrong;
     ``saved_model`` (its loss when loaded again, and that of the tuned model, on some test examples); ``notes``.
     """
