@@ -30,6 +30,7 @@ test: setup lint
 	-$(BIN)/pgap-kernels finetune --fetch-only
 	$(PYTEST)
 
+# Tests go to the workers one by one ("load" would hand out the longest, which come first, in batches).
 test-slow: setup
 	-$(BIN)/pgap-kernels finetune --fetch-only
 	$(PYTEST) -m slow --dist loadgroup
