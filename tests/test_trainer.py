@@ -430,10 +430,10 @@ class Two(torch.optim.SGD):
     pass
 
 
-def test_trainers_refuse_by_name():
+def test_trainers_refuse_by_name(tmp_path):
     model, rows = model_of("llama"), examples("llama")
     with pytest.raises(TypeError, match="args: got TrainingArguments; accepted: ZOTrainingArguments"):
-        ZOTrainer(model, TrainingArguments("x", use_cpu=True), train_dataset=rows)
+        ZOTrainer(model, TrainingArguments(tmp_path, use_cpu=True), train_dataset=rows)
     with pytest.raises(TypeError, match="args: got NoneType"):
         ZOTrainer(model)
     with pytest.raises(TypeError, match=r"optimizers: got Two; accepted: an optimizer of pgap_kernels\.optim, or None"):
@@ -445,7 +445,7 @@ def test_trainers_refuse_by_name():
     two.__dict__["_setup_devices"] = torch.device("cpu")
     with pytest.raises(ValueError, match="args: got 2 GPUs in one process"):
         ZOTrainer(model, two, train_dataset=rows)
-    plain = TrainingArguments("x", use_cpu=True, report_to=[], max_steps=1, save_strategy="no")
+    plain = TrainingArguments(tmp_path, use_cpu=True, report_to=[], max_steps=1, save_strategy="no")
     optimizer = make_optimizer("mezo", model)
     with pytest.raises(TypeError, match=r"closure: got None.*integrations\.transformers\.ZOTrainer"):
         Trainer(model, plain, train_dataset=rows, optimizers=(optimizer, None)).train()

@@ -72,7 +72,8 @@ def _draw_signal(axes: Any, report: Mapping[str, Any]) -> None:
     signal = report["curves"]["signal"]
     for name, label in SIGNAL.items():
         told = [point for point in signal if point[name] is not None]
-        axes.plot(_column(told, "step"), _running_mean(_column(told, name), 20), label=label)
+        if told:  # groups of one example do not tell |g|²
+            axes.plot(_column(told, "step"), _running_mean(_column(told, name), 20), label=label)
     if any(point[name] is not None and point[name] > 0 for point in signal for name in SIGNAL):
         axes.set_yscale("log", nonpositive="mask")  # estimates of |g|² may be negative
     axes.set(title="gradient, mean of last 20", xlabel="step")

@@ -35,9 +35,11 @@ class LowRankOptimizer(ZOOptimizer):
 
     Attributes:
         refreshed_at: the step of the last refresh; None before the first.
+        dense_lr_ratio: the learning rate of tensors that take dense noise over that of their group. The ratio, not the
+            value, is kept: a scheduler then moves both.
     """
 
-    saved_attributes: ClassVar[dict[str, Any]] = {"refreshed_at": None}
+    saved_attributes: ClassVar[dict[str, Any]] = {"refreshed_at": None, "dense_lr_ratio": 1.0}
     sampling: Sampling  # of methods with ``sampled_step``
 
     def __init__(
@@ -51,6 +53,7 @@ class LowRankOptimizer(ZOOptimizer):
         **options: Any,
     ) -> None:
         self.refreshed_at: int | None
+        self.dense_lr_ratio: float
         self._found: tuple[list[Weight], tuple[list[Weight], list[list[Weight]], list[int]]] | None = None
         super().__init__(params, defaults, **options)
         self.window = self.period = at_least_one("window", window)
@@ -121,6 +124,13 @@ class LowRankOptimizer(ZOOptimizer):
     def scale_of(self, weight: Weight) -> float:
         """What multiplies a direction of a matrix."""
         return math.sqrt(weight.tensor.numel()) / self.rank_of(weight) if self.scale == "subzero" else 1.0
+
+    def rates(self) -> list[float]:
+        rates = super().rates()
+        if self.dense_lr_ratio == 1:
+            return rates
+        lowrank = {*self.lowrank_indices()}
+        return [lr if i in lowrank else lr * self.dense_lr_ratio for i, lr in enumerate(rates)]
 
     # ---- factors ----------------------------------------------------------------------------------------------------
 

@@ -97,8 +97,6 @@ class PGAP(GradientSubspaceOptimizer):
         self.delta_steps = None if delta_steps is None else at_least_one("delta_steps", delta_steps)
         self.xi = checks.choice("xi", xi, ("per_matrix", "global", "fixed"))
         self.eps_dense = None if eps_dense is None else positive("eps_dense", eps_dense)
-        # The ratio, not the value, is kept: a scheduler then moves both learning rates.
-        self.dense_lr_ratio = 1.0
         if lr_dense is not None:
             self.dense_lr_ratio = positive("lr_dense", lr_dense, zero=True) / positive("lr", lr)
 
@@ -150,7 +148,3 @@ class PGAP(GradientSubspaceOptimizer):
         if self.eps_dense is None:
             return radius
         return [eps if i in lowrank else self.eps_dense for i, eps in enumerate(radius)]
-
-    def rates(self) -> list[float]:
-        lowrank = {*self.lowrank_indices()}
-        return [lr if i in lowrank else lr * self.dense_lr_ratio for i, lr in enumerate(super().rates())]

@@ -45,7 +45,6 @@ class ZOMuon(LowRankOptimizer):
     """
 
     method: ClassVar[str] = "ZOMuon"
-    saved_attributes: ClassVar[dict[str, Any]] = {**LowRankOptimizer.saved_attributes, "dense_lr_ratio": 1.0}
 
     def __init__(
         self,
@@ -66,7 +65,6 @@ class ZOMuon(LowRankOptimizer):
         super().__init__(params, defaults, window=window, exclude=exclude, **options)
         self.directions = at_least_one("directions", directions)
         self.update = checks.choice("update", update, UPDATES)
-        # The ratio, not the value, is kept: a scheduler then moves both learning rates.
         self.dense_lr_ratio = positive("lr_dense", lr_dense, zero=True) / lr if lr else 0.0
 
     def refresh(self, evaluate: Evaluation) -> None:
@@ -117,10 +115,6 @@ class ZOMuon(LowRankOptimizer):
                 sums = orthogonalised(sums)
             parts += self.low_rank(weights, self._basis(weights), Factor.stored(sums))
         return Direction(parts)
-
-    def rates(self) -> list[float]:
-        lowrank = {*self.lowrank_indices()}
-        return [lr if i in lowrank else lr * self.dense_lr_ratio for i, lr in enumerate(super().rates())]
 
 
 def orthogonalised(matrices: Sequence[Tensor]) -> list[Tensor]:
