@@ -27,7 +27,8 @@ from ..directions import Direction, Fold, Part, Pass, Weight, add_parts
 from .base import Update
 from .folds import add_lowrank, fold_differentiably, forward_arguments
 from .hooks import EMBEDDING, LINEAR, ModuleUse, ParamRef
-from .scratch import LoadedPart, Scratch
+from .points import LoadedPart
+from .scratch import Scratch
 from .stacked import check_rows
 
 # Of each weight: what each point adds to its layer's output, and the op calls for that.
@@ -94,7 +95,7 @@ class Folded(Scratch):
     def _prepared(self) -> Prepared:
         """Of each weight the folds of each point, and the calls that make them: put together once for all the steps
         that show parts of the same layout and factors, whose operands keep their place."""
-        key = (self.count, self.key)
+        key = self.points.key
         if key not in self.prepared:
             if len(self.prepared) >= _PREPARED:  # other factors than before
                 self.prepared.clear()
@@ -125,12 +126,12 @@ class Folded(Scratch):
     # ---- a forward --------------------------------------------------------------------------------------------------
 
     def fills_of(self, index: int, point: int) -> list[LoadedPart]:
-        shown = self.shown[index][point]
+        shown = self.points.added(index, point)
         return [s for s in shown if not s.part.acts_on_outputs] if index in self.foldable else shown
 
     def folds_of(self, index: int, point: int) -> list[Fold]:
         """What is added to a weight by moving its layer's output."""
-        shown = self.shown[index][point] if index in self.foldable else []
+        shown = self.points.added(index, point) if index in self.foldable else []
         return [s.operands.fold(s.position) for s in shown if s.part.acts_on_outputs]
 
     def decay_of(self, index: int) -> Tensor:

@@ -9,20 +9,21 @@ graph and replayed.
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..directions import Direction, Operands, Part, Weight
+from ..directions import Direction, Weight
 from .arena import Arena, padded_bytes
 from .base import Perturbation, Update
+from .compiled import is_any_compiled, is_called_compiled, uncompiled
 from .hooks import Hooks, ModuleUse, ParamRef, StrayUses, tensors_in, uses_of
+from .points import LoadedPart, Points
 from .stacked import StackedForward
 from .vectors import Vectors
 
@@ -31,26 +32,6 @@ T = TypeVar("T")
 
 def _nothing() -> None:
     """Undoes a push that filled no parameters."""
-
-
-def _uncompiled() -> contextlib.AbstractContextManager:
-    """Run compiled functions as the Python code that they were made from."""
-    return torch.compiler.set_stance("force_eager")
-
-
-def _is_called_compiled() -> bool:
-    """Whether the forward was called by a compiled function, even if ``_uncompiled`` makes it run as Python code."""
-    codes = (frame.f_code for frame, _ in traceback.walk_stack(None))
-    file = torch._dynamo.eval_frame.__file__
-    return any(code.co_name == "compile_wrapper" and code.co_filename == file for code in codes)
-
-
-class LoadedPart(NamedTuple):
-    """A part whose operands are loaded, and the position of one weight in it."""
-
-    part: Part
-    operands: Operands
-    position: int
 
 
 class Scratch(Perturbation):
@@ -80,7 +61,6 @@ class Scratch(Perturbation):
         self.searching = False  # the forward is being searched for stray uses
         self.captures = False  # the forward is being captured in a CUDA graph
         self.recompiled = False  # compiled code has been dropped once, as it knew no hooks
-        self.most_points = 1
         self.rows, self.count = 0, 1  # of a stacked batch: its rows, 0 before a module has seen it, and its points
         self.modules = list(self.model.modules())
         self.on_cuda = any(w.tensor.is_cuda for w in self.weights)
@@ -91,14 +71,14 @@ class Scratch(Perturbation):
         self.calls: list[int] = []  # of each use's module, in the last forward
         self.replays: set[Hashable] = set()  # graph keys of forwards that were captured in a CUDA graph
         self.checked: set[Hashable] = set()  # training flags under which stray uses were looked for
-        self.memory: dict[Hashable, Operands] = {}  # by point and layout, reused by all steps
+        self.points = Points(len(self.weights))
         self._make_tables()
         self.restore()
         self.hooks = Hooks(self.model, self.uses, self)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Without operands, and what refers to them or to captured graphs.
-        return {**self.__dict__, "memory": {}, "shown": [], "key": (), "replays": set()}
+        # Without operands, and without the captured graphs that read them.
+        return {**self.__dict__, "points": copy.copy(self.points), "replays": set()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy shares no device memory with what it was made from."""
@@ -130,11 +110,11 @@ class Scratch(Perturbation):
 
     @property
     def scratch_bytes(self) -> int:
-        return sum(self.arena.capacity.values()) + self.vectors.nbytes * self.most_points
+        return sum(self.arena.capacity.values()) + self.vectors.nbytes * self.points.most
 
     @property
     def state_bytes(self) -> int:
-        return sum(operands.nbytes for operands in self.memory.values())
+        return self.points.nbytes
 
     def workspace(self, elements: int, device: torch.device) -> Tensor:
         # A dry copy has no buffer to lend; where a real one would do, the memory does not count as extra.
@@ -144,75 +124,36 @@ class Scratch(Perturbation):
         return super().workspace(elements, device) if idle is None else idle
 
     def drop_cached(self) -> None:
-        self.memory, self.checked = {}, set()
+        self.points.clear()
+        self.checked = set()
         self._make_tables()
         self.restore()
 
     # ---- the points of the next forwards ----------------------------------------------------------------------------
 
     def perturb_to(self, points: Sequence[Direction]) -> None:
-        for operands in self.memory.values():
-            operands.unload()
+        self.points.show(points)
         self.count = len(points)
-        self.most_points = max(self.most_points, self.count)
-        # shown[weight][point]: what is added to the weight there.
-        self.shown: list[list[list[LoadedPart]]] = [[[] for _ in points] for _ in self.weights]
-        keys = []
-        for number, point in enumerate(points):
-            for part in point:
-                operands = self._loaded(number, part)
-                keys.append((number, part.layout(), operands.graph_key()))
-                for position, index in enumerate(part.indices):
-                    self.shown[index][number].append(LoadedPart(part, operands, position))
-        self.key: tuple = tuple(keys)
         # Computed here once, as it is read before every layer.
         self.filled = [
             [ref for ref in use.refs if any(self.fills_of(ref.index, point) for point in range(self.count))]
             for use in self.uses
         ]
         if not self.dry:
-            for number in range(self.count):
-                self._fill_vectors(number)
+            early = {ref.index for refs in self.filled for ref in refs if self._is_early(ref)}
+            for point in range(self.count):
+                fills = {index: self.fills_of(index, point) for index in early}
+                self.vectors.fill(point, [self.weights[index] for index in sorted(early)], fills, self.no_decay)
         if self.count > 1 and not self.stacked and not self.dry:
             self.stacked = [StackedForward(self, use) for use in self.uses]
 
-    def _fill_vectors(self, point: int) -> None:
-        """The vectors' copies at a point: each op call fills those of a part together. A vector's W is what the model
-        has: windows, which fade it, are of matrices."""
-        moved = {ref.index for refs in self.filled for ref in refs if self._is_early(ref)}  # here or at another point
-        shown = {index: fills for index in moved if (fills := self.fills_of(index, point))}
-        for index in moved - shown.keys():
-            self.vectors.at(index, point).copy_(self.weights[index].tensor)
-        first: dict[int, list[tuple[int, LoadedPart]]] = {}  # by operands: all first parts that one call can serve
-        for index, (loaded, *_) in shown.items():
-            first.setdefault(id(loaded.operands), []).append((index, loaded))
-        for group in first.values():
-            indices = [index for index, _ in group]
-            group[0][1].operands.fill_all(
-                [loaded.position for _, loaded in group],
-                [self.weights[i].tensor for i in indices],
-                [self.vectors.at(i, point) for i in indices],
-            )
-        for index, (_, *others) in shown.items():
-            for loaded in others:
-                out = self.vectors.at(index, point)
-                loaded.operands.fill(loaded.position, out, out, self.no_decay[out.device])
-
-    def _loaded(self, number: int, part: Part) -> Operands:
-        """The part's operands, in the memory that an earlier part of the same layout had at this point."""
-        key = (number, part.layout())
-        if key not in self.memory:
-            self.memory[key] = part.operands()
-        self.memory[key].load(part)
-        return self.memory[key]
-
     @property
     def graph_key(self) -> Hashable:
-        return self.count, self.key
+        return self.points.key
 
     def fills_of(self, index: int, point: int) -> list[LoadedPart]:
         """What is added to a weight by filling the buffer."""
-        return self.shown[index][point]
+        return self.points.added(index, point)
 
     def refs_to_fill(self, use: ModuleUse) -> list[ParamRef]:
         """The parameters that a module's forward finds replaced by the buffer."""
@@ -231,12 +172,12 @@ class Scratch(Perturbation):
         watched = self.watched
         training = tuple([module.training for module in self.modules])
         try:
-            if training in self.checked or self.dry or self._is_compiled():
+            if training in self.checked or self.dry or is_any_compiled(self.modules):  # torch cannot trace the search
                 result = call()
             else:  # the first forward with these flags: it may take other branches, with stray uses
-                # Torch cannot trace the search, so a compiled function around the model runs uncompiled meanwhile.
+                # A compiled function around the model runs uncompiled meanwhile.
                 self.searching = self.watched = True
-                with StrayUses(self.weights, self._readable), _uncompiled():
+                with StrayUses(self.weights, self._readable), uncompiled():
                     result = call()
             self.checked.add(training)
         finally:
@@ -262,10 +203,6 @@ class Scratch(Perturbation):
         called = any(self.calls) or self.graph_key in self.replays
         return not called and not self.recompiled
 
-    def _is_compiled(self) -> bool:
-        """Whether modules of the model are compiled: they are not searched, as torch cannot trace the search."""
-        return any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in self.modules)
-
     def _readable(self) -> set[int]:
         """Addresses of the weights that may be read now.
 
@@ -284,7 +221,7 @@ class Scratch(Perturbation):
         if not any(self.calls) and self.graph_key in self.replays:  # a replayed graph calls no modules
             return
         reached = {ref.index for use, times in zip(self.uses, self.calls, strict=True) if times for ref in use.refs}
-        missed = [w.name for w in self.weights if w.index not in reached and any(self.shown[w.index])]
+        missed = [w.name for w in self.weights if w.index not in reached and self.points.move(w.index)]
         if missed:
             what = f"{missed[0]!r} was" if len(missed) == 1 else f"{missed[0]!r} and {len(missed) - 1} more were"
             raise RuntimeError(
@@ -312,7 +249,7 @@ class Scratch(Perturbation):
                 ref.owner._parameters[ref.name] = out  # type: ignore[assignment]
             return
         if self.searching and not any(self.calls):
-            self.must_repeat = _is_called_compiled()  # as the next ones will run compiled, and may round differently
+            self.must_repeat = is_called_compiled()  # as the next ones will run compiled, and may round differently
         for ref in use.refs:
             if not ref.is_in_place() and not self.lent[id(ref.owner._parameters.get(ref.name))]:
                 raise RuntimeError(

@@ -5,13 +5,14 @@ A launch for each of them, before its layer, would take longer than the layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..directions import Weight
 from .arena import in_memory, padded_bytes
+from .points import LoadedPart
 
 
 class Vectors:
@@ -46,6 +47,40 @@ class Vectors:
             with torch.inference_mode(False):  # the next forward may run in another inference mode
                 self.memory[key] = torch.empty(self.size[like.device], dtype=torch.uint8, device=like.device)
         return self.memory[key][begin : begin + like.nbytes].view(like.dtype).view(like.shape)
+
+    def fill(
+        self,
+        point: int,
+        weights: Sequence[Weight],
+        fills: Mapping[int, Sequence[LoadedPart]],
+        no_decay: Mapping[torch.device, Tensor],
+    ) -> None:
+        """Write the copies of vectors at a point, those of a part by one op call.
+
+        A vector's W is what the model has: windows, which fade it, are of matrices.
+
+        Args:
+            weights: the vectors that move here or at another point.
+            fills: what is added to each, by its index.
+            no_decay: zeros that a fill reads, by device.
+        """
+        first: dict[int, list[tuple[Weight, LoadedPart]]] = {}  # by operands: all first parts that one call can serve
+        for w in weights:
+            if fills[w.index]:
+                loaded = fills[w.index][0]
+                first.setdefault(id(loaded.operands), []).append((w, loaded))
+            else:
+                self.at(w.index, point).copy_(w.tensor)
+        for group in first.values():
+            group[0][1].operands.fill_all(
+                [loaded.position for _, loaded in group],
+                [w.tensor for w, _ in group],
+                [self.at(w.index, point) for w, _ in group],
+            )
+        for w in weights:
+            for loaded in fills[w.index][1:]:
+                out = self.at(w.index, point)
+                loaded.operands.fill(loaded.position, out, out, no_decay[out.device])
 
     def contains(self, tensor: Tensor) -> bool:
         """Whether a tensor lies in this memory."""

@@ -1,0 +1,86 @@
+"""What the points of the next forwards add to every weight, by operands in device memory.
+
+That memory keeps its place. The next step's parts of the same layout go into it, and code that was compiled, or
+captured in a CUDA graph, finds them there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+from ..directions import Direction, Operands, Part
+
+
+class LoadedPart(NamedTuple):
+    """A part whose operands are loaded, and the position of one weight in it."""
+
+    part: Part
+    operands: Operands
+    position: int
+
+
+class Points:
+    """The points that the next forwards see.
+
+    Args:
+        weights: how many there are.
+
+    Attributes:
+        most: points of a forward so far, at most; a stacked batch has several.
+        key: their number and the operands they have; a captured graph serves points of the same key.
+    """
+
+    def __init__(self, weights: int) -> None:
+        self.weights, self.most = weights, 1
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the points and the memory."""
+        self._memory: dict[Hashable, Operands] = {}  # by point and layout
+        self._added: list[list[list[LoadedPart]]] = [[[]] for _ in range(self.weights)]  # by weight and point
+        self.key: tuple[Hashable, ...] = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy shares no device memory with what it was made from."""
+        return {"weights": self.weights, "most": self.most}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all operands."""
+        return sum(operands.nbytes for operands in self._memory.values())
+
+    def show(self, points: Sequence[Direction]) -> None:
+        """Load the operands of all parts of some points."""
+        for operands in self._memory.values():
+            operands.unload()
+        self.most = max(self.most, len(points))
+        self._added = [[[] for _ in points] for _ in range(self.weights)]
+        keys: list[Hashable] = [len(points)]
+        for number, point in enumerate(points):
+            for part in point:
+                operands = self._loaded(number, part)
+                keys.append((number, part.layout(), operands.graph_key()))
+                for position, index in enumerate(part.indices):
+                    self._added[index][number].append(LoadedPart(part, operands, position))
+        self.key = tuple(keys)
+
+    def _loaded(self, number: int, part: Part) -> Operands:
+        """The part's operands, in the memory that an earlier part of the same layout had at this point."""
+        key = (number, part.layout())
+        if key not in self._memory:
+            self._memory[key] = part.operands()
+        self._memory[key].load(part)
+        return self._memory[key]
+
+    def added(self, index: int, point: int) -> list[LoadedPart]:
+        """What is added to a weight at a point."""
+        return self._added[index][point]
+
+    def move(self, index: int) -> bool:
+        """Whether anything is added to a weight at any point."""
+        return any(self._added[index])
