@@ -156,6 +156,13 @@ class Job:
         self.report["notes"].append(text)
         self.shown.note(text)
 
+    def write_report_so_far(self) -> None:
+        """So that nothing is lost later."""
+        try:
+            report.write_json(self.report, self.output)
+        except OSError as error:
+            self.note(f"report.json: {error.strerror}; the run goes on")
+
     def evaluate(self, part: str, limit: int | None = None) -> Score:
         """The score on a part of the data, with a progress bar."""
         examples = getattr(self.dataset, part)[:limit]
@@ -216,7 +223,7 @@ class Job:
             training.return_to_best()
             training.score_test("after")
             training.measure()
-            report.write_json(self.report, self.output)  # what follows may need more memory than all before
+            self.write_report_so_far()  # what follows may need more memory than all before
         if self.config.save_model:
             self._save_model()
             self._try_saved_model()

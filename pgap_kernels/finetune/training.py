@@ -299,10 +299,7 @@ class Training:
         if not math.isnan(value) and (self.best is None or value < self.best.worth):
             self.best = Best(self.step, value)
         self.measure()
-        try:
-            report.write_json(self.report, self.job.output)
-        except OSError as error:
-            self.job.note(f"report.json: {error.strerror}; the run goes on")
+        self.job.write_report_so_far()
 
     def _worth(self, score: dict[str, float]) -> float:
         """What evaluations are compared by: the loss, or the errors that steps make fewer."""
