@@ -13,7 +13,7 @@ pytest.importorskip("tomllib")
 from support.finetune_tiny import csv_file, tiny_model
 
 from benchmarks.convergence import __main__ as program
-from benchmarks.convergence import report, run, times
+from benchmarks.convergence import figure, report, run, times
 from benchmarks.convergence.store import Store
 from benchmarks.convergence.study import DEFAULT, SCHEDULES, Refused, Study, load
 from benchmarks.convergence.times import Ratio, Setting, Time
@@ -152,7 +152,7 @@ def test_the_program_from_cells_to_report(config, tmp_path, capsys, monkeypatch)
     assert "0 of 1" in capsys.readouterr().out
     text = page.read_text()
     assert text.startswith("before") and text.endswith("after") and "old" not in text
-    assert "| P-GAP | > 120 | 0 of 1 | none | batch 2, constant, lr 0.001 (end) |" in text
+    assert "| P-GAP | > 120 | 0 of 1 | 0 | none | batch 2, constant, lr 0.001 (end: lr) |" in text
     assert "(curves.png)" in text and (tmp_path / "curves.png").stat().st_size > 10_000
 
 
@@ -263,10 +263,12 @@ def record(losses, arm="A", seed=0, lr=1.0, batch=1, schedule="constant", step=1
 
 def test_times_interpolate_and_are_censored_at_the_budget():
     curve = record([1.0, 0.8, 0.4, 0.6])
-    assert times.time_to(curve, 0.6, "forwards", 30) == pytest.approx((15.0, True))
-    assert times.time_to(curve, 0.6, "seconds", 15) == pytest.approx((7.5, True))
-    assert times.time_to(curve, 0.6, "forwards", 14) == (14, False)
-    assert times.time_to(curve, 0.3, "forwards", 30) == (30, False)
+    assert times.time_to(curve, 0.6, "forwards", 30) == pytest.approx((15.0, True, False))
+    assert times.time_to(curve, 0.6, "seconds", 15) == pytest.approx((7.5, True, False))
+    assert times.time_to(curve, 0.6, "forwards", 14) == (14, False, False)
+    assert times.time_to(curve, 0.3, "forwards", 30) == (30, False, False)
+    assert times.time_to(curve, 0.9, "forwards", 30) == (10.0, True, True), "where before that, nobody saw"
+    assert times.holds(curve, 0.6) and not times.holds(curve, 0.5)
     with pytest.raises(Refused, match="the loss starts at 1"):
         times.time_to(curve, 1.0, "forwards", 30)
 
@@ -279,9 +281,13 @@ def test_the_best_setting_reaches_the_target_most_often_then_first():
     found = times.settings([*often, *fast, *few, *stopped], "A")
     assert set(found) == {Setting(1, "constant", 2.0), Setting(1, "constant", 4.0)}
     best = times.fastest(found, 0.5, "forwards", 20)
-    assert best.setting.lr == 2.0 and best.at_end and sorted(best.runs) == [0, 1, 2]
+    assert best.setting.lr == 2.0 and best.ends == ("lr",) and sorted(best.runs) == [0, 1, 2]
     inner = [record([1.0, 0.9, 0.9], seed=s, lr=1.0) for s in range(3)]
-    assert not times.fastest(times.settings([*often, *fast, *inner], "A"), 0.5, "forwards", 20).at_end
+    found = times.settings([*often, *fast, *inner], "A")
+    assert times.fastest(found, 0.5, "forwards", 20).ends == ()
+    assert times.fastest(found, 0.2, "forwards", 20).setting.lr == 2.0, "none is there: the least loss"
+    large = [record([1.0, 0.9, 0.3], seed=s, lr=2.0, batch=4) for s in range(3)]
+    assert times.fastest(times.settings([*often, *large], "A"), 0.5, "forwards", 20).ends == ("lr", "batch")
     assert times.lowest(found, "forwards", 20).setting.lr == 2.0
 
 
@@ -304,18 +310,38 @@ def test_censored_times_give_bounds_and_are_not_dropped():
     assert times.ratio([both, late]) == Ratio(pytest.approx(1.0), "≥", 2)
     assert times.ratio([early, lost]) == Ratio(pytest.approx(0.5), "≤", 2)
     assert times.ratio([both, neither]) is times.ratio([late, lost]) is times.ratio([]) is None
-    assert times.median([Time(5.0, True), Time(8.0, False), Time(8.0, False)]) == (8.0, False)
+    assert times.median([Time(5.0, True), Time(8.0, False), Time(8.0, False)]) == (8.0, False, False)
+
+
+def test_times_before_the_first_evaluation_give_bounds():
+    exact, early = Time(4.0, True), Time(2.0, True, early=True)
+    assert times.ratio([(early, exact)]) == Ratio(pytest.approx(0.5), "≤", 1)
+    assert times.ratio([(exact, early)]) == Ratio(pytest.approx(2.0), "≥", 1)
+    assert times.ratio([(early, early)]) is times.ratio([(early, exact), (exact, early)]) is None
+    assert times.ratio([(Time(8.0, False), early)]) == Ratio(pytest.approx(4.0), "≥", 1)
+
+
+def test_runs_that_shared_the_machine_are_named():
+    runs = [record([1.0, 0.5], seed=seed) for seed in range(3)]
+    for one, seconds in zip(runs, (10.0, 11.0, 20.0), strict=True):
+        one["steps"] |= {"seconds": [seconds], "cpu_seconds": [18.0]}
+    assert times.disturbed(runs) == [runs[2]]
+
+
+def test_mean_curves_are_of_the_same_places():
+    mean = figure.mean_curve([[(1.0, 1.0), (3.0, 0.0)], [(1.0, 2.0), (2.0, 1.0), (4.0, 1.0)]])
+    assert mean == [(1.0, 1.5), (2.0, 0.75), (3.0, 0.5)]
 
 
 def test_tables_say_what_the_protocol_asks_for():
     study = {"baseline": "A", "forwards": 20, "seconds": 10, "targets": {"late": 0.5}, "part": "dev"}
     slow = [record([1.0, 1.0, 0.4], "A", seed) for seed in range(2)]
-    fast = [record([1.0, 0.4, 0.3], "B", seed) for seed in range(2)] + [record([1.0, 0.4, 0.3], "B", 2)]
+    fast = [record([1.0, 0.9, 0.3], "B", seed) for seed in range(3)]
     text = report.markdown(study, [*slow, *fast], None)
-    forwards = slow_time, fast_time = 10 + 10 * 5 / 6, 10 * 5 / 6
+    forwards = slow_time, fast_time = 10 + 10 * 5 / 6, 10 + 10 * 4 / 6
     ratio = f"{fast_time / slow_time:.2f}"
-    assert f"| A | {forwards[0]:.0f} | 2 of 2 |  | batch 1, constant, lr 1 (end) |" in text
-    assert f"| B | {fast_time:.0f} | 3 of 3 | {ratio} ({ratio} to {ratio}), 2 pairs | " in text
+    assert f"| A | {forwards[0]:.0f} | 2 of 2 | 2 |  | batch 1, constant, lr 1 (end: lr) |" in text
+    assert f"| B | {fast_time:.0f} | 3 of 3 | 3 | {ratio} ({ratio} to {ratio}), 2 pairs | " in text
     assert (
         "### At 20 example-forwards: mean (least to most)" in text
         and "| dev loss |" in text

@@ -130,7 +130,15 @@ class Adam(Tiny):
         return torch.optim.Adam(self.parameters())
 
 
+class Plateau(Tiny):
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        return [optimizer], [{"scheduler": scheduler, "monitor": "train_loss"}]
+
+
 @pytest.mark.parametrize("cls, options, message", [
+    (Plateau, {}, "configure_optimizers: got ReduceLROnPlateau"),
     (Tiny, {"accumulate_grad_batches": 2}, "accumulate_grad_batches"),
     (Tiny, {"gradient_clip_val": 1.0}, "gradient_clip_val"),
     (Automatic, {}, "automatic_optimization: got True; accepted: False"),

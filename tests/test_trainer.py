@@ -445,6 +445,24 @@ def test_trainers_refuse_by_name(tmp_path):
     two.__dict__["_setup_devices"] = torch.device("cpu")
     with pytest.raises(ValueError, match="args: got 2 GPUs in one process"):
         ZOTrainer(model, two, train_dataset=rows)
+
+    class Rollouts(Trainer):
+        def _prepare_inputs(self, inputs):
+            return inputs
+
+    class Mixed(ZOTrainerMixin, Rollouts):
+        pass
+
+    with pytest.raises(TypeError, match="got Rollouts, which makes batches of its own"):
+        Mixed(model, arguments(), train_dataset=rows)
+
+    class Weighted(ZOTrainer):
+        def compute_loss(self, *given, **named):
+            return 2 * super().compute_loss(*given, **named)
+
+    members = arguments(zo_members=2, zo_mode="scratch")
+    with pytest.raises(ValueError, match="zo_members, zo_groups: got a Weighted with a compute_loss of its own"):
+        Weighted(model, members, train_dataset=rows).train()
     plain = TrainingArguments(tmp_path, use_cpu=True, report_to=[], max_steps=1, save_strategy="no")
     optimizer = make_optimizer("mezo", model)
     with pytest.raises(TypeError, match=r"closure: got None.*integrations\.transformers\.ZOTrainer"):

@@ -95,6 +95,16 @@ def test_options_of_sft(options, folder):
     assert len(losses_of(trainer_of(folder, "sft", **MODES["inplace"], **options))) == 3
 
 
+@pytest.mark.parametrize(("kind", "options", "message"), [
+    ("sft", {"loss_type": "dft"}, r"^loss_type: got 'dft', whose weights take no part in the gradient"),
+    ("dpo", {"use_weighting": True}, r"^use_weighting: got True"),
+    ("dpo", {"zo_members": 2, "zo_mode": "scratch"}, r"^zo_members, zo_groups: got a \w+ with a compute_loss"),
+])  # fmt: skip
+def test_losses_that_values_do_not_tell_are_refused(kind, options, message, folder):
+    with pytest.raises(ValueError, match=message):
+        trainer_of(folder, kind, **options)
+
+
 def test_metrics_count_the_step_once(folder):
     two, six = (trainer_of(folder, "sft", zo_method="mezo", zo_probes=probes, zo_mode="scratch") for probes in (1, 3))
     first, second = ([entry for entry in t.state.log_history if "num_tokens" in entry] for t in (two, six))

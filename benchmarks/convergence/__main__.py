@@ -10,7 +10,7 @@ Cells     each is a file in DIR. A finished one is not run again, a stopped one 
           --max-minutes, or Ctrl-C. The likeliest settings come first, each with every seed.
 Budgets   a cell ends when its example-forwards and its seconds are used up, so that arms can be compared at equal
           forwards and at equal seconds. All forwards and seconds of its steps count, refreshes included; evaluations
-          do not, nor do the forwards that try out, once, whether a model keeps the slices of a batch apart.
+          do not, nor do the three forwards that try out, once, whether a model keeps the slices of a batch apart.
 
 Seconds are only worth something on an idle machine, and those of one device do not go with those of another.
 """

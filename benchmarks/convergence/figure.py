@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy
 
 from benchmarks.convergence import times
 from benchmarks.convergence.times import AXES, Record, Setting
@@ -24,6 +25,14 @@ def draw(study: Mapping[str, Any], arms: Mapping[str, dict[Setting, dict[int, Re
     figure.savefig(file, dpi=150)
 
 
+def mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
+    """The mean of curves at all places that one of them has and all of them reach, interpolated between their own."""
+    places = sorted({x for curve in curves for x, _ in curve})
+    shared = [x for x in places if all(curve[0][0] <= x <= curve[-1][0] for curve in curves)]
+    values = [numpy.interp(shared, *zip(*curve, strict=True)) for curve in curves]
+    return list(zip(shared, numpy.mean(values, axis=0).tolist(), strict=True))
+
+
 def _panel(
     axes: Any, study: Mapping[str, Any], arms: Mapping[str, dict[Setting, dict[int, Record]]], axis: str
 ) -> None:
@@ -33,12 +42,8 @@ def _panel(
         curves = [run["checkpoints"][1:] for run in best.runs.values()]  # the start is not on a logarithmic axis
         for curve in curves:
             axes.plot([p[axis] for p in curve], [p["loss"] for p in curve], color=color, linewidth=0.6, alpha=0.5)
-        together = list(zip(*curves, strict=False))
-        axes.plot(
-            [statistics.fmean(p[axis] for p in points) for points in together],
-            [statistics.fmean(p["loss"] for p in points) for points in together],
-            color=color, linewidth=2, label=f"{arm}: {best.setting}",
-        )  # fmt: skip
+        mean = mean_curve([[(p[axis], p["loss"]) for p in curve] for curve in curves])
+        axes.plot(*zip(*mean, strict=True), color=color, linewidth=2, label=f"{arm}: {best.setting}")
     for name, target in study["targets"].items():
         axes.axhline(target, color="gray", linewidth=0.8, linestyle=":")
         axes.text(1, target, f" {name}", transform=axes.get_yaxis_transform(), fontsize=8, va="center", color="gray")

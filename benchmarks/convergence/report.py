@@ -7,8 +7,8 @@ ratio to the baseline's time, paired by data order, with a 95 % interval (Studen
 not reach the target within the budget is censored: a time beyond the budget, and a bound instead of a ratio.
 
 Each arm's setting is chosen for each target, by the same runs; so its times are a little too good, the more so the more
-settings it has. `(end)` marks a learning rate at an end of its grid, where a better one may lie beyond. Arms of which a
-setting has fewer seeds than another are shown by the settings that have the most. Nothing is run here.
+settings it has. `(end: lr)` and `(end: batch)` mark an end of its grid, where a better one may lie beyond. Arms of
+which a setting has fewer seeds than another are shown by the settings that have the most. Nothing is run here.
 
 --markdown replaces what stands between the lines `<!-- tables -->` and `<!-- end of tables -->` of a file.
 """
@@ -23,20 +23,19 @@ from typing import Any
 
 from benchmarks.convergence import figure, times
 from benchmarks.convergence.store import Store
-from benchmarks.convergence.study import Refused
+from benchmarks.convergence.study import Cell, Refused
 from benchmarks.convergence.times import AXES, Best, Record, Setting
 from benchmarks.harness import machine, options
 from benchmarks.harness.tables import Table, shown
 
 BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
 UNITS = {"forwards": "example-forwards", "seconds": "seconds"}
-MACHINE = ("device", "processor", "threads")  # seconds of different ones do not go together
 Arms = Mapping[str, dict[Setting, dict[int, Record]]]
 
 
 def arms_of(study: Mapping[str, Any], records: Sequence[Record]) -> Arms:
     """The finished runs by arm and setting."""
-    machines = {tuple(record["facts"].get(name) for name in MACHINE) for record in records}
+    machines = {tuple(record["facts"].get(name) for name in machine.SPEED) for record in records}
     if len(machines) > 1 and study["seconds"]:
         raise Refused(f"got cells of {len(machines)} machines, {machines}; accepted: of one")
     names = dict.fromkeys(record["cell"]["arm"] for record in records)
@@ -68,12 +67,14 @@ def _to_target(study: Mapping[str, Any], arms: Arms, axis: str, name: str, targe
         own = time_of[arm]
         middle = times.median(list(own.values()))
         reached = sum(time.reached for time in own.values())
+        held = sum(time.reached and times.holds(one.runs[seed], target) for seed, time in own.items())
         ratio = None if arm == study["baseline"] else times.ratio([(own[s], base[s]) for s in own if s in base])
         over = "" if arm == study["baseline"] else "none" if ratio is None else f"{ratio}, {_pairs(ratio.pairs)}"
-        value = f"{middle.value:.0f}" if middle.reached else f"> {budget:g}"
-        lines.append([arm, value, f"{reached} of {len(own)}", over, _setting(one)])
+        value = f"{'≤ ' * middle.early}{middle.value:.0f}" if middle.reached else f"> {budget:g}"
+        lines.append([arm, value, f"{reached} of {len(own)}", str(held), over, _setting(one)])
     title = f"{UNITS[axis]} to {name} ({target:g})"
-    return Table(["arm", UNITS[axis], "reached", f"over {study['baseline']}", "best setting"], lines, title)
+    columns = ["arm", UNITS[axis], "reached", "there at the end", f"over {study['baseline']}", "best setting"]
+    return Table(columns, lines, title)
 
 
 def _at_budget(study: Mapping[str, Any], arms: Arms, axis: str) -> Table:
@@ -106,11 +107,12 @@ def _signal(study: Mapping[str, Any], arms: Arms) -> Table:
         if any(line[1:]):
             lines.append(line)
     columns = ["arm", *(f"{what}, {when} tenth" for when in ("first", "last") for what in ("|g|²", "E |g_i|²"))]
-    return Table(columns, lines, "what the losses say of the gradient, over tenths of the example-forwards")
+    return Table(columns, lines, "what the losses say of the gradient as the directions see it (no comparison of arms)")
 
 
 def _setting(best: Best) -> str:
-    return f"{best.setting}{' (end)' * best.at_end}"
+    ends = ", ".join(best.ends)
+    return f"{best.setting} (end: {ends})" if ends else str(best.setting)
 
 
 def _pairs(count: int) -> str:
@@ -129,11 +131,13 @@ def markdown(study: Mapping[str, Any], records: Sequence[Record], image: str | N
     facts = records[0]["facts"]
     about = ", ".join(
         f"{name} {machine.text(facts[name])}"
-        for name in (*MACHINE, "torch", "pgap_kernels")
+        for name in (*machine.SPEED, "torch", "pgap_kernels")
         if facts.get(name) is not None
     )
+    shared = [Cell(**record["cell"]).name for record in times.disturbed(records)] if study["seconds"] else []
     parts = [
         f"{finished} finished cells; {about}.",
+        *([f"Did not have the machine to themselves: {', '.join(shared)}."] if shared else []),
         *([f"![{study['part']} loss over forwards and seconds]({image})"] if image else []),
     ]
     for table in tables(study, arms):
@@ -168,6 +172,8 @@ def main(given: Sequence[str]) -> int:
             raise Refused(f"{args.folder}: no cell is finished yet")
         for table in tables(study, arms):
             table.print()
+        for record in times.disturbed(records) if study["seconds"] else ():
+            print(f"{Cell(**record['cell']).name} did not have the machine to itself")
         if args.figure:
             figure.draw(study, arms, args.figure)
         if args.markdown:

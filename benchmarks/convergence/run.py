@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import gc
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.convergence.store import Store
-from benchmarks.convergence.study import SCHEDULES, Cell, Study
+from benchmarks.convergence.study import SCHEDULES, Cell, Refused, Study
 from benchmarks.harness import batches, machine
 from pgap_kernels.finetune import data, models
 from pgap_kernels.finetune.scoring import scorer_of
@@ -49,14 +51,15 @@ class Run:
         self.optimizer = make_optimizer(
             cell.method, self.model, lr=cell.lr, seed=cell.direction_seed, **{"eps": 1e-3, **cell.options}
         )
-        self.forwards, self.seconds = 0, 0.0
+        self.forwards, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
         self._trials = TRIALS if cell.slices > 1 else 0
         self.record: dict[str, Any] = {
             "cell": asdict(cell),
             "status": "stopped",
             "mode": self.optimizer.mode,
             "facts": machine.facts(device),
-            "steps": {name: [] for name in ("losses", "forwards", "seconds", *SIGNALS)},
+            "commits": [commit()],
+            "steps": {name: [] for name in ("losses", "forwards", "seconds", "cpu_seconds", *SIGNALS)},
             "checkpoints": [],
         }
 
@@ -70,13 +73,27 @@ class Run:
 
     @torch.no_grad()
     def load(self, record: dict[str, Any], state: dict[str, Any]) -> None:
-        """Stand where a run was stopped."""
+        """Stand where a run was stopped.
+
+        Raises:
+            Refused: by another machine or other versions.
+        """
+        before, now = record["facts"], self.record["facts"]
+        for name in (*machine.SPEED, "torch", "pgap_kernels"):
+            if before.get(name) != now.get(name):
+                raise Refused(
+                    f"{self.cell.name}: was begun with {name} {before.get(name)!r}, this is {now.get(name)!r}; "
+                    "accepted: the same, or another folder"
+                )
+        record["commits"] += [one for one in self.record["commits"] if one not in record["commits"]]
         for name, w in models.tuned_parameters(self.model).items():
             w.copy_(state["weights"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.record = record
         if record["steps"]["losses"]:
-            self.forwards, self.seconds = record["steps"]["forwards"][-1], record["steps"]["seconds"][-1]
+            self.forwards, self.seconds, self.cpu_seconds = (
+                record["steps"][name][-1] for name in ("forwards", "seconds", "cpu_seconds")
+            )
 
     # ---- the run ----------------------------------------------------------------------------------------------------
 
@@ -117,7 +134,7 @@ class Run:
 
     def _step(self) -> None:
         cell, number = self.cell, len(self.record["steps"]["losses"])
-        begin, calls = time.perf_counter(), 0
+        begin, calls = (time.perf_counter(), time.process_time()), 0
         examples = data.batch(self.dataset.train, cell.batch, cell.data_seed, number)
         batch = self.scorer.encode(examples * cell.copies)
         factor = SCHEDULES[cell.schedule](self.forwards / self.study.forwards)
@@ -125,20 +142,24 @@ class Run:
             group["lr"] = cell.lr * factor
 
         def closure() -> Tensor:
-            nonlocal calls
+            nonlocal calls, begin
             calls += 1
-            return batches.loss(self.scorer, batch, cell.slices)
+            loss = batches.loss(self.scorer, batch, cell.slices)
+            if calls == self._trials:
+                begin = (time.perf_counter(), time.process_time())  # they do not count
+            return loss
 
         loss = self.optimizer.step(closure)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        seconds = time.perf_counter() - begin
+        wall, cpu = time.perf_counter() - begin[0], time.process_time() - begin[1]
         # Only now: a step that was interrupted is none.
-        self.seconds += seconds
+        self.seconds += wall
+        self.cpu_seconds += cpu
         self.forwards += (calls - self._trials) * len(batch.labels)
         self._trials = 0
         steps, last = self.record["steps"], self.optimizer.last.signal
-        found = {"losses": loss, "forwards": self.forwards, "seconds": self.seconds}
+        found = {"losses": loss, "forwards": self.forwards, "seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
         found |= {name: getattr(last, name) for name in SIGNALS}
         for name, value in found.items():
             steps[name].append(value)
@@ -155,6 +176,13 @@ class Run:
             "step": len(self.record["steps"]["losses"]), "forwards": self.forwards, "seconds": self.seconds,
             "loss": score.loss, **score.metrics,
         })  # fmt: skip
+
+
+def commit() -> str | None:
+    """The commit of the code here, with "-dirty" if it was changed; None outside a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def past(deadline: float | None) -> bool:

@@ -1,7 +1,8 @@
 """From curves to times: when a run reaches a loss, which setting of an arm is best at that, and ratios of times.
 
 A time is in example-forwards or in seconds, its *axis*. A run that has not reached the target within the budget is
-censored there: its time is at least the budget.
+censored there: its time is at least the budget. One that reached it before it was first evaluated is censored from the
+other side: a line from the start would invent a time.
 """
 
 from __future__ import annotations
@@ -16,14 +17,20 @@ from typing import Any, NamedTuple
 from benchmarks.convergence.study import Refused
 
 AXES = ("forwards", "seconds")
+_SHARED = 1.15  # times as long for the same processor's time as the least disturbed run
 Record = dict[str, Any]
 
 
 class Time(NamedTuple):
-    """When a run reached a target; if it did not, the budget at which it was given up."""
+    """When a run reached a target; if it did not, the budget at which it was given up.
+
+    Attributes:
+        early: it was there at the first evaluation after the start, and ``value`` is when that was.
+    """
 
     value: float
     reached: bool
+    early: bool = False
 
     def order(self) -> tuple[bool, float]:
         """Sooner is less; unreached is last."""
@@ -46,12 +53,12 @@ class Best:
     """The best setting of an arm for one purpose, with its runs by data seed.
 
     Attributes:
-        at_end: whether its learning rate is an end of the grid, so that a better one may lie beyond.
+        ends: "lr", "batch": where it is an end of the arm's grid, so that a better one may lie beyond.
     """
 
     setting: Setting
     runs: dict[int, Record]
-    at_end: bool
+    ends: tuple[str, ...]
 
 
 def time_to(record: Record, target: float, axis: str, budget: float) -> Time:
@@ -59,7 +66,9 @@ def time_to(record: Record, target: float, axis: str, budget: float) -> Time:
     points = [(point[axis], point["loss"]) for point in record["checkpoints"]]
     if points[0][1] <= target:
         raise Refused(f"targets: got {target:g}, but the loss starts at {points[0][1]:.4g}; accepted: less")
-    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+    for number, ((x0, y0), (x1, y1)) in enumerate(itertools.pairwise(points)):
+        if y1 <= target and number == 0:
+            return Time(min(x1, budget), True, early=True)
         if y1 <= target:
             x = x0 + (x1 - x0) * (y0 - target) / (y0 - y1)
             return Time(x, True) if x <= budget else Time(budget, False)
@@ -69,11 +78,26 @@ def time_to(record: Record, target: float, axis: str, budget: float) -> Time:
 def loss_at(record: Record, axis: str, budget: float) -> dict[str, float]:
     """The checkpoint at a budget: the first with as much, less than a step later.
 
-    The loss of a run that has diverged is infinite, and its metrics are those that it began with.
+    The loss of a run that has diverged before is infinite, and its metrics are those that it began with.
     """
-    if record["status"] == "diverged":
-        return record["checkpoints"][0] | {"loss": math.inf}
-    return next(point for point in record["checkpoints"] if point[axis] >= budget)
+    found = next((point for point in record["checkpoints"] if point[axis] >= budget), None)
+    return record["checkpoints"][0] | {"loss": math.inf} if found is None else found
+
+
+def holds(record: Record, target: float) -> bool:
+    """Whether a run that reached a target is still there at its end."""
+    return record["status"] != "diverged" and record["checkpoints"][-1]["loss"] <= target
+
+
+def disturbed(records: Iterable[Record]) -> list[Record]:
+    """Runs that took much longer for the processor's time that they got than others of their arm: they shared it."""
+    shares: dict[tuple, list[tuple[float, Record]]] = {}
+    for record in records:
+        cell, steps = record["cell"], record["steps"]
+        if steps.get("cpu_seconds"):  # older records have none
+            share = steps["seconds"][-1] / max(steps["cpu_seconds"][-1], 1e-9)
+            shares.setdefault((cell["arm"], cell["batch"]), []).append((share, record))
+    return [record for own in shares.values() for share, record in own if share > _SHARED * min(own)[0]]
 
 
 def metric_of(record: Record) -> str:
@@ -94,11 +118,11 @@ def settings(records: Iterable[Record], arm: str) -> dict[Setting, dict[int, Rec
 
 
 def fastest(found: dict[Setting, dict[int, Record]], target: float, axis: str, budget: float) -> Best:
-    """The setting that reaches a target first: with the most runs, then by their median."""
+    """The setting that reaches a target first: with the most runs, then by their median, then by the loss at last."""
 
     def order(setting: Setting) -> tuple:
         times = [time_to(run, target, axis, budget) for run in found[setting].values()]
-        return (sum(not t.reached for t in times), median(times).order())
+        return (sum(not t.reached for t in times), median(times).order(), _mean_loss(found[setting], axis, budget))
 
     return _best(found, min(found, key=order))
 
@@ -106,15 +130,20 @@ def fastest(found: dict[Setting, dict[int, Record]], target: float, axis: str, b
 def lowest(found: dict[Setting, dict[int, Record]], axis: str, budget: float) -> Best:
     """The setting with the least mean loss at a budget."""
 
-    def order(setting: Setting) -> float:
-        return statistics.fmean(loss_at(run, axis, budget)["loss"] for run in found[setting].values())
+    return _best(found, min(found, key=lambda setting: _mean_loss(found[setting], axis, budget)))
 
-    return _best(found, min(found, key=order))
+
+def _mean_loss(runs: dict[int, Record], axis: str, budget: float) -> float:
+    return statistics.fmean(loss_at(run, axis, budget)["loss"] for run in runs.values())
 
 
 def _best(found: dict[Setting, dict[int, Record]], setting: Setting) -> Best:
-    grid = [s.lr for s in found if (s.batch, s.schedule) == (setting.batch, setting.schedule)]
-    return Best(setting, found[setting], setting.lr in (min(grid), max(grid)))
+    rates = [s.lr for s in found if (s.batch, s.schedule) == (setting.batch, setting.schedule)]
+    batches = {s.batch for s in found}
+    ends = ("lr",) if setting.lr in (min(rates), max(rates)) else ()
+    if len(batches) > 1 and setting.batch in (min(batches), max(batches)):  # of an arm with one there is no grid
+        ends += ("batch",)
+    return Best(setting, found[setting], ends)
 
 
 def median(times: Sequence[Time]) -> Time:
@@ -127,8 +156,8 @@ class Ratio:
     """Of two arms' times, paired by data order: the geometric mean over the pairs.
 
     Attributes:
-        sign: "" for a ratio; "≥" or "≤" for a bound, as some run of one of the two is censored. Of pairs that say
-            nothing, both of their runs being censored or the bounds opposed, there is no ratio: None.
+        sign: "" for a ratio; "≥" or "≤" for a bound, as some run of one of the two is censored. Where bounds are
+            opposed, those of one pair included, there is no ratio: None.
         low, high: the 95 % interval by Student's t of the logarithms; of two pairs or more without censored runs.
     """
 
@@ -146,12 +175,13 @@ class Ratio:
 
 def ratio(pairs: Sequence[tuple[Time, Time]]) -> Ratio | None:
     """Of the first times over the second."""
-    kinds = {(a.reached, b.reached) for a, b in pairs}
-    if not pairs or (False, False) in kinds or kinds >= {(True, False), (False, True)}:
+    above = any(not a.reached or b.early for a, b in pairs)
+    below = any(a.early or not b.reached for a, b in pairs)
+    if not pairs or (above and below):
         return None
     logs = [math.log(a.value / b.value) for a, b in pairs]
     mean = statistics.fmean(logs)
-    sign = "≥" if (False, True) in kinds else "≤" if (True, False) in kinds else ""
+    sign = "≥" if above else "≤" if below else ""
     if sign or len(logs) < 2:
         return Ratio(math.exp(mean), sign, len(logs))
     from scipy.stats import t

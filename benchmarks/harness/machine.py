@@ -17,6 +17,9 @@ import torch
 
 from pgap_kernels import __version__, backends, cpu, extension
 
+#: What seconds depend on beside the code: those of different ones do not go together.
+SPEED = ("device", "processor", "threads")
+
 
 def facts(device: torch.device | None = None) -> dict:
     """Of this machine and process, and of a GPU if that is the device; None for what the system does not tell."""

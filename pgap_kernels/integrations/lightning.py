@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ..optim import ZOOptimizer
 from .ranks import broadcast_from_first, check_shares, mean_over_ranks
@@ -52,6 +53,17 @@ class ZOLightningMixin:
             raise ValueError(
                 f"accumulate_grad_batches: got {trainer.accumulate_grad_batches}; accepted: 1. Use larger batches, or "
                 "add up several in zo_loss"
+            )
+        if trainer.precision == "16-mixed":
+            raise ValueError(
+                "precision: got '16-mixed', whose scaler asks for gradients; accepted: '32-true', 'bf16-mixed', "
+                "'bf16-true', '16-true'"
+            )
+        schedulers = [type(config.scheduler) for config in trainer.lr_scheduler_configs]
+        if ReduceLROnPlateau in schedulers:
+            raise ValueError(
+                "configure_optimizers: got ReduceLROnPlateau, which waits for a metric; accepted: schedulers that step "
+                "once a training step"
             )
         if trainer.gradient_clip_val:
             raise ValueError(

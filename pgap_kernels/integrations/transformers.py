@@ -92,9 +92,28 @@ class ZOTrainerMixin:
             )
         if bound.get("optimizer_cls_and_kwargs") is not None:
             raise ValueError("optimizer_cls_and_kwargs: accepted: None; choose args.zo_method, or pass optimizers=")
+        self._check_objective(arguments)
         self._batches: list[dict[str, Any]] = []
+        self._shared = False  # the first process's weights were broadcast
         super().__init__(*given, **named)
         self._dtypes = [p.dtype for p in self.model.parameters()]
+
+    def _check_objective(self, args: Any) -> None:
+        """Refuse losses whose gradient is not that of their value, as values are all that forwards show."""
+        refused = {"loss_type": "dft", "use_weighting": True}
+        for name, value in refused.items():
+            if getattr(args, name, None) == value:
+                raise ValueError(
+                    f"{name}: got {value!r}, whose weights take no part in the gradient (detach); accepted: losses "
+                    "whose value is the objective"
+                )
+        classes = type(self).__mro__[type(self).__mro__.index(ZOTrainerMixin) + 1 :]
+        prepares = next(cls for cls in classes if "_prepare_inputs" in vars(cls))
+        if prepares is not Trainer:
+            raise TypeError(
+                f"got {prepares.__name__}, which makes batches of its own in _prepare_inputs (of generated answers, "
+                "whose loss has the same value at all weights); accepted: trainers whose loss's value is the objective"
+            )
 
     # ---- before training --------------------------------------------------------------------------------------------
 
@@ -119,12 +138,12 @@ class ZOTrainerMixin:
                     "usually need a larger one (MeZO's authors take 1e-4 or 5e-5 with LoRA): set learning_rate",
                     args.learning_rate,
                 )
-            if args.world_size > 1:
-                broadcast_from_first([*self.model.parameters(), *self.model.buffers()])
             per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
             self.optimizer = args.make_optimizer(self.model, per_step, read_by=_fused_head(self.model))
-            if args.world_size > 1:
-                check_shares(self.optimizer)
+        if self.args.world_size > 1 and not self._shared:
+            check_shares(self.zo)
+            broadcast_from_first([*self.model.parameters(), *self.model.buffers()])
+            self._shared = True
         self._check_slices()
         return self.optimizer
 
@@ -147,6 +166,17 @@ class ZOTrainerMixin:
             type(model).__name__ in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").values()
             for task in ("CAUSAL_LM", "SEQUENCE_CLASSIFICATION")
         )
+        computes = type(self).compute_loss  # type: ignore[attr-defined]
+        if computes is not Trainer.compute_loss and not computes.__module__.startswith("trl.trainer.sft_trainer"):
+            raise ValueError(
+                f"zo_members, zo_groups: got a {type(self).__name__} with a compute_loss of its own, which gives no "
+                "loss per example; accepted: 1 of each"
+            )
+        if getattr(model.config, "output_router_logits", False):
+            raise ValueError(
+                "zo_members, zo_groups: got a model with output_router_logits, whose loss has a term of all examples; "
+                "accepted: 1 of each"
+            )
         kind = getattr(model.config, "problem_type", None)
         if not causal and not (classifies and kind in (None, "single_label_classification") and model.num_labels > 1):
             raise ValueError(
@@ -267,9 +297,18 @@ class ZOTrainerMixin:
         if self.optimizer is not None:
             self.zo.merge()
 
-    def save_model(self, *given: Any, **named: Any) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.args.world_size > 1 and not _internal_call and self.optimizer is not None and self.zo.pending:
+            raise RuntimeError(
+                "save_model: some updates are not in the weights yet, and to write them in this process alone would "
+                "part it from the others; accepted: after trainer.zo.merge() in every process"
+            )
         self._merge()
-        super().save_model(*given, **named)  # type: ignore[misc]
+        super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+
+    def _load_best_model(self) -> None:
+        self._merge()  # in every process, before one of them reads weights
+        super()._load_best_model()  # type: ignore[misc]
 
     def evaluation_loop(self, *given: Any, **named: Any) -> Any:
         self._merge()
