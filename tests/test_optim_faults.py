@@ -20,7 +20,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from pgap_kernels import ops
-from pgap_kernels.optim import PGAP, CapturedClosure, MeZO
+from pgap_kernels.optim import PGAP, CapturedClosure, LeZO, MeZO
+from pgap_kernels.perturbation import uninterrupted
+from pgap_kernels.perturbation.points import Points
 
 ROW = {row.id: row for row in ROWS}
 
@@ -69,6 +71,41 @@ def test_ctrl_c_during_the_update_counts_the_step(id, mode, last, monkeypatch):
     assert_same_weights(model, same)
 
 
+def test_a_step_whose_update_was_interrupted_is_whole(monkeypatch):
+    """What a method notes after its update, too: the momentum of the factors."""
+    (model, opt, closure), (same, plain, its) = (build(ROW["tezo-momentum"], "inplace") for _ in range(2))
+    plain.step(its)
+    apply = opt.perturbation.apply
+
+    def interrupted(update):
+        os.kill(os.getpid(), signal.SIGINT)
+        apply(update)
+
+    monkeypatch.setattr(opt.perturbation, "apply", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        opt.step(closure)
+    monkeypatch.undo()
+    assert opt.steps == 1 and opt.last.losses == plain.last.losses
+    for one, other in ((opt, closure), (plain, its)):
+        one.step(other)
+    assert_same_weights(model, same)
+
+
+def test_all_signals_that_python_handles_wait():
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda *_: seen.append("term"))
+    alarm = signal.signal(signal.SIGALRM, lambda *_: seen.append("alarm"))
+    try:
+        with uninterrupted():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGALRM)
+            assert seen == []
+        assert sorted(seen) == ["alarm", "term"]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGALRM, alarm)
+
+
 def test_ctrl_c_is_not_lost_under_the_default_handler():
     code = (
         "import os, signal; from pgap_kernels.perturbation import uninterrupted\n"
@@ -90,6 +127,28 @@ def test_steps_in_a_thread(id, mode):
     plain.step(its)
     assert opt.steps == 1
     assert_same_weights(model, same)
+
+
+# ---- operands -------------------------------------------------------------------------------------------------------
+
+
+def test_parts_of_one_layout_have_operands_of_their_own():
+    _, opt, _ = build(ROW["eggroll"], "scratch")
+    one, other = (next(iter(opt.direction(0, number))) for number in (0, 1))
+    assert one.layout() == other.layout()
+    points = Points(len(opt.weights()))
+    points.show([[one, other]])
+    first, second = (loaded.operands for loaded in points.added(one.indices[0], 0))
+    assert first is not second
+
+
+def test_operands_of_other_weights_in_each_step_do_not_pile_up():
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(12)))
+    opt = LeZO(model, mode="scratch", sparsity=0.5)
+    x = torch.ones(2, 2)
+    for _ in range(80):
+        opt.step(lambda: model(x).square().mean())
+    assert len(opt.perturbation.points._memory) <= 64
 
 
 # ---- what every forward of a step sees ------------------------------------------------------------------------------

@@ -123,7 +123,10 @@ class ZOOptimizer(DirectionOptimizer):
         def rounding_key(n: int) -> int:
             return self.key(Role.ROUNDING, self.perturbation.passes_this_step + n)
 
-        with self.timed("perturb"), uninterrupted():
+        # Until the end of the step: what a method notes after its update belongs to it.
+        assert self._held is not None, "apply_update is called by estimate_and_update"
+        self._held.enter_context(uninterrupted())
+        with self.timed("perturb"):
             self.perturbation.apply(
                 Update(direction, self.decay(), rounding_key, flush, next_point, rule, before, after)
             )
@@ -200,22 +203,24 @@ class ZOOptimizer(DirectionOptimizer):
                 "pgap_kernels.integrations.transformers.ZOTrainer"
             )
         self.perturbation.refuse_if_released("step")
-        with outside_ambient_state() as ambient:
+        with outside_ambient_state() as ambient, contextlib.ExitStack() as held:
             self.follow_model()
             evaluate = self._begin(closure, ambient)
+            self._held = held
             try:
                 with evaluate.autocast.outside():
                     loss = self.estimate_and_update(evaluate)
             except BaseException as error:
                 with uninterrupted():
                     self.perturbation.restore()
-                evaluate.state.restore()
+                    evaluate.state.restore()
                 if not isinstance(error, NonFiniteLossError) or self.on_nonfinite == "raise":
                     raise
                 self.skipped += 1
                 self.steps += 1
                 return self._note(evaluate, math.nan, skipped=True)
             finally:
+                self._held = None
                 torch.clear_autocast_cache()
                 evaluate.state.release()
             self._flat.note(evaluate.losses)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import notices
 from ..directions import Amounts, Direction, Weight
-from ..perturbation import Ambient, Autocast, ForwardState, Perturbation, observing, uninterrupted
+from ..perturbation import Ambient, Autocast, ForwardState, Perturbation, observing, uncompiled, uninterrupted
 from . import scores
 from .signal import Signal
 
@@ -146,7 +146,8 @@ class Evaluation:
                 if w.tensor.dim() == 2:
                     see(w, w.tensor.new_empty(w.tensor.shape[1], w.tensor.shape[1]))
             return self.loss()
-        with observing(self.model, self.weights, see):
+        # Compiled code of a forward that nobody observed would be found again, without the hooks.
+        with observing(self.model, self.weights, see), uncompiled():
             self.perturbation.watched = True
             try:
                 return self.loss()

@@ -24,6 +24,7 @@ from ..perturbation import (
     uninterrupted,
 )
 from .clock import Clock
+from .evaluation import FlatLosses
 from .model import NOTHING_TO_TRAIN, ModelOptimizer
 from .signal import SignalRule
 from .weights import ModelSnapshot, collect
@@ -190,8 +191,7 @@ class ModeOptimizer(ModelOptimizer, metaclass=_EnterMode):
         If that raises, the next call looks again.
         """
         if self._copied:
-            self._copied = False
-            self._note_model()
+            self._follow_after_copy()
         if self._seen is not None and self._seen.is_current(self.param_groups, self.model):
             return
         weights = collect(self.param_groups, self.tensor_ids, self.model, self.read_by)
@@ -217,6 +217,20 @@ class ModeOptimizer(ModelOptimizer, metaclass=_EnterMode):
             if self.residual:
                 self.perturbation.residual = Residual(weights, self.perturbation.residual)
         self._note_model()
+
+    def _follow_after_copy(self) -> None:
+        """In a copy, whose parameters lie elsewhere: note them if they are what they were, else follow the changes."""
+        before, now = self._copied or [], self.kinds()
+        had = {kind.name for kind in before if kind.is_of_model}
+        for kind in now:
+            if kind.name in had and not kind.is_of_model:
+                raise RuntimeError(
+                    f"model: {kind.name!r} is not one of its parameters any more, as it was when the optimizer was "
+                    "copied; accepted: the Parameter objects that were copied with it. Make a new optimizer"
+                )
+        self._copied = None
+        if before == now:
+            self._note_model()
 
     def _note_model(self) -> None:
         self._seen = ModelSnapshot(self.param_groups, self.model, self.weights())
@@ -247,6 +261,7 @@ class ModeOptimizer(ModelOptimizer, metaclass=_EnterMode):
         self._planned = self._buckets = None
         self._note_model()
         self._forward_state, self.clock = None, Clock()
+        self._copied, self._ahead, self._flat = None, None, FlatLosses()
         self.state.clear()
         self.steps, self.signal_rule = 0, SignalRule()
         for name, value in self.saved_attributes.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ from .evaluation import FlatLosses
 from .last import LastStep
 from .options import at_least_one, near_names, number, positive
 from .signal import SignalRule
-from .weights import ModelSnapshot, collect
+from .weights import Kind, ModelSnapshot, collect
 
 Params = nn.Module | Iterable[Any]
 NOTHING_TO_TRAIN = "params: got no trainable parameter (requires_grad); accepted: at least one"
@@ -76,6 +77,7 @@ class ModelOptimizer(torch.optim.Optimizer):
                 f"lr_rule: got {lr_rule!r}; accepted: None with {self.method}, whose losses do not show the signal"
             )
         self.signal_rule, self.last = SignalRule(), LastStep()
+        self._held: contextlib.ExitStack | None = None  # holds signals from a step's update to its end
         self._ahead: float | None = None  # the loss of a step that the next call of ``step`` takes up
         if self.residual and not self.takes_residual:
             raise ValueError(
@@ -88,7 +90,7 @@ class ModelOptimizer(torch.optim.Optimizer):
         self._perturbation: Perturbation | None = None
         self._weights: list[Weight] | None = None
         self._seen: ModelSnapshot | None = None
-        self._copied = False
+        self._copied: list[Kind] | None = None  # in a copy, what its weights were when it was made
         self._planned: tuple[int, Direction] | None = None
         self._buckets: list[list[Weight]] | None = None
         self._flat = FlatLosses()
@@ -194,14 +196,24 @@ class ModelOptimizer(torch.optim.Optimizer):
         pairs = zip(self.weights(), self._group_rates(), self.amounts("weight_decay"), strict=True)
         return [lr * decay if w.tensor.dim() > 1 else 0.0 for w, lr, decay in pairs]
 
+    def kinds(self) -> list[Kind]:
+        """What others may change about the weights."""
+        parameters = () if self.model is None else self.model.parameters()
+        of_model = {id(p) for p in parameters}
+        return [
+            Kind(w.name, w.tensor.dtype, w.tensor.device, tuple(w.tensor.shape), id(w.tensor) in of_model)
+            for w in self.weights()
+        ]
+
     # ---- copies -----------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
         # "step" is in there once a scheduler has bound its counter to this very object.
         fresh: dict[str, Any] = dict.fromkeys(("_weights", "_buckets", "_seen", "_planned", "_forward_state"))
-        # The copies of parameters lie elsewhere, but are what they were.
+        # The copies of parameters lie elsewhere, but are what they were, if nobody changes them before the next step.
         current = self._seen is not None and self._seen.is_current(self.param_groups, self.model)
-        fresh["_copied"] = self._copied or current
+        fresh["_copied"] = self._copied or (self.kinds() if current else None)
+        fresh["_held"] = None
         return {k: v for k, v in self.__dict__.items() if k != "step"} | fresh
 
     def check_state(self, weight: Weight, state: Mapping[str, Any]) -> None:

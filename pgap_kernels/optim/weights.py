@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -144,6 +144,16 @@ def padding_rows(model: nn.Module | None) -> dict[int, int]:
             row = cast("int | None", module.padding_idx) if embeds else None
             rows[p.data_ptr()] = row if rows.get(p.data_ptr(), row) == row else None
     return {place: row for place, row in rows.items() if row is not None}
+
+
+class Kind(NamedTuple):
+    """What a weight is, wherever it lies."""
+
+    name: str
+    dtype: torch.dtype
+    device: torch.device
+    shape: tuple[int, ...]
+    is_of_model: bool
 
 
 class ModelSnapshot:

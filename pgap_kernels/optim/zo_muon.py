@@ -107,7 +107,10 @@ class ZOMuon(LowRankOptimizer):
         radius = self.radius()
         parts: list[Part] = []
         for weights in self.by_rank():
-            sums = [torch.zeros(w.tensor.shape[1], self.rank_of(w), device=w.tensor.device) for w in weights]
+            sums = [
+                torch.zeros(w.tensor.shape[1], self.rank_of(w), dtype=torch.float32, device=w.tensor.device)
+                for w in weights
+            ]
             for number, share in enumerate(shares):
                 drawn = self._drawn(weights, self.steps, number).materialised(weights, 1)
                 torch._foreach_add_(sums, torch._foreach_mul(drawn, [share / radius[w.index] for w in weights]))

@@ -10,6 +10,7 @@ beside: observers.
 """
 
 from .base import Perturbation, StateRule, Update
+from .compiled import uncompiled
 from .folded import Folded
 from .hooks import modules_of
 from .inplace import InPlace
@@ -42,6 +43,7 @@ __all__ = [
     "modules_of",
     "observing",
     "outside_ambient_state",
+    "uncompiled",
     "unfolded",
     "uninterrupted",
 ]

@@ -159,6 +159,8 @@ class Folded(Scratch):
         return output if kept is None else kept
 
     def _fold(self, use: ModuleUse, ref: ParamRef, x: Tensor, output: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and not output.numel():
+            return output
         if self.fades and not any(self.fills_of(ref.index, point) for point in range(self.count)):
             output = self._scaled_output(use, ref, x, output)
         output, x = output.contiguous(), x.to(output.device)  # accelerate moves inputs inside the module's forward

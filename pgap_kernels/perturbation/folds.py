@@ -69,12 +69,16 @@ def fold_differentiably(kind: str | None, weight: Weight, folds: Sequence[Fold],
     """The output plus all folds of a point, by torch operations: for closures that take gradients of their inputs."""
     for fold in folds:
         left, right = (_materialised(weight, fold, side) for side in (0, 1))
-        core = fold.core if fold.core is not None else fold.coefficient * torch.eye(fold.rank, device=output.device)
+        core = fold.core if fold.core is not None else fold.coefficient * _eye(fold.rank, output)
         # A linear layer has y = x W^T; embeddings and Conv1D have y = x W.
         first, middle, last = (right, core.T, left) if kind == LINEAR else (left, core, right)
         projected = first[x] if kind == EMBEDDING else x.float() @ first
         output = output + (projected @ middle @ last.T).to(output.dtype)
     return output
+
+
+def _eye(rank: int, like: Tensor) -> Tensor:
+    return torch.eye(rank, dtype=torch.float32, device=like.device)
 
 
 def _materialised(weight: Weight, fold: Fold, side: int) -> Tensor:

@@ -6,10 +6,13 @@ captured in a CUDA graph, finds them there.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 from ..directions import Direction, Operands, Part
+
+_MOST = 64  # operands that are kept, or four times those in use
 
 
 class LoadedPart(NamedTuple):
@@ -37,7 +40,8 @@ class Points:
 
     def clear(self) -> None:
         """Forget the points and the memory."""
-        self._memory: dict[Hashable, Operands] = {}  # by point and layout
+        # By point, layout, and number among the point's parts of that layout; those of the last use at the end.
+        self._memory: dict[Hashable, Operands] = {}
         self._added: list[list[list[LoadedPart]]] = [[[]] for _ in range(self.weights)]  # by weight and point
         self.key: tuple[Hashable, ...] = ()
 
@@ -61,21 +65,30 @@ class Points:
         self.most = max(self.most, len(points))
         self._added = [[[] for _ in points] for _ in range(self.weights)]
         keys: list[Hashable] = [len(points)]
+        used = []
         for number, point in enumerate(points):
+            alike: Counter[Hashable] = Counter()
             for part in point:
-                operands = self._loaded(number, part)
+                layout = part.layout()
+                used.append((number, layout, alike[layout]))
+                alike[layout] += 1
+                operands = self._loaded(used[-1], part)
                 keys.append((number, part.layout(), operands.graph_key()))
                 for position, index in enumerate(part.indices):
                     self._added[index][number].append(LoadedPart(part, operands, position))
         self.key = tuple(keys)
+        # Methods that move other weights in each step make new layouts without end.
+        for unused in [*self._memory][: max(0, len(self._memory) - max(_MOST, 4 * len(used)))]:
+            del self._memory[unused]
 
-    def _loaded(self, number: int, part: Part) -> Operands:
-        """The part's operands, in the memory that an earlier part of the same layout had at this point."""
-        key = (number, part.layout())
-        if key not in self._memory:
-            self._memory[key] = part.operands()
-        self._memory[key].load(part)
-        return self._memory[key]
+    def _loaded(self, key: Hashable, part: Part) -> Operands:
+        """The part's operands, in the memory that an earlier part of the same layout had at its place."""
+        operands = self._memory.pop(key, None)
+        if operands is None:
+            operands = part.operands()
+        self._memory[key] = operands
+        operands.load(part)
+        return operands
 
     def added(self, index: int, point: int) -> list[LoadedPart]:
         """What is added to a weight at a point."""

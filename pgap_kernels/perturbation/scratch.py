@@ -25,6 +25,7 @@ from .compiled import is_any_compiled, is_called_compiled, uncompiled
 from .hooks import Hooks, ModuleUse, ParamRef, StrayUses, tensors_in, uses_of
 from .points import LoadedPart, Points
 from .stacked import StackedForward
+from .step_context import outside_ambient_state
 from .vectors import Vectors
 
 T = TypeVar("T")
@@ -83,8 +84,9 @@ class Scratch(Perturbation):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy shares no device memory with what it was made from."""
         self.__dict__.update(state)
-        self._make_tables()
-        self.restore()
+        with outside_ambient_state():
+            self._make_tables()
+            self.restore()
 
     def _make_tables(self) -> None:
         """Allocate the scalars that fills read on the device."""

@@ -61,22 +61,24 @@ def outside_ambient_state() -> Iterator[Ambient]:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Delay Ctrl-C while weights are written, until the pass is over."""
+    """Delay Ctrl-C, and every other signal that Python code handles, while weights are written, until that is over."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    held: list[int] = []
-    handler = signal.getsignal(signal.SIGINT)
-    if handler is None:  # installed by something other than Python: not ours to replace
-        yield
-        return
-    signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
+    held: dict[int, None] = {}
+    # SIGINT also where it ends the process. None is a handler of other code than Python: not ours to replace.
+    found = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    handlers = {n: h for n, h in found.items() if callable(h) or (n == signal.SIGINT and h is not None)}
+    for one in handlers:
+        signal.signal(one, lambda number, frame: held.setdefault(number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
-        if held:
-            signal.raise_signal(signal.SIGINT)
+        for one, handler in handlers.items():
+            signal.signal(one, handler)
+        with contextlib.ExitStack() as each:  # which calls all, even if some raise
+            for late in reversed(held):
+                each.callback(signal.raise_signal, late)
 
 
 class Autocast:

@@ -55,7 +55,7 @@ def run_of_all_calls(case: str, context, where: str):
 
 # Each state with each recipe and mode, as both make tensors. Where it begins is a matter of the calls alone, each of
 # which puts the state aside by itself: the two halves of the calls take turns.
-RUNS = cycled([(case, ambient) for case in EVERY for ambient in AMBIENT], ["step", "make read"])
+RUNS = cycled([(case, ambient) for case in (*EVERY, "zo-muon-folded") for ambient in AMBIENT], ["step", "make read"])
 
 
 @pytest.mark.parametrize("case, ambient, where", RUNS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from support.models import assert_same_weights, snapshot
@@ -25,6 +27,24 @@ def fresh_run(case: str, steps: int, freeze, more: int, loss=loss_of) -> nn.Modu
     take_steps(other, copy, more, loss)
     other.merge()
     return copy
+
+
+@pytest.mark.parametrize("case", EVERY)
+def test_freezing_a_layer_of_a_copy(case):
+    """Before the copy's first call, too, which then finds another model than the one that was copied."""
+
+    def freeze(model):
+        model.first.requires_grad_(False)
+
+    expected = snapshot(fresh_run(case, 4, freeze, 5))
+    model = seeded(Net)
+    optimizer = make(case, model)
+    take_steps(optimizer, model, 4)
+    model, optimizer = copy.deepcopy((model, optimizer))
+    freeze(model)
+    take_steps(optimizer, model, 5)
+    optimizer.merge()
+    assert_same_weights(model, expected)
 
 
 # Whatever is called in between, the base class looks at the weights first: two calls for each recipe and mode.

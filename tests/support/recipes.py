@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pgap_kernels.optim import HELENE, LOZOM, PGAP, PIZO, DiZO, MeZO, ZOOptimizer
+from pgap_kernels.optim import HELENE, LOZOM, PGAP, PIZO, DiZO, MeZO, ZOMuon, ZOOptimizer
 
 INPUTS = torch.randn(16, 8, generator=torch.Generator().manual_seed(3))
 LABELS = (INPUTS[:, 0] > 0).long()
@@ -92,6 +92,7 @@ CASES = {
     "helene-scratch": (HELENE, {"mode": "scratch", "batch_size": 16}),
     "dizo-scratch": (DiZO, {"mode": "scratch", **DIZO_OPTIONS}),
     "pizo-inplace": (PIZO, {"mode": "inplace"}),
+    "zo-muon-folded": (ZOMuon, {"mode": "folded", "rank": 2, "window": 3, "directions": 2}),
 }
 EVERY_MODE = ["mezo-inplace", "pgap-two_pass", "helene-scratch", "pgap-folded", "lozo-window"]
 EVERY = [*EVERY_MODE, "dizo-scratch", "pizo-inplace"]
