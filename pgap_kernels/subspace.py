@@ -23,7 +23,8 @@ class Basis(NamedTuple):
 def orthonormal(matrix: Tensor) -> Tensor:
     """Q of the QR decomposition in which R's diagonal is >= 0: with independent columns there is only one."""
     q, r = torch.linalg.qr(matrix)
-    return (q * torch.where(r.diagonal() < 0, -1.0, 1.0)).contiguous()
+    signs = torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)  # numbers alone have the default dtype
+    return (q * signs).contiguous()
 
 
 def randomized_svd(matrix: Tensor, rank: int, test_matrix: Tensor, power_iterations: int = 1) -> Basis:
