@@ -116,6 +116,34 @@ def test_compiled_and_called_before_the_optimizer_was_made(id, mode):
     assert losses == wanted
 
 
+@pytest.mark.parametrize("id, mode", [("mezo-3", "scratch"), ("lozo", "folded")])
+def test_parts_that_were_compiled_and_called_before(id, mode):
+    """Those alone have no hooks; the rest of the model is called as ever."""
+    model, plain = Small(), Small()
+    model.up.compile(backend="eager")
+    with torch.no_grad():
+        Losses(model)()
+    opt, same = optimizer(id, mode, model), optimizer(id, mode, plain)
+    losses, wanted = losses_of_points(opt), losses_of_points(same)
+    opt.step(Losses(model))
+    same.step(Losses(plain))
+    assert losses == wanted
+
+
+def test_what_was_compiled_before_two_pass_sees_restored_weights():
+    model = Small()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        compiled(IDS)
+    opt = optimizer("mezo-3", "two_pass", model)
+    opt.step(Losses(compiled))
+    assert opt.pending
+    with torch.no_grad():
+        seen = compiled(IDS)
+        opt.merge()
+        assert torch.equal(seen, model(IDS))
+
+
 @pytest.mark.parametrize("id, mode", [("mezo-3", "scratch"), ("lozo", "window")])
 def test_modules_are_clean_after_a_failing_compiled_forward(id, mode):
     model = Small()
@@ -161,6 +189,21 @@ def test_evaluation_of_a_compiled_model_within_a_window():
         assert torch.equal(compiled(IDS), model(IDS))
         opt.merge()
         assert torch.equal(compiled(IDS), model(IDS))
+
+
+def test_other_weights_within_a_window_are_evaluated_as_they_are():
+    """Between steps, by functional_call: no update of this model belongs to them."""
+    model = Small()
+    opt = optimizer("lozo", "window", model)
+    other = {name: p.detach() * 0.5 for name, p in model.named_parameters()}
+    opt.step(Losses(model))
+    assert opt.pending
+    with torch.no_grad():
+        seen = torch.func.functional_call(model, other, (IDS,), tie_weights=True)
+        opt.detach()
+        for name, p in model.named_parameters():
+            p.copy_(other[name])
+        assert torch.equal(seen, model(IDS))
 
 
 # ---- CUDA graphs: what may be replayed -------------------------------------------------------------------------------

@@ -144,6 +144,8 @@ class Folded(Scratch):
         begin = 0.0 if compiling else time.perf_counter()
         use = self.uses[number]
         for ref in use.refs:
+            if not self.active and not compiling and not ref.is_in_place():
+                continue  # between steps somebody's own weights (functional_call), to which no window belongs
             if self.calls_of[ref.index]:
                 x = args[0] if args else next(iter(kwargs.values()))
                 if not compiling and (x.layout != torch.strided or x.is_nested or is_functorch_wrapped_tensor(x)):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import nn
 
 from ..directions import Direction, Part, Pass, Weight
@@ -27,6 +28,7 @@ class InPlace(Perturbation):
     def __init__(self, weights: Sequence[Weight], two_pass: bool = False) -> None:
         self.model: nn.Module | None = None
         self.hooks: Hooks | None = None
+        self.entered = self.recompiled = False
         super().__init__(weights)
         self.two_pass = two_pass
         self.added: list[Part] = []  # parts that are in the weights now, to be taken off
@@ -121,14 +123,20 @@ class InPlace(Perturbation):
         self.model, self.hooks = model, Hooks(model, uses_of(model, self.weights), self)
 
     def forward(self, call: Callable[[], T]) -> T:
-        self.active = True
+        self.active, self.entered, self.must_repeat = True, False, False
         try:
-            return call()
+            result = call()
         finally:
             self.active = False
+        if self.hooks is not None and not (self.entered or self.recompiled or self.dry):
+            # Code that was compiled before the hooks came does not call them, and would see perturbed weights later.
+            torch.compiler.reset()
+            self.must_repeat = self.recompiled = True
+        return result
 
     def enter(self, number: int) -> None:
         """Before a module's forward: one outside of a step sees restored weights."""
+        self.entered = True
         if self.added and not self.active:
             merge_for(self, "forward")
 

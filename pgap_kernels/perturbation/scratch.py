@@ -192,18 +192,14 @@ class Scratch(Perturbation):
                     self.count_passes(filled, times * self.count)
         if self.captures:
             self.replays.add(self.graph_key)
-        if self._runs_stale_code():
+        if not self.recompiled and self._missed():
+            # Perhaps compiled code without hooks has run, of some of these modules or of others of their class: torch
+            # does not see that hooks have come.
             torch.compiler.reset()
             self.must_repeat = self.recompiled = True
             return result
         self._check_called()
         return result
-
-    def _runs_stale_code(self) -> bool:
-        """Whether compiled code without hooks has run, of this model or of another one of its class: torch does not see
-        that hooks have come."""
-        called = any(self.calls) or self.graph_key in self.replays
-        return not called and not self.recompiled
 
     def _readable(self) -> set[int]:
         """Addresses of the weights that may be read now.
@@ -217,13 +213,15 @@ class Scratch(Perturbation):
             if not any(self.fills_of(ref.index, point) for point in range(self.count))
         }
 
-    def _check_called(self) -> None:
-        if self.allow_unused or all(self.calls):
-            return
-        if not any(self.calls) and self.graph_key in self.replays:  # a replayed graph calls no modules
-            return
+    def _missed(self) -> list[str]:
+        """The weights that move and that no module has used."""
+        if all(self.calls) or (not any(self.calls) and self.graph_key in self.replays):  # a replay calls no modules
+            return []
         reached = {ref.index for use, times in zip(self.uses, self.calls, strict=True) if times for ref in use.refs}
-        missed = [w.name for w in self.weights if w.index not in reached and self.points.move(w.index)]
+        return [w.name for w in self.weights if w.index not in reached and self.points.move(w.index)]
+
+    def _check_called(self) -> None:
+        missed = [] if self.allow_unused else self._missed()
         if missed:
             what = f"{missed[0]!r} was" if len(missed) == 1 else f"{missed[0]!r} and {len(missed) - 1} more were"
             raise RuntimeError(

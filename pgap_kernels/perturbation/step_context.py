@@ -59,15 +59,20 @@ def outside_ambient_state() -> Iterator[Ambient]:
             ambient.enter()
 
 
+# Those whose handlers may raise: requests to end, time limits, and what schedulers send before they preempt.
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGALRM", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+_HELD = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
+
+
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Delay Ctrl-C, and every other signal that Python code handles, while weights are written, until that is over."""
+    """Delay Ctrl-C, and other signals that Python code handles, while weights are written, until that is over."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     held: dict[int, None] = {}
     # SIGINT also where it ends the process. None is a handler of other code than Python: not ours to replace.
-    found = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    found = {number: signal.getsignal(number) for number in _HELD}
     handlers = {n: h for n, h in found.items() if callable(h) or (n == signal.SIGINT and h is not None)}
     for one in handlers:
         signal.signal(one, lambda number, frame: held.setdefault(number))
