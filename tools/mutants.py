@@ -270,7 +270,7 @@ FAULTS = [
         ("plane-beside-a-truncated-weight", "top = (bits + 0x8000) >> 16", "top = bits >> 16", "16_bit")),
     *faults(f"{PACKAGE}/perturbation/step_context.py", BROKEN_OFF,
         ("random-numbers-go-on", "torch.set_rng_state(self.rng)", "pass", "rng"),
-        ("ctrl-c-lost", "signal.raise_signal(signal.SIGINT)", "pass", "ctrl_c")),
+        ("ctrl-c-lost", "each.callback(signal.raise_signal, late)", "pass", "ctrl_c")),
     *faults(f"{PACKAGE}/perturbation/hooks.py", ["tests/test_mode_hooks.py", "tests/faults/test_aliases.py"],
         ("max-norm-folded", "if forward is nn.Embedding.forward and module.max_norm is None:",
          "if forward is nn.Embedding.forward:", "max_norm or rescales")),
