@@ -194,12 +194,21 @@ class Hooks:
                 use.module.register_state_dict_pre_hook(state),
                 use.module.register_load_state_dict_pre_hook(state),
             ]
+            _nest(use.module, client)
 
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
         self.handles = []
         self.adapters.remove()
+
+
+def _nest(module: nn.Module, client: HookClient) -> None:
+    """Let a client, which enters before the others, leave after them: they see its parameters until they have left."""
+    hooks = module._forward_hooks.items()
+    others = [key for key, hook in hooks if isinstance(hook, _After) and hook.client is not client]
+    for key in reversed(others):
+        module._forward_hooks.move_to_end(key, last=False)
 
 
 def take_over(modules: Iterable[nn.Module], weights: Sequence[Weight]) -> None:

@@ -9,7 +9,27 @@ from support.recipes import DEFERRED, EVERY_MODE, Net, distance, loss_of, make, 
 from support.selection import cycled
 from torch import nn
 
+from pgap_kernels.optim import LOZO, MeZO
+
 pytestmark = pytest.mark.filterwarnings("error")
+
+
+def test_a_decayed_window_beside_an_optimizer_of_the_biases():
+    """The bias that the window's layers take from an output, to scale the rest, is the one that was added to it."""
+    losses = []
+    for merged in (False, True):
+        model = seeded(Net)
+        matrices = [(name, p) for name, p in model.named_parameters() if p.dim() == 2]
+        rest = [(name, p) for name, p in model.named_parameters() if p.dim() < 2]
+        options = {"mode": "folded", "merge": "window", "window": 10, "weight_decay": 5.0, "lr": 1e-2}
+        window = LOZO(matrices, model=model, **options)
+        other = MeZO(rest, model=model, mode="scratch", lr=1e-2, eps=0.1)
+        take_steps(window, model, 2)
+        if merged:
+            window.merge()
+        take_steps(other, model)
+        losses.append(other.last.losses)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6) and losses[0][0] != pytest.approx(losses[0][1], rel=1e-3)
 
 
 # What the older one leaves in the model and what the newer one looks for: hooks, whoever's they are.
