@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pgap_kernels import ops
+from pgap_kernels.directions import LowRank
 from pgap_kernels.optim import PGAP, CapturedClosure, LeZO, MeZO
 from pgap_kernels.perturbation import uninterrupted
 from pgap_kernels.perturbation.points import Points
@@ -140,6 +141,30 @@ def test_parts_of_one_layout_have_operands_of_their_own():
     points.show([[one, other]])
     first, second = (loaded.operands for loaded in points.added(one.indices[0], 0))
     assert first is not second
+
+
+def test_no_memory_for_a_window_is_no_step(monkeypatch):
+    (model, opt, closure), (same, plain, its) = (build(ROW["lozo"], "window") for _ in range(2))
+    apply = opt.perturbation.apply
+
+    def full(self):
+        raise MemoryError
+
+    def failing(update):
+        with monkeypatch.context() as patch:
+            patch.setattr(LowRank, "operands", full)
+            apply(update)
+
+    before = snapshot(model)
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(opt.perturbation, "apply", failing)
+        opt.step(closure)
+    assert opt.steps == 0 and not opt.pending
+    assert_same_weights(model, before)
+    for one, other in ((opt, closure), (plain, its)):
+        one.step(other)
+        one.merge()
+    assert_same_weights(model, same)
 
 
 def test_operands_of_other_weights_in_each_step_do_not_pile_up():

@@ -227,10 +227,15 @@ class Folded(Scratch):
         if update.flush or not self.defers:
             passes += self._merges(window, keep, update.rounding_key(0))
             window = []
-        self.run_all(passes, copy_budget=self.largest)
-        self.passes_this_step += 2 + len(update.direction.parts)
+        before = self.window, self.keep
         self.window, self.keep = window, keep
-        self.restore()
+        try:
+            self.restore()  # ahead of the passes, as a new window needs memory, and after them it is too late to fail
+            self.run_all(passes, copy_budget=self.largest)
+        except BaseException:
+            self.window, self.keep = before
+            raise
+        self.passes_this_step += 2 + len(update.direction.parts)
 
     def _merges(self, window: Sequence[Part], keep: list[float], rounding_key: int) -> list[Pass]:
         """The passes that write parts of the window; their weights' s is 1 again."""

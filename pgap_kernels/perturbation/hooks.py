@@ -205,10 +205,10 @@ class Hooks:
 
 def _nest(module: nn.Module, client: HookClient) -> None:
     """Let a client, which enters before the others, leave after them: they see its parameters until they have left."""
-    hooks = module._forward_hooks.items()
-    others = [key for key, hook in hooks if isinstance(hook, _After) and hook.client is not client]
-    for key in reversed(others):
-        module._forward_hooks.move_to_end(key, last=False)
+    hooks = module._forward_hooks
+    later = [key for key, hook in hooks.items() if not isinstance(hook, _After) or hook.client is client]
+    for key in later:
+        hooks[key] = hooks.pop(key)
 
 
 def take_over(modules: Iterable[nn.Module], weights: Sequence[Weight]) -> None:
