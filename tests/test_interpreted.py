@@ -26,7 +26,7 @@ def slow(file: Path) -> list:
 
 
 RUNS = [
-    ("bits", [PROPERTIES, "-k", f"test_bits and {REST}"], [pytest.mark.slow(seconds=115)]),
+    ("bits", [PROPERTIES, "-k", f"test_bits and {REST}"], [pytest.mark.slow(seconds=60)]),
     ("properties", [PROPERTIES, "-k", f"not test_bits and {REST}"], [pytest.mark.slow(seconds=115)]),
     *((file.stem, [str(file)], slow(file)) for file in FILES),
     ("sample", [PROPERTIES, "-k", SAMPLE], []),
