@@ -105,6 +105,15 @@ def test_a_damaged_file_is_said_in_a_line(name, tmp_path):
         records.read(str(path))
 
 
+@pytest.mark.parametrize(("given", "configuration"), [("owner/set", None), ("owner/set:sst2", "sst2")])
+def test_configurations_of_data_on_the_hub(given, configuration, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    seen = []
+    table = datasets.DatasetDict({"train": datasets.Dataset.from_list([{"text": "good", "label": 1}])})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names: seen.append(names) or table)
+    assert records.read(given)[0] == [{"text": "good", "label": 1}] and seen == [("owner/set", configuration)]
+
+
 def test_cells_that_hold_nothing_are_dropped_and_counted(llama, loaded, tmp_path):
     rows = [{"text": f"good film {word}", "label": n % 2} for n, word in enumerate(FILLERS * 3)]
     empty = [{"text": None, "label": 1}, {"text": "x", "label": None}, {"text": "", "label": 0}, {"text": math.nan}]
