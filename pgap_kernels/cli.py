@@ -98,7 +98,7 @@ def _finetune(arguments: dict[str, Any]) -> int:
         from .finetune import report, run
 
         if fetch_only:
-            return _fetch()
+            return _fetch(config.data)
         result = run(config)
     except ModuleNotFoundError as error:
         raise UserError(f"finetune needs the package {error.name}: pip install 'pgap-kernels[finetune]'") from error
@@ -128,15 +128,17 @@ def _finetune(arguments: dict[str, Any]) -> int:
     return {"completed": 0, "interrupted": 128 + result.get("signal", 2)}.get(result["status"], 1)
 
 
-def _fetch() -> int:
+def _fetch(name: str) -> int:
     from .finetune import fetch, models
     from .finetune.builtin import BUILT_IN
 
     models.default_model_dir()
-    for data in BUILT_IN.values():
-        for file in filter(None, (data.train, data.test)):
+    data = BUILT_IN.get(name)
+    for file in (data.train, data.test) if data else ():
+        if file is not None:
             fetch.fetch_data(file)
-    print(f"the built-in model and data are in {fetch.cache_dir()}", file=sys.stderr)
+    fetched = "the built-in model" if data is None else f"the built-in model and {data.title}"
+    print(f"in {fetch.cache_dir()}: {fetched}", file=sys.stderr)
     return 0
 
 

@@ -181,6 +181,8 @@ def test_resuming_begins_where_there_is_no_checkpoint_and_refuses_another_run(co
     assert len(longer["curves"]["train_loss"]) == 9 and "resumed after step 6" in longer["notes"]
     with pytest.raises(UserError, match=r"^--batch-size: got 2 with --resume; .* begun with 4"):
         run(config_for(resume=True, keep_checkpoints=True, checkpoint_every=3, batch_size=2))
+    with pytest.raises(UserError, match=r"^--lr: got 0.00024 with --resume; .* begun with 0.01"):
+        run(config_for(resume=True, keep_checkpoints=True, checkpoint_every=3, options={}))
     csv_file(tmp_path / "data.csv", extra=[("good film", 1)])
     with pytest.raises(UserError, match=r"^--resume: the examples of .* have changed"):
         run(config_for(resume=True, keep_checkpoints=True, checkpoint_every=3))

@@ -208,7 +208,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     _flag(group, "tensorboard", "also write the curves for TensorBoard to DIR/tensorboard")
     _flag(group, "json", "print the report as JSON on stdout, and nothing else there")
     _flag(group, "quiet", "no progress and no notes on stderr, no table on stdout")
-    _flag(group, "fetch-only", "fill the cache with the built-in model and data, then end")
+    _flag(group, "fetch-only", "fill the cache with the built-in model and what of --data is built in, then end")
 
 
 def _add_comparison(parser: argparse.ArgumentParser) -> None:

@@ -86,8 +86,8 @@ def check_options(config: Config, before: dict[str, Any], folder: str) -> None:
         UserError: naming the option.
     """
     now = json.loads(json.dumps(config.as_dict()))
-    if config.takes_tuned_rate:  # by the number of labels, for which the data may not have been read yet
-        now["lr"] = before.get("lr")
+    if config.takes_tuned_rate and before.get("lr") == now["lr"] / 2:  # many labels, if the data has not been read yet
+        now["lr"] = before["lr"]
     free = FREE | ({"steps"} if config.schedule in ENDLESS else set())
     for name, value in now.items():
         if name not in free and before.get(name) != value:

@@ -59,8 +59,7 @@ class ZOLightningMixin:
                 "precision: got '16-mixed', whose scaler asks for gradients; accepted: '32-true', 'bf16-mixed', "
                 "'bf16-true', '16-true'"
             )
-        schedulers = [type(config.scheduler) for config in trainer.lr_scheduler_configs]
-        if ReduceLROnPlateau in schedulers:
+        if any(isinstance(config.scheduler, ReduceLROnPlateau) for config in trainer.lr_scheduler_configs):
             raise ValueError(
                 "configure_optimizers: got ReduceLROnPlateau, which waits for a metric; accepted: schedulers that step "
                 "once a training step"

@@ -138,8 +138,8 @@ class AdaLeZO(LayerwiseOptimizer):
         layers = self.layers()
         worth = self.worth if self.worth is not None and len(self.worth) == len(layers) else [0.0] * len(layers)
         count = max(1, math.floor(self.share * len(layers)))
-        new = self.steps % self.interval == 0 or self.chances is None or len(self.chances) != len(layers)
-        if new or self.drawn is None or self.chances is None:
+        due = self.steps % self.interval == 0
+        if due or self.drawn is None or self.chances is None or len(self.chances) != len(layers):
             self.chances = probabilities(worth, self.tau, self.gamma)
             self.drawn = [pick(self.chances, self.uniform(i)) for i in range(count)]
         moved = sorted({*self.drawn})

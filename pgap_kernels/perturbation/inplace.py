@@ -28,7 +28,7 @@ class InPlace(Perturbation):
     def __init__(self, weights: Sequence[Weight], two_pass: bool = False) -> None:
         self.model: nn.Module | None = None
         self.hooks: Hooks | None = None
-        self.entered = self.recompiled = False
+        self.entered = self.recompiled = False  # a hook has run in this forward; compiled code was dropped, once
         super().__init__(weights)
         self.two_pass = two_pass
         self.added: list[Part] = []  # parts that are in the weights now, to be taken off
@@ -121,6 +121,7 @@ class InPlace(Perturbation):
     def watch(self, model: nn.Module) -> None:
         """From now on, restore the weights before anything evaluates or saves the model between steps."""
         self.model, self.hooks = model, Hooks(model, uses_of(model, self.weights), self)
+        self.recompiled = False
 
     def forward(self, call: Callable[[], T]) -> T:
         self.active, self.entered, self.must_repeat = True, False, False

@@ -73,7 +73,7 @@ class Points:
                 used.append((number, layout, alike[layout]))
                 alike[layout] += 1
                 operands = self._loaded(used[-1], part)
-                keys.append((number, part.layout(), operands.graph_key()))
+                keys.append((number, layout, operands.graph_key()))
                 for position, index in enumerate(part.indices):
                     self._added[index][number].append(LoadedPart(part, operands, position))
         self.key = tuple(keys)
@@ -94,6 +94,6 @@ class Points:
         """What is added to a weight at a point."""
         return self._added[index][point]
 
-    def move(self, index: int) -> bool:
+    def moves(self, index: int) -> bool:
         """Whether anything is added to a weight at any point."""
         return any(self._added[index])

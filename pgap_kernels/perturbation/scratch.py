@@ -218,7 +218,7 @@ class Scratch(Perturbation):
         if all(self.calls) or (not any(self.calls) and self.graph_key in self.replays):  # a replay calls no modules
             return []
         reached = {ref.index for use, times in zip(self.uses, self.calls, strict=True) if times for ref in use.refs}
-        return [w.name for w in self.weights if w.index not in reached and self.points.move(w.index)]
+        return [w.name for w in self.weights if w.index not in reached and self.points.moves(w.index)]
 
     def _check_called(self) -> None:
         missed = [] if self.allow_unused else self._missed()
