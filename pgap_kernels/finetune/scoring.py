@@ -144,7 +144,10 @@ class Scorer:
     def _model(self, inputs: dict[str, Any], positions: int = 0, **more: Any) -> Any:
         """A forward that keeps nothing for the next one and, if ``positions``, no other logits than the last."""
         if positions and "logits_to_keep" in self._accepted:
-            more["logits_to_keep"] = positions
+            # As a tensor, for models then gather these positions. For a number they take a view, with gaps between the
+            # rows, and for such a view torch reads the whole head once per row: 8 % of a forward of 16 rows on a CPU.
+            length = inputs["input_ids"].shape[1]
+            more["logits_to_keep"] = torch.arange(max(0, length - positions), length, device=self.model.device)
         if "use_cache" in self._accepted:
             more = {"use_cache": False} | more
         return self.model(**inputs, **more)
