@@ -3,7 +3,7 @@
 # make test-slow  the tests that are
 # make sanitize   run the C++ kernels' own tests, and those of the ops, under ASan and UBSan
 # make docs       build the documentation, a page for every public object included, into site/index.html
-# make gpu        on a machine with an NVIDIA GPU, nothing installed but torch and Triton: everything worth knowing about it
+# make gpu        on a machine with an NVIDIA GPU, with torch, Triton, pytest, transformers, rich and tqdm: everything worth knowing
 # make neon       cross-compile for aarch64 and compare its bits with this machine's, under an emulator
 # All prepare what is missing and are quick the second time.
 

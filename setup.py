@@ -59,7 +59,7 @@ def extensions():
             include_dirs=include_paths(),
             library_dirs=library_paths(),
             libraries=["torch", "torch_cpu", "c10"],
-            define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000"), ("Py_LIMITED_API", "0x030a0000")],
+            define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000"), ("Py_LIMITED_API", "0x030b0000")],
             extra_compile_args=[
                 "-std=c++20",
                 "-O3",
@@ -99,5 +99,5 @@ class BuildCpuKernels(build_ext):
 setup(
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildCpuKernels},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

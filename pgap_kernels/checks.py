@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
+from itertools import chain
 from numbers import Real
 from typing import Any
 
@@ -86,7 +87,7 @@ def matrices(
     values = tensors(name, value, dtypes)
     layouts = [matrix_layout(f"{name}[{i}]", tensor, written) for i, tensor in enumerate(values)]
     if written:
-        _refuse_overlaps(name, values, layouts)
+        _refuse_overlaps([f"{name}[{i}]" for i in range(len(values))], values, layouts)
     return values
 
 
@@ -100,14 +101,55 @@ def _is_disjoint_rows(value: Any, alike: bool) -> bool:
     return torch.ops.pgap_kernels_cpu.is_disjoint_rows.default(value, alike)
 
 
-def disjoint(name: str, values: Sequence[Tensor]) -> None:
-    """Refuse lists of matrices in which two share an element (duplicates, overlapping views)."""
+def disjoint(lists: Mapping[str, Sequence[Tensor]]) -> None:
+    """Refuse matrices, in lists by argument, of which two share an element (duplicates, overlapping views)."""
+    values = list(chain(*lists.values()))
     if not _is_disjoint_rows(values, False):
-        _refuse_overlaps(name, values, [matrix_layout(name, tensor) for tensor in values])
+        names = [f"{name}[{i}]" for name, own in lists.items() for i in range(len(own))]
+        _refuse_overlaps(names, values, [matrix_layout(name, t) for name, t in zip(names, values, strict=True)])
 
 
-def _refuse_overlaps(name: str, values: Sequence[Tensor], elements: Sequence[tuple[int, int, int]]) -> None:
-    if torch.compiler.is_compiling():  # tensors have no addresses then
+def apart(name: str, written: Sequence[Tensor], read: Mapping[str, Sequence[Tensor]]) -> None:
+    """Refuse matrices that are only read, in lists by argument, and share an element with what is written.
+
+    Among themselves they may share: a factor may serve several weights.
+    """
+    if not _have_addresses(written):
+        return
+    different = {(t.data_ptr(), t.shape): t for own in read.values() for t in own}
+    if not different or _is_disjoint_rows([*written, *different.values()], False):
+        return
+    taken = [extent for extent in map(_extent, written) if extent]
+    for label, own in read.items():
+        for i, tensor in enumerate(own):
+            extent = _extent(tensor)
+            if extent and any(_meet(extent, other) for other in taken):
+                raise ValueError(
+                    f"{label}[{i}]: shares memory with {name}; accepted: tensors apart from what is written"
+                )
+
+
+def _have_addresses(values: Sequence[Tensor]) -> bool:
+    return not torch.compiler.is_compiling() and values[0].device.type != "meta"
+
+
+def _extent(tensor: Tensor) -> tuple[int, int, int, int] | None:
+    """(begin, rows, columns, row stride) of a matrix, in bytes; None if it has no elements."""
+    rows, columns, ld = matrix_layout("tensor", tensor, written=False)
+    size = tensor.element_size()
+    if not rows * columns:
+        return None
+    return tensor.data_ptr(), rows if ld else 1, columns * size, (ld or columns) * size  # 0: one row, expanded
+
+
+def _meet(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
+    """Whether two extents share an element."""
+    ends = [begin + (rows - 1) * ld + columns for begin, rows, columns, ld in (a, b)]
+    return a[0] < ends[1] and b[0] < ends[0] and _rows_meet(a, b)
+
+
+def _refuse_overlaps(names: Sequence[str], values: Sequence[Tensor], elements: Sequence[tuple[int, int, int]]) -> None:
+    if not _have_addresses(values):
         return
     # In bytes, so that lists of several dtypes can be checked together.
     layouts, spans = [], []
@@ -122,8 +164,8 @@ def _refuse_overlaps(name: str, values: Sequence[Tensor], elements: Sequence[tup
         other = _sharing(spans, begin, layouts, i) if begin < reach else None
         if other is not None:
             raise ValueError(
-                f"{name}[{i}] overlaps {name}[{other}]; accepted: tensors that share no element "
-                "(tied weights once, duplicates removed)"
+                f"{names[i]} overlaps {names[other]}; accepted: tensors that share no element (tied weights once, "
+                "duplicates removed)"
             )
         reach = max(reach, end)
 
@@ -193,7 +235,7 @@ def _packed(values: Sequence[float | Tensor], dtype: torch.dtype) -> Tensor:
     """Host values and tensors of one element as one tensor, on the device of the first that is a tensor."""
     device = next((v.device for v in values if isinstance(v, Tensor)), None)
     if device is None:
-        return torch.tensor(values, dtype=dtype)
+        return torch.tensor(values, dtype=dtype, device="cpu")
     return torch.stack(
         [v.reshape(()).to(device) if isinstance(v, Tensor) else _filled(v, dtype, device) for v in values]
     )
@@ -262,6 +304,8 @@ def slices(name: str, value: Sequence[tuple[int, int]] | None, values: Sequence[
     """(base, row_stride) per tensor, flattened; empty where all are whole, unsharded tensors."""
     if value is None:
         return []
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{name}: got {value!r}; accepted: a list with (base, row_stride) of each tensor")
     if len(value) != len(values):
         raise ValueError(f"{name}: got {len(value)} for {len(values)} tensors; accepted: one (base, row_stride) each")
     flat = []
@@ -279,11 +323,11 @@ def span(name: str, value: tuple[int, int] | None, rows: int, columns: int) -> l
         raise TypeError(f"{name}: got {value!r}; accepted: (base, row_stride)")
     if len(value) != 2:
         raise ValueError(f"{name}: got {value!r}; accepted: (base, row_stride)")
-    base, row_stride = value
-    check_uint(f"{name} base", base, 63)
-    check_uint(f"{name} row_stride", row_stride, 63)
+    base, row_stride = check_uint(f"{name} base", value[0], 63), check_uint(f"{name} row_stride", value[1], 63)
     row_stride = max(row_stride, 1)
-    if rows * columns and base % row_stride + columns > row_stride:
+    if not rows * columns:
+        row_stride = max(row_stride, columns)  # no element is anywhere, and kernels ask for whole rows
+    elif base % row_stride + columns > row_stride:
         raise ValueError(
             f"{name}: got base {base} and row_stride {row_stride} for rows of {columns}; accepted: shards that end "
             f"within an unsharded row (column {base % row_stride} + {columns} > {row_stride})"
@@ -301,7 +345,7 @@ def companions(
 ) -> list[Tensor]:
     """Tensors that go with the weights element by element: one per weight, of its shape and device.
 
-    Those that are ``written`` may not share an element with each other or with the weights.
+    Those that are ``written`` may not share an element with each other or with the weights; others see ``apart``.
     """
     given = matrices(name, value, dtypes, written=False)
     if len(given) != len(weights) or given[0].device != weights[0].device:
@@ -313,9 +357,6 @@ def companions(
             raise ValueError(
                 f"{name}[{i}]: got shape {tuple(t.shape)}; accepted: {tuple(w.shape)}, that of weights[{i}]"
             )
-    both = given + weights
-    if written and not _is_disjoint_rows(both, False):
-        layouts = [matrix_layout(f"{name}[{i}]", t) for i, t in enumerate(given)]
-        layouts += [matrix_layout(f"weights[{i}]", t) for i, t in enumerate(weights)]
-        _refuse_overlaps(f"{name} + weights", both, layouts)
+    if written:
+        disjoint({name: given, "weights": weights})
     return given

@@ -51,7 +51,7 @@ def assemble_gradient_(gradients, arguments):
         gradients,
         False,
         **_keywords(arguments),
-        decay=torch.zeros(1, 1, dtype=torch.float32),
+        decay=torch.zeros(1, 1, dtype=torch.float32, device="cpu"),
         rounding_keys=None,
         stages=[len(arguments.keys)],
     )
@@ -71,7 +71,7 @@ def anchor_affine_(weights, out, arguments):
 
 
 def reduce(tensors, arguments):
-    totals = torch.empty(len(tensors), dtype=torch.float64)
+    totals = torch.empty(len(tensors), dtype=torch.float64, device="cpu")
     torch.ops.pgap_kernels_cpu.reduction.default(tensors, **_keywords(arguments), totals=totals)
     return totals
 

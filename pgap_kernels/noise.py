@@ -88,10 +88,8 @@ def derive(seed: int, step: int, role: int, probe: int = 0) -> int:
     Raises:
         TypeError, ValueError: an argument is not an integer in its range; the message names it.
     """
-    check_uint("seed", seed, 64)
-    check_uint("step", step, 64)
-    check_uint("role", role, 8)
-    check_uint("probe", probe, 24)
+    seed, step = check_uint("seed", seed, 64), check_uint("step", step, 64)
+    role, probe = check_uint("role", role, 8), check_uint("probe", probe, 24)
     counter = (step & MASK32, step >> 32, role | probe << 8, _DERIVE_TAG)
     x0, x1, _, _ = philox4x32(counter, (seed & MASK32, seed >> 32), KEY_ROUNDS)
     return x0 | x1 << 32

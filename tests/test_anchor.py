@@ -141,11 +141,28 @@ def test_stochastic_rounding_needs_ids():
 
 
 @pytest.mark.parametrize("name", ["anchors", "deltas"])
-def test_out_over_what_is_read(name):
+def test_what_is_written_over_what_is_read(name):
     out = [torch.zeros(6, 8), good()[name][1]]
     arguments = good(out=out)
     arguments[name][1] = out[1]
-    refused("anchor_affine_", arguments, ValueError, rf"^out \+ {name}\[\d\] overlaps")
+    refused("anchor_affine_", arguments, ValueError, rf"^{name}\[1\]: shares memory with out")
+    arguments = good()
+    arguments[name][0] = arguments["weights"][0]
+    refused("anchor_affine_", arguments, ValueError, rf"^{name}\[0\]: shares memory with weights")
+
+
+def test_weights_may_share_an_anchor():
+    one = torch.linspace(-1, 1, 48).view(6, 8)
+    apart = [torch.ones(6, 8), torch.full((6, 8), 2.0)]
+    shared, expanded = [w.clone() for w in apart], [w.clone() for w in apart]
+    ops.anchor_affine_(apart, [one, one.clone()], 0.5)
+    ops.anchor_affine_(shared, [one, one], 0.5)
+    assert all(map(torch.equal, shared, apart))
+    row = one[0].expand(6, 8)
+    ops.anchor_affine_(expanded, [row, row], 0.5)
+    want = [w.fill_(value) for w, value in zip(apart, (1.0, 2.0), strict=True)]
+    ops.anchor_affine_(want, [row.contiguous()] * 2, 0.5)
+    assert all(map(torch.equal, expanded, want))
 
 
 def test_no_anchors():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from benchmarks.convergence.store import Store
 from benchmarks.convergence.study import DEFAULT, SCHEDULES, Refused, Study, load
 from benchmarks.convergence.times import Ratio, Setting, Time
 from benchmarks.harness import batches
+from pgap_kernels.finetune import models
+from pgap_kernels.perturbation import Folded, InPlace
 
 STUDY = """
 baseline = "MeZO"
@@ -183,7 +186,7 @@ def test_cells_at_a_time_are_those_in_turn(config, study, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arm", ["MeZO", "P-GAP"])
-@pytest.mark.parametrize("how", ["time", "ctrl-c"])
+@pytest.mark.parametrize("how", ["time", "ctrl-c", "ctrl-c in an update"])
 def test_a_stopped_cell_goes_on_where_it_was(study, tmp_path, arm, how, monkeypatch):
     cell = next(cell for cell in study.cells if cell.arm == arm)
     straight = go(cell, study, Store(tmp_path))
@@ -191,6 +194,18 @@ def test_a_stopped_cell_goes_on_where_it_was(study, tmp_path, arm, how, monkeypa
     store.begin(study)
     if how == "time":
         assert go(cell, study, store, after(2))["status"] == "stopped"
+    elif how == "ctrl-c in an update":
+        update, left = InPlace.apply if arm == "MeZO" else Folded.apply, iter(range(2))
+
+        def killed(*args):
+            if next(left, None) is None:
+                signal.raise_signal(signal.SIGINT)  # noted, and raised when the step is over
+            return update(*args)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(InPlace if arm == "MeZO" else Folded, "apply", killed)
+            taken = go(cell, study, store)
+            assert taken["status"] == "stopped" and len(taken["steps"]["losses"]) == 3
     else:
         losses = batches.loss
         calls = iter(range(5))
@@ -213,6 +228,15 @@ def test_a_stopped_cell_goes_on_where_it_was(study, tmp_path, arm, how, monkeypa
         assert [p["loss"] for p in record["checkpoints"]] == [p["loss"] for p in straight["checkpoints"]]
     else:  # Weights were rounded once more, by a merge or a restore: 2^-24 of them, over eps in the slope.
         assert record["steps"]["losses"] == pytest.approx(straight["steps"]["losses"], rel=1e-4)
+
+
+def test_warming_up_moves_nothing(study):
+    cell = next(cell for cell in study.cells if cell.arm == "P-GAP")
+    one = run.Run(cell, study, torch.device("cpu"))
+    before = {name: w.detach().clone() for name, w in models.tuned_parameters(one.model).items()}
+    one.warm_up()
+    assert all(torch.equal(w, before[name]) for name, w in models.tuned_parameters(one.model).items())
+    assert one.optimizer.steps == 0 and one.record["steps"]["losses"] == []
 
 
 def test_a_run_that_diverges_is_finished(config, tmp_path):
@@ -268,6 +292,8 @@ def test_times_interpolate_and_are_censored_at_the_budget():
     assert times.time_to(curve, 0.6, "forwards", 14) == (14, False, False)
     assert times.time_to(curve, 0.3, "forwards", 30) == (30, False, False)
     assert times.time_to(curve, 0.9, "forwards", 30) == (10.0, True, True), "where before that, nobody saw"
+    assert times.time_to(curve, 0.9, "forwards", 9) == (9, False, False), "nobody saw it within the budget"
+    assert times.loss_at(record([1.0, math.nan]), "forwards", 10)["loss"] == math.inf
     assert times.holds(curve, 0.6) and not times.holds(curve, 0.5)
     with pytest.raises(Refused, match="the loss starts at 1"):
         times.time_to(curve, 1.0, "forwards", 30)

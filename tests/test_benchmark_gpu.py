@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 pytest.importorskip("transformers")
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import kernels, packed, tests, tuning
+from benchmarks.gpu import kernels, packed, sanitizer, tests, tuning
 from benchmarks.gpu.part import Part
 from benchmarks.gpu.targets import targets
 from benchmarks.kernels.ops import OPS, weights
@@ -29,10 +29,19 @@ def test_last(): pass
 """
 
 
+class UntilSecond(Part):
+    """Its time is over once ``test_second`` is, however long the machine takes until then."""
+
+    @property
+    def left(self):
+        ended = any(str(row.get("test", "")).endswith("test_second") for row in self.rows())
+        return 0.0 if ended else super().left
+
+
 def test_tests_that_hang_lose_nothing(tmp_path):
     file = tmp_path / "test_some.py"
     file.write_text(TESTS)
-    part = Part("tests", tmp_path, seconds=9.0 + tests.SHUTDOWN)
+    part = UntilSecond("tests", tmp_path, seconds=120.0)
     tests.run(part, [str(file)], workers=0)
     rows = part.rows()
     assert [len(row["collected"]) for row in rows if "collected" in row] == [4]
@@ -50,6 +59,25 @@ def test_a_row_that_was_cut_off_is_none(tmp_path, capsys):
     part.write(contender="a", total=1.0)
     part.file.write_text(part.file.read_text() + '{"contender": "b", "tot')
     assert part.rows() == [{"contender": "a", "total": 1.0}] and "not a whole line" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("import nothing_of_this_name", "nothing_of_this_name"), ("", "exit status 5")]
+)
+def test_files_without_tests_are_failures(tmp_path, text, said):
+    file = tmp_path / "test_some.py"
+    file.write_text(text)
+    part = Part("tests", tmp_path, seconds=120.0)
+    tests.run(part, [str(file)], workers=0)
+    assert any(said in failure for failure in tests.failures(part.rows()))
+
+
+def test_a_sanitizer_that_says_nothing_is_a_failure():
+    ended = [{"collected": ["a"]}, {"test": "a", "outcome": "passed"}, {"exit": 0, "not_run": []}]
+    row = {"tool": "memcheck", "errors": None, "ended": 0, "attached": True}
+    assert sanitizer.failures([*ended, row]) == ["memcheck: no summary"]
+    assert sanitizer.failures([*ended, row | {"errors": 0}]) == []
+    assert sanitizer.failures([{"unavailable": "there is none"}]) == []
 
 
 @pytest.mark.slow

@@ -175,7 +175,7 @@ def test_last_indices(distribution, count, backend):
     for i in (0, count // 2, count - 1):
         want = scalar(start + i, IDENT, KEY)
         assert abs(drawn[i].item() - want) <= 2e-6 * max(abs(want), 1)
-    with pytest.raises(ValueError, match=r"slices|offset"):
+    with pytest.raises(ValueError, match=r"^offset"):
         ops.draw(count, KEY, IDENT, distribution=distribution, offset=start + 1, backend=backend)
 
 
@@ -227,7 +227,7 @@ def test_pieces_concatenate_to_the_whole(distribution, backend, start, cuts):
         ({"offset": -1}, ValueError, "offset"),
         ({"offset": 1 << 63}, ValueError, "offset"),
         ({"offset": 1.0}, TypeError, "offset"),
-        ({"offset": 2**63 - 9}, ValueError, "slices|offset"),
+        ({"offset": 2**63 - 9}, ValueError, "offset"),
         ({"key": -1}, ValueError, "key"),
         ({"key": 1 << 64}, ValueError, "key"),
         ({"key": 1.5}, TypeError, "key"),

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from pgap_kernels.triton import launch
+from pgap_kernels.triton import cache, guard, launch
 from pgap_kernels.triton.config import Config
 
 CPU = torch.device("cpu")
@@ -81,6 +81,31 @@ def test_what_is_compiled_in_is_compiled_again(kernel, changed):
     assert len(kernel.compiled) == 2 and not kernel.launched
     run(kernel, **changed)
     assert len(kernel.compiled) == 2 and len(kernel.launched) == 1
+
+
+def test_offsets_of_32_bits_are_compiled_in_on_rocm(kernel, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    storage = torch.empty(2**31, dtype=torch.uint8)  # no page of it is ever touched
+    run(kernel)
+    run(kernel, x_ptr=storage[:32].view(torch.float32))
+    assert len(kernel.compiled) == 2 and not kernel.launched
+
+
+def test_tables_are_dropped_by_their_bytes():
+    kept = cache.Cache(10, most_bytes=100)
+    for n in range(5):
+        kept.get(n, lambda: (torch.zeros(10), 1))
+    assert list(kept.entries) == [3, 4] and kept.bytes == 80
+    kept.get("large", lambda: torch.zeros(100))
+    assert list(kept.entries) == ["large"] and kept.bytes == 400
+
+
+def test_the_flag_of_skipped_launches_is_written_wherever_it_was_made(monkeypatch):
+    monkeypatch.setattr(guard, "_sticky", {})
+    with torch.inference_mode():
+        guard.sticky_flag(CPU)
+    guard.sticky_flag(CPU).fill_(1)
+    assert guard.take_skipped() == [CPU] and guard.take_skipped() == []
 
 
 def test_nothing_is_launched_for_nothing(kernel):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.helpers import DTYPES, assert_all_same, assert_same_bits, clones, ops, poison, weights
 from support.lowrank_calls import assert_quotient
+from support.refusals import refused
 
 from pgap_kernels import noise, reference
 
@@ -310,6 +311,21 @@ def test_singular_values_that_are_not_finite(backend, bad):
     values = [torch.ones(3), torch.tensor([1.0, bad, 1.0])]
     with pytest.raises(ValueError, match=r"^singular_values: got NaN or infinity"):
         ops.aligned_core(values, CORE, tensor_ids=[1, 2], delta=0.5, backend=backend)
+
+
+def test_factors_may_be_shared_but_not_written_over():
+    def calls(shared):
+        weights, left = [torch.ones(8, 4), torch.zeros(8, 4)], torch.linspace(-1, 1, 24).view(8, 3)
+        right = [torch.linspace(0, 1, 12).view(4, 3)] * 2
+        ops.lowrank_perturb_(weights, [left, left if shared else left.clone()], right, coefficient=0.5)
+        return weights
+
+    assert all(map(torch.equal, calls(True), calls(False)))
+    square = [torch.ones(8, 8), torch.zeros(8, 8)]
+    arguments = {"weights": square, "left": square[::-1], "right": [torch.ones(8, 8)] * 2, "coefficient": 1.0}
+    refused("lowrank_perturb_", arguments, ValueError, r"^left\[0\]: shares memory with weights")
+    arguments |= {"left": arguments["right"], "out": [torch.zeros(8, 8), arguments["right"][0]]}
+    refused("lowrank_perturb_", arguments, ValueError, r"^left\[0\]: shares memory with out")
 
 
 def test_rank_of_a_shard_is_bounded_by_its_unsharded_row():

@@ -4,6 +4,7 @@ import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -78,6 +79,7 @@ def test_derived_keys_differ():
     keys = [noise.derive(*a) for a in arguments]
     assert len(set(keys)) == len(keys)
     assert noise.derive(5, 6, 7) == noise.derive(5, 6, 7, 0)
+    assert noise.derive(*map(np.int32, (5, 6, 7, 2**23))) == noise.derive(5, 6, 7, 2**23)
 
 
 @pytest.mark.parametrize(

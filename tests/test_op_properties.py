@@ -272,6 +272,25 @@ def test_inference_mode(row, backend):
         assert all(torch.equal(g.nan_to_num(), w.nan_to_num()) for g, w in zip(got, want, strict=True))
 
 
+@on_each_backend
+@every_op
+def test_tensors_made_in_inference_mode(row, backend):
+    want = after(row, row.arguments(), backend)
+    with torch.inference_mode():
+        arguments = row.arguments()
+    got = after(row, arguments, backend)
+    assert all(torch.equal(g.nan_to_num(), w.nan_to_num()) for g, w in zip(got, want, strict=True))
+
+
+@on_each_backend
+@every_op
+def test_surroundings_change_nothing(row, backend):
+    want, arguments = after(row, row.arguments(), backend), row.arguments()
+    with torch.device("meta"), torch.autocast("cpu", dtype=torch.bfloat16):
+        got = after(row, arguments, backend)
+    assert all(torch.equal(g.nan_to_num(), w.nan_to_num()) for g, w in zip(got, want, strict=True))
+
+
 class Registered(TorchDispatchMode):
     """Notes the registered op that a public function calls, with its arguments."""
 

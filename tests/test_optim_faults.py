@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 
 from pgap_kernels import ops
 from pgap_kernels.directions import LowRank
-from pgap_kernels.optim import PGAP, CapturedClosure, LeZO, MeZO
+from pgap_kernels.optim import PGAP, CapturedClosure, LeZO, MeZO, captured
 from pgap_kernels.perturbation import uninterrupted
 from pgap_kernels.perturbation.points import Points
 
@@ -215,6 +216,28 @@ def test_an_update_that_overflows_with_its_scale_is_skipped(mode):
     assert opt.skipped == 1 and opt.steps == 1
     for name, after in snapshot(model).items():
         assert ((after - before[name]).abs() <= (1e-5 if mode == "inplace" else 0)).all()
+
+
+def test_forwards_that_come_back_are_captured(monkeypatch):
+    """In the second step that has their kind; what comes in one step alone would only fill the memory."""
+    perturbation = SimpleNamespace(weights=[], watched=False, graph_key=None)
+    optimizer = SimpleNamespace(weights=list, steps=0, perturbation=perturbation)
+    ran, replayed = [], []
+
+    def capture(call):
+        key = perturbation.graph_key
+        return SimpleNamespace(replay=lambda: replayed.append((optimizer.steps, key))), torch.zeros(())
+
+    monkeypatch.setattr(captured, "capture", capture)
+    own = CapturedClosure(optimizer, lambda: ran.append((optimizer.steps, perturbation.graph_key)))
+    for optimizer.steps, keys in enumerate(("aa", "ab", "ac", "ba")):
+        for perturbation.graph_key in keys:
+            own()
+    assert ran == [(0, "a"), (0, "a"), (1, "b"), (2, "c")]
+    assert replayed == [(1, "a"), (2, "a"), (3, "b"), (3, "a")] and set(own.graphs) == {"a", "b"}
+    perturbation.weights = []  # moved or cast
+    own()
+    assert ran[-1] == (3, "a") and not own.graphs
 
 
 def test_forwards_are_captured_on_a_gpu_only():

@@ -39,7 +39,10 @@ def _panel(
     for number, (arm, found) in enumerate(arms.items()):
         best = times.lowest(found, axis, study[axis])
         color = f"C{number}"
-        curves = [run["checkpoints"][1:] for run in best.runs.values()]  # the start is not on a logarithmic axis
+        # The start is not on a logarithmic axis; a run that diverged before it was evaluated has nothing else.
+        curves = [run["checkpoints"][1:] for run in best.runs.values() if len(run["checkpoints"]) > 1]
+        if not curves:
+            continue
         for curve in curves:
             axes.plot([p[axis] for p in curve], [p["loss"] for p in curve], color=color, linewidth=0.6, alpha=0.5)
         mean = mean_curve([[(p[axis], p["loss"]) for p in curve] for curve in curves])

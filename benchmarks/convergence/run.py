@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.convergence.store import Store
 from benchmarks.convergence.study import SCHEDULES, Cell, Refused, Study
 from benchmarks.harness import batches, machine
 from pgap_kernels.finetune import data, models
-from pgap_kernels.finetune.scoring import scorer_of
-from pgap_kernels.optim import NonFiniteLossError, make_optimizer
+from pgap_kernels.finetune.scoring import Encoded, Scorer, scorer_of
+from pgap_kernels.optim import NonFiniteLossError, ZOOptimizer, make_optimizer
 
 EVALUATION_BATCH = 50
 SIGNALS = ("squared_norm", "second_moment")
@@ -47,10 +49,13 @@ class Run:
             config.model, getattr(torch, config.dtype), device, tune=config.tune, lora_rank=config.lora_rank
         )
         self.dataset = data.load(config, tokenizer)
-        self.scorer = scorer_of(self.model, tokenizer, self.dataset, config.max_new_tokens)
-        self.optimizer = make_optimizer(
-            cell.method, self.model, lr=cell.lr, seed=cell.direction_seed, **{"eps": 1e-3, **cell.options}
+        self._scorer_of = partial(
+            scorer_of, tokenizer=tokenizer, data=self.dataset, max_new_tokens=config.max_new_tokens
         )
+        if device.type == "cuda":
+            self.warm_up()
+        self.scorer = self._scorer_of(self.model)
+        self.optimizer = self._optimizer_of(self.model)
         self.forwards, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
         self._trials = TRIALS if cell.slices > 1 else 0
         self.record: dict[str, Any] = {
@@ -62,6 +67,25 @@ class Run:
             "steps": {name: [] for name in ("losses", "forwards", "seconds", "cpu_seconds", *SIGNALS)},
             "checkpoints": [],
         }
+
+    def _optimizer_of(self, model: nn.Module) -> ZOOptimizer:
+        cell = self.cell
+        options = {"eps": 1e-3, **cell.options}
+        return make_optimizer(cell.method, model, lr=cell.lr, seed=cell.direction_seed, **options)
+
+    def _batch(self, scorer: Scorer, number: int) -> Encoded:
+        """The examples of a step, as often as its forwards have them."""
+        examples = data.batch(self.dataset.train, self.cell.batch, self.cell.data_seed, number)
+        return scorer.encode(examples * self.cell.copies)
+
+    def warm_up(self) -> None:
+        """Two steps of a copy, the first with a refresh: kernels are compiled and loaded before seconds count."""
+        model = copy.deepcopy(self.model)
+        scorer, optimizer = self._scorer_of(model), self._optimizer_of(model)
+        batch = self._batch(scorer, 0)
+        for _ in range(2):
+            optimizer.step(lambda: batches.loss(scorer, batch, self.cell.slices))
+        optimizer.detach()
 
     # ---- going on later ---------------------------------------------------------------------------------------------
 
@@ -108,6 +132,8 @@ class Run:
             Stopped: the record and `state` are of the last whole step.
         """
         try:
+            if stop():  # a process may have waited for its turn
+                raise Stopped
             if not self.record["checkpoints"]:
                 self._evaluate()
             while True:
@@ -135,8 +161,7 @@ class Run:
     def _step(self) -> None:
         cell, number = self.cell, len(self.record["steps"]["losses"])
         begin, calls = (time.perf_counter(), time.process_time()), 0
-        examples = data.batch(self.dataset.train, cell.batch, cell.data_seed, number)
-        batch = self.scorer.encode(examples * cell.copies)
+        batch = self._batch(self.scorer, number)
         factor = SCHEDULES[cell.schedule](self.forwards / self.study.forwards)
         for group in self.optimizer.param_groups:
             group["lr"] = cell.lr * factor
@@ -149,18 +174,26 @@ class Run:
                 begin = (time.perf_counter(), time.process_time())  # they do not count
             return loss
 
-        loss = self.optimizer.step(closure)
+        try:
+            self.optimizer.step(closure)
+        finally:
+            # Ctrl-C in a forward undoes the step, which is then none. While weights are written it waits until that is
+            # over: the step was taken, so it counts, and what is saved goes on with the next.
+            if self.optimizer.steps > number:
+                self._count(begin, calls, batch)
+
+    def _count(self, begin: tuple[float, float], calls: int, batch: Encoded) -> None:
+        """Write down a step that was taken."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         wall, cpu = time.perf_counter() - begin[0], time.process_time() - begin[1]
-        # Only now: a step that was interrupted is none.
         self.seconds += wall
         self.cpu_seconds += cpu
         self.forwards += (calls - self._trials) * len(batch.labels)
         self._trials = 0
-        steps, last = self.record["steps"], self.optimizer.last.signal
-        found = {"losses": loss, "forwards": self.forwards, "seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
-        found |= {name: getattr(last, name) for name in SIGNALS}
+        steps, last = self.record["steps"], self.optimizer.last
+        found = {"losses": last.loss, "forwards": self.forwards, "seconds": self.seconds}
+        found |= {"cpu_seconds": self.cpu_seconds} | {name: getattr(last.signal, name) for name in SIGNALS}
         for name, value in found.items():
             steps[name].append(value)
 

@@ -67,8 +67,8 @@ def time_to(record: Record, target: float, axis: str, budget: float) -> Time:
     if points[0][1] <= target:
         raise Refused(f"targets: got {target:g}, but the loss starts at {points[0][1]:.4g}; accepted: less")
     for number, ((x0, y0), (x1, y1)) in enumerate(itertools.pairwise(points)):
-        if y1 <= target and number == 0:
-            return Time(min(x1, budget), True, early=True)
+        if y1 <= target and number == 0:  # after the budget it says nothing of what was before
+            return Time(x1, True, early=True) if x1 <= budget else Time(budget, False)
         if y1 <= target:
             x = x0 + (x1 - x0) * (y0 - target) / (y0 - y1)
             return Time(x, True) if x <= budget else Time(budget, False)
@@ -81,7 +81,8 @@ def loss_at(record: Record, axis: str, budget: float) -> dict[str, float]:
     The loss of a run that has diverged before is infinite, and its metrics are those that it began with.
     """
     found = next((point for point in record["checkpoints"] if point[axis] >= budget), None)
-    return record["checkpoints"][0] | {"loss": math.inf} if found is None else found
+    found = record["checkpoints"][0] | {"loss": math.inf} if found is None else found
+    return found | {"loss": math.inf} if math.isnan(found["loss"]) else found
 
 
 def holds(record: Record, target: float) -> bool:
@@ -97,7 +98,8 @@ def disturbed(records: Iterable[Record]) -> list[Record]:
         if steps.get("cpu_seconds"):  # older records have none
             share = steps["seconds"][-1] / max(steps["cpu_seconds"][-1], 1e-9)
             shares.setdefault((cell["arm"], cell["batch"]), []).append((share, record))
-    return [record for own in shares.values() for share, record in own if share > _SHARED * min(own)[0]]
+    least = {arm: min(share for share, _ in own) for arm, own in shares.items()}
+    return [record for arm, own in shares.items() for share, record in own if share > _SHARED * least[arm]]
 
 
 def metric_of(record: Record) -> str:

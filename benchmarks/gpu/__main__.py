@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
+import importlib.util
 import os
 import signal
 import subprocess
@@ -117,6 +117,8 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _refusal() -> str | None:
+    if missing := [name for name in ("pytest", "transformers") if not importlib.util.find_spec(name)]:
+        return f"{', '.join(missing)}: not installed, and parts need them; `pip install {' '.join(missing)}`"
     reason = machine.refusal("cuda", "dense_perturb_")
     return reason and reason.replace("--device: got cuda, but ", "") + ". `--rehearse` runs it all on a CPU"
 

@@ -22,7 +22,6 @@ COUNT, FEW = 1 << 24, 1 << 13
 
 
 def run(part: Part) -> None:
-    part.write(facts=machine.facts(part.device))
     if extension.unavailable and not part.rehearse:
         _build(part)
     report = doctor.examine()

@@ -17,6 +17,7 @@ METHODS = (("pgap", "float32"), ("mezo", "bfloat16"), ("pgap", "bfloat16"))
 REHEARSED = (("mezo", "float32"),)
 SMALL = {"steps": 1, "train_size": 40, "dev_size": 20, "test_size": 20, "eval_limit": 10}
 SECONDS = 25  # that a run may take
+SAVING = 60  # seconds that cells need to end their step or evaluation, and to keep what they have
 # Cells of the study at a time. A model of this size keeps the GPU busy for a small part of a step; what is compared is
 # then forwards, not seconds.
 PARALLEL = 8
@@ -51,7 +52,7 @@ def run(part: Part) -> None:
             return
         row = {name: report[name] for name in ("status", "mode", "test", "timing", "weight_passes")}
         part.write(method=method, dtype=dtype, steps=config.steps, **row)
-    minutes = 0.01 if part.rehearse else (part.left - 10) / 60
+    minutes = 0.01 if part.rehearse else (part.left - SAVING) / 60
     if minutes <= 0:
         part.write(not_run="convergence")
         return

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.harness import machine
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -67,6 +69,7 @@ class Part:
 
 def main(name: str, out: str, seconds: str, rehearse: str, *given: str) -> None:
     part = Part(name, Path(out), float(seconds), rehearse == "rehearse", given)
+    part.write(facts=machine.facts(part.device))  # in each: parts of one folder may have run on several machines
     importlib.import_module(f"benchmarks.gpu.{name}").run(part)
 
 

@@ -73,6 +73,10 @@ class Record:
         if session.items:  # under pytest-xdist only the workers collect
             self._collected([item.nodeid for item in session.items])
 
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:  # a file that cannot be imported has no tests that could fail
+            self._write(test=report.nodeid, outcome="failed", seconds=0.0, message=report.longreprtext)
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and report.passed:
             return

@@ -33,11 +33,14 @@ def run(part: Part) -> None:
     command += [x for section in SECTIONS for x in ("--section", section)]
     report = part.out / "profile.txt"
     with report.open("w") as file:
-        done = subprocess.run(
-            [*command, sys.executable, "-m", "benchmarks.gpu.profile"],
-            cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=max(1.0, part.left - 2), check=False,
-        )  # fmt: skip
-    part.write(report=str(report), exit=done.returncode)
+        try:
+            code: int | str = subprocess.run(
+                [*command, sys.executable, "-m", "benchmarks.gpu.profile"],
+                cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=max(1.0, part.left - 2), check=False,
+            ).returncode  # fmt: skip
+        except subprocess.TimeoutExpired:
+            code = "stopped"  # the report has the launches until then
+    part.write(report=str(report), exit=code)
 
 
 def calls(which: Sequence[tuple[str, int | None]], shape: tuple, layer: tuple, device: torch.device) -> None:
@@ -57,11 +60,11 @@ def calls(which: Sequence[tuple[str, int | None]], shape: tuple, layer: tuple, d
 
 
 def failures(rows: Sequence[dict]) -> list[str]:
-    return [f"ncu: exit status {row['exit']}" for row in rows if row.get("exit")]
+    return [f"ncu: exit status {row['exit']}" for row in rows if row.get("exit") not in (None, 0, "stopped")]
 
 
 def tables(rows: Sequence[dict]) -> list[Table]:
-    lines = [[row.get("unavailable") or row["report"]] for row in rows]
+    lines = [[row.get("unavailable") or row["report"]] for row in rows if "facts" not in row]
     return [Table(["Nsight Compute's report"], lines)]
 
 

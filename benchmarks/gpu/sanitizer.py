@@ -35,15 +35,20 @@ def run(part: Part) -> None:
         part.seconds = seconds - part.left * (len(TOOLS) - number - 1) / (len(TOOLS) - number)
         log = part.out / f"{part.name}.{tool}.log"
         prefix = [command, "--tool", tool, "--log-file", str(log)] if command else []
-        tests.run(part, SMALL, prefix, workers=0)
+        code = tests.run(part, SMALL, prefix, workers=0)
         found = SUMMARY.findall(log.read_text()) if log.exists() else []
-        part.write(tool=tool, errors=sum(int(count) for _, count in found) if found else None)
+        errors = sum(int(count) for _, count in found) if found else None
+        part.write(tool=tool, errors=errors, ended=code, attached=command is not None)
     part.seconds = seconds
 
 
 def failures(rows: Sequence[dict]) -> list[str]:
+    if any("unavailable" in row for row in rows):
+        return []
     found = [f"{row['tool']}: {row['errors']} errors" for row in rows if row.get("errors")]
-    return [*found, *(x for x in tests.failures(rows) if "collected" not in x)]
+    # Without a summary nothing was checked, unless the time was over.
+    silent = [row for row in rows if row.get("attached") and row["errors"] is None and row["ended"] != "stopped"]
+    return [*found, *(f"{row['tool']}: no summary" for row in silent), *tests.failures(rows)]
 
 
 def tables(rows: Sequence[dict]) -> list[Table]:

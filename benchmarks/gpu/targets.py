@@ -59,6 +59,7 @@ def _kernel(reach: Reach, rows: Sequence[dict]) -> Target:
         values = [r["copy_share"] for r in ours if "copy_share" in r]
     else:
         bound = f"≥ {reach.at_least:g}x faster than {reach.figure}"
-        others = [r["seconds"] for r in own if r["provider"] == reach.figure]
-        values = [other / r["seconds"] for other in others for r in ours[-1:]]
+        # `gpu_tables` has put ours of the same visit beside each: ratios are within one run.
+        others = [r for r in own if r["provider"] == reach.figure]
+        values = [r["seconds"] / r.get("ours_seconds", ours[-1]["seconds"]) for r in others if ours]
     return Target(reach.what, bound, at_least=reach.at_least, values=tuple(values))

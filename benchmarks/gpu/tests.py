@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 
@@ -13,14 +14,15 @@ from benchmarks.gpu.part import ROOT, Part
 from benchmarks.harness.tables import Table
 
 SHUTDOWN = 4.0  # seconds for what is left to do at the end
+POLL = 0.2  # seconds
 HANGS = 60  # seconds after which a test counts as hanging
 REHEARSED = ["tests/test_gpu.py", "-k", "test_stages or test_sums"]
 # One thread for each worker: the CPU's side of the comparisons is done by all of them at once.
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 
-def run(part: Part, tests: Sequence[str] = (), prefix: Sequence[str] = (), workers: int | None = None) -> None:
-    """Run pytest, and write which tests were not over when the time was.
+def run(part: Part, tests: Sequence[str] = (), prefix: Sequence[str] = (), workers: int | None = None) -> int | str:
+    """Run pytest, and write which tests were not over when the time was; returns its exit status, or "stopped".
 
     Args:
         tests: files, ids and options; default: all that are marked ``gpu``.
@@ -31,26 +33,34 @@ def run(part: Part, tests: Sequence[str] = (), prefix: Sequence[str] = (), worke
     given = list(tests or part.given) or (REHEARSED if part.rehearse else ["tests"])
     command = [*prefix, sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--tb=short", "-p", "no:cacheprovider"]
     command += ["-p", "benchmarks.gpu.plugin", "--record", str(part.file)]
-    if workers:
+    if workers and importlib.util.find_spec("xdist"):
         command += ["-n", str(workers), "--dist", "load", "--maxschedchunk", "1", "--max-worker-restart", "30"]
     if importlib.util.find_spec("pytest_timeout"):
         command += ["--timeout", str(HANGS)]
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     before = len(part.rows())
     process = subprocess.Popen([*command, *given], cwd=ROOT, env=os.environ | THREADS | {"PYTHONPATH": paths})
-    try:
-        code: int | str = process.wait(max(1.0, part.left - SHUTDOWN))
-    except subprocess.TimeoutExpired:
+    while process.poll() is None and part.left > SHUTDOWN:
+        time.sleep(POLL)
+    code: int | str = "stopped" if process.poll() is None else process.returncode
+    if code == "stopped":
         process.terminate()  # its workers end with it
-        code = "stopped"
+        try:
+            process.wait(SHUTDOWN / 2)  # before its rows are read, and others want the device
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
     rows = part.rows()[before:]
     ids = next((row["collected"] for row in rows if "collected" in row), [])
     over = {row["test"] for row in rows if "test" in row}
     part.write(exit=code, not_run=[test for test in ids if test not in over])
+    return code
 
 
 def failures(rows: Sequence[dict]) -> list[str]:
     found = [f"{row['test']}: {_reason(row['message'])}" for row in rows if row.get("outcome") == "failed"]
+    usual = (0, "stopped", *[1] * bool(found))  # 1: some test failed
+    found += [f"pytest: exit status {row['exit']}" for row in rows if row.get("exit", 0) not in usual]
     return found if any("collected" in row for row in rows) else [*found, "no test was collected"]
 
 

@@ -156,11 +156,12 @@ class Sweep:
         return min(max(int(SHORT / self.timer(floor).done), low), high)
 
     def _estimate(self, point: Point, contender: Contender, numel: int) -> float:
-        """Seconds of one call, by what was timed before or by a small matrix: a large one might take minutes."""
+        """Seconds of one call, by what was timed before or, on a CPU, by a small matrix: others might take minutes."""
         key = _key(point, contender)
         if key not in self._rates:
             call, size = contender.call, numel
-            if numel > PROBE[0] * PROBE[1]:
+            # On a GPU any turn is affordable, and on a small matrix it would be the launch that is timed.
+            if numel > PROBE[0] * PROBE[1] and self.device.type == "cpu":
                 small = make_case(point, weights(PROBE, point.dtype, self.device))
                 call = next(c.call for c in self.contenders(point, small) if c[:2] == contender[:2])
                 size = small.whole.numel()

@@ -14,15 +14,28 @@ _SETTING = ("op", "dtype", "rank", "provider")
 
 
 def load(folder: Path) -> dict[str, list[dict]]:
-    """The rows of parts kernels and step in the folders of a folder: where several have one, the last of them."""
+    """The rows of parts kernels and step in the folders of a folder: where several have one, the last of them.
+
+    Raises:
+        ValueError: they are of several devices.
+    """
     found: dict[str, list[dict]] = {}
+    devices: set[str] = set()
     for part, setting in (("kernels", _setting), ("step", lambda row: row["contender"])):
         newest: dict[object, dict] = {}
         for file in sorted(folder.glob(f"*/{part}.jsonl")):
             rows = [json.loads(line) for line in file.read_text().splitlines()]
-            newest |= {setting(row): row for row in rows if _is_figure(row)}
+            devices |= {row["facts"]["device"] for row in rows if "facts" in row}
+            rows = [row for row in rows if _is_figure(row)]
+            ours = {_setting(row)[:-1]: row["seconds"] for row in rows if row.get("provider") == "ours"}
+            for row in rows:
+                if "provider" in row and _setting(row)[:-1] in ours:
+                    row["ours_seconds"] = ours[_setting(row)[:-1]]
+            newest |= {setting(row): row for row in rows}
         if newest:
             found[part] = list(newest.values())
+    if len(devices) > 1:
+        raise ValueError(f"{folder}: got runs on {', '.join(sorted(devices))}; accepted: one device")
     return found
 
 

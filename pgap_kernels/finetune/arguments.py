@@ -112,7 +112,8 @@ def _add_task(parser: argparse.ArgumentParser) -> None:
             "JSON object",
             metavar="LABEL=WORD,LABEL=WORD")  # fmt: skip
     _option(group, "choices", names, "column with a list of choices, or several columns with one each")
-    _option(group, "objective", str, "what steps make better; accuracy and f1 need no gradient", choices=OBJECTIVES)
+    _option(group, "objective", str, "what the steps improve: the loss, or the metric itself, which has no gradient",
+            choices=OBJECTIVES)  # fmt: skip
     _option(group, "max-length", int,
             "tokens of a prompt with its answer (default: that of the built-in data, else 128)")  # fmt: skip
     _option(group, "too-long", str, "drop longer prompts, or cut their {text} (default: drop; r8: cut)",
@@ -135,7 +136,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         group,
         "lora-rank",
         int,
-        "add a LoRA adapter of this rank to those that are linear layers, and tune only that",
+        "add a LoRA adapter of this rank to the linear layers that --tune selects, and tune only the adapter",
     )
     _option(group, "device", str, "where to run: auto (CUDA if there is one), cpu, cuda, cuda:1, ...", metavar="DEVICE")
     _option(group, "dtype", str, "type of the weights", choices=DTYPES)
@@ -197,25 +198,25 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     _flag(
         group,
         "overwrite",
-        "delete the model and checkpoints of an earlier run in that folder; its report is replaced even without",
+        "delete the model and checkpoints of an earlier run in that folder; its report is replaced either way",
     )
     _flag(group, "save-model", "also write the tuned model, or its adapter, to DIR/model (safetensors)")
     _option(group, "checkpoint-every", int,
             "steps between two checkpoints, as large as the tuned weights (default: at every evaluation; 0: none)",
             metavar="N")  # fmt: skip
-    _flag(group, "keep-checkpoints", "keep them all; else the last, and none when the run is complete")
+    _flag(group, "keep-checkpoints", "keep all of them; by default the last, which is deleted when the run is complete")
     _flag(group, "resume", "continue from the last checkpoint in DIR")
     _flag(group, "tensorboard", "also write the curves for TensorBoard to DIR/tensorboard")
     _flag(group, "json", "print the report as JSON on stdout, and nothing else there")
     _flag(group, "quiet", "no progress and no notes on stderr, no table on stdout")
-    _flag(group, "fetch-only", "fill the cache with the built-in model and what of --data is built in, then end")
+    _flag(group, "fetch-only", "fetch the built-in model, and --data if it is built in, into the cache, then exit")
 
 
 def _add_comparison(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("comparison with plain PyTorch")
     _flag(group, "compare",
-          "beside a few steps make the same in plain PyTorch (torch.normal per parameter, elementwise ops) on a second "
-          "copy of the model, in turns, and compare the seconds")  # fmt: skip
+          "mezo, pgap: beside a few steps make the same in plain PyTorch (torch.normal per parameter, elementwise ops) "
+          "on a second copy of the model, in turns, and compare the seconds")  # fmt: skip
     _option(group, "compare-steps", int, "steps in plain PyTorch")
     _flag(group, "compare-full-refresh",
           "pgap: run the refresh in plain PyTorch in full (all probes, an SVD per matrix: minutes on a CPU) instead of "

@@ -82,8 +82,31 @@ def _constant(value: Any) -> Any:
     return float(value) if isinstance(value, torch.SymFloat) else value
 
 
+def placed(value: Any, device: torch.device) -> Any:
+    """Scalars or keys on the weights' device, if they lie on another; those on the host are left to backends.
+
+    Args:
+        value: a tensor, or a record of arguments.
+
+    Raises:
+        ValueError: a scalar is not finite. (On the weights' device, if it is not the CPU, kernels look at them.)
+    """
+    if not isinstance(value, Tensor):
+        given = {name: x for name, x in value._asdict().items() if isinstance(x, Tensor)}
+        moved = {name: x for name, x in given.items() if x.device.type != "cpu" and x.device != device}
+        return value._replace(**{name: _finite(name, x.to(device)) for name, x in moved.items()}) if moved else value
+    return value if value.device.type == "cpu" else value.to(device)
+
+
+def _finite(name: str, value: Tensor) -> Tensor:
+    if value.device.type == "cpu" and not value.isfinite().all():
+        raise ValueError(f"{name}: got {value.tolist()}; accepted: finite values")
+    return value
+
+
 def call_pass(op: Any, weights: list[Tensor], arguments: Any, out: list[Tensor] | None) -> None:
     """Call a pass with its record of arguments, in place or into ``out``."""
+    arguments = placed(arguments, weights[0].device)
     with torch.no_grad():
         if out is None:
             op.default(weights, **arguments._asdict())

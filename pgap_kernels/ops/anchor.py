@@ -51,15 +51,14 @@ def anchor_affine_(
             raise ValueError("tensor_ids: got None; accepted: one per tensor with stochastic rounding")
         tensor_ids = [0] * len(weights)
     arguments = AnchorArguments(
-        anchors=checks.companions("anchors", anchors, weights, dtypes),
-        deltas=[] if deltas is None else checks.companions("deltas", deltas, weights, dtypes),
+        anchors=checks.companions("anchors", anchors, weights, dtypes, written=False),
+        deltas=[] if deltas is None else checks.companions("deltas", deltas, weights, dtypes, written=False),
         coefficient=scalar("coefficient", coefficient, len(weights)),
         tensor_ids=checks.tensor_ids("tensor_ids", tensor_ids, len(weights)),
         rounding_key=rounding_keys(rounding, rounding_key),
         slices=checks.slices("slices", slices, weights),
     )
     targets = outputs(out, weights)
-    if targets is not None:
-        checks.disjoint("out + anchors", targets + arguments.anchors)
-        checks.disjoint("out + deltas", targets + arguments.deltas)
+    read = {"anchors": arguments.anchors, "deltas": arguments.deltas}
+    checks.apart("weights" if targets is None else "out", targets or weights, read)
     call_pass(torch_ops.anchor_affine_, weights, arguments, targets)

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import backends, checks
 from ..arguments import AssembleArguments, DenseArguments, MaskedArguments, schema
 from ..noise import check_uint
-from ._library import bump_versions, call_pass, define, define_pass, torch_ops, traceable
+from ._library import bump_versions, call_pass, define, define_pass, placed, torch_ops, traceable
 from ._packing import Draw, Key, Scalar, Slices, noise_options, outputs, pack_draws, rounding_keys, scalar
 
 
@@ -138,7 +138,8 @@ def masked_perturb_(
 
 def mask_arguments(weights, threshold, share, bits) -> tuple[str, Tensor, Tensor, list[Tensor]]:
     """(kind, key, level, bits) as the op takes them; level holds float32 thresholds, or an int64 limit of words."""
-    key, level = torch.zeros(1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.float32)
+    key = torch.zeros(1, dtype=torch.int64, device="cpu")
+    level = torch.zeros(1, 1, dtype=torch.float32, device="cpu")
     given = [name for name, value in (("threshold", threshold), ("share", share), ("bits", bits)) if value is not None]
     if len(given) != 1:
         raise ValueError(f"threshold, share, bits: got {', '.join(given) or 'none'}; accepted: exactly one of them")
@@ -150,7 +151,7 @@ def mask_arguments(weights, threshold, share, bits) -> tuple[str, Tensor, Tensor
         probability = checks.number("share probability", share[1])
         if not 0 <= probability <= 1:
             raise ValueError(f"share probability: got {probability!r}; accepted: a float from 0 to 1")
-        limit = torch.full((1, 1), int(probability * 2**32), dtype=torch.int64)
+        limit = torch.full((1, 1), int(probability * 2**32), dtype=torch.int64, device="cpu")
         return "share", checks.key_tensor("share key", [share[0]]), limit, []
     given_bits = checks.tensors("bits", bits, (torch.int32,))
     if len(given_bits) != len(weights) or given_bits[0].device != weights[0].device:
@@ -231,6 +232,7 @@ def assemble_gradient_(
         distribution=distribution,
         tier=tier,
     )
+    arguments = placed(arguments, gradients[0].device)
     with torch.no_grad():
         torch_ops.assemble_gradient_(gradients, **arguments._asdict())
 
@@ -262,7 +264,10 @@ def draw(
         TypeError, ValueError: naming the argument.
     """
     out = torch.empty(shape, dtype=torch.float32, device=device)
-    check_uint("offset", offset, 63)
+    offset, tensor_id = check_uint("offset", offset, 63), check_uint("tensor_id", tensor_id, 32)
+    checks.key_bits("key", key)
+    if offset + out.numel() >= 1 << 63:
+        raise ValueError(f"offset: got {offset} for {out.numel()} elements; accepted: offset + numel below 2**63")
     span = [(offset, min(offset + max(out.numel(), 1), (1 << 63) - 1))]  # one unsharded row, up to the last element
     flat = out.view(-1)
     assemble_gradient_([flat], [(key, 1.0)], tensor_ids=[tensor_id], distribution=distribution, slices=span)

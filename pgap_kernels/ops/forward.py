@@ -188,7 +188,8 @@ class _Side(NamedTuple):
 
 def _side(name: str, value: Factors, outputs: Tensor) -> _Side:
     one = isinstance(value, Tensor) and value.is_floating_point()
-    values: list[Any] = [value] if one else list(value) if isinstance(value, (list, tuple, Tensor)) else []
+    several = isinstance(value, (list, tuple)) or (isinstance(value, Tensor) and value.dim() > 0)
+    values: list[Any] = [value] if one else list(value) if several else []
     if not values:
         raise TypeError(f"{name}: got {value!r}; accepted: a tensor, or a list with a tensor or a key for each slice")
     if not any(isinstance(v, Tensor) and v.is_floating_point() for v in values):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from .. import backends, checks
 from ..arguments import LowRankArguments
-from ._library import call_pass, define, define_pass, torch_ops, traceable
+from ._library import call_pass, define, define_pass, placed, torch_ops, traceable
 from ._packing import Key, Scalar, Slices, outputs, rounding_keys
 
 MAX_RANK = 512
@@ -37,7 +38,7 @@ Factor = Sequence[Tensor] | Key
 
 def _factor(name: str, value: Factor, weights: list[Tensor], dim: int) -> tuple[list[Tensor], int | Tensor, int | None]:
     """A stored or regenerated factor as (tensors, key bits, rank if stored)."""
-    if isinstance(value, (int, Tensor)):
+    if isinstance(value, (Integral, Tensor)):
         return [], checks.key_bits(name, value), None
     factors = checks.tensors(name, value, tuple({torch.float32, weights[0].dtype}))
     if len(factors) != len(weights) or factors[0].device != weights[0].device:
@@ -149,7 +150,10 @@ def lowrank_perturb_(
         below=divisors,
         e=divisor_e,
     )
-    call_pass(torch_ops.lowrank_perturb_, weights, arguments, outputs(out, weights))
+    targets = outputs(out, weights)
+    read = {"left": left_factors, "right": right_factors, "core": cores, "below": divisors}
+    checks.apart("weights" if targets is None else "out", targets or weights, read)
+    call_pass(torch_ops.lowrank_perturb_, weights, arguments, targets)
 
 
 def _below(
@@ -173,7 +177,7 @@ def _below(
 def _core(name: str, core: Factor | None, weights: list[Tensor], rank: int) -> tuple[list, int | Tensor, str]:
     if core is None:
         return [], 0, "none"
-    if isinstance(core, (int, Tensor)):
+    if isinstance(core, (Integral, Tensor)):
         return [], checks.key_bits(name, core), "regenerated"
     cores = checks.tensors(name, core, tuple({torch.float32, weights[0].dtype}))
     kind = "diagonal" if cores[0].dim() == 1 else "full"
@@ -224,9 +228,9 @@ def aligned_core(
     for i, s in enumerate(values):
         if s.dim() != 1 or not len(s):
             raise ValueError(f"singular_values[{i}]: got shape {tuple(s.shape)}; accepted: (rank,) with rank >= 1")
-    strength = checks.scalar_row("delta", delta, 1)
-    if strength.item() < 0:
-        raise ValueError(f"delta: got {strength.item()}; accepted: 0 or more")
+    strength = checks.number("delta", delta)
+    if strength < 0:
+        raise ValueError(f"delta: got {strength}; accepted: 0 or more")
     ids = checks.tensor_ids("tensor_ids", tensor_ids, len(values))
     keys = [checks.key_bits("key", key)]
     if sign_key is not None:
@@ -234,6 +238,6 @@ def aligned_core(
         sign_ids = ids if sign_ids is None else checks.tensor_ids("sign_ids", sign_ids, len(values))
     elif sign_ids is not None:
         raise ValueError("sign_ids: got ids without a sign_key; accepted: both, or neither for xi = +1")
-    arguments = {"tensor_ids": ids, "sign_ids": sign_ids or [], "delta": strength.item()}
+    arguments = {"tensor_ids": ids, "sign_ids": sign_ids or [], "delta": strength}
     with torch.no_grad():
-        return torch_ops.aligned_core(values, keys=checks.pack_keys(keys), **arguments)
+        return torch_ops.aligned_core(values, keys=placed(checks.pack_keys(keys), values[0].device), **arguments)

@@ -13,7 +13,7 @@ from torch.utils._pytree import register_dataclass
 
 from .. import backends, checks
 from ..arguments import CurvatureArguments, PreconditionedArguments, schema
-from ._library import bump_versions, call_pass, define, define_with_out, torch_ops, traceable
+from ._library import bump_versions, call_pass, define, define_with_out, placed, torch_ops, traceable
 from ._packing import Draw, Key, Scalar, Slices, noise_options, outputs, pack_draws, rounding_keys, scalar
 
 
@@ -26,7 +26,7 @@ def _update(weights, state0, state1, **arguments):
 def _perturb(weights, *, curvature, coefficients, around=None, out=None, **arguments):
     out = weights if out is None else out
     serving = backends.select("preconditioned_perturb_", weights[0].device, weights[0].dtype)
-    scalars = torch.zeros(0, 1, dtype=torch.float32) if around is None else around
+    scalars = torch.zeros(0, 1, dtype=torch.float32, device="cpu") if around is None else around
     rule = "perturb" if around is None else "around"
     as_update = {"gradient": coefficients, "restore": coefficients, "scalars": scalars, "rule": rule}
     serving.preconditioned_(weights, out, curvature, [], PreconditionedArguments(**as_update, **arguments))
@@ -78,13 +78,14 @@ class AdamRule:
     def scalars(self) -> list[tuple[str, Scalar]]:
         """The kernel's scalars in its order, named; the corrections are folded into the learning rate and v."""
         beta1, beta2 = self.betas
+        step = self.step.double() if isinstance(self.step, Tensor) else self.step  # in float32 1 - 0.999 is 1e-5 off
         return [
-            ("lr", _times(self.lr, 1 / (1 - beta1**self.step))),
+            ("lr", _times(self.lr, 1 / (1 - beta1**step))),
             ("beta1", beta1),
             ("1 - beta1", 1 - beta1),
             ("beta2", beta2),
             ("1 - beta2", 1 - beta2),
-            ("correction of v", 1 / (1 - beta2**self.step)),
+            ("correction of v", 1 / (1 - beta2**step)),
             ("eps", self.eps),
         ]
 
@@ -196,7 +197,12 @@ def _checked_field(rule: Rule, field: str, count: int) -> Any:
     name, value = f"rule.{field}", getattr(rule, field)
     if field == "step" and isinstance(rule, AdamRule):
         if isinstance(value, Tensor):
-            return value
+            if value.numel() != 1 or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+                raise TypeError(f"{name}: got {value.dtype} of shape {tuple(value.shape)}; accepted: one integer")
+            known = value.device.type == "cpu" and not torch.compiler.is_compiling()
+            if known and value.item() < 1:
+                raise ValueError(f"{name}: got {value.item()}; accepted: 1 for the first step, or more")
+            return value.reshape(())
         if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{name}: got {value!r}; accepted: an integer, 1 for the first step, or a tensor")
         return int(value)
@@ -269,8 +275,7 @@ def preconditioned_update_(
         raise ValueError(f"state: got {got}; accepted: {rule.states} list(s) of tensors, as {rule.rule} keeps")
     states = [checks.companions(f"state[{i}]", s, weights, (torch.float32,)) for i, s in enumerate(state)]
     if len(states) == 2:
-        both = states[0] + states[1]
-        checks.disjoint("state[0] + state[1]", both)
+        checks.disjoint({"state[0]": states[0], "state[1]": states[1]})
     noise_options(distribution, tier)
     keys, gradient = pack_draws(draws, len(weights))
     count, accepted = _COUNTS.get(rule.rule, (len(draws), ""))
@@ -298,6 +303,7 @@ def preconditioned_update_(
         tier=tier,
     )
     state0, state1 = states[0], states[1] if len(states) == 2 else []
+    arguments = placed(arguments, weights[0].device)
     with torch.no_grad():
         torch_ops.preconditioned_update_(weights, state0, state1, **arguments._asdict())
 
@@ -335,7 +341,7 @@ def preconditioned_perturb_(
         TypeError, ValueError: naming the argument; nothing has been written.
     """
     weights = checks.matrices("weights", weights)
-    diagonal = checks.companions("curvature", curvature, weights, (torch.float32,))
+    diagonal = checks.companions("curvature", curvature, weights, (torch.float32,), written=False)
     noise_options(distribution, tier)
     keys, coefficients = pack_draws(draws, len(weights))
     arguments = CurvatureArguments(
@@ -351,6 +357,5 @@ def preconditioned_perturb_(
         tier=tier,
     )
     targets = outputs(out, weights)
-    if targets is not None:
-        checks.disjoint("out + curvature", targets + diagonal)
+    checks.apart("weights" if targets is None else "out", targets or weights, {"curvature": diagonal})
     call_pass(torch_ops.preconditioned_perturb_, weights, arguments, targets)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import backends, checks
 from ..arguments import ReductionArguments, schema
-from ._library import define, torch_ops, traceable
+from ._library import define, placed, torch_ops, traceable
 from ._packing import Key, Slices, noise_options
 
 
@@ -62,7 +62,7 @@ def seeded_dot(
         tier=tier,
     )
     with torch.no_grad():
-        return torch_ops.reduce(values, **arguments._asdict())
+        return torch_ops.reduce(values, **placed(arguments, values[0].device)._asdict())
 
 
 @traceable
@@ -84,6 +84,7 @@ def squared_norms(tensors: Sequence[Tensor], anchors: Sequence[Tensor] | None = 
     values = checks.matrices("tensors", tensors, written=False)
     dtypes = tuple({torch.float32: None, values[0].dtype: None})
     origin = [] if anchors is None else checks.companions("anchors", anchors, values, dtypes, written=False)
-    arguments = ReductionArguments(origin, keys=torch.zeros(0, dtype=torch.int64), tensor_ids=[0] * len(values))
+    keys = torch.zeros(0, dtype=torch.int64, device="cpu")
+    arguments = ReductionArguments(origin, keys=keys, tensor_ids=[0] * len(values))
     with torch.no_grad():
-        return torch_ops.reduce(values, **arguments._asdict())
+        return torch_ops.reduce(values, **placed(arguments, values[0].device)._asdict())

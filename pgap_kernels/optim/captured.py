@@ -11,17 +11,19 @@ from .base import ZOOptimizer
 
 
 class CapturedClosure:
-    """A closure whose forward is captured in a CUDA graph, once for each kind of forward, and replayed from then on.
+    """A closure whose forward is captured in a CUDA graph, one for each kind of forward that comes back, and replayed.
 
         closure = CapturedClosure(optimizer, lambda: loss_of(model(inputs), labels))
         for batch in batches:
-            inputs.copy_(batch)
+            inputs.copy_(batch.inputs)
+            labels.copy_(batch.labels)
             optimizer.step(closure)
 
     Keep it from step to step, and the tensors that the closure reads where they are: new batches are copied into them.
-    The forwards of a first step run as they are, and so does one in which the optimizer looks on (for stray uses of
-    its weights, or for a layer's inputs); if weights are moved or cast, it begins anew. A forward that waits for the
-    device cannot be captured, and PyTorch says so.
+    A kind of forward runs as it is in the first step that has it, and is captured in the next: a method that perturbs
+    other layers in each step (LeZO) would otherwise fill the memory with graphs that are never replayed. So does a
+    forward in which the optimizer looks on (for stray uses of its weights, or for a layer's inputs). If weights are
+    moved or cast, it begins anew. A forward that waits for the device cannot be captured, and PyTorch says so.
 
     Args:
         optimizer: whose ``step`` the closure is for.
@@ -38,16 +40,17 @@ class CapturedClosure:
         self.optimizer, self.closure = optimizer, closure
         self.graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.weights: object = None  # the list that the graphs were captured with
-        self.first = 0
+        self.first: dict[Hashable, int] = {}  # the step in which each kind of forward came first
 
     def __call__(self) -> Tensor:
         perturbation = self.optimizer.perturbation
         if perturbation.weights is not self.weights:
             self.graphs.clear()
-            self.weights, self.first = perturbation.weights, self.optimizer.steps
-        if self.optimizer.steps == self.first or perturbation.watched:
-            return self.closure()
+            self.first.clear()
+            self.weights = perturbation.weights
         key = perturbation.graph_key
+        if perturbation.watched or self.first.setdefault(key, self.optimizer.steps) == self.optimizer.steps:
+            return self.closure()
         if key not in self.graphs:
             self.graphs[key] = capture(self.closure)
         graph, loss = self.graphs[key]

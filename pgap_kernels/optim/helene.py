@@ -27,8 +27,8 @@ class HELENE(ZOOptimizer):
     2 forwards, 3 weight passes in place, the last of which reads and writes the state too. State: m and h, float32,
     each of the weight's size.
 
-    The paper's text and code are not public; of its digest ``h`` before the first refresh and the estimate of the
-    curvature are inferred: Sophia's Gauss-Newton-Bartlett form B g^2 with the minibatch estimate g.
+    No code is public. The equations are second-hand, and two points are inferred: ``h`` before the first refresh, and
+    the estimate of the curvature, which is Sophia's Gauss-Newton-Bartlett form B g^2 with the minibatch estimate g.
 
     Args:
         params, lr, eps, weight_decay: as in ``MeZO``.

@@ -68,13 +68,13 @@ def collect(
 
 def _refuse_overlaps(weights: Sequence[Weight]) -> None:
     try:
-        checks.disjoint("params", [w.tensor for w in weights])
+        checks.disjoint({"params": [w.tensor for w in weights]})
     except ValueError:
         for a, b in itertools.combinations(weights, 2):
             if storage(a.tensor) != storage(b.tensor):
                 continue
             try:
-                checks.disjoint("params", [a.tensor, b.tensor])
+                checks.disjoint({"params": [a.tensor, b.tensor]})
             except ValueError:
                 raise ValueError(
                     f"params: {a.name!r} and {b.name!r} share some of their elements; accepted: weights that share "

@@ -5,17 +5,41 @@ Runs on any device with float64. Dense ops give the very bits of the C++ and Tri
 
 from __future__ import annotations
 
-import torch
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
 
-from .anchor import anchor_affine_
-from .dense import assemble_gradient_, dense_perturb_, masked_perturb_
-from .forward import lowrank_forward_
-from .lowrank import aligned_core, lowrank_perturb_
+import torch
+from torch.utils._pytree import tree_leaves
+
+from . import anchor, dense, forward, lowrank, preconditioned
+from .lowrank import aligned_core
 from .noise import box_muller, fma, noise, stochastic_round, words
-from .preconditioned import preconditioned_
 from .reduction import reduce
 
 name = "reference"
+
+
+def _writing(function: Callable) -> Callable:
+    """An op that also writes tensors made in inference mode, as kernels do: torch writes them only inside of it."""
+
+    @functools.wraps(function)
+    def run(*tensors: Any) -> None:
+        inside = any(isinstance(t, torch.Tensor) and t.is_inference() for t in tree_leaves(tensors))
+        with torch.inference_mode() if inside else contextlib.nullcontext():
+            function(*tensors)
+
+    return run
+
+
+anchor_affine_ = _writing(anchor.anchor_affine_)
+assemble_gradient_ = _writing(dense.assemble_gradient_)
+dense_perturb_ = _writing(dense.dense_perturb_)
+masked_perturb_ = _writing(dense.masked_perturb_)
+lowrank_forward_ = _writing(forward.lowrank_forward_)
+lowrank_perturb_ = _writing(lowrank.lowrank_perturb_)
+preconditioned_ = _writing(preconditioned.preconditioned_)
 
 __all__ = [
     "aligned_core",

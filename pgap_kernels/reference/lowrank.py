@@ -48,7 +48,7 @@ def aligned(diagonals: Tensor | list[Tensor], singular_values: list[Tensor], sig
 
 def cores_and_signs(singular_values, keys, tensor_ids, sign_ids, assemble):
     """Z_init, its diagonal, and xi of each matrix, drawn by a backend's ``assemble_gradient_``."""
-    device, one = singular_values[0].device, torch.ones(1, 1, dtype=torch.float32)
+    device, one = singular_values[0].device, torch.ones(1, 1, dtype=torch.float32, device="cpu")
     ranks = [s.shape[0] for s in singular_values]
     cores: list[Tensor]
     diagonals: Tensor | list[Tensor]
@@ -89,20 +89,21 @@ def lowrank_perturb_(weights, out, arguments: LowRankArguments):
 
         a = left[t].float() if left else regenerate(m, base // row_stride, left_key)
         b = right[t].float() if right else regenerate(n, base % row_stride, right_key)
-        if arguments.below:
-            squares = a * a * arguments.below[t].float()
-        if core_kind == "diagonal":
-            a = a * core[t].float()
-        elif core_kind == "full":
-            a = a @ core[t].float()
-        elif core_kind == "regenerated":
-            a = a @ regenerate(rank, 0, core_key)
-        a, b = a.to(dtype).float(), b.to(dtype).float()
         d = decay[column(decay, t)].to(device)
         weight = source.float()
-        value = coefficient[column(coefficient, t)].to(device) * (a @ b.T)
-        if arguments.e is not None:
-            value = value / (squares @ (b * b).T + arguments.e[column(arguments.e, t)].to(device)).sqrt()
+        with torch.autocast(device.type, enabled=False):  # a hook may run in the forward's
+            if arguments.below:
+                squares = a * a * arguments.below[t].float()
+            if core_kind == "diagonal":
+                a = a * core[t].float()
+            elif core_kind == "full":
+                a = a @ core[t].float()
+            elif core_kind == "regenerated":
+                a = a @ regenerate(rank, 0, core_key)
+            a, b = a.to(dtype).float(), b.to(dtype).float()
+            value = coefficient[column(coefficient, t)].to(device) * (a @ b.T)
+            if arguments.e is not None:
+                value = value / (squares @ (b * b).T + arguments.e[column(arguments.e, t)].to(device)).sqrt()
         if d != 0:
             value = value - d * weight
         value = weight + value

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+_MOST_BYTES = 1 << 26
 
 
 class Hashed:
@@ -29,14 +33,25 @@ class Cache:
     """LRU cache of device tensors, keyed by their source values.
 
     Entries that a graph capture has used are kept for good: the graph reads that very memory when it is replayed.
+
+    Args:
+        size: entries at most.
+        most_bytes: of memory at most, if there are several entries: a method that moves other layers in each step asks
+            for a new table each time, of a megabyte for a large model.
     """
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, most_bytes: int = _MOST_BYTES) -> None:
+        self.size, self.most_bytes = size, most_bytes
         self.entries: OrderedDict[Hashable, Any] = OrderedDict()
         self.captured: dict[Hashable, Any] = {}
+        self.bytes = 0  # of the entries
+        self._lock = threading.Lock()
 
     def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        with self._lock:
+            return self._get(key, make)
+
+    def _get(self, key: Hashable, make: Callable[[], Any]) -> Any:
         found = self.captured.get(key)
         if found is not None:
             return found
@@ -48,12 +63,17 @@ class Cache:
                     "make the same call once before capturing, with scalars and keys that change in device tensors"
                 )
             self.entries[key] = make()
-            while len(self.entries) > self.size:
-                self.entries.popitem(last=False)
+            self.bytes += _bytes_of(self.entries[key])
+            while len(self.entries) > self.size or (self.bytes > self.most_bytes and len(self.entries) > 1):
+                self.bytes -= _bytes_of(self.entries.popitem(last=False)[1])
         self.entries.move_to_end(key)
         if capturing:
             self.captured[key] = self.entries[key]
         return self.entries[key]
+
+
+def _bytes_of(value: Any) -> int:
+    return sum(leaf.nbytes for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
 
 
 _constants = Cache(1024)

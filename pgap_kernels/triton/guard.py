@@ -47,7 +47,8 @@ def guard_kernel(
 def sticky_flag(device: torch.device) -> Tensor:
     """The device's flag: not 0 once a launch was skipped. Copied from the host, as ``cache.counter_table`` is."""
     if device not in _sticky:
-        _sticky[device] = torch.zeros(1, dtype=torch.int32, device="cpu").to(device)
+        with torch.inference_mode(False):  # it is written later, wherever that is
+            _sticky[device] = torch.zeros(1, dtype=torch.int32, device="cpu").to(device)
     return _sticky[device]
 
 

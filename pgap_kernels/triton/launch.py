@@ -81,7 +81,9 @@ def _constants(kernel) -> tuple[bool, ...]:
 def _specialised(value: Any) -> Hashable:
     """What of an argument's value Triton may compile in."""
     if isinstance(value, Tensor):
-        return value.dtype, value.data_ptr() % 16 == 0
+        # On ROCm offsets within less than 2 GiB of memory are compiled to 32 bits.
+        near = torch.version.hip is None or value.untyped_storage().size() < 2**31
+        return value.dtype, value.data_ptr() % 16 == 0, near
     if isinstance(value, tuple):
         return tuple(map(_specialised, value))
     if isinstance(value, int):
