@@ -50,7 +50,9 @@ def dense_perturb_(
         weights: float32, bfloat16 or float16 tensors of any shape, one dtype and device, with contiguous rows
             (``tensor[i]``); no two may share an element. Empty tensors are fine.
         draws: (key, coefficient) pairs. A key is an integer in [0, 2**64) from ``noise.derive`` or an int64 tensor
-            with its bit pattern; a coefficient is a float, a float per tensor, or a tensor of either.
+            with its bit pattern; a coefficient is a float, a float per tensor, or a tensor of either. Tensors may be on
+            any device. On a GPU scalars are not read on the host: with one that is not finite the pass writes nothing,
+            and ``raise_if_skipped`` says so.
         tensor_ids: one 32-bit id per tensor, from ``noise.tensor_id``.
         decay: d, as a coefficient; with d = lr * weight_decay this is decoupled weight decay.
         out: tensors to write instead of the weights (same shapes, dtype, device, sharing nothing with them).

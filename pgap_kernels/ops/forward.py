@@ -61,7 +61,7 @@ def lowrank_forward_(
 ) -> None:
     """Add to a layer's output what low-rank directions of its weight would, and leave the weight alone.
 
-        y_s <- y_s + x_s D_s^T   (y_s + x_s D_s if ``transposed``),   D_s = A_s C_s B_s^T   (K10 of the kernel algebra)
+        y_s <- y_s + x_s D_s^T   (y_s + x_s D_s if ``transposed``),   D_s = A_s C_s B_s^T
 
     nn.Linear has y = x W^T; transformers' Conv1D and, with indices for x, nn.Embedding have y = x W. The rows (the
     leading dimension) are split into equal slices s, each of which sees a direction of its own: many directions in one

@@ -2,8 +2,8 @@
 
     A[i, k] = normal number (row i) r + k under its key;   C[k, j] = normal number k r + j
 
-A program of a low-rank pass makes P of its rows once and holds it. Above a rank that the configuration states,
-`product_kernel` makes P of all matrices beforehand (docs/notebook.md has the model behind the crossover).
+Either a program of a low-rank pass makes P of its rows, or `product_kernel` makes P of all matrices beforehand:
+`config.py` says which, by rank and dtype, and docs/notebook.md has the model behind it.
 """
 
 from collections.abc import Sequence

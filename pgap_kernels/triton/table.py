@@ -28,7 +28,9 @@ ROW_STRIDE = tl.constexpr(6)  # between the logical indices of rows
 TENSOR_ID = tl.constexpr(7)
 FIRST_TILE = tl.constexpr(8)
 TILES_PER_ROW = tl.constexpr(9)  # 0: one row
-ALIGNED = tl.constexpr(10)  # every address, and the base, is at the start of a whole tile
+# Every address and row stride in memory is a multiple of 16 bytes; in dense tables the base and the row stride are
+# multiples of whole tiles, too.
+ALIGNED = tl.constexpr(10)
 SCALAR = tl.constexpr(11)  # column of the tables of scalars
 LEADING = tl.constexpr(12)  # strides between rows in memory, of the four addresses
 ROWS = tl.constexpr(16)
