@@ -2,8 +2,8 @@
 
 An op's first arguments are the lists of tensors that it works on; everything else is a field here and a keyword-only
 argument of the schema. Scalars and keys travel in small tensors: scalars as float32 (the limit of a mask's words as
-int64), in rows of one value or one per tensor, keys as int64 bit patterns. ``slices`` is empty, or (base, row_stride) of
-every tensor, flattened.
+int64), in rows of one value or one per tensor, keys as int64 bit patterns. ``slices`` is empty, or (base, row_stride)
+of every tensor, flattened.
 """
 
 from __future__ import annotations

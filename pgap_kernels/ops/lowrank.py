@@ -38,7 +38,7 @@ Factor = Sequence[Tensor] | Key
 
 def _factor(name: str, value: Factor, weights: list[Tensor], dim: int) -> tuple[list[Tensor], int | Tensor, int | None]:
     """A stored or regenerated factor as (tensors, key bits, rank if stored)."""
-    if isinstance(value, (Integral, Tensor)):
+    if isinstance(value, (int, Integral, Tensor)):
         return [], checks.key_bits(name, value), None
     factors = checks.tensors(name, value, tuple({torch.float32, weights[0].dtype}))
     if len(factors) != len(weights) or factors[0].device != weights[0].device:
@@ -177,7 +177,7 @@ def _below(
 def _core(name: str, core: Factor | None, weights: list[Tensor], rank: int) -> tuple[list, int | Tensor, str]:
     if core is None:
         return [], 0, "none"
-    if isinstance(core, (Integral, Tensor)):
+    if isinstance(core, (int, Integral, Tensor)):
         return [], checks.key_bits(name, core), "regenerated"
     cores = checks.tensors(name, core, tuple({torch.float32, weights[0].dtype}))
     kind = "diagonal" if cores[0].dim() == 1 else "full"
