@@ -69,7 +69,8 @@ class Part:
 
 def main(name: str, out: str, seconds: str, rehearse: str, *given: str) -> None:
     part = Part(name, Path(out), float(seconds), rehearse == "rehearse", given)
-    part.write(facts=machine.facts(part.device))  # in each: parts of one folder may have run on several machines
+    # In each: parts of one folder may have run on several machines.
+    part.write(facts=machine.facts(part.device if part.rehearse or torch.cuda.is_available() else None))
     importlib.import_module(f"benchmarks.gpu.{name}").run(part)
 
 
