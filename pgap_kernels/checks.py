@@ -116,7 +116,7 @@ def apart(name: str, written: Sequence[Tensor], read: Mapping[str, Sequence[Tens
     """
     if not _have_addresses(written):
         return
-    different = {(t.data_ptr(), t.shape): t for own in read.values() for t in own}
+    different = {id(t): t for own in read.values() for t in own}
     if not different or _is_disjoint_rows([*written, *different.values()], False):
         return
     taken = [extent for extent in map(_extent, written) if extent]
