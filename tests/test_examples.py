@@ -86,12 +86,13 @@ def test_the_plain_trainer_learns(capsys):
 
 @pytest.mark.model
 @pytest.mark.slow(seconds=50)
-def test_one_data_set_is_three_tasks(tmp_path, capsys):
+def test_one_data_set_is_several_tasks(tmp_path, capsys):
     pytest.importorskip("transformers")
     main = run("tasks", as_program=False)["main"]
-    main(["--method", "mezo", "--steps", "1", "--sizes", "20", "4", "4", "--output", str(tmp_path)])
+    short = ["--only", "choice", "generation", "--steps", "1", "--sizes", "20", "4", "4"]
+    main(["--method", "mezo", *short, "--output", str(tmp_path)])
     out = capsys.readouterr().out
-    for task, metric in (("classification", "accuracy"), ("choice", "accuracy"), ("generation", "exact_match")):
+    for task, metric in (("choice", "accuracy"), ("generation", "exact_match")):
         assert f"{task}: {{'loss': " in out and metric in out
         assert (tmp_path / task / "report.html").is_file()
 

@@ -31,8 +31,9 @@ def run(part: Part) -> None:
         return
     os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # PyTorch's pools would hide what lies between tensors
     seconds = part.seconds
-    for number, tool in enumerate(TOOLS):
-        part.seconds = seconds - part.left * (len(TOOLS) - number - 1) / (len(TOOLS) - number)
+    tools = TOOLS[:1] if part.rehearse else TOOLS
+    for number, tool in enumerate(tools):
+        part.seconds = seconds - part.left * (len(tools) - number - 1) / (len(tools) - number)
         log = part.out / f"{part.name}.{tool}.log"
         prefix = [command, "--tool", tool, "--log-file", str(log)] if command else []
         code = tests.run(part, SMALL, prefix, workers=0)

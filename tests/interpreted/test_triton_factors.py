@@ -2,18 +2,19 @@
 
 import pytest
 import torch
-from support.helpers import assert_all_same, assert_same_bits, ops, weights
+from support.helpers import assert_all_same, assert_same_bits, in_turn, ops, weights
 from support.lowrank_calls import CORE, IDS, LEFT, RIGHT, SHAPES, WIDE, perturbed, stored
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
-@pytest.mark.parametrize(
-    ("rank", "core"), [(3, "full"), (12, "diagonal"), (20, "none"), (33, "diagonal"), (65, "full")], ids=str
-)
-@pytest.mark.parametrize("dtype", HALF_DTYPES)
-def test_factors_in_either_dtype(dtype, rank, core):
+CORES = [(3, "full"), (12, "diagonal"), (20, "none"), (33, "diagonal"), (65, "full")]
+
+
+@pytest.mark.parametrize(("factor", "dtype"), in_turn(CORES, HALF_DTYPES), ids=str)
+def test_factors_in_either_dtype(factor, dtype):
     """A factor in W's dtype is its float32 copy, which is rounded no further."""
+    rank, core = factor
     left, right, cores = stored(rank, core, draw=lambda sizes, seed: weights(sizes, dtype, seed))
     wide = [values and [v.float() for v in values] for values in (left, right, cores)]
     w, options = weights(SHAPES, dtype), {"coefficient": 0.3, **WIDE}
@@ -48,8 +49,7 @@ def test_regenerated_factors_are_draws(dtype, rank, core):
     assert_all_same(perturbed(w, left, RIGHT, core=cores, coefficient=0.3), want)
 
 
-@pytest.mark.parametrize("rank", (5, 12, 20, 33, 65))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize(("rank", "dtype"), in_turn((5, 12, 20, 33, 65), (torch.float32, torch.bfloat16)), ids=str)
 def test_each_factor_laid_bare(dtype, rank):
     """0 + 1 X: between identities the result is the factor itself."""
     zero, eye = [torch.zeros(rank, rank, dtype=dtype)], [torch.eye(rank)]

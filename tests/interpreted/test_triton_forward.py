@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from support.helpers import DTYPES, assert_same_bits, integers, ops, weights
+from support.helpers import DTYPES, assert_same_bits, in_turn, integers, ops, weights
 
 from pgap_kernels import draw
 from pgap_kernels.triton import forward
@@ -53,8 +53,7 @@ def agreeing(y, *operands, **options):
 # ---- exact arithmetic ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rank", RANKS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rank", "dtype"), in_turn(RANKS, DTYPES, times=2), ids=str)
 def test_whole_numbers(dtype, rank):
     """Nothing but the last rounding is inexact, so the reference's bits: x of any dtype, odd tokens, odd halves."""
     for x_dtype, tokens, transposed, signs in (
@@ -70,8 +69,7 @@ def test_whole_numbers(dtype, rank):
         assert not torch.equal(got, y)
 
 
-@pytest.mark.parametrize("rank", (3, 40, 70))
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rank", "dtype"), in_turn((3, 40, 70), DTYPES), ids=str)
 def test_x_is_not_rounded(dtype, rank):
     """Numbers beyond the bits of a 16-bit y, whose sum is within them."""
     y, x, left, right, c = exact(dtype, FLOAT32, rank, 35, False)
@@ -80,8 +78,7 @@ def test_x_is_not_rounded(dtype, rank):
     assert not torch.equal(got, after(y, x.to(BFLOAT16), left, right, c))
 
 
-@pytest.mark.parametrize("rank", (1, 16, 33, 130))
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rank", "dtype"), in_turn((1, 16, 33, 130), DTYPES), ids=str)
 def test_row_indices(dtype, rank):
     for x_dtype in INDICES:
         for tokens, signs in ((1, [1]), (67, [1]), (70, [1, -1])):
@@ -97,8 +94,7 @@ def test_largest_rank(dtype):
         agreeing(y, x, left, right, c, -c, transposed=True)
 
 
-@pytest.mark.parametrize("rank", (3, 40, 70))
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rank", "dtype"), in_turn((3, 40, 70), DTYPES), ids=str)
 def test_leading_dimensions(dtype, rank):
     """Halves are of the leading dimension, which need not be that of the tokens."""
     y, x, left, right, c = exact(dtype, dtype, rank, 66, False)
@@ -119,8 +115,7 @@ def test_small_and_empty(shape):
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3, 4), (2, 0, 1, 4, 3)], ids=["even", "uneven"])
-@pytest.mark.parametrize("rank", (3, 33, 70))
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rank", "dtype"), in_turn((3, 33, 70), DTYPES), ids=str)
 def test_operands_of_every_slice(dtype, rank, order):
     """Cores, coefficients and factors, any number of them, wherever they are: evenly apart in memory or not."""
 
@@ -172,8 +167,7 @@ def poisoned(tensor, offset: int):
 
 
 @pytest.mark.parametrize("offset", [1, 256])
-@pytest.mark.parametrize("rank", (3, 33, 70))
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rank", "dtype"), in_turn((3, 33, 70), DTYPES), ids=str)
 def test_nothing_else_is_read_or_written(dtype, rank, offset):
     """Aligned and not; rows of x apart in memory."""
     for x_dtype in (dtype, FLOAT32, torch.int64):
@@ -194,8 +188,7 @@ def test_nothing_else_is_read_or_written(dtype, rank, offset):
             assert torch.equal(f, b)
 
 
-@pytest.mark.parametrize("rank", (3, 33, 70))
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rank", "dtype"), in_turn((3, 33, 70), DTYPES), ids=str)
 def test_a_token_that_is_not_finite_is_its_own(dtype, rank):
     y, x, left, right, c = exact(dtype, dtype, rank, 70, False)
     want = after(y, x, left, right, c)
@@ -220,14 +213,13 @@ def test_x_in_other_layouts():
 # ---- accuracy ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rank", RANKS)
-@pytest.mark.parametrize(
-    ("dtype", "x_dtype"),
-    [(d, d) for d in DTYPES] + [(BFLOAT16, FLOAT32), (FLOAT16, FLOAT32), (BFLOAT16, FLOAT16), (FLOAT32, BFLOAT16)],
-    ids=str,
-)
-def test_error_is_at_most_twice_that_of_pytorch(dtype, x_dtype, rank):
+TYPES = [(d, d) for d in DTYPES] + [(BFLOAT16, FLOAT32), (FLOAT16, FLOAT32), (BFLOAT16, FLOAT16), (FLOAT32, BFLOAT16)]
+
+
+@pytest.mark.parametrize(("rank", "types"), in_turn(RANKS, TYPES, times=3), ids=str)
+def test_error_is_at_most_twice_that_of_pytorch(rank, types):
     """Largest and root mean square error against float64. PyTorch's has x as it is, both factors and x F N rounded."""
+    dtype, x_dtype = types
     transposed = bool(RANKS.index(rank) % 2)
     columns, inner = (N, M) if transposed else (M, N)
     left, right, c = weights([(M, rank), (N, rank), (rank, rank)], seed=1)

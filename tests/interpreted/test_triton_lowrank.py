@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from support.helpers import DTYPES, assert_all_same, assert_same_bits, weights
+from support.helpers import DTYPES, assert_all_same, assert_same_bits, in_turn, weights
 from support.lowrank_calls import (
     SHAPES,
     STOCHASTIC,
@@ -25,8 +25,7 @@ RANKS = (1, 2, 8, 9, 15, 16, 17, 32, 33, 64, 65, 130)
 # ---- exact arithmetic ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rank", RANKS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rank", "dtype"), in_turn(RANKS, DTYPES, times=2), ids=str)
 def test_whole_numbers(dtype, rank):
     """Nothing but the last rounding is inexact, so every rank gives the reference's bits, with every stored core."""
     w = weights(SHAPES, dtype)
@@ -40,8 +39,7 @@ def test_whole_numbers(dtype, rank):
         assert not any(torch.equal(g, x) for g, x in zip(got, w, strict=True))
 
 
-@pytest.mark.parametrize("rank", (1, 9, 16, 33))
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rank", "dtype"), in_turn((1, 9, 16, 33), DTYPES), ids=str)
 def test_quotients_of_whole_numbers(dtype, rank):
     """Factors are signs, and v adds up so that the root is 16."""
     w = weights(SHAPES, dtype)
@@ -62,8 +60,7 @@ def test_largest_rank(dtype):
     agreeing(w, left, right, coefficient=2.0**-6, slices=[(5 * 600 + 7, 600)], **STOCHASTIC)
 
 
-@pytest.mark.parametrize("rank", (1, 12, 16))
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rank", "dtype"), in_turn((1, 12, 16), DTYPES), ids=str)
 def test_columns_beyond_a_strip(dtype, rank):
     """A program walks over a strip of a row block; another does the rest."""
     config = lowrank_config(dtype, rank, stochastic=False, architecture="other")

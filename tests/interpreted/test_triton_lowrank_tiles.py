@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from support.helpers import DTYPES, assert_all_same, assert_same_bits, ops, poison, weights
+from support.helpers import DTYPES, assert_all_same, assert_same_bits, in_turn, ops, poison, weights
 from support.lowrank_calls import CORE, IDS, LEFT, RIGHT, SHAPES, STOCHASTIC, agreeing, perturbed, stored
 
 
@@ -37,8 +37,7 @@ def test_regenerated_factors_of_a_list_are_each_ones_own():
         assert_all_same(got, [alone[i] for i in order])
 
 
-@pytest.mark.parametrize("rank", (3, 12, 20, 33))
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rank", "dtype"), in_turn((3, 12, 20, 33), DTYPES), ids=str)
 def test_views_are_written_and_nothing_else(dtype, rank):
     """Rows apart and one element off alignment, in place and from one layout into another."""
     (whole,), (target,) = weights([(50, 160)], dtype), poison(weights([(60, 140)], dtype))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,11 @@ def integers(shapes, bound: int, seed: int) -> list[Tensor]:
     """Random whole numbers up to a bound: their products and sums are exact, in whatever order they are made."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(-bound, bound + 1, shape, generator=generator).float() for shape in shapes]
+
+
+def in_turn(values: Sequence, others: Sequence, times: int = 1) -> list[tuple]:
+    """Each of the values with so many of the others, which take turns: not all pairs, where a case takes seconds."""
+    return [(value, others[(i + k) % len(others)]) for i, value in enumerate(values) for k in range(times)]
 
 
 def clones(tensors: list[Tensor]) -> list[Tensor]:
