@@ -16,8 +16,9 @@ from support.selection import cycled, some_runs, unstacked
 from torch import nn
 
 from pgap_kernels import draw, noise
-from pgap_kernels.optim import PGAP, LowRankOptimizer, MeZO
-from pgap_kernels.perturbation import MODES
+from pgap_kernels.optim import PGAP, LeZO, LowRankOptimizer, MeZO
+from pgap_kernels.optim.evaluation import FlatLosses
+from pgap_kernels.perturbation import MODES, points
 
 ROW = {row.id: row for row in ROWS}
 PLAIN = MODES[:3]
@@ -301,3 +302,111 @@ def test_a_decay_that_leaves_nothing_is_a_step(mode):
     """lr * weight_decay = 1: the pass has no inverse, and needs none while nothing fails."""
     model, opt = make(ROW["mezo"], mode=mode, lr=1.0, weight_decay=1.0)
     assert math.isfinite(opt.step(Losses(model)))
+
+
+@pytest.mark.parametrize("mode", ["inplace", "scratch"])
+def test_a_change_that_was_refused_can_be_undone(mode):
+    """Embeddings with max_norm, and recurrent layers on the scratch, cannot be served: only frozen."""
+    first = nn.Embedding(10, 8, max_norm=1.0) if mode == "inplace" else nn.Sequential(nn.Embedding(10, 8), Recurrent())
+    model = nn.Sequential(first.requires_grad_(False), nn.Flatten(), nn.Linear(16, 2))
+    opt, ids = MeZO(model, lr=0.05, mode=mode), torch.tensor([[1, 2], [3, 4]])
+
+    def closure():
+        return model(ids).square().mean()
+
+    opt.step(closure)
+    first.requires_grad_(True)
+    before = snapshot(model)
+    with pytest.raises((ValueError, RuntimeError)):
+        opt.step(closure)
+    assert_same_weights(snapshot(model), before)
+    first.requires_grad_(False)
+    opt.step(closure)
+    after = snapshot(model)
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {"2.weight", "2.bias"}
+    if mode == "scratch":  # and what this mode cannot serve another one can
+        first.requires_grad_(True)
+        with pytest.raises((ValueError, RuntimeError)):
+            opt.step(closure)
+        opt.mode = "inplace"
+        opt.step(closure)
+        assert opt.mode == "inplace" and not torch.equal(
+            after["0.1.inner.weight_hh_l0"], model.state_dict()["0.1.inner.weight_hh_l0"]
+        )
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.LSTM(8, 8, batch_first=True)
+
+    def forward(self, x):
+        return self.inner(x)[0]
+
+
+def test_costs_are_asked_of_an_optimizer_that_is_attached():
+    model = Words()
+    one = MeZO(model, mode="scratch")
+    one.detach()
+    two = MeZO(model, mode="scratch")
+    two.step(Losses(model))
+    model.up.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="detached"):
+        one.cost()
+    two.step(Losses(model))
+
+
+def test_copies_of_data_parallel_are_refused():
+    model = Words()
+    opt = MeZO(model, mode="scratch")
+    model.up.__dict__["_is_replica"] = True
+    with pytest.raises(RuntimeError, match="DataParallel"):
+        opt.step(Losses(model))
+
+
+def test_memory_that_captured_graphs_read_is_kept(monkeypatch):
+    """A method that moves other layers in each step has new operands in each, and the oldest go."""
+    monkeypatch.setattr(points, "_MOST", 0)
+    model = Words()
+    opt, losses, kept = LeZO(model, lr=0.01, mode="scratch"), Losses(model), {}
+    shown = opt.perturbation.points
+
+    def captured():
+        shown.keep_captured()
+        kept.update({place: shown._memory[place] for place in shown._used})
+        return losses()
+
+    opt.step(captured)
+    for _ in range(20):
+        opt.step(losses)
+    assert kept and all(shown._memory.get(place) is operands for place, operands in kept.items())
+    key = shown.key
+    shown.clear()
+    opt.step(losses)
+    assert shown.key[1] != key[1], "graphs of the memory before are of another key"
+
+
+def test_planes_of_frozen_weights_wait():
+    model = Words().to(torch.bfloat16)
+    opt = MeZO(model, lr=0.05, residual=True, mode="scratch")
+    for _ in range(3):
+        opt.step(Losses(model))
+    planes = {name: plane.clone() for name, plane in opt.perturbation.residual.planes.items()}
+    twin = Words().to(torch.bfloat16)
+    twin.load_state_dict(model.state_dict())
+    twin.up.requires_grad_(False)
+    other = MeZO(twin, lr=0.05, residual=True, mode="scratch")
+    other.load_state_dict(opt.state_dict())
+    twin.up.requires_grad_(True)
+    other.follow_model()
+    assert planes["up.weight"].any()
+    assert all(torch.equal(plane, planes[name]) for name, plane in other.perturbation.residual.planes.items())
+
+
+def test_flat_losses_are_those_of_each_group():
+    flat = FlatLosses()
+    for _ in range(9):
+        flat.note([1.0, 2.0, 1.0, 2.0], groups=2)
+    assert flat.steps == 9
+    flat.note([1.0, 2.0, 1.0, 2.5], groups=2)
+    assert flat.steps == 0

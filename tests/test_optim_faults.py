@@ -221,7 +221,7 @@ def test_an_update_that_overflows_with_its_scale_is_skipped(mode):
 def test_forwards_that_come_back_are_captured(monkeypatch):
     """In the second step that has their kind; what comes in one step alone would only fill the memory."""
     perturbation = SimpleNamespace(weights=[], watched=False, graph_key=None)
-    optimizer = SimpleNamespace(weights=list, steps=0, perturbation=perturbation)
+    optimizer = SimpleNamespace(weights=list, steps=0, perturbation=perturbation, model=None)
     ran, replayed = [], []
 
     def capture(call):
@@ -234,7 +234,7 @@ def test_forwards_that_come_back_are_captured(monkeypatch):
         for perturbation.graph_key in keys:
             own()
     assert ran == [(0, "a"), (0, "a"), (1, "b"), (2, "c")]
-    assert replayed == [(1, "a"), (2, "a"), (3, "b"), (3, "a")] and set(own.graphs) == {"a", "b"}
+    assert replayed == [(1, "a"), (2, "a"), (3, "b"), (3, "a")] and len(own.graphs) == 2
     perturbation.weights = []  # moved or cast
     own()
     assert ran[-1] == (3, "a") and not own.graphs

@@ -278,3 +278,30 @@ def test_weights_see_updates_only(dtype):
         optimizer.step(closure)
         assert seen and all(torch.equal(w, before) for w in seen)
         assert not torch.equal(model.layer.weight, before)
+
+
+class Positioned(nn.Module):
+    """Positions are one row, as in GPT-2 and BERT, whatever the number of examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places, self.head = nn.Embedding(9, 6), nn.Embedding(4, 6), nn.Linear(6, 3)
+        filled(self)
+
+    def forward(self, ids):
+        return self.head(self.words(ids) + self.places(torch.arange(ids.shape[1])[None]))
+
+
+@pytest.mark.parametrize("merge", ["step", "window"])
+def test_positions_of_one_row_fold(merge):
+    losses = {}
+    for mode in ("scratch", "folded"):
+        model, ids = Positioned(), torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 0], [2, 2, 1]])
+        options = {"merge": merge} if mode == "folded" else {}
+        opt = PGAP(model, lr=0.05, rank=2, window=3, probes=2, members=2, mode=mode, **options)
+
+        def closure(model=model, ids=ids):
+            return model(torch.cat([ids] * 2)).square().mean((1, 2))
+
+        losses[mode] = [opt.step(closure) for _ in range(5)]
+    assert losses["folded"] == pytest.approx(losses["scratch"], rel=1e-4) and losses["folded"][0] != losses["folded"][1]

@@ -35,6 +35,10 @@ from .model import Params
 __all__ = ["Closure", "Cost", "Evaluation", "NonFiniteLossError", "Params", "ZOOptimizer"]
 
 
+def _unreduced(losses: Tensor) -> Tensor:
+    return losses
+
+
 class ZOOptimizer(DirectionOptimizer):
     """Base of the zeroth-order optimizers: ``step(closure)`` with forward passes only.
 
@@ -223,7 +227,7 @@ class ZOOptimizer(DirectionOptimizer):
                 self._held = None
                 torch.clear_autocast_cache()
                 evaluate.state.release()
-            self._flat.note(evaluate.losses)
+            self._flat.note(evaluate.losses, self.groups)
             return self._note(evaluate, loss)
 
     def _note(self, evaluate: Evaluation, loss: float, skipped: bool = False) -> float:
@@ -251,7 +255,7 @@ class ZOOptimizer(DirectionOptimizer):
             autocast=Autocast(state.device_types),
             ambient=ambient,
             timed=self.timed,
-            reduce=self.reduce_losses,
+            reduce=_unreduced if self.perturbation.dry else self.reduce_losses,
             members=self.members,
             groups=self.groups,
             checked_slices=self._checked_slices,
@@ -259,6 +263,7 @@ class ZOOptimizer(DirectionOptimizer):
 
     def cost(self) -> Cost:
         """What a step costs beyond its forwards, counted over one dry period: nothing is computed or written."""
+        self.perturbation.refuse_if_released("cost")
         with outside_ambient_state():
             self.follow_model()
             return measure_cost(self)

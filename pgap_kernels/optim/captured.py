@@ -48,7 +48,9 @@ class CapturedClosure:
             self.graphs.clear()
             self.first.clear()
             self.weights = perturbation.weights
-        key = perturbation.graph_key
+        model = self.optimizer.model
+        training = () if model is None else tuple([module.training for module in model.modules()])
+        key = perturbation.graph_key, training
         if perturbation.watched or self.first.setdefault(key, self.optimizer.steps) == self.optimizer.steps:
             return self.closure()
         if key not in self.graphs:
@@ -61,12 +63,16 @@ class CapturedClosure:
 def capture(call: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """A graph of a call, after one on another stream: what is compiled or allocated at the first is not in the graph;
     and the tensor that it returned, which every replay overwrites."""
-    side = torch.cuda.Stream()
+    side, random = torch.cuda.Stream(), torch.cuda.get_rng_state()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         call()
     torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.set_rng_state(random)  # the replay that follows is the forward
+    # Copies of weights that autocast has made are of this moment, and freed later: the graph has to make its own.
+    torch.clear_autocast_cache()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         value = call()
+    torch.clear_autocast_cache()
     return graph, value

@@ -33,9 +33,9 @@ class FlatLosses:
     def __init__(self) -> None:
         self.steps = 0
 
-    def note(self, losses: Sequence[float]) -> None:
-        """Count a step's losses, and warn once if there were enough such steps."""
-        flat = len(losses) > 1 and all(loss == losses[0] for loss in losses)
+    def note(self, losses: Sequence[float], groups: int = 1) -> None:
+        """Count a step's losses, and warn once if there were enough such steps; groups have losses of their own."""
+        flat = len(losses) > groups and all(loss == losses[i % groups] for i, loss in enumerate(losses))
         self.steps = self.steps + 1 if flat else 0
         if self.steps == _FLAT_STEPS:
             notices.warn(

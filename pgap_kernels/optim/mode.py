@@ -127,10 +127,15 @@ class ModeOptimizer(ModelOptimizer, metaclass=_EnterMode):
                 f"mode: got {mode!r} while mode {self.mode!r} has updates or perturbations that are not in the "
                 "weights; call merge() first"
             )
-        with outside_ambient_state():
-            self.follow_model()
-            self._enter_mode(mode)
-        self.requested_mode = mode
+        # First: the model may have become one that the mode until now cannot serve.
+        before, self.requested_mode = self.requested_mode, mode
+        try:
+            with outside_ambient_state():
+                self.follow_model()
+                self._enter_mode(mode)
+        except BaseException:
+            self.requested_mode = before
+            raise
 
     @property
     def pending(self) -> bool:
@@ -204,6 +209,16 @@ class ModeOptimizer(ModelOptimizer, metaclass=_EnterMode):
         self.merge()
         self._forget_weights()
         self._weights = weights
+        try:
+            self._serve(weights, recast)
+        except BaseException:
+            # The mode still serves the weights from before, so even if they come back all of it has to be done again.
+            self._forget_weights()
+            self._seen = None
+            raise
+        self._note_model()
+
+    def _serve(self, weights: Sequence[Weight], recast: bool) -> None:
         for w in weights:
             for name, value in self.state.get(w.tensor, {}).items():
                 if isinstance(value, Tensor) and value.device != w.tensor.device:
@@ -216,7 +231,6 @@ class ModeOptimizer(ModelOptimizer, metaclass=_EnterMode):
             self.perturbation.set_weights(weights)
             if self.residual:
                 self.perturbation.residual = Residual(weights, self.perturbation.residual)
-        self._note_model()
 
     def _follow_after_copy(self) -> None:
         """In a copy, whose parameters lie elsewhere: note them if they are what they were, else follow the changes."""

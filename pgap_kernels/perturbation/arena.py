@@ -39,15 +39,17 @@ class Arena:
 
     def take(self, like: Tensor) -> Tensor:
         """Uninitialised contiguous memory of a tensor's shape and dtype, to be given back before any taken earlier."""
-        device, begin, size = like.device, self.top[like.device], padded_bytes(like)
-        self.top[device] = begin + size
-        if begin + size > self.capacity[device] or torch.is_grad_enabled():
-            return torch.empty(like.shape, dtype=like.dtype, device=device)
-        if device not in self.memory:
-            with torch.inference_mode(False):  # the next forward may run in another inference mode
-                self.memory[device] = torch.empty(self.capacity[device], dtype=torch.uint8, device=device)
-        taken = self.memory[device][begin : begin + like.nbytes]
-        return taken.view(like.dtype).view(like.shape)
+        device, begin = like.device, self.top[like.device]
+        end = begin + padded_bytes(like)
+        if end > self.capacity[device] or torch.is_grad_enabled():
+            taken = torch.empty(like.shape, dtype=like.dtype, device=device)
+        else:
+            if device not in self.memory:
+                with torch.inference_mode(False):  # the next forward may run in another inference mode
+                    self.memory[device] = torch.empty(self.capacity[device], dtype=torch.uint8, device=device)
+            taken = self.memory[device][begin : begin + like.nbytes].view(like.dtype).view(like.shape)
+        self.top[device] = end  # last: what could not be had is not given back either
+        return taken
 
     def borrow(self, elements: int, device: torch.device) -> Tensor | None:
         """Its memory as float32, to use until the next ``take``; None if it has less, or none yet."""

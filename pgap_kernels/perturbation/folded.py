@@ -57,11 +57,12 @@ class Folded(Scratch):
         super().set_weights(weights)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "prepared": {}, "folds": [], "calls_of": []}
+        return {**super().__getstate__(), "prepared": {}, "captured": [], "folds": [], "calls_of": []}
 
     def _make_tables(self) -> None:
         super()._make_tables()
         self.prepared: dict[Hashable, Prepared] = {}
+        self.captured: list[Prepared] = []  # of these the tensors are read by graphs
         self.foldable = foldable_weights(self.uses)
         shape = (len(self.weights), 1, 1)
         devices = {w.tensor.device for w in self.weights}
@@ -103,6 +104,10 @@ class Folded(Scratch):
             calls = [forward_arguments(w, own) for w, own in zip(self.weights, folds, strict=True)]
             self.prepared[key] = (folds, calls)
         return self.prepared[key]
+
+    def keep_captured(self) -> None:
+        super().keep_captured()
+        self.captured.append((self.folds, self.calls_of))
 
     def _with_window(self, point: Direction) -> Direction:
         """What the window holds and the point add up to; cores of one subspace become one."""
@@ -167,6 +172,8 @@ class Folded(Scratch):
             output = self._scaled_output(use, ref, x, output)
         output, x = output.contiguous(), x.to(output.device)  # accelerate moves inputs inside the module's forward
         if self.count > 1:
+            if use.kind == EMBEDDING and output.shape[0] == 1 and self.rows > 1:  # positions, the same for all rows
+                output, x = (t.expand(self.rows, *t.shape[1:]).contiguous() for t in (output, x))
             check_rows(self, type(use.module).__name__, output.shape[0])
         if torch.is_grad_enabled() and output.requires_grad:  # between steps, or by the closure's own wish
             weight, folds = self.weights[ref.index], self.folds[ref.index]

@@ -170,6 +170,11 @@ class _Before:
         self.client, self.number = client, number
 
     def __call__(self, module: nn.Module, args: tuple) -> None:
+        if module.__dict__.get("_is_replica"):
+            raise RuntimeError(
+                f"closure: {type(module).__name__} is a copy that nn.DataParallel has made, on whose weights no "
+                "perturbation is; accepted: one process for each GPU (torchrun)"
+            )
         self.client.enter(self.number)
 
 

@@ -35,19 +35,22 @@ class Points:
     """
 
     def __init__(self, weights: int) -> None:
-        self.weights, self.most = weights, 1
+        self.weights, self.most, self._cleared = weights, 1, 0
         self.clear()
 
     def clear(self) -> None:
         """Forget the points and the memory."""
         # By point, layout, and number among the point's parts of that layout; those of the last use at the end.
         self._memory: dict[Hashable, Operands] = {}
+        self._used: list[Hashable] = []  # keys of the points that are shown
+        self._captured: set[Hashable] = set()  # keys of what graphs read, which stays
+        self._cleared += 1
         self._added: list[list[list[LoadedPart]]] = [[[]] for _ in range(self.weights)]  # by weight and point
         self.key: tuple[Hashable, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy shares no device memory with what it was made from."""
-        return {"weights": self.weights, "most": self.most}
+        return {"weights": self.weights, "most": self.most, "_cleared": self._cleared}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -64,22 +67,28 @@ class Points:
             operands.unload()
         self.most = max(self.most, len(points))
         self._added = [[[] for _ in points] for _ in range(self.weights)]
-        keys: list[Hashable] = [len(points)]
-        used = []
+        keys: list[Hashable] = [len(points), self._cleared]
+        used: list[Hashable] = []
         for number, point in enumerate(points):
             alike: Counter[Hashable] = Counter()
             for part in point:
                 layout = part.layout()
-                used.append((number, layout, alike[layout]))
+                place = (number, layout, alike[layout])
                 alike[layout] += 1
-                operands = self._loaded(used[-1], part)
+                used.append(place)
+                operands = self._loaded(place, part)
                 keys.append((number, layout, operands.graph_key()))
                 for position, index in enumerate(part.indices):
                     self._added[index][number].append(LoadedPart(part, operands, position))
-        self.key = tuple(keys)
+        self.key, self._used = tuple(keys), used
         # Methods that move other weights in each step make new layouts without end.
-        for unused in [*self._memory][: max(0, len(self._memory) - max(_MOST, 4 * len(used)))]:
+        free = [place for place in self._memory if place not in self._captured]
+        for unused in free[: max(0, len(free) - max(_MOST, 4 * len(used)))]:
             del self._memory[unused]
+
+    def keep_captured(self) -> None:
+        """A graph that was captured reads the memory of the points that are shown, whenever it is replayed."""
+        self._captured |= {*self._used}
 
     def _loaded(self, key: Hashable, part: Part) -> Operands:
         """The part's operands, in the memory that an earlier part of the same layout had at its place."""

@@ -81,16 +81,22 @@ class Residual:
         for w in weights:
             if w.tensor.dtype == torch.float32:
                 continue
-            self.kinds[w.name] = kind = (w.tensor.dtype, w.tensor.device, w.tensor.shape)
-            if kinds.get(w.name) == kind:
-                self.planes[w.name] = known[w.name]
+            dtype, shape = kinds.get(w.name, (None, None))
+            self.kinds[w.name] = (w.tensor.dtype, w.tensor.shape)
+            if shape == w.tensor.shape and dtype in (None, w.tensor.dtype):
+                self.planes[w.name] = known[w.name].to(w.tensor.device)
             else:
                 zeros = torch.zeros_like(w.tensor, dtype=torch.int16, memory_format=torch.contiguous_format)
                 self.planes[w.name] = zeros
         self.largest = max((w.tensor.numel() for w in weights), default=0)
 
     def load(self, planes: dict[str, Tensor]) -> None:
-        """Take over the planes of a ``state_dict``; weights that were frozen when it was made have none there."""
+        """Take over the planes of a ``state_dict``; weights that were frozen when it was made have none there.
+
+        Those of weights that are frozen now wait until they are not.
+        """
+        for name in planes.keys() - self.planes.keys():
+            self.planes[name], self.kinds[name] = planes[name].clone(), (None, planes[name].shape)
         for name, plane in self.planes.items():
             if name in planes:
                 plane.copy_(planes[name])

@@ -25,7 +25,7 @@ from .compiled import is_any_compiled, is_called_compiled, uncompiled
 from .hooks import Hooks, ModuleUse, ParamRef, StrayUses, tensors_in, uses_of
 from .points import LoadedPart, Points
 from .stacked import StackedForward
-from .step_context import outside_ambient_state
+from .step_context import outside_ambient_state, uninterrupted
 from .vectors import Vectors
 
 T = TypeVar("T")
@@ -185,13 +185,15 @@ class Scratch(Perturbation):
         finally:
             self.active = self.searching = False
             self.watched = watched
-            self._unwind()
+            with uninterrupted():
+                self._unwind()
             for use, times in zip(self.uses, self.calls, strict=True):
                 if times:
                     filled = [self.weights[ref.index] for ref in self.refs_to_fill(use)]
                     self.count_passes(filled, times * self.count)
         if self.captures:
             self.replays.add(self.graph_key)
+            self.keep_captured()
         if not self.recompiled and self._missed():
             # Perhaps compiled code without hooks has run, of some of these modules or of others of their class: torch
             # does not see that hooks have come.
@@ -200,6 +202,10 @@ class Scratch(Perturbation):
             return result
         self._check_called()
         return result
+
+    def keep_captured(self) -> None:
+        """Keep what a captured forward reads."""
+        self.points.keep_captured()
 
     def _readable(self) -> set[int]:
         """Addresses of the weights that may be read now.
