@@ -19,14 +19,12 @@ from benchmarks.convergence.store import Store
 from benchmarks.convergence.study import DEFAULT, SCHEDULES, Refused, Study, load
 from benchmarks.convergence.times import Ratio, Setting, Time
 from benchmarks.harness import batches
-from pgap_kernels.finetune import models
 from pgap_kernels.perturbation import Folded, InPlace
 
 STUDY = """
 baseline = "MeZO"
 forwards = 120
 first_checkpoint = 16
-seconds = {{ cpu = 0.001 }}
 targets = {{ early = 0.001 }}
 part = "test"
 seeds = {{ data = [0], directions = [7] }}
@@ -115,9 +113,7 @@ def test_a_study_that_cannot_be_run_is_refused(config):
         with pytest.raises(Refused, match=message):
             load(config, "cpu")
     config.write_text(text)
-    with pytest.raises(Refused, match="has none for 'cuda'"):
-        load(config, "cuda")
-    assert load(config, "cuda", seconds=3.0, only=["P-GAP"]).seconds == 3
+    assert [cell.arm for cell in load(config, "cuda", only=["P-GAP"]).cells] == ["P-GAP"]
 
 
 def test_schedules_start_at_one_and_do_not_rise():
@@ -157,6 +153,15 @@ def test_the_program_from_cells_to_report(config, tmp_path, capsys, monkeypatch)
     assert text.startswith("before") and text.endswith("after") and "old" not in text
     assert "| P-GAP | > 120 | 0 of 1 | 0 | none | batch 2, constant, lr 0.001 (end: lr) |" in text
     assert "(curves.png)" in text and (tmp_path / "curves.png").stat().st_size > 10_000
+    assert "seconds" not in text, "nobody has measured any"
+    # Seconds of each kind of step, taken in turns.
+    monkeypatch.undo()
+    assert program.main(["speed", str(folder), "--config", str(config), "--turns", "6"]) == 0
+    rows = {(row["arm"], row["forwards"]): row for row in Store(folder).speed()["rows"]}
+    assert {key: row["turns"] for key, row in rows.items()} == {("MeZO", 8): 5, ("P-GAP", 16): 1, ("P-GAP", 8): 4}
+    assert all(row["seconds"] > 0 for row in rows.values())
+    assert program.main(given) == 0
+    assert "### Seconds to early (0.001)" in page.read_text() and "Seconds: processor" in page.read_text()
 
 
 def test_a_cell_of_generated_answers_reports_their_metric(config, tmp_path):
@@ -165,24 +170,17 @@ def test_a_cell_of_generated_answers_reports_their_metric(config, tmp_path):
     store.begin(study)
     record = go(study.cells[0], study, store)
     assert record["status"] == "completed" and {"f1", "exact_match"} < set(record["checkpoints"][-1])
-    assert "test f1" in report.markdown(store.study(), [record], None)
+    assert "test f1" in report.markdown(*report.found_in(store), None)
 
 
 def test_cells_at_a_time_are_those_in_turn(config, study, tmp_path, capsys):
     folder = tmp_path / "results"
-    command = ["--config", str(config), "--json", str(folder), "--parallel", "2"]
-    with pytest.raises(SystemExit):
-        program.main(command)
-    assert "accepted: with --seconds 0" in capsys.readouterr().err
-    assert program.main([*command, "--seconds", "0"]) == 0
+    assert program.main(["--config", str(config), "--json", str(folder), "--parallel", "2"]) == 0
     for cell in study.cells:
         found, straight = Store(folder).read(cell), go(cell, study, Store(tmp_path))
         assert found["status"] == "completed"
         losses = straight["steps"]["losses"][: len(found["steps"]["losses"])]
         assert found["steps"]["losses"] == pytest.approx(losses, rel=1e-4)  # not by as many threads
-    # Nothing is said of seconds, for which there was no budget.
-    assert program.main(["report", str(folder), "--figure", str(tmp_path / "curves.png")]) == 0
-    assert "seconds" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arm", ["MeZO", "P-GAP"])
@@ -230,15 +228,6 @@ def test_a_stopped_cell_goes_on_where_it_was(study, tmp_path, arm, how, monkeypa
         assert record["steps"]["losses"] == pytest.approx(straight["steps"]["losses"], rel=1e-4)
 
 
-def test_warming_up_moves_nothing(study):
-    cell = next(cell for cell in study.cells if cell.arm == "P-GAP")
-    one = run.Run(cell, study, torch.device("cpu"))
-    before = {name: w.detach().clone() for name, w in models.tuned_parameters(one.model).items()}
-    one.warm_up()
-    assert all(torch.equal(w, before[name]) for name, w in models.tuned_parameters(one.model).items())
-    assert one.optimizer.steps == 0 and one.record["steps"]["losses"] == []
-
-
 def test_a_run_that_diverges_is_finished(config, tmp_path):
     config.write_text(config.read_text().replace("lr = [1e-3]", "lr = [1e30]", 1))
     study, store = load(config, "cpu", only=["MeZO"]), Store(tmp_path)
@@ -252,8 +241,6 @@ def test_a_folder_keeps_the_study_that_it_was_begun_with(config, study, tmp_path
     store = Store(tmp_path / "results")
     store.begin(study)
     store.begin(load(config, "cpu", only=["MeZO"]))
-    with pytest.raises(Refused, match="seconds: got 9"):
-        store.begin(load(config, "cpu", seconds=9))
     config.write_text(config.read_text().replace("early = 0.001", "early = 0.5"))
     with pytest.raises(Refused, match="targets: got"):
         store.begin(load(config, "cpu"))
@@ -279,10 +266,13 @@ def test_no_file_is_half_written(study, tmp_path, monkeypatch):
 
 def record(losses, arm="A", seed=0, lr=1.0, batch=1, schedule="constant", step=10) -> dict:
     """A run whose checkpoints are ``step`` forwards, and half as many seconds, apart."""
-    points = [{"forwards": step * i, "seconds": step * i / 2, "loss": y, "accuracy": 0.5} for i, y in enumerate(losses)]
+    points = [{"step": i, "forwards": step * i, "loss": y, "accuracy": 0.5} for i, y in enumerate(losses)]
+    points = [point | {"seconds": point["forwards"] / 2} for point in points]
     cell = {"arm": arm, "data_seed": seed, "lr": lr, "batch": batch, "schedule": schedule}
-    steps = {"forwards": [step], "squared_norm": [None], "second_moment": [4.0]}
-    return {"cell": cell, "status": "completed", "checkpoints": points, "steps": steps, "facts": {"processor": "one"}}
+    count = len(losses) - 1
+    steps = {"forwards": [step * (i + 1) for i in range(count)]}
+    steps |= {"squared_norm": [None] * count, "second_moment": [4.0] * count}
+    return {"cell": cell, "status": "completed", "checkpoints": points, "steps": steps, "facts": {"torch": "2"}}
 
 
 def test_times_interpolate_and_are_censored_at_the_budget():
@@ -347,11 +337,17 @@ def test_times_before_the_first_evaluation_give_bounds():
     assert times.ratio([(Time(8.0, False), early)]) == Ratio(pytest.approx(4.0), "≥", 1)
 
 
-def test_runs_that_shared_the_machine_are_named():
-    runs = [record([1.0, 0.5], seed=seed) for seed in range(3)]
-    for one, seconds in zip(runs, (10.0, 11.0, 20.0), strict=True):
-        one["steps"] |= {"seconds": [seconds], "cpu_seconds": [18.0]}
-    assert times.disturbed(runs) == [runs[2]]
+def test_seconds_are_those_of_the_steps_that_a_run_took():
+    refreshed = record([1.0, 0.9, 0.8, 0.7])
+    refreshed["steps"]["forwards"] = [30, 40, 50]
+    rows = [
+        {"arm": "A", "batch": 1, "forwards": 10, "seconds": 2.0},
+        {"arm": "B", "batch": 1, "forwards": 30, "seconds": 9},
+    ]
+    with pytest.raises(Refused, match="no step of A with 1 examples and 30 example-forwards"):
+        times.timed(refreshed, rows)
+    rows.append({"arm": "A", "batch": 1, "forwards": 30, "seconds": 7.0})
+    assert [point["seconds"] for point in times.timed(refreshed, rows)["checkpoints"]] == [0.0, 7.0, 9.0, 11.0]
 
 
 def test_mean_curves_are_of_the_same_places():
@@ -361,6 +357,7 @@ def test_mean_curves_are_of_the_same_places():
 
 def test_tables_say_what_the_protocol_asks_for():
     study = {"baseline": "A", "forwards": 20, "seconds": 10, "targets": {"late": 0.5}, "part": "dev"}
+    study["speed"] = {"facts": {"processor": "one"}}
     slow = [record([1.0, 1.0, 0.4], "A", seed) for seed in range(2)]
     fast = [record([1.0, 0.9, 0.3], "B", seed) for seed in range(3)]
     text = report.markdown(study, [*slow, *fast], None)
@@ -373,7 +370,4 @@ def test_tables_say_what_the_protocol_asks_for():
         and "| dev loss |" in text
         and "| A | 0.4000 (0.4000 to 0.4000) |" in text
     )
-    assert "5 finished cells; processor one." in text and "| A |  | 4 |" not in text
-    with pytest.raises(Refused, match="cells of 2 machines"):
-        report.arms_of(study, [*slow, fast[0] | {"facts": {"processor": "two"}}])
-    assert set(report.arms_of(study | {"seconds": 0}, [*slow, fast[0] | {"facts": {"processor": "two"}}])) == {"A", "B"}
+    assert "5 finished cells; torch 2." in text and "Seconds: processor one." in text and "| A |  | 4 |" not in text

@@ -1,18 +1,19 @@
 """How many example-forwards and seconds methods need to reach a loss, each with its best learning rate and schedule.
 
     python -m benchmarks.convergence --json DIR [--config FILE] [--device cuda] [--max-minutes 60]
+    python -m benchmarks.convergence speed DIR [--config FILE] [--device cuda]
     python -m benchmarks.convergence report DIR [--markdown FILE] [--figure FILE]
 
 Study     benchmarks/convergence/study.toml says which arms there are (methods x learning rates x schedules x batch
-          sizes x seeds), what they learn, the budgets and the targets. SmolLM2-135M learns which movie snippets are
+          sizes x seeds), what they learn, the budget and the targets. SmolLM2-135M learns which movie snippets are
           positive; model and data are fetched the first time. Needs Python 3.11.
 Cells     each is a file in DIR. A finished one is not run again, a stopped one goes on where it was: after
           --max-minutes, or Ctrl-C. The likeliest settings come first, each with every seed.
-Budgets   a cell ends when its example-forwards and its seconds are used up, so that arms can be compared at equal
-          forwards and at equal seconds. All forwards and seconds of its steps count, refreshes included; evaluations
-          do not, nor do the three forwards that try out, once, whether a model keeps the slices of a batch apart.
-
-Seconds are only worth something on an idle machine, and those of one device do not go with those of another.
+Budget    a cell ends when its example-forwards are used up. All forwards of its steps count, refreshes included;
+          evaluations do not, nor do the three forwards that try out, once, whether a model keeps the slices of a batch
+          apart. Cells may run beside other work, several at a time, and on different machines.
+Seconds   are measured apart, by `speed`, which takes a step of each arm in turn on one idle machine; with them the
+          report compares arms at equal seconds, too.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from benchmarks.convergence import report
+from benchmarks.convergence import report, speed
 from benchmarks.convergence.parallel import records
 from benchmarks.convergence.run import past, run_cell
 from benchmarks.convergence.store import Store
@@ -102,13 +103,12 @@ def arguments(given: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.N
     add("--config", type=Path, metavar="FILE", default=DEFAULT, help="default: study.toml of this command")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ...; default: %(default)s")
     add("--only", nargs="+", metavar="ARM", help="default: all")
-    add("--seconds", type=float, help="budget of a cell; default: the study's for the device")
     add(
         "--parallel",
         type=int,
         default=1,
         metavar="N",
-        help="cells at a time, each in a process of its own; needs --seconds 0, as they then take longer",
+        help="cells at a time, each in a process of its own",
     )
     add("--max-minutes", type=float, help="stop after so many; the same command goes on later")
     add("--list", action="store_true", help="print the cells in their order, and run none")
@@ -122,20 +122,15 @@ def arguments(given: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.N
 
 def main(given: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if given is None else list(given)
-    if given[:1] == ["report"]:
-        return report.main(given[1:])
+    if given[:1] in (["report"], ["speed"]):
+        return {"report": report, "speed": speed}[given[0]].main(given[1:])
     parser, args = arguments(given)
     device = torch.device(args.device)
     try:
-        study = load(args.config, device.type, args.seconds, args.only)
+        study = load(args.config, device.type, args.only)
         if args.list:
             print("\n".join(cell.name for cell in study.cells))
             return 0
-        if args.parallel > 1 and study.seconds:
-            raise Refused(
-                f"--parallel: got {args.parallel} with a budget of {study.seconds:g} seconds, but cells at a time take "
-                "longer; accepted: with --seconds 0"
-            )
         store = Store(args.json)
         store.begin(study)
         complete = run(study, store, device, args.max_minutes, args.parallel)

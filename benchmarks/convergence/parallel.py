@@ -1,4 +1,4 @@
-"""Several cells at a time, each in a process of its own: for forwards, as cells that share a machine take longer."""
+"""Several cells at a time, each in a process of its own."""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
     python -m benchmarks.convergence report DIR [--markdown docs/evidence.md] [--figure FILE]
 
-Times to each target: the median over seeds of an arm's best setting, how many of its runs reached the target, and the
+Times are example-forwards and, where `speed` was run, seconds: up to those of the arm that uses up its forwards first.
+To each target: the median over seeds of an arm's best setting, how many of its runs reached the target, and the
 ratio to the baseline's time, paired by data order, with a 95 % interval (Student's t of the logarithms). A run that did
 not reach the target within the budget is censored: a time beyond the budget, and a bound instead of a ratio.
 
@@ -23,7 +24,7 @@ from typing import Any
 
 from benchmarks.convergence import figure, times
 from benchmarks.convergence.store import Store
-from benchmarks.convergence.study import Cell, Refused
+from benchmarks.convergence.study import Refused
 from benchmarks.convergence.times import AXES, Best, Record, Setting
 from benchmarks.harness import machine, options
 from benchmarks.harness.tables import Table, shown
@@ -33,11 +34,20 @@ UNITS = {"forwards": "example-forwards", "seconds": "seconds"}
 Arms = Mapping[str, dict[Setting, dict[int, Record]]]
 
 
-def arms_of(study: Mapping[str, Any], records: Sequence[Record]) -> Arms:
+def found_in(store: Store) -> tuple[dict[str, Any], list[Record]]:
+    """What the cells of a folder share, with a budget for each axis, and those that are finished, with seconds if there
+    are any."""
+    study, speed = store.study(), store.speed()
+    records = [record for record in store.records() if record["status"] != "stopped"]
+    if speed is None:
+        return study | {"seconds": 0}, records
+    records = [times.timed(record, speed["rows"]) for record in records]
+    ends = [record["checkpoints"][-1]["seconds"] for record in records if record["status"] == "completed"]
+    return study | {"seconds": min(ends, default=0), "speed": speed}, records
+
+
+def arms_of(records: Sequence[Record]) -> Arms:
     """The finished runs by arm and setting."""
-    machines = {tuple(record["facts"].get(name) for name in machine.SPEED) for record in records}
-    if len(machines) > 1 and study["seconds"]:
-        raise Refused(f"got cells of {len(machines)} machines, {machines}; accepted: of one")
     names = dict.fromkeys(record["cell"]["arm"] for record in records)
     found = {name: times.settings(records, name) for name in names}
     return {name: settings for name, settings in found.items() if settings}
@@ -45,7 +55,7 @@ def arms_of(study: Mapping[str, Any], records: Sequence[Record]) -> Arms:
 
 def tables(study: Mapping[str, Any], arms: Arms) -> Iterator[Table]:
     """All of them."""
-    axes = [axis for axis in AXES if study[axis]]  # a study of forwards alone has no budget of seconds
+    axes = [axis for axis in AXES if study[axis]]
     for axis in axes:
         for name, target in study["targets"].items():
             yield _to_target(study, arms, axis, name, target)
@@ -126,24 +136,20 @@ def _spread(values: Sequence[float], digits: int) -> str:
 
 def markdown(study: Mapping[str, Any], records: Sequence[Record], image: str | None) -> str:
     """The tables with headings, after what they are of."""
-    arms = arms_of(study, records)
-    finished = sum(record["status"] != "stopped" for record in records)
-    facts = records[0]["facts"]
-    about = ", ".join(
-        f"{name} {machine.text(facts[name])}"
-        for name in (*machine.SPEED, "torch", "pgap_kernels")
-        if facts.get(name) is not None
-    )
-    shared = [Cell(**record["cell"]).name for record in times.disturbed(records)] if study["seconds"] else []
+    arms = arms_of(records)
     parts = [
-        f"{finished} finished cells; {about}.",
-        *([f"Did not have the machine to themselves: {', '.join(shared)}."] if shared else []),
-        *([f"![{study['part']} loss over forwards and seconds]({image})"] if image else []),
+        f"{len(records)} finished cells; {_about(records[0]['facts'], ('torch', 'pgap_kernels'))}.",
+        *([f"Seconds: {_about(study['speed']['facts'], machine.SPEED)}."] if study["seconds"] else []),
+        *([f"![{study['part']} loss of each arm]({image})"] if image else []),
     ]
     for table in tables(study, arms):
         if table.rows:
             parts += [f"### {table.title[0].upper()}{table.title[1:]}", table.markdown()]
     return "\n\n".join(parts)
+
+
+def _about(facts: Mapping[str, Any], names: Sequence[str]) -> str:
+    return ", ".join(f"{name} {machine.text(facts[name])}" for name in names if facts.get(name) is not None)
 
 
 def insert(file: Path, text: str) -> None:
@@ -165,15 +171,12 @@ def main(given: Sequence[str]) -> int:
     args = parser.parse_args(given)
     options.check_files(parser, args, ("markdown", "figure"))
     try:
-        store = Store(args.folder)
-        study, records = store.study(), store.records()
-        arms = arms_of(study, records)
+        study, records = found_in(Store(args.folder))
+        arms = arms_of(records)
         if not arms:
             raise Refused(f"{args.folder}: no cell is finished yet")
         for table in tables(study, arms):
             table.print()
-        for record in times.disturbed(records) if study["seconds"] else ():
-            print(f"{Cell(**record['cell']).name} did not have the machine to itself")
         if args.figure:
             figure.draw(study, arms, args.figure)
         if args.markdown:

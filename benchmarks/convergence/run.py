@@ -1,26 +1,24 @@
-"""One cell: steps until both budgets are used up, with evaluations between them."""
+"""One cell: steps until its example-forwards are used up, with evaluations between them."""
 
 from __future__ import annotations
 
-import copy
 import gc
 import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.convergence.store import Store
 from benchmarks.convergence.study import SCHEDULES, Cell, Refused, Study
 from benchmarks.harness import batches, machine
 from pgap_kernels.finetune import data, models
-from pgap_kernels.finetune.scoring import Encoded, Scorer, scorer_of
-from pgap_kernels.optim import NonFiniteLossError, ZOOptimizer, make_optimizer
+from pgap_kernels.finetune.scoring import scorer_of
+from pgap_kernels.optim import NonFiniteLossError, make_optimizer
 
 EVALUATION_BATCH = 50
 SIGNALS = ("squared_norm", "second_moment")
@@ -37,8 +35,9 @@ class Run:
     """A cell on a model of its own.
 
     Attributes:
-        record: what is kept of it: its cell, the machine, and by step the losses, the example-forwards and seconds so
-            far, and what the losses say of the gradient; loss and metrics of the evaluations at checkpoints.
+        record: what is kept of it: its cell, the machine, and by step the loss, the example-forwards so far, and what
+            the losses say of the gradient; loss and metrics of the evaluations at checkpoints.
+        forwards: example-forwards so far.
     """
 
     def __init__(self, cell: Cell, study: Study, device: torch.device) -> None:
@@ -49,14 +48,11 @@ class Run:
             config.model, getattr(torch, config.dtype), device, tune=config.tune, lora_rank=config.lora_rank
         )
         self.dataset = data.load(config, tokenizer)
-        self._scorer_of = partial(
-            scorer_of, tokenizer=tokenizer, data=self.dataset, max_new_tokens=config.max_new_tokens
+        self.scorer = scorer_of(self.model, tokenizer, self.dataset, config.max_new_tokens)
+        self.optimizer = make_optimizer(
+            cell.method, self.model, lr=cell.lr, seed=cell.direction_seed, **{"eps": 1e-3, **cell.options}
         )
-        if device.type == "cuda":
-            self.warm_up()
-        self.scorer = self._scorer_of(self.model)
-        self.optimizer = self._optimizer_of(self.model)
-        self.forwards, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
+        self.forwards = 0
         self._trials = TRIALS if cell.slices > 1 else 0
         self.record: dict[str, Any] = {
             "cell": asdict(cell),
@@ -64,28 +60,9 @@ class Run:
             "mode": self.optimizer.mode,
             "facts": machine.facts(device),
             "commits": [commit()],
-            "steps": {name: [] for name in ("losses", "forwards", "seconds", "cpu_seconds", *SIGNALS)},
+            "steps": {name: [] for name in ("losses", "forwards", *SIGNALS)},
             "checkpoints": [],
         }
-
-    def _optimizer_of(self, model: nn.Module) -> ZOOptimizer:
-        cell = self.cell
-        options = {"eps": 1e-3, **cell.options}
-        return make_optimizer(cell.method, model, lr=cell.lr, seed=cell.direction_seed, **options)
-
-    def _batch(self, scorer: Scorer, number: int) -> Encoded:
-        """The examples of a step, as often as its forwards have them."""
-        examples = data.batch(self.dataset.train, self.cell.batch, self.cell.data_seed, number)
-        return scorer.encode(examples * self.cell.copies)
-
-    def warm_up(self) -> None:
-        """Two steps of a copy, the first with a refresh: kernels are compiled and loaded before seconds count."""
-        model = copy.deepcopy(self.model)
-        scorer, optimizer = self._scorer_of(model), self._optimizer_of(model)
-        batch = self._batch(scorer, 0)
-        for _ in range(2):
-            optimizer.step(lambda: batches.loss(scorer, batch, self.cell.slices))
-        optimizer.detach()
 
     # ---- going on later ---------------------------------------------------------------------------------------------
 
@@ -100,10 +77,10 @@ class Run:
         """Stand where a run was stopped.
 
         Raises:
-            Refused: by another machine or other versions.
+            Refused: by other versions.
         """
         before, now = record["facts"], self.record["facts"]
-        for name in (*machine.SPEED, "torch", "pgap_kernels"):
+        for name in ("torch", "pgap_kernels"):
             if before.get(name) != now.get(name):
                 raise Refused(
                     f"{self.cell.name}: was begun with {name} {before.get(name)!r}, this is {now.get(name)!r}; "
@@ -115,9 +92,7 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.record = record
         if record["steps"]["losses"]:
-            self.forwards, self.seconds, self.cpu_seconds = (
-                record["steps"][name][-1] for name in ("forwards", "seconds", "cpu_seconds")
-            )
+            self.forwards = record["steps"]["forwards"][-1]
 
     # ---- the run ----------------------------------------------------------------------------------------------------
 
@@ -139,40 +114,31 @@ class Run:
             while True:
                 if self._is_due():
                     self._evaluate()
-                if self._used_up():
+                if self.forwards >= self.study.forwards:
                     break
                 if stop():
                     raise Stopped
-                self._step()
-                progress(self._done())
+                self.step()
+                progress(min(1.0, self.forwards / self.study.forwards))
             self.record["status"] = "completed"
         except NonFiniteLossError as error:
             self.record |= {"status": "diverged", "error": str(error)}
         except KeyboardInterrupt as error:
             raise Stopped from error
 
-    def _done(self) -> float:
-        budgets = ((self.forwards, self.study.forwards), (self.seconds, self.study.seconds))
-        return min(1.0, *(used / budget for used, budget in budgets if budget))
-
-    def _used_up(self) -> bool:
-        return self.forwards >= self.study.forwards and self.seconds >= self.study.seconds
-
-    def _step(self) -> None:
-        cell, number = self.cell, len(self.record["steps"]["losses"])
-        begin, calls = (time.perf_counter(), time.process_time()), 0
-        batch = self._batch(self.scorer, number)
-        factor = SCHEDULES[cell.schedule](self.forwards / self.study.forwards)
+    def step(self) -> None:
+        """One step, and what it was."""
+        number, calls = len(self.record["steps"]["losses"]), 0
+        examples = data.batch(self.dataset.train, self.cell.batch, self.cell.data_seed, number)
+        batch = self.scorer.encode(examples * self.cell.copies)
+        factor = SCHEDULES[self.cell.schedule](self.forwards / self.study.forwards)
         for group in self.optimizer.param_groups:
-            group["lr"] = cell.lr * factor
+            group["lr"] = self.cell.lr * factor
 
         def closure() -> Tensor:
-            nonlocal calls, begin
+            nonlocal calls
             calls += 1
-            loss = batches.loss(self.scorer, batch, cell.slices)
-            if calls == self._trials:
-                begin = (time.perf_counter(), time.process_time())  # they do not count
-            return loss
+            return batches.loss(self.scorer, batch, self.cell.slices)
 
         try:
             self.optimizer.step(closure)
@@ -180,34 +146,26 @@ class Run:
             # Ctrl-C in a forward undoes the step, which is then none. While weights are written it waits until that is
             # over: the step was taken, so it counts, and what is saved goes on with the next.
             if self.optimizer.steps > number:
-                self._count(begin, calls, batch)
+                self._count((calls - self._trials) * len(batch.labels))
+                self._trials = 0
 
-    def _count(self, begin: tuple[float, float], calls: int, batch: Encoded) -> None:
-        """Write down a step that was taken."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        wall, cpu = time.perf_counter() - begin[0], time.process_time() - begin[1]
-        self.seconds += wall
-        self.cpu_seconds += cpu
-        self.forwards += (calls - self._trials) * len(batch.labels)
-        self._trials = 0
+    def _count(self, forwards: int) -> None:
+        self.forwards += forwards
         steps, last = self.record["steps"], self.optimizer.last
-        found = {"losses": last.loss, "forwards": self.forwards, "seconds": self.seconds}
-        found |= {"cpu_seconds": self.cpu_seconds} | {name: getattr(last.signal, name) for name in SIGNALS}
-        for name, value in found.items():
+        found = {"losses": last.loss, "forwards": self.forwards}
+        for name, value in (found | {name: getattr(last.signal, name) for name in SIGNALS}).items():
             steps[name].append(value)
 
     def _is_due(self) -> bool:
-        """Whether a checkpoint, or a budget, was passed since the last evaluation."""
+        """Whether a checkpoint was passed since the last evaluation."""
         last = self.record["checkpoints"][-1]
         following = next(due for due in self.study.checkpoints() if due > last["forwards"])
-        return self.forwards >= following or last["seconds"] < self.study.seconds <= self.seconds
+        return self.forwards >= following
 
     def _evaluate(self) -> None:
         score = self.scorer.evaluate(getattr(self.dataset, self.study.part), EVALUATION_BATCH)
         self.record["checkpoints"].append({
-            "step": len(self.record["steps"]["losses"]), "forwards": self.forwards, "seconds": self.seconds,
-            "loss": score.loss, **score.metrics,
+            "step": len(self.record["steps"]["losses"]), "forwards": self.forwards, "loss": score.loss, **score.metrics,
         })  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.convergence.study import Cell, Refused, Study
 
-STUDY = "study.json"
+STUDY, SPEED = "study.json", "speed.json"
 
 
 class Store:
@@ -45,8 +45,17 @@ class Store:
 
     def records(self) -> list[dict[str, Any]]:
         """Those of all cells, finished or not."""
-        files = sorted(file for file in self.folder.glob("*.json") if file.name != STUDY)
+        files = sorted(file for file in self.folder.glob("*.json") if file.name not in (STUDY, SPEED))
         return [json.loads(file.read_text()) for file in files]
+
+    def speed(self) -> dict[str, Any] | None:
+        """The facts and rows of ``benchmarks.convergence speed``, if it was run."""
+        file = self.folder / SPEED
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    def write_speed(self, found: dict[str, Any]) -> None:
+        """Keep them."""
+        _write(self.folder / SPEED, lambda to: to.write(json.dumps(found, indent=1).encode()))
 
     def read(self, cell: Cell) -> dict[str, Any] | None:
         """The record of a cell; None if it was not begun.

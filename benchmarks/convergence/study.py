@@ -16,8 +16,7 @@ from pgap_kernels.finetune import Config
 from pgap_kernels.optim import available_methods
 
 DEFAULT = Path(__file__).with_name("study.toml")
-# The learning rate over that of the first step, by the share of the budget of example-forwards that is used up. All are
-# fixed beforehand, as cells may go on beyond that budget: a linear decay stays at its end.
+# The learning rate over that of the first step, by the share of the budget of example-forwards that is used up.
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda used: 1.0,
     "linear": lambda used: max(0.1, 1 - 0.9 * used),
@@ -70,7 +69,7 @@ class Study:
     Attributes:
         device: the type that it is run on.
         baseline: the arm that times are compared with.
-        forwards, seconds: budgets of a cell, which ends when both are used up.
+        forwards: the budget of a cell, in example-forwards.
         first_checkpoint: example-forwards before the first evaluation after the start.
         targets: losses by name.
         part: of the data, on which losses and targets are measured: "dev" where settings are chosen, else "test".
@@ -80,7 +79,6 @@ class Study:
     device: str
     baseline: str
     forwards: int
-    seconds: float
     first_checkpoint: int
     targets: Mapping[str, float]
     part: str
@@ -101,17 +99,16 @@ class Study:
         yield from heapq.merge(regular, [self.forwards])
 
 
-_KEYS = {"baseline", "forwards", "first_checkpoint", "seconds", "targets", "part", "seeds", "task", "arms"}
+_KEYS = {"baseline", "forwards", "first_checkpoint", "targets", "part", "seeds", "task", "arms"}
 _ARM_KEYS = {"name", "method", "batch", "schedule", "lr", "options"}
 
 
-def load(file: Path, device: str, seconds: float | None = None, only: Sequence[str] | None = None) -> Study:
+def load(file: Path, device: str, only: Sequence[str] | None = None) -> Study:
     """Read a study.
 
     Args:
         file: TOML, as study.toml explains it.
-        device: "cpu" or "cuda"; each has a budget of seconds of its own.
-        seconds: a budget that takes its place.
+        device: "cpu" or "cuda".
         only: names of arms; all by default.
 
     Raises:
@@ -130,13 +127,10 @@ def load(file: Path, device: str, seconds: float | None = None, only: Sequence[s
             raise Refused(f"{option}: got {missing.pop()!r}; accepted: {', '.join(names)}")
     if found["part"] not in PARTS:
         raise Refused(f"part: got {found['part']!r}; accepted: {', '.join(PARTS)}")
-    if seconds is None and device not in found["seconds"]:
-        raise Refused(f"seconds: {file.name} has none for {device!r}; accepted: one for it, or --seconds")
     return Study(
         device=device,
         baseline=found["baseline"],
         forwards=found["forwards"],
-        seconds=found["seconds"][device] if seconds is None else seconds,
         first_checkpoint=found["first_checkpoint"],
         targets=found["targets"],
         part=found["part"],

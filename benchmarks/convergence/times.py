@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 from benchmarks.convergence.study import Refused
 
 AXES = ("forwards", "seconds")
-_SHARED = 1.15  # times as long for the same processor's time as the least disturbed run
 Record = dict[str, Any]
 
 
@@ -90,16 +89,25 @@ def holds(record: Record, target: float) -> bool:
     return record["status"] != "diverged" and record["checkpoints"][-1]["loss"] <= target
 
 
-def disturbed(records: Iterable[Record]) -> list[Record]:
-    """Runs that took much longer for the processor's time that they got than others of their arm: they shared it."""
-    shares: dict[tuple, list[tuple[float, Record]]] = {}
-    for record in records:
-        cell, steps = record["cell"], record["steps"]
-        if steps.get("cpu_seconds"):  # older records have none
-            share = steps["seconds"][-1] / max(steps["cpu_seconds"][-1], 1e-9)
-            shares.setdefault((cell["arm"], cell["batch"]), []).append((share, record))
-    least = {arm: min(share for share, _ in own) for arm, own in shares.items()}
-    return [record for arm, own in shares.items() for share, record in own if share > _SHARED * least[arm]]
+def timed(record: Record, speed: Sequence[dict[str, Any]]) -> Record:
+    """The record with the seconds at each checkpoint: those of its arm's steps, by their example-forwards, added up.
+
+    Args:
+        speed: the rows of ``speed.measure``.
+
+    Raises:
+        Refused: they have no step of so many.
+    """
+    cell, done = record["cell"], [0, *record["steps"]["forwards"]]
+    own = {r["forwards"]: r["seconds"] for r in speed if (r["arm"], r["batch"]) == (cell["arm"], cell["batch"])}
+    taken = [b - a for a, b in itertools.pairwise(done)]
+    if missing := {*taken} - own.keys():
+        raise Refused(
+            f"speed.json: has no step of {cell['arm']} with {cell['batch']} examples and {missing.pop()} "
+            "example-forwards; accepted: one of the same study (`benchmarks.convergence speed`)"
+        )
+    seconds = [0.0, *itertools.accumulate(own[forwards] for forwards in taken)]
+    return record | {"checkpoints": [point | {"seconds": seconds[point["step"]]} for point in record["checkpoints"]]}
 
 
 def metric_of(record: Record) -> str:

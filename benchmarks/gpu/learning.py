@@ -18,8 +18,7 @@ REHEARSED = (("mezo", "float32"),)
 SMALL = {"steps": 1, "train_size": 40, "dev_size": 20, "test_size": 20, "eval_limit": 10}
 SECONDS = 25  # that a run may take
 SAVING = 60  # seconds that cells need to end their step or evaluation, and to keep what they have
-# Cells of the study at a time. A model of this size keeps the GPU busy for a small part of a step; what is compared is
-# then forwards, not seconds.
+# Cells of the study at a time: a model of this size keeps the GPU busy for a small part of a step.
 PARALLEL = 8
 
 
@@ -58,7 +57,7 @@ def run(part: Part) -> None:
         return
     cells = part.out / "cells"
     command = [sys.executable, "-m", "benchmarks.convergence", "--json", str(cells), "--device", part.device.type]
-    together = ["--parallel", "2" if part.rehearse else str(PARALLEL), "--seconds", "0"]
+    together = ["--parallel", "2" if part.rehearse else str(PARALLEL)]
     subprocess.run([*command, *together, "--max-minutes", f"{minutes:.2f}"], cwd=ROOT, check=True)
     finished = [json.loads(file.read_text()) for file in sorted(cells.glob("*.json"))]
     records = [record for record in finished if "cell" in record]
