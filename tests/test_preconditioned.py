@@ -298,7 +298,7 @@ def test_states(rule, which):
     arguments = good(rule)
     for value, error, match in (
         ([t.bfloat16() for t in arguments["state"][which]], TypeError, r"^{}\[0\]: got dtype torch.bfloat16"),
-        (arguments["weights"], ValueError, r"^({0}|weights)\[1\] overlaps ({0}|weights)\[1\]"),
+        (arguments["weights"], ValueError, r"^({0}|weights)\[\d\] overlaps ({0}|weights)\[\d\]"),
     ):
         arguments["state"][which] = value
         refused("preconditioned_update_", arguments, error, match.format(rf"state\[{which}\]"))
