@@ -23,9 +23,9 @@ cpu_alone = pytest.mark.skipif("cpu" not in BACKENDS, reason="of the C++ extensi
 
 def rows(condition=lambda row: True):
     found = {name: row for name, row in ROWS.items() if condition(row)}
-    if interpreter.ON:  # a call takes seconds there: every op, and every other row of those with several
+    if interpreter.ON:  # a call takes seconds there: every op, and every third row of those with several
         first = {row.op: name for name, row in reversed(found.items())}.values()
-        found = {name: row for i, (name, row) in enumerate(found.items()) if i % 2 == 0 or name in first}
+        found = {name: row for i, (name, row) in enumerate(found.items()) if i % 3 == 0 or name in first}
     return pytest.mark.parametrize("row", [pytest.param(row, id=name) for name, row in found.items()])
 
 
