@@ -16,6 +16,7 @@ which a setting has fewer seeds than another are shown by the settings that have
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,7 +44,8 @@ def found_in(store: Store) -> tuple[dict[str, Any], list[Record]]:
         return study | {"seconds": 0}, records
     records = [times.timed(record, speed["rows"]) for record in records]
     ends = [record["checkpoints"][-1]["seconds"] for record in records if record["status"] == "completed"]
-    return study | {"seconds": min(ends, default=0), "speed": speed}, records
+    end = min(ends, default=0.0)
+    return study | {"seconds": math.floor(end) or end, "speed": speed}, records
 
 
 def arms_of(records: Sequence[Record]) -> Arms:
