@@ -51,6 +51,7 @@ def _panel(
         axes.axhline(target, color="gray", linewidth=0.8, linestyle=":")
         axes.text(1, target, f" {name}", transform=axes.get_yaxis_transform(), fontsize=8, va="center", color="gray")
     axes.set_xscale("log")
+    axes.xaxis.set_minor_formatter("")  # they would run into each other
     axes.set_xlim(right=study[axis])
     unit = {"forwards": "example-forwards", "seconds": "seconds of steps"}[axis]
     loss = f"{study['part']} loss"
