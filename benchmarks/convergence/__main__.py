@@ -6,7 +6,7 @@
 
 Study     benchmarks/convergence/study.toml says which arms there are (methods x learning rates x schedules x batch
           sizes x seeds), what they learn, the budget and the targets. SmolLM2-135M learns which movie snippets are
-          positive; model and data are fetched the first time. Needs Python 3.11.
+          positive; model and data are fetched the first time.
 Cells     each is a file in DIR. A finished one is not run again, a stopped one goes on where it was: after
           --max-minutes, or Ctrl-C. The likeliest settings come first, each with every seed.
 Budget    a cell ends when its example-forwards are used up. All forwards of its steps count, refreshes included;

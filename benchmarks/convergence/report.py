@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.convergence import figure, times
+from benchmarks.convergence import figure, speed, times
 from benchmarks.convergence.store import Store
 from benchmarks.convergence.study import Refused
 from benchmarks.convergence.times import AXES, Best, Record, Setting
@@ -38,14 +38,14 @@ Arms = Mapping[str, dict[Setting, dict[int, Record]]]
 def found_in(store: Store) -> tuple[dict[str, Any], list[Record]]:
     """What the cells of a folder share, with a budget for each axis, and those that are finished, with seconds if there
     are any."""
-    study, speed = store.study(), store.speed()
+    study, found = store.study(), store.speed()
     records = [record for record in store.records() if record["status"] != "stopped"]
-    if speed is None:
+    if found is None:
         return study | {"seconds": 0}, records
-    records = [times.timed(record, speed["rows"]) for record in records]
+    records = [times.timed(record, found["rows"]) for record in records]
     ends = [record["checkpoints"][-1]["seconds"] for record in records if record["status"] == "completed"]
     end = min(ends, default=0.0)
-    return study | {"seconds": math.floor(end) or end, "speed": speed}, records
+    return study | {"seconds": math.floor(end) or end, "speed": found}, records
 
 
 def arms_of(records: Sequence[Record]) -> Arms:
@@ -63,6 +63,8 @@ def tables(study: Mapping[str, Any], arms: Arms) -> Iterator[Table]:
             yield _to_target(study, arms, axis, name, target)
     for axis in axes:
         yield _at_budget(study, arms, axis)
+    if study["seconds"]:
+        yield speed.table(study["speed"]["rows"])
     yield _signal(study, arms)
 
 

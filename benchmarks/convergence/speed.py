@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ Row = dict[str, Any]
 
 
 def measure(
-    study: Study, device: torch.device, turns: int, shown: Callable[[range], Sequence[int] | Any] = lambda them: them
+    study: Study, device: torch.device, turns: int, shown: Callable[[range], Iterable[int]] = iter
 ) -> list[Row]:
     """A row for each arm, batch size and number of example-forwards of a step: the median seconds of its turns."""
     runs = [Run(_shortened(cell), study, device) for cell in _one_each(study.cells)]
@@ -82,6 +82,11 @@ def main(given: Sequence[str]) -> int:
     except (Refused, UserError) as error:
         parser.error(str(error))
     store.write_speed({"facts": machine.facts(device), "rows": rows})
-    lines = [[*(str(row[name]) for name in ("arm", "batch", "forwards")), f"{row['seconds']:.3f}"] for row in rows]
-    Table(["arm", "batch", "example-forwards of a step", "seconds"], lines, "Speed").print()
+    table(rows).print()
     return 0
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """What `measure` found."""
+    lines = [[*(str(row[name]) for name in ("arm", "batch", "forwards")), f"{row['seconds']:.3f}"] for row in rows]
+    return Table(["arm", "batch", "example-forwards of a step", "seconds"], lines, "seconds of a step, with refreshes")

@@ -61,5 +61,6 @@ def _kernel(reach: Reach, rows: Sequence[dict]) -> Target:
         bound = f"≥ {reach.at_least:g}x faster than {reach.figure}"
         # `gpu_tables` has put ours of the same visit beside each: ratios are within one run.
         others = [r for r in own if r["provider"] == reach.figure]
-        values = [r["seconds"] / r.get("ours_seconds", ours[-1]["seconds"]) for r in others if ours]
+        beside = [(r, r.get("ours_seconds", ours[-1]["seconds"])) for r in others if ours]
+        values = [r["seconds"] / own_seconds for r, own_seconds in beside if own_seconds]
     return Target(reach.what, bound, at_least=reach.at_least, values=tuple(values))

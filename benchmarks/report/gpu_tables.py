@@ -29,8 +29,8 @@ def load(folder: Path) -> dict[str, list[dict]]:
             rows = [row for row in rows if _is_figure(row)]
             ours = {_setting(row)[:-1]: row["seconds"] for row in rows if row.get("provider") == "ours"}
             for row in rows:
-                if "provider" in row and _setting(row)[:-1] in ours:
-                    row["ours_seconds"] = ours[_setting(row)[:-1]]
+                if "provider" in row:
+                    row["ours_seconds"] = ours.get(_setting(row)[:-1])
             newest |= {setting(row): row for row in rows}
         if newest:
             found[part] = list(newest.values())

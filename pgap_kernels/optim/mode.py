@@ -219,6 +219,7 @@ class ModeOptimizer(ModelOptimizer, metaclass=_EnterMode):
         self._note_model()
 
     def _serve(self, weights: Sequence[Weight], recast: bool) -> None:
+        """Give the mode these weights, or enter another mode with them, and move their state to where they are."""
         for w in weights:
             for name, value in self.state.get(w.tensor, {}).items():
                 if isinstance(value, Tensor) and value.device != w.tensor.device:
