@@ -38,7 +38,7 @@ Factor = Sequence[Tensor] | Key
 
 def _factor(name: str, value: Factor, weights: list[Tensor], dim: int) -> tuple[list[Tensor], int | Tensor, int | None]:
     """A stored or regenerated factor as (tensors, key bits, rank if stored)."""
-    if isinstance(value, (int, Integral, Tensor)):
+    if isinstance(value, (int, Integral, Tensor)):  # a type checker does not know that an int is Integral
         return [], checks.key_bits(name, value), None
     factors = checks.tensors(name, value, tuple({torch.float32, weights[0].dtype}))
     if len(factors) != len(weights) or factors[0].device != weights[0].device:

@@ -21,9 +21,10 @@ class CapturedClosure:
 
     Keep it from step to step, and the tensors that the closure reads where they are: new batches are copied into them.
     A kind of forward runs as it is in the first step that has it, and is captured in the next: a method that perturbs
-    other layers in each step (LeZO) would otherwise fill the memory with graphs that are never replayed. So does a
-    forward in which the optimizer looks on (for stray uses of its weights, or for a layer's inputs). If weights are
-    moved or cast, it begins anew. A forward that waits for the device cannot be captured, and PyTorch says so.
+    other layers in each step (LeZO) would otherwise fill the memory with graphs that are never replayed. A forward in
+    which the optimizer looks on (for stray uses of its weights, or for a layer's inputs) runs as it is, too. If weights
+    are moved or cast, everything begins anew. A forward that waits for the device cannot be captured, and PyTorch says
+    so.
 
     Args:
         optimizer: whose ``step`` the closure is for.
