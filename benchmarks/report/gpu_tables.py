@@ -25,7 +25,7 @@ def load(folder: Path) -> dict[str, list[dict]]:
         newest: dict[object, dict] = {}
         for file in sorted(folder.glob(f"*/{part}.jsonl")):
             rows = [json.loads(line) for line in file.read_text().splitlines()]
-            devices |= {row["facts"]["device"] for row in rows if "facts" in row}
+            devices |= {row["facts"]["device"] for row in rows if "device" in row.get("facts", ())}
             rows = [row for row in rows if _is_figure(row)]
             ours = {_setting(row)[:-1]: row["seconds"] for row in rows if row.get("provider") == "ours"}
             for row in rows:
