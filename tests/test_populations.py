@@ -134,6 +134,15 @@ def test_one_forward_or_several(name, mode, groups, baseline, n):
         assert a == pytest.approx(b, rel=1e-4)  # losses after updates, whose rounding 1 / (2 eps) multiplies
 
 
+@pytest.mark.parametrize("groups", [1, 4])
+def test_groups_share_the_filling_of_a_dense_probe(groups):
+    model, optimizer = make("pgap", "folded", groups=groups, members=2, window=1)
+    optimizer.step(closure_of(model, optimizer))  # tries whether the model keeps slices apart
+    before = optimizer.passes
+    optimizer.step(closure_of(model, optimizer))
+    assert optimizer.passes - before == 2 * 2 + 1, "two probes of two signs, and the update"
+
+
 def test_slices_do_not_see_one_another():
     """Another direction of one group moves the loss of that group alone, to the bit."""
     model, optimizer = make("pgap", "folded", groups=4, members=2)

@@ -123,8 +123,9 @@ class Evaluation:
             filled += points[-self.groups :]
         self.rows = []
         found: list[Tensor] = []
+        scaled = {id(point): point[0].scaled(point[1]) for point in points}  # what is the same stays so
         for first in range(0, len(filled), per_forward):
-            together = [direction.scaled(radius) for direction, radius in filled[first : first + per_forward]]
+            together = [scaled[id(point)] for point in filled[first : first + per_forward]]
             if per_forward > 1:
                 self._check_slices(together[0], per_forward)
             found.append(self._forward_at(together))
@@ -211,11 +212,13 @@ class Evaluation:
         flags = self.state.flags()
         if flags in self.checked_slices or self.perturbation.dry:
             return
-        still = point.scaled([0.0] * len(self.weights))
+        # All are at W, but a forward in which nothing moves, or slices of one and the same point, would run together,
+        # and round differently.
+        still, rest = point.scaled([0.0] * len(self.weights)), [Direction() for _ in range(count - 1)]
         known = len(self.rows)
-        before = self._forward_at([still] * count)
-        first = self._forward_at([point, *[still] * (count - 1)])
-        last = self._forward_at([*[still] * (count - 1), point])
+        before = self._forward_at([still, *rest])
+        first = self._forward_at([point, *rest])
+        last = self._forward_at([*rest, point])
         del self.rows[known:]
         if not torch.stack((before, first, last)).isfinite().all():
             return  # the evaluation itself will say so

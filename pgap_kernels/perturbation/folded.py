@@ -87,7 +87,8 @@ class Folded(Scratch):
         super().drop_cached()
 
     def perturb_to(self, points: Sequence[Direction]) -> None:
-        super().perturb_to([self._with_window(point) for point in points])
+        moved = {id(point): self._with_window(point) for point in points}  # points that are the same stay so
+        super().perturb_to([moved[id(point)] for point in points])
         self.folds, self.calls_of = self._prepared()
         self.fades = any(s != 1.0 for s in self.keep)
         for faded in self.faded.values():

@@ -24,7 +24,7 @@ from .base import Perturbation, Update
 from .compiled import is_any_compiled, is_called_compiled, uncompiled
 from .hooks import Hooks, ModuleUse, ParamRef, StrayUses, tensors_in, uses_of
 from .points import LoadedPart, Points
-from .stacked import StackedForward
+from .stacked import StackedForward, runs_of
 from .step_context import outside_ambient_state, uninterrupted
 from .vectors import Vectors
 
@@ -63,6 +63,7 @@ class Scratch(Perturbation):
         self.captures = False  # the forward is being captured in a CUDA graph
         self.recompiled = False  # compiled code has been dropped once, as it knew no hooks
         self.rows, self.count = 0, 1  # of a stacked batch: its rows, 0 before a module has seen it, and its points
+        self.runs = [range(1)]  # of neighbouring points that are the same
         self.modules = list(self.model.modules())
         self.on_cuda = any(w.tensor.is_cuda for w in self.weights)
         # A stack: the uses whose forwards are running, each with what gives the module its parameters back.
@@ -135,7 +136,7 @@ class Scratch(Perturbation):
 
     def perturb_to(self, points: Sequence[Direction]) -> None:
         self.points.show(points)
-        self.count = len(points)
+        self.count, self.runs = len(points), runs_of(points)
         # Computed here once, as it is read before every layer.
         self.filled = [
             [ref for ref in use.refs if any(self.fills_of(ref.index, point) for point in range(self.count))]
@@ -143,15 +144,15 @@ class Scratch(Perturbation):
         ]
         if not self.dry:
             early = {ref.index for refs in self.filled for ref in refs if self._is_early(ref)}
-            for point in range(self.count):
-                fills = {index: self.fills_of(index, point) for index in early}
-                self.vectors.fill(point, [self.weights[index] for index in sorted(early)], fills, self.no_decay)
+            for run in self.runs:
+                fills = {index: self.fills_of(index, run.start) for index in early}
+                self.vectors.fill(run.start, [self.weights[index] for index in sorted(early)], fills, self.no_decay)
         if self.count > 1 and not self.stacked and not self.dry:
             self.stacked = [StackedForward(self, use) for use in self.uses]
 
     @property
     def graph_key(self) -> Hashable:
-        return self.points.key
+        return self.points.key, *self.runs
 
     def fills_of(self, index: int, point: int) -> list[LoadedPart]:
         """What is added to a weight by filling the buffer."""
@@ -190,7 +191,7 @@ class Scratch(Perturbation):
             for use, times in zip(self.uses, self.calls, strict=True):
                 if times:
                     filled = [self.weights[ref.index] for ref in self.refs_to_fill(use)]
-                    self.count_passes(filled, times * self.count)
+                    self.count_passes(filled, times * len(self.runs))
         if self.captures:
             self.replays.add(self.graph_key)
             self.keep_captured()

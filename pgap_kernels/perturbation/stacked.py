@@ -1,6 +1,8 @@
 """Several points in one forward: the batch's rows are N equal slices, and a module runs once for each on its filling.
 
 forward(x_1 over ... over x_N)  =  forward(x_1) at W + point_1  over ... over  forward(x_N) at W + point_N
+
+Neighbouring slices that see the same point share a filling, and run on it together.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ class Filler(Protocol):
 
     rows: int  # leading dimension of the stacked batch; 0 before a module has seen it
     count: int  # of points, each with a slice of the rows
+    runs: list[range]  # of neighbouring points that are the same
 
     def refs_to_fill(self, use: ModuleUse) -> list[ParamRef]: ...
 
@@ -64,9 +67,10 @@ class StackedForward:
         rows = next((t.shape[0] for t in tensors_in((args, kwargs)) if t.dim()), 0)
         check_rows(filler, type(use.module).__name__, rows)
         results = []
-        for point, part in enumerate(slices_of(rows, filler.count)):
-            own_args, own_kwargs = _rows_of((args, kwargs), rows, part)
-            filler.push(use, refs, point)
+        size = rows // filler.count
+        for run in filler.runs:
+            own_args, own_kwargs = _rows_of((args, kwargs), rows, slice(run.start * size, run.stop * size))
+            filler.push(use, refs, run.start)
             result = self.forward(*own_args, **own_kwargs)
             kept = filler.detached_output(result)
             filler.pop()
@@ -90,10 +94,15 @@ def check_rows(filler: Filler, module: str, rows: int) -> None:
         )
 
 
-def slices_of(rows: int, count: int) -> list[slice]:
-    """The rows of each of ``count`` points."""
-    size = rows // count
-    return [slice(i * size, (i + 1) * size) for i in range(count)]
+def runs_of(points: Sequence[object]) -> list[range]:
+    """The numbers of points, those of neighbours that are one and the same object together."""
+    runs: list[range] = []
+    for number, point in enumerate(points):
+        if runs and points[runs[-1].start] is point:
+            runs[-1] = range(runs[-1].start, number + 1)
+        else:
+            runs.append(range(number, number + 1))
+    return runs
 
 
 def _rows_of(values: Any, rows: int, part: slice) -> Any:
