@@ -291,9 +291,8 @@ def test_times_interpolate_and_are_censored_at_the_budget():
 def test_the_best_setting_reaches_the_target_most_often_then_first():
     often = [record([1.0, 0.9, 0.4], seed=s, lr=2.0) for s in range(3)]
     fast = [record([1.0, 0.4, 0.4], seed=s, lr=4.0) for s in range(2)] + [record([1.0, 1.0, 1.0], seed=2, lr=4.0)]
-    few = [record([1.0, 0.1, 0.1], seed=0, lr=1.0)]
     stopped = [record([1.0, 0.1], seed=s, lr=8.0) | {"status": "stopped"} for s in range(3)]
-    found = times.settings([*often, *fast, *few, *stopped], "A")
+    found = times.settings([*often, *fast, *stopped], "A")
     assert set(found) == {Setting(1, "constant", 2.0), Setting(1, "constant", 4.0)}
     best = times.fastest(found, 0.5, "forwards", 20)
     assert best.setting.lr == 2.0 and best.ends == ("lr",) and sorted(best.runs) == [0, 1, 2]
@@ -304,6 +303,16 @@ def test_the_best_setting_reaches_the_target_most_often_then_first():
     large = [record([1.0, 0.9, 0.3], seed=s, lr=2.0, batch=4) for s in range(3)]
     assert times.fastest(times.settings([*often, *large], "A"), 0.5, "forwards", 20).ends == ("lr", "batch")
     assert times.lowest(found, "forwards", 20).setting.lr == 2.0
+
+
+def test_settings_are_compared_by_the_seeds_that_all_have():
+    three = [record([1.0, 0.9, y], seed=s, lr=2.0) for s, y in enumerate((0.4, 0.1, 0.1))]
+    one = [record([1.0, 0.9, 0.3], seed=0, lr=1.0), record([1.0, 0.9, 0.5], seed=0, lr=4.0)]
+    other = [record([1.0, 0.0, 0.0], seed=2, lr=8.0)]
+    best = times.lowest(times.settings([*three, *one, *other], "A"), "forwards", 20)
+    assert best.setting.lr == 1.0 and best.ends == ("lr",), "by seed 0; the setting without it is not compared"
+    best = times.lowest(times.settings([*three, *one[1:]], "A"), "forwards", 20)
+    assert best.setting.lr == 2.0 and sorted(best.runs) == [0, 1, 2], "shown with all its seeds"
 
 
 def test_ratios_are_geometric_means_over_pairs_with_an_interval():

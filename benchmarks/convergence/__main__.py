@@ -8,7 +8,7 @@ Study     benchmarks/convergence/study.toml says which arms there are (methods x
           sizes x seeds), what they learn, the budget and the targets. SmolLM2-135M learns which movie snippets are
           positive; model and data are fetched the first time.
 Cells     each is a file in DIR. A finished one is not run again, a stopped one goes on where it was: after
-          --max-minutes, or Ctrl-C. The likeliest settings come first, each with every seed.
+          --max-minutes, or Ctrl-C. The likeliest settings come first, with every seed; the others with one at first.
 Budget    a cell ends when its example-forwards are used up. All forwards of its steps count, refreshes included;
           evaluations do not, nor do the three forwards that try out, once, whether a model keeps the slices of a batch
           apart. Cells may run beside other work, several at a time, and on different machines.

@@ -7,9 +7,9 @@ To each target: the median over seeds of an arm's best setting, how many of its 
 ratio to the baseline's time, paired by data order, with a 95 % interval (Student's t of the logarithms). A run that did
 not reach the target within the budget is censored: a time beyond the budget, and a bound instead of a ratio.
 
-Each arm's setting is chosen for each target, by the same runs; so its times are a little too good, the more so the more
-settings it has. `(end: lr)` and `(end: batch)` mark an end of its grid, where a better one may lie beyond. Arms of
-which a setting has fewer seeds than another are shown by the settings that have the most. Nothing is run here.
+Each arm's setting is chosen for each target, by the seeds that all its settings have, and shown with all its seeds. The
+runs that chose it make it look a little too good, the more so the more settings there are. `(end: lr)` and `(end:
+batch)` mark an end of the arm's grid, where a better one may lie beyond. Nothing is run here.
 
 --markdown replaces what stands between the lines `<!-- tables -->` and `<!-- end of tables -->` of a file.
 """

@@ -157,7 +157,7 @@ def _check_arm(arm: Mapping[str, Any]) -> None:
 
 def _cells(found: Mapping[str, Any]) -> list[Cell]:
     """In the order in which they are to be run: see study.toml."""
-    ranked: list[tuple[int, int, Cell]] = []
+    ranked: list[tuple[tuple[int, int, int], Cell]] = []
     seeds = zip(found["seeds"]["data"], found["seeds"]["directions"], strict=True)
     for repeat, (data_seed, direction_seed) in enumerate(seeds):
         for arm in found["arms"]:
@@ -165,8 +165,9 @@ def _cells(found: Mapping[str, Any]) -> list[Cell]:
             for rank, (schedule, batch, lr) in enumerate(settings):
                 options = arm.get("options", {})
                 cell = Cell(arm["name"], arm["method"], batch, schedule, lr, options, data_seed, direction_seed)
-                ranked.append((rank, repeat, cell))
-    cells = [cell for *_, cell in sorted(ranked, key=lambda r: r[:2])]  # stable: arms in their order
+                screened = 0 if rank == 0 else 1 if repeat == 0 else 2
+                ranked.append(((screened, rank, repeat), cell))
+    cells = [cell for _, cell in sorted(ranked, key=lambda r: r[0])]  # stable: arms in their order
     twice = [name for name, count in Counter(cell.name for cell in cells).items() if count > 1]
     if twice:
         raise Refused(f"arms: there are several cells {twice[0]!r}; accepted: different ones")

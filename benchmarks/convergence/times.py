@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -116,40 +117,51 @@ def metric_of(record: Record) -> str:
 
 
 def settings(records: Iterable[Record], arm: str) -> dict[Setting, dict[int, Record]]:
-    """The finished runs of an arm by setting and data seed; of its settings only those with as many seeds as any."""
+    """The finished runs of an arm by setting and data seed."""
     found: dict[Setting, dict[int, Record]] = {}
     for record in records:
         cell = record["cell"]
         if cell["arm"] == arm and record["status"] != "stopped":
             setting = Setting(cell["batch"], cell["schedule"], cell["lr"])
             found.setdefault(setting, {})[cell["data_seed"]] = record
-    most = max(map(len, found.values()), default=0)
-    return {setting: runs for setting, runs in found.items() if len(runs) == most}
+    return found
+
+
+def screened(found: dict[Setting, dict[int, Record]]) -> dict[Setting, dict[int, Record]]:
+    """What settings are compared by: the runs of the seeds that all of them have.
+
+    Settings without the seed that most of them have are not compared.
+    """
+    most = Counter(seed for runs in found.values() for seed in sorted(runs)).most_common(1)[0][0]
+    candidates = {setting: runs for setting, runs in found.items() if most in runs}
+    shared = set.intersection(*(set(runs) for runs in candidates.values()))
+    return {setting: {seed: runs[seed] for seed in sorted(shared)} for setting, runs in candidates.items()}
 
 
 def fastest(found: dict[Setting, dict[int, Record]], target: float, axis: str, budget: float) -> Best:
     """The setting that reaches a target first: with the most runs, then by their median, then by the loss at last."""
+    compared = screened(found)
 
     def order(setting: Setting) -> tuple:
-        times = [time_to(run, target, axis, budget) for run in found[setting].values()]
-        return (sum(not t.reached for t in times), median(times).order(), _mean_loss(found[setting], axis, budget))
+        times = [time_to(run, target, axis, budget) for run in compared[setting].values()]
+        return (sum(not t.reached for t in times), median(times).order(), _mean_loss(compared[setting], axis, budget))
 
-    return _best(found, min(found, key=order))
+    return _best(found, compared, min(compared, key=order))
 
 
 def lowest(found: dict[Setting, dict[int, Record]], axis: str, budget: float) -> Best:
     """The setting with the least mean loss at a budget."""
-
-    return _best(found, min(found, key=lambda setting: _mean_loss(found[setting], axis, budget)))
+    compared = screened(found)
+    return _best(found, compared, min(compared, key=lambda setting: _mean_loss(compared[setting], axis, budget)))
 
 
 def _mean_loss(runs: dict[int, Record], axis: str, budget: float) -> float:
     return statistics.fmean(loss_at(run, axis, budget)["loss"] for run in runs.values())
 
 
-def _best(found: dict[Setting, dict[int, Record]], setting: Setting) -> Best:
-    rates = [s.lr for s in found if (s.batch, s.schedule) == (setting.batch, setting.schedule)]
-    batches = {s.batch for s in found}
+def _best(found: dict[Setting, dict[int, Record]], compared: Iterable[Setting], setting: Setting) -> Best:
+    rates = [s.lr for s in compared if (s.batch, s.schedule) == (setting.batch, setting.schedule)]
+    batches = {s.batch for s in compared}
     ends = ("lr",) if setting.lr in (min(rates), max(rates)) else ()
     if len(batches) > 1 and setting.batch in (min(batches), max(batches)):  # of an arm with one there is no grid
         ends += ("batch",)
