@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -74,7 +75,8 @@ def extensions():
 
 
 class BuildCpuKernels(build_ext):
-    """Compiles each source with its own flags; a failure is a warning unless PGAP_FORCE_BUILD=1."""
+    """Compiles each source with its own flags, as many at a time as there are processors; a failure is a warning unless
+    PGAP_FORCE_BUILD=1."""
 
     def run(self):
         try:
@@ -84,12 +86,23 @@ class BuildCpuKernels(build_ext):
             self.extensions = []
 
     def build_extension(self, ext):
-        compile_one = self.compiler._compile
+        compile_all, compile_one = self.compiler.compile, self.compiler._compile
 
-        def compile_with_isa(obj, src, ext_name, cc_args, extra, pp_opts):
-            compile_one(obj, src, ext_name, cc_args, [*extra, *flags_of(src)], pp_opts)
+        def compile_in_parallel(*args, **kwargs):
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                jobs = []
 
-        self.compiler._compile = compile_with_isa
+                def begin(obj, src, ext_name, cc_args, extra, pp_opts):
+                    flags = [*extra, *flags_of(src)]
+                    jobs.append(pool.submit(compile_one, obj, src, ext_name, cc_args, flags, pp_opts))
+
+                self.compiler._compile = begin
+                objects = compile_all(*args, **kwargs)
+                for job in jobs:
+                    job.result()
+            return objects
+
+        self.compiler.compile = compile_in_parallel
         super().build_extension(ext)
 
     def get_ext_filename(self, name):

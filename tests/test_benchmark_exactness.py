@@ -71,28 +71,30 @@ def movement():
     return found
 
 
-@pytest.mark.parametrize(
-    ("scheme", "least", "most"),
-    [
-        # Far from the expected values: 9,216 weights determine a correlation to 0.01.
-        ("in place, 4 passes (MeZO), to nearest", -0.1, 0.15),
-        ("in place, 3 passes, to nearest", 0.05, 0.25),
-        ("scratch, update to nearest", 0.35, 0.55),
-        ("ours: inplace", 0.05, 0.25),
-        ("ours: scratch", 0.27, 0.47),
-        ("ours: scratch + residual", 0.95, 0.99),
-        ("ours: scratch + residual, with its plane", 0.9999, 1.0001),
-        ("ours: folded", 0.27, 0.47),
-        ("ours: folded, window, before the merge", 0.9999, 1.0001),
-        ("ours: folded, window", 0.9, 0.98),
-        ("ours: folded, window + residual", 0.95, 0.99),
-        ("exact sum, rounded once to nearest", 0.95, 0.99),
-    ],
-)
-def test_movement_in_bfloat16(movement, scheme, least, most):
-    row = movement["random", "bfloat16", scheme]
-    assert least < row["correlation"] < most
-    assert row["intended_rms"] == pytest.approx(1e-5 * 200**0.5, rel=0.2)
+# The least and the most correlation with what was intended. Both are far from what is expected: 9,216 weights determine
+# it to 0.01.
+CORRELATIONS = {
+    "in place, 4 passes (MeZO), to nearest": (-0.1, 0.15),
+    "in place, 3 passes, to nearest": (0.05, 0.25),
+    "scratch, update to nearest": (0.35, 0.55),
+    "ours: inplace": (0.05, 0.25),
+    "ours: scratch": (0.27, 0.47),
+    "ours: scratch + residual": (0.95, 0.99),
+    "ours: scratch + residual, with its plane": (0.9999, 1.0001),
+    "ours: folded": (0.27, 0.47),
+    "ours: folded, window, before the merge": (0.9999, 1.0001),
+    "ours: folded, window": (0.9, 0.98),
+    "ours: folded, window + residual": (0.95, 0.99),
+    "exact sum, rounded once to nearest": (0.95, 0.99),
+}
+
+
+def test_movement_in_bfloat16(movement):
+    rows = {scheme: movement["random", "bfloat16", scheme] for scheme in CORRELATIONS}
+    found = {scheme: row["correlation"] for scheme, row in rows.items()}
+    assert {scheme: r for scheme, r in found.items() if not CORRELATIONS[scheme][0] < r < CORRELATIONS[scheme][1]} == {}
+    for row in rows.values():
+        assert row["intended_rms"] == pytest.approx(1e-5 * 200**0.5, rel=0.2)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -5,6 +5,7 @@ Under Triton's interpreter (test_interpreted.py) the same holds for the Triton k
 
 import itertools
 import math
+import os
 from dataclasses import fields, replace
 
 import pytest
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pgap_kernels.ops
 
+SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")  # `make sanitize`
 OTHERS = [backend for backend in BACKENDS if backend != "reference"]
 cpu_alone = pytest.mark.skipif("cpu" not in BACKENDS, reason="of the C++ extension")
 
@@ -65,9 +67,9 @@ def test_any_two_values_of_two_factors_meet_in_a_setting():
 
 
 @pytest.mark.parametrize("backend", OTHERS)
-# The interpreter takes long: there a row has every fourth setting, and, as rows have 15, others than the row before.
-# Without it, all run.
-@pytest.mark.parametrize("name", [*CASES][:: 4 if interpreter.ON else 1])
+# The interpreter and sanitizers take long: there a row has every fourth or every second setting, and, as rows have 15,
+# others than the row before. Without them, all run.
+@pytest.mark.parametrize("name", [*CASES][:: 4 if interpreter.ON else 2 if SANITIZED else 1])
 def test_bits_are_those_of_the_reference(name, backend):
     """Empty and ragged sizes, every dtype, rounding and layout; the memory around is compared too."""
     assert_all_same(run(CASES[name], backend), run(CASES[name], "reference"))

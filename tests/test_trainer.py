@@ -75,9 +75,11 @@ def by_hand(kind: str, accumulation: int, method: str, batch: int = 2, **options
     return losses, digest(model)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+# How a loss is divided differs between BERT and the others alone.
+@pytest.mark.parametrize(
+    "kind, accumulation", [("llama", 1), ("llama", 2), ("opt", 1), ("gpt2", 2), ("bert", 1), ("bert", 2)]
+)
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", ["llama", "opt", "gpt2", "bert"])
 def test_steps_are_those_of_a_loop_by_hand(kind, mode, accumulation):
     options = MODES[mode]
     trainer = trainer_of(kind, data=InOrder(examples(kind)), gradient_accumulation_steps=accumulation, **options)
@@ -92,14 +94,14 @@ def test_steps_are_those_of_a_loop_by_hand(kind, mode, accumulation):
     assert type(trainer.model_wrapped) is type(trainer.model) and trainer.zo.steps == 6 and not trainer.zo.pending
 
 
-@pytest.mark.slow(seconds=20)
+@pytest.mark.slow(seconds=12)
 @pytest.mark.parametrize("kind", ["llama", "opt", "gpt2", "bert"])
 def test_a_killed_run_resumes_to_the_same_bits(kind):
     command = [sys.executable, "-W", "ignore", str(TESTS / "support" / "trainer_killed.py"), kind]
     path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == {"wrong": [], "rows": 2 * len(MODES)}
+    assert json.loads(done.stdout.splitlines()[-1]) == {"wrong": [], "rows": len(MODES)}
 
 
 # ---- the Trainer's options ------------------------------------------------------------------------------------------
