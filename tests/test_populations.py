@@ -15,6 +15,7 @@ from support.models import filled
 from torch import nn
 
 from pgap_kernels import noise, ops
+from pgap_kernels.directions import Direction
 from pgap_kernels.noise import Role
 from pgap_kernels.optim import EGGROLL, LOZO, LOZOM, PGAP, PIZO, MeZO, NonFiniteLossError, PIZOSubZero
 from pgap_kernels.optim.sampling import Sampling
@@ -141,6 +142,22 @@ def test_groups_share_the_filling_of_a_dense_probe(groups):
     before = optimizer.passes
     optimizer.step(closure_of(model, optimizer))
     assert optimizer.passes - before == 2 * 2 + 1, "two probes of two signs, and the update"
+
+
+def test_a_slice_that_nothing_is_added_to_fades_beside_one_that_is_filled():
+    model, optimizer = make("pgap", "folded", members=2, merge="window", weight_decay=1.0)
+    for _ in range(2):
+        optimizer.step(closure_of(model, optimizer))
+    perturbation = optimizer.perturbation
+    assert perturbation.pending and perturbation.fades
+    still, dense = Direction(), optimizer.noise(optimizer.key(Role.PROBE)).scaled([0.5])
+
+    def losses(*points):
+        perturbation.perturb_to(points)
+        return perturbation.forward(lambda: model.rows(len(points)))
+
+    alone = torch.cat([losses(still), losses(dense)])
+    assert torch.allclose(losses(still, dense), alone, rtol=1e-5)
 
 
 def test_slices_do_not_see_one_another():

@@ -129,6 +129,7 @@ class Run:
     def step(self) -> None:
         """One step, and what it was."""
         number, calls = len(self.record["steps"]["losses"]), 0
+        refreshed = getattr(self.optimizer, "refreshed_at", None)
         examples = data.batch(self.dataset.train, self.cell.batch, self.cell.data_seed, number)
         batch = self.scorer.encode(examples * self.cell.copies)
         factor = SCHEDULES[self.cell.schedule](self.forwards / self.study.forwards)
@@ -148,6 +149,8 @@ class Run:
             if self.optimizer.steps > number:
                 self._count((calls - self._trials) * len(batch.labels))
                 self._trials = 0
+            elif getattr(self.optimizer, "refreshed_at", None) != refreshed:
+                self.optimizer.refreshed_at = refreshed  # its forwards come again, to be counted
 
     def _count(self, forwards: int) -> None:
         self.forwards += forwards

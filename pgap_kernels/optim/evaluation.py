@@ -127,7 +127,7 @@ class Evaluation:
         for first in range(0, len(filled), per_forward):
             together = [scaled[id(point)] for point in filled[first : first + per_forward]]
             if per_forward > 1:
-                self._check_slices(together[0], per_forward)
+                self._check_slices(together)
             found.append(self._forward_at(together))
         losses = [value for vector in found for value in vector.tolist()]  # only now, so that no forward waits
         del losses[len(points) :]
@@ -203,26 +203,28 @@ class Evaluation:
         self.rows.append(loss.reshape(count, -1))  # with groups, of one row each if not of several
         return self.rows[-1].double().mean(1)  # in float64: differences of these means are what counts
 
-    def _check_slices(self, point: Direction, count: int) -> None:
+    def _check_slices(self, points: Sequence[Direction]) -> None:
         """Refuse a model that mixes the slices of a stacked batch: moving one slice may not move another's loss.
 
-        The number of rows cannot tell (a sequence-first layer may have as many), so the first forward is tried out:
-        with the first slice moved, and with the last, as what comes first may be all that others see, or all unseen.
+        The number of rows cannot tell (a sequence-first layer may have as many), so the first forward that moves
+        anything is tried out: with the first slice moved, and with the last, as what comes first may be all that others
+        see, or all unseen.
         """
-        flags = self.state.flags()
-        if flags in self.checked_slices or self.perturbation.dry:
+        flags, count = self.state.flags(), len(points)
+        moved = next((point for point in points if point), None)
+        if flags in self.checked_slices or self.perturbation.dry or moved is None:
             return
-        # All are at W, but a forward in which nothing moves, or slices of one and the same point, would run together,
-        # and round differently.
-        still, rest = point.scaled([0.0] * len(self.weights)), [Direction() for _ in range(count - 1)]
+        # At W, by the same computation as at the point, to the last bit; each of the three has a run of its own.
+        first, inner, last = (moved.scaled([0.0] * len(self.weights)) for _ in range(3))
+        rest = [inner] * (count - 2)
         known = len(self.rows)
-        before = self._forward_at([still, *rest])
-        first = self._forward_at([point, *rest])
-        last = self._forward_at([*rest, point])
+        before = self._forward_at([first, *rest, last])
+        first_moved = self._forward_at([moved, *rest, last])
+        last_moved = self._forward_at([first, *rest, moved])
         del self.rows[known:]
-        if not torch.stack((before, first, last)).isfinite().all():
+        if not torch.stack((before, first_moved, last_moved)).isfinite().all():
             return  # the evaluation itself will say so
-        if not torch.equal(before[1:], first[1:]) or not torch.equal(before[:-1], last[:-1]):
+        if not torch.equal(before[1:], first_moved[1:]) or not torch.equal(before[:-1], last_moved[:-1]):
             raise RuntimeError(
                 "members: a point of one slice of the batch moved the loss of another slice; accepted: models whose "
                 "layers keep rows apart, with the batch as leading dimension, and nothing averaged over it. Choose "

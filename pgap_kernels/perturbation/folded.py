@@ -68,7 +68,6 @@ class Folded(Scratch):
         devices = {w.tensor.device for w in self.weights}
         # 1 - s, where fills and outputs read it.
         self.faded = {d: torch.zeros(shape, dtype=torch.float32, device=d) for d in devices}
-        self.fades = False
 
     @property
     def pending(self) -> bool:

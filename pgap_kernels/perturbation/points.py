@@ -30,12 +30,11 @@ class Points:
         weights: how many there are.
 
     Attributes:
-        most: points of a forward so far, at most; a stacked batch has several.
         key: their number and the operands they have; a captured graph serves points of the same key.
     """
 
     def __init__(self, weights: int) -> None:
-        self.weights, self.most, self._cleared = weights, 1, 0
+        self.weights, self._cleared = weights, 0
         self.clear()
 
     def clear(self) -> None:
@@ -50,7 +49,7 @@ class Points:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy shares no device memory with what it was made from."""
-        return {"weights": self.weights, "most": self.most, "_cleared": self._cleared}
+        return {"weights": self.weights, "_cleared": self._cleared}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -65,7 +64,6 @@ class Points:
         """Load the operands of all parts of some points."""
         for operands in self._memory.values():
             operands.unload()
-        self.most = max(self.most, len(points))
         self._added = [[[] for _ in points] for _ in range(self.weights)]
         keys: list[Hashable] = [len(points), self._cleared]
         used: list[Hashable] = []

@@ -45,6 +45,7 @@ class Scratch(Perturbation):
     """
 
     mode: ClassVar[str] = "scratch"
+    fades = False  # whether fills leave out a share of W, as in mode folded
 
     def __init__(self, weights: Sequence[Weight], model: nn.Module, *, allow_unused: bool = False) -> None:
         self.model, self.allow_unused = model, allow_unused
@@ -64,6 +65,7 @@ class Scratch(Perturbation):
         self.recompiled = False  # compiled code has been dropped once, as it knew no hooks
         self.rows, self.count = 0, 1  # of a stacked batch: its rows, 0 before a module has seen it, and its points
         self.runs = [range(1)]  # of neighbouring points that are the same
+        self.most_runs = 1  # of a forward so far
         self.modules = list(self.model.modules())
         self.on_cuda = any(w.tensor.is_cuda for w in self.weights)
         # A stack: the uses whose forwards are running, each with what gives the module its parameters back.
@@ -113,7 +115,7 @@ class Scratch(Perturbation):
 
     @property
     def scratch_bytes(self) -> int:
-        return sum(self.arena.capacity.values()) + self.vectors.nbytes * self.points.most
+        return sum(self.arena.capacity.values()) + self.vectors.nbytes * self.most_runs
 
     @property
     def state_bytes(self) -> int:
@@ -137,6 +139,7 @@ class Scratch(Perturbation):
     def perturb_to(self, points: Sequence[Direction]) -> None:
         self.points.show(points)
         self.count, self.runs = len(points), runs_of(points)
+        self.most_runs = max(self.most_runs, len(self.runs))
         # Computed here once, as it is read before every layer.
         self.filled = [
             [ref for ref in use.refs if any(self.fills_of(ref.index, point) for point in range(self.count))]
@@ -144,9 +147,9 @@ class Scratch(Perturbation):
         ]
         if not self.dry:
             early = {ref.index for refs in self.filled for ref in refs if self._is_early(ref)}
-            for run in self.runs:
-                fills = {index: self.fills_of(index, run.start) for index in early}
-                self.vectors.fill(run.start, [self.weights[index] for index in sorted(early)], fills, self.no_decay)
+            moved = [self.weights[index] for index in sorted(early)]
+            for number, run in enumerate(self.runs):
+                self.vectors.fill(number, moved, {i: self.fills_of(i, run.start) for i in early}, self.no_decay)
         if self.count > 1 and not self.stacked and not self.dry:
             self.stacked = [StackedForward(self, use) for use in self.uses]
 
@@ -270,11 +273,11 @@ class Scratch(Perturbation):
         # With several points nothing is filled yet: the module's forward is a StackedForward, which fills for each.
         self._push(number, [] if self.count > 1 else self.refs_to_fill(use), 0)
 
-    def push(self, use: ModuleUse, refs: Sequence[ParamRef], point: int) -> None:
-        """Replace parameters of a module by those at one of several points, until ``pop``."""
-        self._push(use.number, refs, point)
+    def push(self, use: ModuleUse, refs: Sequence[ParamRef], run: int) -> None:
+        """Replace parameters of a module by those at the point of one of several runs, until ``pop``."""
+        self._push(use.number, refs, run)
 
-    def _push(self, number: int, refs: Sequence[ParamRef], point: int) -> None:
+    def _push(self, number: int, refs: Sequence[ParamRef], run: int) -> None:
         if not refs:  # most layers in mode "folded"
             self.frames.append((number, _nothing))
             return
@@ -291,13 +294,13 @@ class Scratch(Perturbation):
         self.frames.append((number, undo))
         for ref in refs:
             early = self._is_early(ref)
-            out = self.vectors.at(ref.index, point) if early else self.arena.take(ref.parameter)
+            out = self.vectors.at(ref.index, run) if early else self.arena.take(ref.parameter)
             taken.append((ref, out, ref.owner._parameters[ref.name]))
             self.lent[id(out)] += 1
             ref.owner._parameters[ref.name] = out  # type: ignore[assignment]
             if not early:
                 self.source = {ref.parameter.data_ptr()}
-                self.fill(ref, out, point)
+                self.fill(ref, out, self.runs[run].start)
         self.source = set()
         self.seconds += time.perf_counter() - begin
 
@@ -322,6 +325,8 @@ class Scratch(Perturbation):
             source, decay = out, self.no_decay[out.device]  # type: ignore[assignment]
         if source is not out:  # nothing is added
             out.copy_(source)
+            if self.fades:
+                out.mul_(1 - decay.reshape([1] * out.dim()))
         row = self.weights[ref.index].padding_row
         if row is not None:
             out[row] = ref.parameter[row]

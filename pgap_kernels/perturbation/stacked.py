@@ -2,7 +2,8 @@
 
 forward(x_1 over ... over x_N)  =  forward(x_1) at W + point_1  over ... over  forward(x_N) at W + point_N
 
-Neighbouring slices that see the same point share a filling, and run on it together.
+Neighbouring slices that see the same point share a filling. Linear layers and embeddings, whose rows cannot mix, also
+run on it together.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Filler(Protocol):
 
     def refs_to_fill(self, use: ModuleUse) -> list[ParamRef]: ...
 
-    def push(self, use: ModuleUse, refs: Sequence[ParamRef], point: int) -> None: ...
+    def push(self, use: ModuleUse, refs: Sequence[ParamRef], run: int) -> None: ...
 
     def pop(self) -> None: ...
 
@@ -34,7 +35,7 @@ class Filler(Protocol):
 
 
 class StackedForward:
-    """Replaces a module's ``forward``: if parameters are filled, each slice of rows runs on a filling of its own."""
+    """Replaces a module's ``forward``: if parameters are filled, each slice of rows runs on those of its point."""
 
     transparent = True  # the module computes what its class says
 
@@ -68,13 +69,14 @@ class StackedForward:
         check_rows(filler, type(use.module).__name__, rows)
         results = []
         size = rows // filler.count
-        for run in filler.runs:
-            own_args, own_kwargs = _rows_of((args, kwargs), rows, slice(run.start * size, run.stop * size))
-            filler.push(use, refs, run.start)
-            result = self.forward(*own_args, **own_kwargs)
-            kept = filler.detached_output(result)
+        for number, run in enumerate(filler.runs):
+            filler.push(use, refs, number)
+            for slices in [run] if use.kind is not None else [range(i, i + 1) for i in run]:
+                own_args, own_kwargs = _rows_of((args, kwargs), rows, slice(slices.start * size, slices.stop * size))
+                result = self.forward(*own_args, **own_kwargs)
+                kept = filler.detached_output(result)
+                results.append(result if kept is None else kept)
             filler.pop()
-            results.append(result if kept is None else kept)
         return _stack(results)
 
     def _repeated(self, ids: Tensor) -> Tensor:
@@ -115,7 +117,9 @@ def _rows_of(values: Any, rows: int, part: slice) -> Any:
 
 
 def _stack(results: Sequence[Any]) -> Any:
-    """One output of the outputs of all slices."""
+    """One output of those of all slices."""
+    if len(results) == 1:
+        return results[0]
     leaves, structures = zip(*(tree_flatten(result) for result in results), strict=True)
     stacked = [
         torch.cat(values) if isinstance(values[0], Tensor) and values[0].dim() else values[0]

@@ -16,13 +16,13 @@ from .points import LoadedPart
 
 
 class Vectors:
-    """Memory that keeps its place, for the vectors among some weights at each point."""
+    """Memory that keeps its place, for the vectors among some weights in each run of slices at one point."""
 
     def __init__(self, weights: Sequence[Weight]) -> None:
         self.size: dict[torch.device, int] = {}
         self.places: dict[int, tuple[Tensor, int]] = {}  # by index: the vector, and the first byte of its copy
-        self.memory: dict[tuple[torch.device, int], Tensor] = {}  # by device and point
-        self.copies: dict[tuple[int, int], Tensor] = {}  # by index and point
+        self.memory: dict[tuple[torch.device, int], Tensor] = {}  # by device and run
+        self.copies: dict[tuple[int, int], Tensor] = {}  # by index and run
         for w in weights:
             if w.tensor.dim() < 2:
                 begin = self.size.get(w.tensor.device, 0)
@@ -31,18 +31,18 @@ class Vectors:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all copies at one point."""
+        """Bytes of all copies of a run."""
         return sum(self.size.values())
 
-    def at(self, index: int, point: int) -> Tensor:
-        """The copy of a vector at a point."""
-        if (index, point) not in self.copies:
-            self.copies[index, point] = self._view(index, point)
-        return self.copies[index, point]
+    def at(self, index: int, run: int) -> Tensor:
+        """The copy of a vector for a run."""
+        if (index, run) not in self.copies:
+            self.copies[index, run] = self._view(index, run)
+        return self.copies[index, run]
 
-    def _view(self, index: int, point: int) -> Tensor:
+    def _view(self, index: int, run: int) -> Tensor:
         like, begin = self.places[index]
-        key = like.device, point
+        key = like.device, run
         if key not in self.memory:
             with torch.inference_mode(False):  # the next forward may run in another inference mode
                 self.memory[key] = torch.empty(self.size[like.device], dtype=torch.uint8, device=like.device)
@@ -50,12 +50,12 @@ class Vectors:
 
     def fill(
         self,
-        point: int,
+        run: int,
         weights: Sequence[Weight],
         fills: Mapping[int, Sequence[LoadedPart]],
         no_decay: Mapping[torch.device, Tensor],
     ) -> None:
-        """Write the copies of vectors at a point, those of a part by one op call.
+        """Write the copies of vectors for a run, those of a part by one op call.
 
         A vector's W is what the model has: windows, which fade it, are of matrices.
 
@@ -70,16 +70,16 @@ class Vectors:
                 loaded = fills[w.index][0]
                 first.setdefault(id(loaded.operands), []).append((w, loaded))
             else:
-                self.at(w.index, point).copy_(w.tensor)
+                self.at(w.index, run).copy_(w.tensor)
         for group in first.values():
             group[0][1].operands.fill_all(
                 [loaded.position for _, loaded in group],
                 [w.tensor for w, _ in group],
-                [self.at(w.index, point) for w, _ in group],
+                [self.at(w.index, run) for w, _ in group],
             )
         for w in weights:
             for loaded in fills[w.index][1:]:
-                out = self.at(w.index, point)
+                out = self.at(w.index, run)
                 loaded.operands.fill(loaded.position, out, out, no_decay[out.device])
 
     def contains(self, tensor: Tensor) -> bool:

@@ -10,6 +10,8 @@ from support.selection import cycled
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pgap_kernels.optim import make_optimizer
+
 pytestmark = pytest.mark.filterwarnings("error")
 
 
@@ -82,6 +84,58 @@ def test_pairing_a_model_that_averages_in_training_only():
     take_steps(optimizer, model, 2, halves_of)
     model.train()
     refused(RuntimeError, r"^members: a point of one slice", lambda: take_steps(optimizer, model, 1, halves_of))
+
+
+@pytest.mark.parametrize("method, members", [("fzoo", 3), ("hizoo", 3), ("zo-muon", 2), ("agzo", 2)])
+def test_a_method_whose_first_point_is_where_the_weights_are(method, members):
+    """Nothing moves there, which shows nothing."""
+    model = seeded(Rows, *MIXED["neighbours"])
+    optimizer = make_optimizer(method, model, mode="auto", members=members, eps=1e-2)
+
+    def closure():
+        logits = model(torch.cat([INPUTS] * members))
+        return torch.stack([F.cross_entropy(part, LABELS) for part in logits.chunk(members)])
+
+    refused(RuntimeError, r"^members: a point of one slice", lambda: optimizer.step(closure))
+
+
+def rows_of(model: nn.Module, copies: int):
+    inputs, labels = torch.cat([INPUTS] * copies), torch.cat([LABELS] * copies)
+    return lambda: F.cross_entropy(model(inputs), labels, reduction="none")
+
+
+def test_a_layer_that_averages_over_the_slices_that_run_together():
+    """Slices at W share a filling, and are compared with others that do not."""
+    model = seeded(Rows, torch.relu, True, nn.BatchNorm1d(8))
+    optimizer = make_optimizer("mezo", model, mode="scratch", groups=4, members=2, baseline="clean", eps=1e-3)
+    optimizer.step(rows_of(model, 2))
+    moved, still = torch.tensor(optimizer.last.losses).chunk(2)
+    assert 0 < (moved - still).abs().max() < 0.05 and still.std() > 0.05
+
+
+def test_slices_are_tried_again_in_evaluation_mode_while_a_window_has_faded():
+    model = seeded(Net)
+    optimizer = make_optimizer(
+        "pgap", model, mode="folded", merge="window", weight_decay=0.1, lr=0.1, rank=4, window=3, probes=2, members=2,
+        on_nonfinite="skip",
+    )  # fmt: skip
+    closure = lambda: halves_of(model)  # noqa: E731
+    for _ in range(2):
+        optimizer.step(closure)
+    optimizer.step(lambda: closure() * torch.nan)  # so that the window is still open at the refresh
+    model.eval()
+    assert optimizer.step(closure) > 0 and optimizer.last.refreshed
+
+
+def test_slices_are_tried_again_where_a_difference_is_projected():
+    """W0 plus a difference that was rounded is not W to the last bit."""
+    model = seeded(Net)
+    optimizer = make_optimizer(
+        "dizo", model, mode="scratch", members=2, select=["*"], kappa=2, iterations=4, lr=0.1, eps=1e-2
+    )
+    for step in range(10):
+        model.train(step < 9)
+        assert optimizer.step(lambda: halves_of(model)) > 0
 
 
 @pytest.mark.parametrize("case, older_goes", cycled(["mezo-scratch", "pgap-window"], [True, False], each=2))
