@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import tomllib
 
 from pgap_kernels.finetune import Config
 from pgap_kernels.optim import available_methods
