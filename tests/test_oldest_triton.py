@@ -32,7 +32,9 @@ def run(*command: str) -> subprocess.CompletedProcess:
     ("kernels", "options"),
     [
         pytest.param(FAMILIES, SAMPLE, id="sample"),
-        pytest.param(FLOAT32, ["--target", "sm_90", "--dtype", "fp32"], id="fp32", marks=pytest.mark.slow),
+        pytest.param(
+            [*FAMILIES, *FLOAT32], ["--target", "sm_90", "--dtype", "fp32"], id="fp32", marks=pytest.mark.slow
+        ),
         pytest.param(FAMILIES, ["--target", "sm_90", "--dtype", "bf16"], id="bf16", marks=pytest.mark.slow),
     ],
 )

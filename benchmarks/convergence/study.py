@@ -164,8 +164,8 @@ def _cells(found: Mapping[str, Any]) -> list[Cell]:
             for rank, (schedule, batch, lr) in enumerate(settings):
                 options = arm.get("options", {})
                 cell = Cell(arm["name"], arm["method"], batch, schedule, lr, options, data_seed, direction_seed)
-                screened = 0 if rank == 0 else 1 if repeat == 0 else 2
-                ranked.append(((screened, rank, repeat), cell))
+                wave = 0 if rank == 0 else 1 if repeat == 0 else 2
+                ranked.append(((wave, rank, repeat), cell))
     cells = [cell for _, cell in sorted(ranked, key=lambda r: r[0])]  # stable: arms in their order
     twice = [name for name, count in Counter(cell.name for cell in cells).items() if count > 1]
     if twice:
