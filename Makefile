@@ -70,24 +70,31 @@ neon:
 	$(CPP_TESTS) OUT=build/neon FLAGS="-O2 -static" CXX=aarch64-linux-gnu-g++ RUN=qemu-aarch64-static
 	diff build/native/result build/neon/result
 
-# The oldest versions that are supported lie in folders of their own, which tests put first on the path.
-OLDEST := triton transformers
-
 fetch: setup
 	$(BIN)/pgap-kernels finetune --fetch-only
 
 setup: $(VENV)/installed
 
-$(VENV)/requirements: requirements-dev.txt requirements-triton.txt $(OLDEST:%=requirements-%-oldest.txt)
+$(VENV)/created:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-triton.txt
-	for name in $(OLDEST); do $(BIN)/python -m pip install --quiet --no-deps --upgrade \
-		--target $(VENV)/$$name-oldest --requirement requirements-$$name-oldest.txt || exit 1; done
+	touch $@
+
+# To compile all of torch and transformers to bytecode takes longer than to install them, and most of it is never used.
+PIP := $(BIN)/python -m pip install --quiet --no-compile
+
+$(VENV)/requirements: requirements-dev.txt requirements-triton.txt | $(VENV)/created
+	$(PIP) --requirement requirements-dev.txt
+	$(PIP) --no-deps --requirement requirements-triton.txt
+	touch $@
+
+# The oldest versions that are supported lie in folders of their own, which tests put first on the path.
+OLDEST := $(VENV)/triton-oldest.installed $(VENV)/transformers-oldest.installed
+$(OLDEST): $(VENV)/%.installed: requirements-%.txt | $(VENV)/created
+	$(PIP) --no-deps --upgrade --target $(VENV)/$* --requirement $<
 	touch $@
 
 # Built against the torch just installed; editable, so that only a change of the C++ side builds again.
-$(VENV)/installed: $(VENV)/requirements $(KERNELS) pyproject.toml
+$(VENV)/installed: $(VENV)/requirements $(OLDEST) $(KERNELS) pyproject.toml
 	PGAP_FORCE_BUILD=1 $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from naive import agzo
@@ -74,6 +76,66 @@ def test_inputs_are_those_of_the_first_call_at_the_weights(mode):
     opt.step(lambda: model(ids).square().mean())
     for w in opt.matrices():
         assert_same_bits(opt.state[w.tensor]["right"], wanted[w.name])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e25])
+@pytest.mark.parametrize("mode", ["inplace", "scratch", "folded"])
+def test_inputs_that_are_not_finite_do_not_count(mode, value):
+    """A row without a token that it may attend to; the loss does not look at it."""
+    model, x = nn.Linear(N, 3), draw((TOKENS, N), 1, 1)
+    opt = AGZO(model, lr=1e-3, rank=RANK, mode=mode)
+    bad = torch.cat([x, torch.full((1, N), value)])
+    opt.step(lambda: model(bad)[:TOKENS].square().mean())
+    assert model.weight.isfinite().all() and model.bias.isfinite().all()
+    if not math.isfinite(value):
+        (w,) = opt.matrices()
+        rows = torch.cat([x, torch.zeros(1, N)])
+        assert_same_bits(opt.state[w.tensor]["right"], AGZO(model, rank=RANK).basis(w, rows))
+
+
+@pytest.mark.parametrize("sides", [1, 2])
+def test_losses_of_other_programs_are_not_compared(sides):
+    """The forward that shows the inputs runs uncompiled."""
+
+    def shifted(module, inputs):
+        return lambda *args: [out + 0.125 for out in module(*args)]
+
+    model, x = nn.Linear(N, 1, bias=False), draw((TOKENS, N), 1, 1)
+    opt = AGZO(model, lr=0.0, sides=sides, mode="inplace")
+    called, losses = torch.compile(model, backend=shifted), []
+
+    def closure():
+        losses.append(called(x).mean())
+        return losses[-1]
+
+    opt.step(closure)
+    assert len(losses) == 3 and abs(opt.last.rho[0]) < 10
+
+
+@pytest.mark.parametrize("mode", ["inplace", "scratch", "folded"])
+def test_conv1d_is_a_linear_layer_with_its_inputs_first(mode):
+    Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    linear, conv, x = nn.Linear(N, 5), Conv1D(5, N), draw((TOKENS, N), 1, 1)
+    opt = AGZO(conv, lr=1e-2, rank=RANK, seed=3, mode=mode)
+    same = AGZO(linear, rank=RANK, seed=3, mode="inplace")
+    before = conv.weight.detach().clone()
+    opt.step(lambda: conv(x).square().mean())
+    (w,), (its,) = opt.matrices(), same.matrices()
+    a = opt.state[w.tensor]["left"]
+    assert_same_bits(a, same.basis(its, x))
+    moved = (conv.weight.detach() - before).double()
+    assert moved.norm() > 0 and (moved - a.double() @ (a.T.double() @ moved)).norm() < 1e-3 * moved.norm()
+
+
+def test_layers_of_an_unknown_forward_take_dense_noise():
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = nn.Sequential(nn.Linear(N, N), Scaled(N, 3))
+    opt = AGZO(model, mode="inplace")
+    assert [w.name for w in opt.matrices()] == ["0.weight"]
+    opt.step(lambda: model(torch.ones(2, N)).sum())
 
 
 def test_a_layer_that_is_not_called_is_refused():

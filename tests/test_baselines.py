@@ -1,6 +1,9 @@
-"""What the table of methods does not show of SubZero, ZO-Muon, Sparse-MeZO, AdaLeZO, TeZO and SVD-0."""
+"""What the table of methods does not show of some of them."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,8 +15,14 @@ from pgap_kernels import draw, noise, use_backend
 from pgap_kernels.noise import Role
 from pgap_kernels.optim import (
     FZOO,
+    HELENE,
+    LOZO,
+    PGAP,
     AdaLeZO,
+    DiZO,
     LeZO,
+    MeZOAdam,
+    NonFiniteLossError,
     SparseMeZO,
     SubZero,
     TeZO,
@@ -62,6 +71,12 @@ class PlainSubZero:
         minus = closure().item()
         self.add(-self.lr * ((plus - minus) / 2) / self.eps, self.eps)
         self.step_number += 1
+
+
+def lost(model: nn.Module) -> Callable[[], Tensor]:
+    """A closure whose loss is not finite."""
+    losses = Losses(model)
+    return lambda: losses() * math.nan
 
 
 def matrices() -> nn.Module:
@@ -139,6 +154,70 @@ def test_sparse_mezo_leaves_large_weights_alone():
         assert torch.equal(before[w.name] != w.tensor, before[w.name].abs() <= level), w.name
 
 
+def test_sparse_mezo_takes_the_mask_anew_after_a_step_that_failed():
+    """A mask of thresholds, as of the mode before, would be read off perturbed weights in place."""
+    model = Words()
+    optimizer = SparseMeZO(model, lr=0.0, eps=0.3, mode="scratch")
+    with pytest.raises(NonFiniteLossError):
+        optimizer.step(lost(model))
+    before, optimizer.mode = snapshot(model), "inplace"
+    optimizer.step(Losses(model))
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), before[name], rtol=0, atol=1e-6)
+
+
+def test_parameters_without_elements():
+    model = Words()
+    model.none = nn.Parameter(torch.empty(0))
+    assert math.isfinite(SparseMeZO(model, mode="inplace").step(Losses(model)))
+
+
+def test_adams_correction_counts_the_updates_of_each_weight():
+    """A first update is lr in size whatever came before, and so is that of a weight that was frozen."""
+    model = Words()
+    model.up.weight.requires_grad_(False)
+    optimizer = MeZOAdam(model, lr=1e-2, e=1e-30, on_nonfinite="skip", mode="scratch")
+    for _ in range(3):
+        optimizer.step(lost(model))
+    before = snapshot(model)
+    for name in ("down.weight", "up.weight"):
+        optimizer.step(Losses(model))
+        moved = (model.get_parameter(name).detach() - before[name]).abs()
+        torch.testing.assert_close(moved, torch.full_like(moved, 1e-2), rtol=1e-3, atol=0)
+        model.up.weight.requires_grad_(True)
+
+
+@pytest.mark.parametrize("method, lowrank", [(SubZero, False), (LOZO, True)])
+def test_a_matrix_of_one_row_is_a_vector_to_subzero(method, lowrank):
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 1))
+    assert ("1.weight" in {w.name for w in method(model).matrices()}) == lowrank
+
+
+def test_no_probes_without_a_matrix():
+    model = Words()
+    closure = Losses(model)
+    PGAP(model, probes=5, exclude=["*"], mode="inplace").step(closure)
+    assert closure.calls == 2
+
+
+def test_helene_takes_up_an_estimate_that_was_skipped():
+    model = Words()
+    optimizer = HELENE(model, batch_size=8, refresh_every=10, on_nonfinite="skip", mode="inplace")
+    optimizer.step(lost(model))
+    for refreshed in (True, False):
+        optimizer.step(Losses(model))
+        assert optimizer.last.refreshed == refreshed
+    assert all(optimizer.state[w.tensor]["curvature"].abs().sum() > 0 for w in optimizer.weights())
+
+
+def test_dizo_drops_a_projection_whose_end_was_skipped():
+    model = Words()
+    optimizer = DiZO(model, select=["up.weight"], kappa=2, iterations=2, on_nonfinite="skip", mode="inplace")
+    for step in range(5):
+        optimizer.step(lost(model) if step == 3 else Losses(model))
+        assert ("delta" in optimizer.state[model.up.weight]) == (step in (2, 3))
+
+
 def test_fzoo_takes_no_step_where_all_losses_are_equal():
     model = Words()
     before = snapshot(model)
@@ -153,7 +232,7 @@ def test_adalezo_remembers_what_layers_were_worth(tmp_path):
     optimizer = AdaLeZO(model, lr=1e-3, share=0.5)
     for _ in range(5):
         optimizer.step(Losses(model))
-    assert len(optimizer.worth) == len(optimizer.layers()) and max(optimizer.worth) > 0
+    assert optimizer.worth.keys() == optimizer.layers().keys() and max(optimizer.worth.values()) > 0
     torch.save(optimizer.state_dict(), tmp_path / "state.pt")
     other = AdaLeZO(Words(), lr=1e-3, share=0.5)
     other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
@@ -164,6 +243,22 @@ def test_adalezo_remembers_what_layers_were_worth(tmp_path):
     assert [draws.count(i) for i in range(3)] == [20, 50, 30]
 
 
+def test_adalezo_scores_a_layer_by_its_own_radius_and_name():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    groups = [{"params": list(layer.named_parameters(str(i))), "eps": 10.0**-i} for i, layer in enumerate(model)]
+    optimizer = AdaLeZO(groups, model=model, share=1.0, gamma=0.99, ema=1.0, mode="inplace")
+    model[2].requires_grad_(False)
+    while len(set(optimizer.drawn or ())) < 2:
+        losses = iter([1.0, 0.5])
+        optimizer.step(lambda: next(losses))  # noqa: B023
+    assert optimizer.worth == pytest.approx({"0": 0.25, "1": 2.5})
+    model[0].requires_grad_(False)
+    model[2].requires_grad_(True)
+    losses = iter([1.0, 1.0])
+    optimizer.step(lambda: next(losses))
+    assert set(optimizer.worth) == {"1", "2"} and optimizer.worth["2"] == 0
+
+
 def test_layers_are_numbered_blocks_or_else_modules():
     class Blocks(nn.Module):
         def __init__(self) -> None:
@@ -172,7 +267,7 @@ def test_layers_are_numbered_blocks_or_else_modules():
             self.layers = nn.ModuleList(nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)}) for _ in range(2))
             self.head = nn.Linear(4, 3)
 
-    names = [{w.name for w in layer} for layer in LeZO(Blocks()).layers()]
+    names = [{w.name for w in layer} for layer in LeZO(Blocks()).layers().values()]
     assert names == [
         {"embed.weight", "head.weight", "head.bias"},
         *({f"layers.{i}.{x}.{kind}" for x in "ab" for kind in ("weight", "bias")} for i in range(2)),

@@ -91,6 +91,7 @@ def test_scores():
     assert scores.standardised(losses) == pytest.approx([1.25 / spread, -0.75 / spread, 0.25 / spread, -0.75 / spread])
     assert scores.standardised(losses, base=1.0, ddof=1)[0] == pytest.approx(2.0 / (11 / 12) ** 0.5)
     assert scores.standardised([2.0, 2.0]) == [0.0, 0.0]
+    assert scores.standardised([0.1] * 3, base=0.2) == [0.0] * 3, "though the mean of them is not 0.1"
     assert scores.standardised([3.0, 1.0], floor=3.0) == [0.5, -0.5]
 
 

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import noise, ops
-from ..directions import Direction, Factor, Part, Weight
+from ..directions import Direction, Factor, Part, Weight, bucket
 from ..noise import Role
+from ..perturbation import CONV1D, LINEAR, kind_of
 from ..subspace import orthonormal
 from .base import Evaluation, Params
 from .lowrank import LowRankOptimizer
@@ -26,14 +27,16 @@ class AGZO(LowRankOptimizer):
         Omega (tokens, r) ~ N(0, 1),  A <- qr(H Omega),  K times A <- qr(H (H^T A));  R (m, r) ~ N(0, 1) in every step
         g = (L(W + eps R A^T) - L(W)) / eps,   W <- (1 - lr wd) W - lr g R A^T
 
-    Everything else takes dense noise. 2 forwards, one of which shows H; 2 weight passes in place; R A^T is not scaled.
-    ``sides=2``, the form of independent reproductions, takes the two-sided g: 3 forwards and passes. State: A, n r
-    floats of a matrix.
+    Everything else takes dense noise, as do layers of a forward that nobody knows. (A head tied with an embedding is a
+    linear layer.) 2 forwards, one of which shows H, or 3 where the model is compiled: that one runs uncompiled, and its
+    loss may be rounded otherwise. 2 weight passes in place; R A^T is not scaled. ``sides=2``, the form of independent
+    reproductions, takes the two-sided g: 3 forwards and passes. State: A, n r floats of a matrix.
 
-    H has a column for every token of the batch, padding too; of a layer that is called more than once, those of its
-    first call. It is looked at while the layer runs and not kept; A is computed in float32, under autocast too. Signs
-    of the QR are fixed, so that runs repeat. One-sided differences lose their digits in 16-bit losses: reduce them in
-    float32. Several processes would each have the basis of their own batch: the integrations refuse that.
+    H has a column for every token of the batch, padding too, but for those that are not finite, as a row without a
+    token that it may attend to can be; of a layer that is called more than once, those of its first call. It is looked
+    at while the layer runs and not kept; A is computed in float32, under autocast too. Signs of the QR are fixed, so
+    that runs repeat. One-sided differences lose their digits in 16-bit losses: reduce them in float32. Several
+    processes would each have the basis of their own batch: the integrations refuse that.
 
     Args:
         params, lr, weight_decay: as in ``MeZO``; the model, or named parameters and ``model=``.
@@ -73,11 +76,30 @@ class AGZO(LowRankOptimizer):
         self._clean: float | None = None
 
     def may_be_lowrank(self, weights: Sequence[Weight]) -> list[Weight]:
-        """The weights of linear layers."""
-        modules = [] if self.model is None else self.model.named_modules()
-        names = [f"{name}.weight" if name else "weight" for name, module in modules if isinstance(module, nn.Linear)]
-        linear = {*map(noise.canonical_name, names)}
-        return [w for w in super().may_be_lowrank(weights) if not linear.isdisjoint(w.names)]
+        """The weights of linear layers, transformers' Conv1D included."""
+        found = super().may_be_lowrank(weights)
+        if self.model is None:
+            return []
+        kinds = {
+            noise.canonical_name(f"{name}.weight".lstrip(".")): kind_of(module)
+            for name, module in self.model.named_modules()
+        }
+        self._input_side: dict[int, int] = {}
+        for w in found:
+            for name in set(w.names) - set(w.read_by):  # another module reads these
+                if kinds.get(name) in (LINEAR, CONV1D):
+                    self._input_side[w.index] = 0 if kinds[name] == CONV1D else 1
+        return [w for w in found if w.index in self._input_side]
+
+    def side_of(self, weight: Weight) -> str:
+        """Which factor A is: a linear layer has y = x W^T, a Conv1D y = x W."""
+        return ("left", "right")[self._input_side[weight.index]]
+
+    def lacks(self, weight: Weight, name: str) -> bool:
+        return super().lacks(weight, self.side_of(weight))
+
+    def by_rank(self) -> list[list[Weight]]:
+        return [same for weights in super().by_rank() for same in bucket(weights, also=self.side_of)]
 
     def estimate_and_update(self, evaluate: Evaluation) -> float:
         self._clean = None
@@ -87,6 +109,7 @@ class AGZO(LowRankOptimizer):
             plus, minus = evaluate.two_sided(direction)
             amount, loss = (plus - minus) / 2, (plus + minus) / 2
         else:
+            # At other times than a refresh, and where its loss is that of another program.
             clean = evaluate.loss() if self._clean is None else self._clean
             loss = evaluate.loss(direction)
             amount = loss - clean
@@ -98,8 +121,10 @@ class AGZO(LowRankOptimizer):
         """R A^T on the linear layers, dense noise on the rest."""
         parts: list[Part] = []
         for weights in self.by_rank():
-            left = Factor.drawn(self.key(Role.LEFT, number, step), self.rank_of(weights[0]))
-            parts += self.low_rank(weights, left, Factor.stored(self.stored(weights, "right")))
+            side = self.side_of(weights[0])
+            drawn = Factor.drawn(self.key(Role.LEFT, number, step), self.rank_of(weights[0]))
+            basis = Factor.stored(self.stored(weights, side))
+            parts += self.low_rank(weights, *((drawn, basis) if side == "right" else (basis, drawn)))
         return Direction([*parts, *self.noise(self.key(Role.DENSE, number, step), self.dense_buckets())])
 
     def refresh(self, evaluate: Evaluation) -> None:
@@ -110,13 +135,15 @@ class AGZO(LowRankOptimizer):
         def see(weight: Weight, x: Tensor) -> None:
             if weight.index in missing and x.is_floating_point():  # not the indices of a tied embedding
                 missing.remove(weight.index)
-                bases.append((weight, self.basis(weight, x.reshape(-1, x.shape[-1]).float())))
+                size = weight.tensor.shape[self._input_side[weight.index]]
+                rows = x.new_empty(size, size) if x.is_meta else x.reshape(-1, size)  # run dry, no layer is called
+                bases.append((weight, self.basis(weight, rows.float())))
 
         self.merge()
         self._clean = evaluate.observed(see)
         for weight, a in bases:
-            self.store(weight, right=a)
-        lost = [w.name for w in self.matrices() if w.index in missing and "right" not in self.state[w.tensor]]
+            self.store(weight, **{self.side_of(weight): a})
+        lost = [w.name for w in self.matrices() if w.index in missing and self.lacks(w, "")]
         if lost:
             raise RuntimeError(
                 f"closure: the layer of {lost[0]!r} was not called, so its inputs are not known; freeze its weight, or "
@@ -124,12 +151,14 @@ class AGZO(LowRankOptimizer):
             )
 
     def basis(self, weight: Weight, rows: Tensor) -> Tensor:
-        """A (n, r) of inputs (tokens, n)."""
+        """A (n, r) of inputs (tokens, n); those that are not finite do not count."""
         key = self.key(Role.RANGE_FINDER)
+        rows = torch.where(rows.isfinite().all(1, keepdim=True), rows, 0.0)
         omega = ops.draw((len(rows), self.rank_of(weight)), key, weight.id, device=rows.device)
         # This runs inside the caller's forward. (On the meta device, where costs are counted, there is no autocast.)
         with contextlib.nullcontext() if rows.is_meta else torch.autocast(rows.device.type, enabled=False):
             a = orthonormal(rows.T @ omega)
             for _ in range(self.iterations):
                 a = orthonormal(rows.T @ (rows @ a))
-        return a
+        # Squares of inputs above 1e18 overflow. What is not finite cannot be taken off the weights again.
+        return a.nan_to_num(0.0, 0.0, 0.0)

@@ -215,6 +215,7 @@ class ZOOptimizer(DirectionOptimizer):
                 with evaluate.autocast.outside():
                     loss = self.estimate_and_update(evaluate)
             except BaseException as error:
+                self._planned = None  # a step taken again makes its direction of what weights and groups then are
                 with uninterrupted():
                     self.perturbation.restore()
                     evaluate.state.restore()

@@ -82,6 +82,8 @@ class DiZO(ZOOptimizer):
         turn = self.steps % self.period - self.kappa
         if turn >= 0:
             return self._project(evaluate, turn)
+        for w in self.selected():  # left over if the projection's last step was skipped
+            self.state[w.tensor].pop("delta", None)
         z = self.noise(self.key(Role.DENSE))
         plus, minus = evaluate.two_sided(z)
         self.apply_update([(z, self.descent((plus - minus) / 2))])

@@ -27,9 +27,11 @@ class EGGROLL(LowRankOptimizer):
         update="jax":  f = (F - mean F) / sqrt(var F + 1e-5),  W <- W + lr sqrt(N) sigma mean_i(f_i s_i E_i)
         update="llm":  f = F - mean F  [/ std F],              W <- W + lr mean_i(f_i s_i E_i)  [* sqrt(N)]
 
-    The two official scales, of HyperscaleES (JAX) and of its transformer experiments. The update is one pass, by the
-    members' factors side by side. N forwards, or one with ``members=N``; 2N - 1 weight passes in place; no state:
-    factors are drawn in the forward.
+    The two official scales, of HyperscaleES (JAX) and of its transformer experiments. N forwards, or one with
+    ``members=N``; 2N - 1 weight passes in place; no state: factors are drawn in the forward. Outside the mode inplace
+    the update has the factors of all E_k side by side, up to the rank that a pass takes: one pass until they are more
+    than 512 or a matrix's shorter side, then one more for each time as many. For that they are drawn, which takes up to
+    (m + n) N p / 2 floats of every matrix.
 
     The transformer code adds its update to bfloat16 weights to nearest, which loses most of it; here it rounds
     stochastically. It leaves tensors that are not matrices alone: freeze them. The JAX code perturbs them densely,

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 
 from .. import notices
 from ..directions import Amounts, Direction, Weight
-from ..perturbation import Ambient, Autocast, ForwardState, Perturbation, observing, uncompiled, uninterrupted
+from ..perturbation import (
+    Ambient,
+    Autocast,
+    ForwardState,
+    Perturbation,
+    is_called_compiled,
+    observing,
+    uncompiled,
+    uninterrupted,
+)
 from . import scores
 from .signal import Signal
 
@@ -140,20 +149,32 @@ class Evaluation:
                 )
         return losses
 
-    def observed(self, see: Callable[[Weight, Tensor], None]) -> float:
-        """The loss at W, while ``see`` gets the inputs of every linear layer and embedding with its weight."""
+    def observed(self, see: Callable[[Weight, Tensor], None]) -> float | None:
+        """The loss at W, while ``see`` gets the inputs of every linear layer and embedding with its weight.
+
+        None if a compiled model ran as the Python code that it was made from: its other losses may be rounded
+        otherwise, and cannot be compared with this one.
+        """
         if self.perturbation.dry:
             for w in self.weights:
                 if w.tensor.dim() == 2:
                     see(w, w.tensor.new_empty(w.tensor.shape[1], w.tensor.shape[1]))
             return self.loss()
+        compiled: bool | None = None
+
+        def asking(weight: Weight, x: Tensor) -> None:
+            nonlocal compiled
+            compiled = is_called_compiled() if compiled is None else compiled
+            see(weight, x)
+
         # Compiled code of a forward that nobody observed would be found again, without the hooks.
-        with observing(self.model, self.weights, see), uncompiled():
+        with observing(self.model, self.weights, asking), uncompiled():
             self.perturbation.watched = True
             try:
-                return self.loss()
+                loss = self.loss()
             finally:
                 self.perturbation.watched = False
+        return None if compiled else loss
 
     def clear(self) -> None:
         """Show W itself again, before the memory of the forwards is used for something else."""

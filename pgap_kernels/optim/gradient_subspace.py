@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -30,6 +30,8 @@ class GradientSubspaceOptimizer(LowRankOptimizer):
             matrices alone, and each group of examples has its own, so that there are h * groups of them for the same
             forwards; then h * groups * p >= rank.
     """
+
+    kept: ClassVar[tuple[str, ...]] = Basis._fields  # which of U, S and V are state
 
     def __init__(
         self,
@@ -60,7 +62,7 @@ class GradientSubspaceOptimizer(LowRankOptimizer):
             radius = [self.eps_probe or PAPER_PROBE_EPS] * len(radius)
         found = self._dense_probes if self.probe_rank is None else self._lowrank_probes
         for w, basis in found(evaluate, radius):
-            self.store(w, **basis._asdict())
+            self.store(w, **{name: getattr(basis, name) for name in self.kept})
 
     def _dense_probes(self, evaluate: Evaluation, radius: list[float]) -> Iterator[tuple[Weight, Basis]]:
         """Dense noise on all weights, shared by all examples; G is assembled one matrix at a time."""

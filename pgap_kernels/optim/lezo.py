@@ -28,8 +28,8 @@ class LayerwiseOptimizer(ZOOptimizer):
     each module is a layer.
     """
 
-    def layers(self) -> list[list[Weight]]:
-        """The weights of each layer, by its number or name, whatever the order in which they were given."""
+    def layers(self) -> dict[str, list[Weight]]:
+        """The weights of each layer by its number or name, whatever the order in which they were given."""
         numbers = {w.index: layer_number(w.name) for w in self.weights()}
         found: dict[str, list[Weight]] = {}
         for w in self.weights():
@@ -37,7 +37,7 @@ class LayerwiseOptimizer(ZOOptimizer):
             module = "" if any(numbers.values()) else w.name.rpartition(".")[0]
             found.setdefault(number or module, []).append(w)
         names = sorted(found, key=lambda name: (int(name), "") if name.isdecimal() else (-1, name))
-        return [sorted(found[name], key=lambda w: w.name) for name in names]
+        return {name: sorted(found[name], key=lambda w: w.name) for name in names}
 
     def uniform(self, number: int) -> float:
         """The n-th number of a step, from 0 to below 1."""
@@ -50,7 +50,7 @@ class LeZO(LayerwiseOptimizer):
         rho = (L(W + eps z) - L(W - eps z)) / (2 eps),   W <- (1 - lr wd) W - lr rho z,   z = 0 on the layers left out
 
     Layers are as in ``LayerwiseOptimizer``. 2 forwards; 3 passes over the weights that move. No state. The paper's
-    repository holds no code.
+    repository has a description and no code.
 
     Args:
         params, lr, eps, weight_decay: as in ``MeZO``.
@@ -74,7 +74,7 @@ class LeZO(LayerwiseOptimizer):
         self.sparsity = fraction("sparsity", sparsity)
 
     def estimate_and_update(self, evaluate: Evaluation) -> float:
-        layers = self.layers()
+        layers = [*self.layers().values()]
         count = max(1, round((1 - self.sparsity) * len(layers)))
         order = sorted(range(len(layers)), key=lambda i: self.uniform(i))
         moved = sorted(order[:count])
@@ -123,9 +123,9 @@ class AdaLeZO(LayerwiseOptimizer):
         interval: int = 1,
         **options: Any,
     ) -> None:
-        self.worth: list[float] | None
-        self.drawn: list[int] | None
-        self.chances: list[float] | None  # with which ``drawn`` were drawn
+        self.worth: dict[str, float] | None  # Q by layer
+        self.drawn: list[str] | None
+        self.chances: dict[str, float] | None  # with which ``drawn`` were drawn
         super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay}, **options)
         self.share, self.ema = positive("share", share), positive("ema", ema)
         for name in ("share", "ema"):
@@ -136,25 +136,30 @@ class AdaLeZO(LayerwiseOptimizer):
 
     def estimate_and_update(self, evaluate: Evaluation) -> float:
         layers = self.layers()
-        worth = self.worth if self.worth is not None and len(self.worth) == len(layers) else [0.0] * len(layers)
+        names, before = [*layers], self.worth or {}
+        worth = {name: before.get(name, 0.0) for name in names}
         count = max(1, math.floor(self.share * len(layers)))
         due = self.steps % self.interval == 0
-        if due or self.drawn is None or self.chances is None or len(self.chances) != len(layers):
-            self.chances = probabilities(worth, self.tau, self.gamma)
-            self.drawn = [pick(self.chances, self.uniform(i)) for i in range(count)]
-        moved = sorted({*self.drawn})
+        if due or self.drawn is None or self.chances is None or self.chances.keys() != layers.keys():
+            chances = probabilities([*worth.values()], self.tau, self.gamma)
+            self.chances = dict(zip(names, chances, strict=True))
+            self.drawn = [names[pick(chances, self.uniform(i))] for i in range(count)]
+        moved = [name for name in names if name in self.drawn]
         key = self.key(Role.DENSE)
-        z = self.noise(key, bucket([w for i in moved for w in layers[i]]))
+        z = self.noise(key, bucket([w for name in moved for w in layers[name]]))
         plus, minus = evaluate.two_sided(z)
         scale = [1.0] * len(self.weights())
-        for i in moved:
-            weight = self.drawn.count(i) * min(1 / (count * self.chances[i] + 1e-8), self.clip)
-            for w in layers[i]:
+        for name in moved:
+            weight = self.drawn.count(name) * min(1 / (count * self.chances[name] + 1e-8), self.clip)
+            for w in layers[name]:
                 scale[w.index] = weight
         amounts = [a * s for a, s in zip(self.descent((plus - minus) / 2), scale, strict=True)]
         self.apply_update([(z, amounts)])
-        slope = abs(scores.spsa(plus, minus, self.radius()[layers[moved[0]][0].index]))
-        self.worth = [(1 - self.ema) * q + self.ema * slope if i in moved else q for i, q in enumerate(worth)]
+        radius = self.radius()
+        for name in moved:
+            slope = abs(scores.spsa(plus, minus, radius[layers[name][0].index]))
+            worth[name] = (1 - self.ema) * worth[name] + self.ema * slope
+        self.worth = worth
         return (plus + minus) / 2
 
 

@@ -30,7 +30,7 @@ class LOREN(ZOOptimizer):
 
     and with curvature="learned" a <- (1 - lr_a wd) a - lr_a sum_k grad_k after that (``_move``). Weights that are not
     matrices take u_k itself, those of one dimension without momentum. K forwards; in place 2K + 4 weight passes, one of
-    them over M for its rank-one term. State: a, and M of the weight's size.
+    them over M for its rank-one term. "per_query" has two passes over M more. State: a, and M of the weight's size.
 
     The published code (hseung88/loren) takes "per_query" steps, moves a between the queries of a step, by lr_a = 1e-3
     eps^2, with which it never moves in float32, gives vectors a curvature too, and decays every weight.

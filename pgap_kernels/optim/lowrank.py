@@ -62,8 +62,12 @@ class LowRankOptimizer(ZOOptimizer):
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
-        if at_least_one("rank", group["rank"]) > ops.MAX_RANK:
-            raise ValueError(f"rank: got {group['rank']}; accepted: 1 to {ops.MAX_RANK}, the most the kernels take")
+        _check_rank(group["rank"])
+
+    def check_schedule(self) -> None:
+        super().check_schedule()
+        for group in self.param_groups:
+            _check_rank(group["rank"])
 
     def check_state(self, weight: Weight, state: Mapping[str, Any]) -> None:
         super().check_state(weight, state)
@@ -76,10 +80,10 @@ class LowRankOptimizer(ZOOptimizer):
                     f"state_dict: got a subspace of {weight.name!r}, which takes dense noise here; accepted: the state "
                     "of an optimizer with the same exclude"
                 )
-            if len(factor) != weight.tensor.shape[side]:
+            if len(factor) != self.shape_of(weight)[side]:
                 raise ValueError(
                     f"state_dict: got a {name} factor of shape {tuple(factor.shape)} for {weight.name!r} of shape "
-                    f"{tuple(weight.tensor.shape)}; accepted: the state of weights of the same shapes"
+                    f"{self.shape_of(weight)}; accepted: the state of weights of the same shapes"
                 )
 
     # ---- which weights ----------------------------------------------------------------------------------------------
@@ -117,9 +121,14 @@ class LowRankOptimizer(ZOOptimizer):
     def lowrank_indices(self) -> list[int]:
         return self._split()[2]
 
+    def shape_of(self, weight: Weight) -> tuple[int, int]:
+        """Rows and columns of a matrix."""
+        rows, columns = weight.tensor.shape
+        return rows, columns
+
     def rank_of(self, weight: Weight) -> int:
         """r of a matrix: the group's, or its shorter side (LoRA factors)."""
-        return min(operator.index(weight.group["rank"]), *weight.tensor.shape)
+        return min(operator.index(weight.group["rank"]), *self.shape_of(weight))
 
     def scale_of(self, weight: Weight) -> float:
         """What multiplies a direction of a matrix."""
@@ -171,7 +180,13 @@ class LowRankOptimizer(ZOOptimizer):
         """Whether factors are to be made now: by the schedule, as one was missed, or as a matrix has none."""
         scheduled = self.steps - self.steps % self.window
         missed = self.refreshed_at is None or self.refreshed_at < scheduled
-        return missed or any(name not in self.state[w.tensor] for w in self.matrices())
+        matrices = self.matrices()
+        return (missed and bool(matrices)) or any(self.lacks(w, name) for w in matrices)
+
+    def lacks(self, weight: Weight, name: str) -> bool:
+        """Whether a matrix has no such factor, or one of a rank that its group has no longer."""
+        factor = self.state[weight.tensor].get(name)
+        return factor is None or factor.shape[1] != self.rank_of(weight)
 
     def refresh(self, evaluate: Evaluation) -> None:
         """New factors of every matrix."""
@@ -202,3 +217,8 @@ class LowRankOptimizer(ZOOptimizer):
         # A refresh replaces the factors that deferred updates and next points depend on: nothing may wait past it.
         self.apply_update(terms, flush=self.refreshes_at(self.steps + 1))
         return loss
+
+
+def _check_rank(value: Any) -> None:
+    if at_least_one("rank", value) > ops.MAX_RANK:
+        raise ValueError(f"rank: got {value}; accepted: 1 to {ops.MAX_RANK}, the most the kernels take")

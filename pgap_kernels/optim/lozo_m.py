@@ -95,7 +95,7 @@ class LOZOM(LOZO):
     def replace_right(self, weight: Weight, v: Tensor) -> None:
         state = self.state[weight.tensor]
         if "momentum" in state:
-            state["momentum"].copy_(state["momentum"] @ (state["right"].T @ v) / len(v))
+            self.store(weight, momentum=state["momentum"] @ (state["right"].T @ v) / len(v))
         super().replace_right(weight, v)
 
     def _rule_of(self, weights: Sequence[Weight]) -> ops.MomentumRule:

@@ -40,7 +40,11 @@ class _MomentMeZO(ZOOptimizer):
         return self.noise(self.key(Role.DENSE, number, step), self._by_rule())
 
     def _by_rule(self) -> list[list[Weight]]:
-        return bucket(self.weights(), also=lambda w: tuple(self.hyper_parameter(n, w.group) for n in self.of_a_rule))
+        return bucket(self.weights(), also=self.rule_key)
+
+    def rule_key(self, weight: Weight) -> tuple:
+        """What weights have to share to be updated in one pass."""
+        return tuple(self.hyper_parameter(name, weight.group) for name in self.of_a_rule)
 
     def estimate_and_update(self, evaluate: Evaluation) -> float:
         directions, loss = self.estimate(evaluate, self.sampling)
@@ -101,11 +105,12 @@ class MeZOAdam(_MomentMeZO):
     """MeZO with Adam's moments.
 
         m <- beta1 m + (1 - beta1) g,   v <- beta2 v + (1 - beta2) g^2,   g = 1/n sum_i rho_i z_i
-        W <- (1 - lr wd) W - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + e),   t from 1
+        W <- (1 - lr wd) W - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + e),   t updates of W, this one included
 
     2n forwards; 2n + 1 weight passes in place, the last of which reads and writes the state too. State: m and v,
-    float32, each of the weight's size. The published code (medium_models) hands g to AdamW as the gradient, which
-    takes up to four times the weights' memory.
+    float32, each of the weight's size, and t, which does not count steps that were skipped or in which W was frozen.
+    The published code (medium_models) hands g to AdamW as the gradient, which takes up to four times the weights'
+    memory.
 
     Args:
         params, lr, eps, weight_decay, probes, baseline: as in ``MeZO``.
@@ -137,11 +142,23 @@ class MeZOAdam(_MomentMeZO):
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "beta1": beta1, "beta2": beta2, "e": e}
         super().__init__(params, defaults, probes=probes, baseline=baseline, **options)
 
+    def estimate_and_update(self, evaluate: Evaluation) -> float:
+        loss = super().estimate_and_update(evaluate)
+        for w in self.weights():
+            self.state[w.tensor]["updates"] = self._updates(w) + 1
+        return loss
+
+    def rule_key(self, weight: Weight) -> tuple:
+        return (*super().rule_key(weight), self._updates(weight))
+
+    def _updates(self, weight: Weight) -> int:
+        return self.state[weight.tensor].get("updates", 0)
+
     def rule_of(self, weights: Sequence[Weight]) -> ops.AdamRule:
         rates, group = self.rates(), weights[0].group
         return ops.AdamRule(
             lr=[rates[w.index] for w in weights],
-            step=self.steps + 1,
+            step=self._updates(weights[0]) + 1,
             betas=(fraction("beta1", group["beta1"]), fraction("beta2", group["beta2"])),
             eps=number("e", group["e"]),
         )

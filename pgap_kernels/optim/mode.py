@@ -106,7 +106,7 @@ class ModeOptimizer(ModelOptimizer, metaclass=_EnterMode):
         if before is not None:
             before.release("the optimizer has entered another mode")
             after.passes = before.passes
-        self._perturbation, self.mode_reason = after, choice.reason
+        self._perturbation, self.mode_reason, self._planned = after, choice.reason, None
         _log.info("%s runs in mode %s: %s", type(self).__name__, choice.mode, choice.reason)
         if choice.mode == "folded" and self.model is not None:
             rest = unfolded(weights, self.model, lowrank or ())

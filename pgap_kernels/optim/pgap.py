@@ -35,11 +35,11 @@ class PGAP(GradientSubspaceOptimizer):
             shorter side.
         window: steps between refreshes of the subspaces; the first step refreshes.
         probes: h, two-sided probes per refresh.
-        delta: alignment strength, per param group, >= 0; 1 keeps the estimator unbiased within the subspace, 0 removes
-            the aligned part.
+        delta: alignment strength, per param group, >= 0; 1 keeps the estimator unbiased within the subspace, with
+            xi="per_matrix"; 0 removes the aligned part.
         delta_steps: if given, delta falls linearly to 0 over this many steps.
         xi: sign of the alignment, drawn in every step for each matrix ("per_matrix") or once for all ("global"), or
-            always +1 ("fixed").
+            always +1 ("fixed", not with baseline="loo": differences from each other cancel what all directions share).
         scale: "subzero": sqrt(m n)/r, which gives D the norm of dense noise, so that MeZO's eps and lr carry over;
             "paper": 1.
         exclude: names (fnmatch patterns, e.g. "*embed*") of matrices that take dense noise instead.
@@ -96,6 +96,11 @@ class PGAP(GradientSubspaceOptimizer):
         self.sampling = Sampling.checked(directions, self.groups, self.members, baseline)
         self.delta_steps = None if delta_steps is None else at_least_one("delta_steps", delta_steps)
         self.xi = checks.choice("xi", xi, ("per_matrix", "global", "fixed"))
+        if self.xi == "fixed" and baseline == "loo":
+            raise ValueError(
+                "baseline: got 'loo' with xi='fixed', where what is aligned is the same in all directions and cancels; "
+                "accepted: 'antithetic' or 'clean', or another xi"
+            )
         self.eps_dense = None if eps_dense is None else positive("eps_dense", eps_dense)
         if lr_dense is not None:
             self.dense_lr_ratio = positive("lr_dense", lr_dense, zero=True) / positive("lr", lr)

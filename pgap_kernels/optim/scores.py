@@ -26,7 +26,8 @@ def standardised(losses: Sequence[float], base: float | None = None, ddof: int =
     """(L_k - base) / sqrt(var L + floor), the base being the mean by default; zeros where that root is 0."""
     differences = centred(losses)
     variance = math.fsum(d**2 for d in differences) / (len(losses) - ddof) + floor
-    if variance == 0:
+    same = min(losses) == max(losses)  # whose mean may differ from them in its last bit
+    if variance == 0 or (same and floor == 0):
         return [0.0] * len(losses)
     if base is not None:
         differences = [loss - base for loss in losses]

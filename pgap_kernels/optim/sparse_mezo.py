@@ -87,7 +87,7 @@ class SparseMeZO(ZOOptimizer):
     def _threshold_of(self, weight: Weight) -> float:
         """h: between two magnitudes it is interpolated linearly."""
         state = self.state[weight.tensor]
-        if weight.tensor.is_meta:  # run dry, to count passes
+        if weight.tensor.is_meta or not weight.tensor.numel():  # run dry, to count passes; or without elements
             return 0.0
         if "threshold" not in state:
             magnitudes = weight.tensor.detach().abs().float().flatten()

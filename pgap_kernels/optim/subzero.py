@@ -34,7 +34,8 @@ class SubZero(LowRankOptimizer):
 
     Args:
         params, lr, eps, weight_decay: as in ``MeZO``; the method has no decay.
-        rank: r, of the subspaces, per param group; a matrix too small for it takes its shorter side.
+        rank: r, of the subspaces, per param group; a matrix too small for it takes its shorter side. One of a single
+            row or column takes dense noise, as in the code: in a fixed subspace it would only move along a line.
         window: steps between new U and V.
         scale: as in ``PGAP``.
         reshape: names of matrices that are viewed as nearly square: 8 x 2560 as 128 x 160. They cannot be folded.
@@ -80,11 +81,11 @@ class SubZero(LowRankOptimizer):
         """Rows and columns of a matrix, as it is viewed."""
         if any(map(weight.matches, self.reshape)):
             return nearly_square(weight.tensor.numel())
-        rows, columns = weight.tensor.shape
-        return rows, columns
+        return super().shape_of(weight)
 
-    def rank_of(self, weight: Weight) -> int:
-        return min(int(weight.group["rank"]), *self.shape_of(weight))
+    def may_be_lowrank(self, weights: Sequence[Weight]) -> list[Weight]:
+        """Matrices of more than one row and column, as they are viewed."""
+        return [w for w in super().may_be_lowrank(weights) if min(self.shape_of(w)) > 1]
 
     def by_rank(self) -> list[list[Weight]]:
         viewed = {w.index for w in self.matrices() if any(map(w.matches, self.reshape))}

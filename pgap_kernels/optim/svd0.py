@@ -19,7 +19,7 @@ class SVD0(GradientSubspaceOptimizer):
 
     Every ``window`` steps the truncated SVD of a gradient estimate gives U and V, as in ``PGAP``; every step is
     two-sided along D. 2 + 2h/window forwards; 3 + (2h + 1)/window weight passes in place, (2h + 1)/window folded with a
-    window; for n directions 2n and 2n + 1 instead of 2 and 3. State: U, S and V, (m + n + 1) r floats of a matrix.
+    window; for n directions 2n and 2n + 1 instead of 2 and 3. State: U and V, (m + n) r floats of a matrix.
 
     Neither the paper's text nor its code is public: this is the implementation in AIM-ZO, whose scale is "paper".
 
@@ -33,6 +33,7 @@ class SVD0(GradientSubspaceOptimizer):
     method: ClassVar[str] = "SVD0"
     plans_ahead: ClassVar[bool] = True
     takes_groups: ClassVar[bool] = True
+    kept: ClassVar[tuple[str, ...]] = ("left", "right")
 
     def __init__(
         self,

@@ -30,8 +30,9 @@ class TeZO(LowRankOptimizer):
         rule="adam":      v <- beta2 v + (1 - beta2) rho^2 tau^2,   W <- (1 - lr wd) W
                           - lr (U diag(m) V^T / sqrt(r)) / sqrt((U U) diag(v) (V V)^T / r + e), element by element
 
-    Everything that is not a matrix takes dense noise, and rho of it. 2 forwards; 3 weight passes in place, none in mode
-    folded with a window; with "adam" 4 in place, as restoring and updating cannot share a pass. State: U and V,
+    Everything that is not a matrix takes dense noise, and a step of MeZO along it, under every rule: no moments, and
+    the same ``lr`` (freeze such tensors where that is the rate of "adam"). 2 forwards; 3 weight passes in place, none
+    in mode folded with a window; with "adam" 4 in place, as restoring and updating cannot share a pass. State: U and V,
     (m + n) r floats of a matrix, and r of each moment.
 
     The paper has no public code; its scale and whether its moments are corrected are not known. 1/sqrt(r) gives D the
@@ -83,15 +84,18 @@ class TeZO(LowRankOptimizer):
         return step == 0
 
     def refresh_is_due(self, name: str) -> bool:
-        return any(name not in self.state[w.tensor] for w in self.matrices())
+        return any(self.lacks(w, name) for w in self.matrices())
 
     def refresh(self, evaluate: Evaluation) -> None:
-        """U and V of the matrices that have none: they are drawn once, whatever the step."""
+        """U and V of the matrices that have none of their rank: they are drawn once, whatever the step."""
         self.merge()
         for weights in self.by_rank():
-            missing = [w for w in weights if "left" not in self.state[w.tensor]]
+            missing = [w for w in weights if self.lacks(w, "left")]
             if not missing:
                 continue
+            for w in missing:  # moments are along the factors
+                for name in ("momentum", "second_moment"):
+                    self.state[w.tensor].pop(name, None)
             rank = self.rank_of(weights[0])
             for side, (name, role) in enumerate((("left", Role.LEFT), ("right", Role.RIGHT))):
                 factor = Factor.drawn(self.key(role, step=0), rank)

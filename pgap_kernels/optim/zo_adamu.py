@@ -34,8 +34,9 @@ class ZOAdaMU(ZOOptimizer):
     evaluated, divided by the root of v. 2 forwards; 3 weight passes in place, which read h, the last of which writes
     it too. State: h, float32, of the weight's size.
 
-    The published code stops with a TypeError; this is the paper's algorithm. Of the last phase text and equation say
-    different things: ``final``.
+    The published code stops with a TypeError; this is the paper's Algorithm 1, with the code's sign of rho in h,
+    without which (the paper has h <- m) h may point uphill. Of the last phase text and equation say different things:
+    ``final``.
 
     Args:
         params, lr, eps, weight_decay: as in ``MeZO``.

@@ -34,8 +34,9 @@ class ZOMuon(LowRankOptimizer):
 
     Args:
         params, eps, weight_decay: as in ``MeZO``.
-        lr: learning rate of the matrices, per param group.
-        rank: r, of the perturbation, per param group.
+        lr: learning rate of the matrices, per param group; not 0, as ``lr_dense`` is a ratio to it.
+        rank: r, of the perturbation, per param group; at most the shorter side of a matrix, though the code's P may
+            have as many columns as rows.
         window: steps between new P.
         directions: N, directions per step.
         update: the matrices move by P M made orthogonal ("newton-schulz"), or by P M itself ("sgd").
@@ -65,7 +66,7 @@ class ZOMuon(LowRankOptimizer):
         super().__init__(params, defaults, window=window, exclude=exclude, **options)
         self.directions = at_least_one("directions", directions)
         self.update = checks.choice("update", update, UPDATES)
-        self.dense_lr_ratio = positive("lr_dense", lr_dense, zero=True) / lr if lr else 0.0
+        self.dense_lr_ratio = positive("lr_dense", lr_dense, zero=True) / positive("lr", lr)
 
     def refresh(self, evaluate: Evaluation) -> None:
         """New P of every matrix."""

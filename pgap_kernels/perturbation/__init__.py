@@ -10,9 +10,9 @@ beside: observers.
 """
 
 from .base import Perturbation, StateRule, Update
-from .compiled import uncompiled
+from .compiled import is_called_compiled, uncompiled
 from .folded import Folded
-from .hooks import modules_of
+from .hooks import CONV1D, LINEAR, kind_of, modules_of
 from .inplace import InPlace
 from .modes import MERGES, MODES, Choice, build, check_options, choose, unfolded
 from .observers import observing
@@ -22,6 +22,8 @@ from .scratch import Scratch
 from .step_context import Ambient, Autocast, ForwardState, outside_ambient_state, uninterrupted
 
 __all__ = [
+    "CONV1D",
+    "LINEAR",
     "MERGES",
     "MODES",
     "Ambient",
@@ -39,6 +41,8 @@ __all__ = [
     "check_options",
     "choose",
     "in_several_processes",
+    "is_called_compiled",
+    "kind_of",
     "merge_for",
     "modules_of",
     "observing",

@@ -45,14 +45,14 @@ class ModuleUse:
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name, self.module, self.number = name, module, 0
         self.refs: list[ParamRef] = []
-        self.kind = _kind(module)
+        self.kind = kind_of(module)
 
     def foldable(self, ref: ParamRef) -> bool:
         """Whether a low-rank direction of a parameter can act on the module's output instead."""
         return self.kind is not None and ref.owner is self.module and ref.name == "weight"
 
 
-def _kind(module: nn.Module) -> str | None:
+def kind_of(module: nn.Module) -> str | None:
     """How the module's forward uses ``weight``, for those of which a direction can be folded into the output."""
     own = module.__dict__.get("forward")
     if own is not None and not getattr(own, "transparent", False) and not _is_dispatched(module):

@@ -3,7 +3,7 @@
     H (n x tokens): the layer's inputs in the forward at W; Omega (tokens x r) Gaussian
     A = qr(H Omega), then K times A <- qr(H (H^T A))
     D = R A^T on linear layers' weights, R (m x r) Gaussian, unscaled; dense noise z on the rest
-    g = (L(W + mu D) - L(W)) / mu,  W <- W - lr g D
+    g = (L(W + mu D) - L(W)) / mu,  W <- (1 - lr wd) W - lr g D
 
 ``sides=2`` takes the two-sided estimate instead (third-party); the forward that captures H is then not counted here.
 """
@@ -31,6 +31,7 @@ def step(
     *,
     lr: float,
     mu: float,
+    weight_decay: float = 0.0,
     sides: int = 1,
 ) -> tuple[Weights, State]:
     """``A`` and ``R`` of linear layers' weights, ``z`` of the other tensors. Forwards: W, +D; with two sides +D, -D."""
@@ -40,4 +41,4 @@ def step(
         g = (loss(perturbed(weights, direction, mu)) - clean) / mu
     else:
         g = two_sided(loss, weights, direction, mu)
-    return descend(weights, {name: g * direction[name] for name in weights}, lr), state
+    return descend(weights, {name: g * direction[name] for name in weights}, lr, weight_decay), state

@@ -6,7 +6,8 @@
     llm:  f = F - mean F [/ std F];               W <- W + lr mean_i(f_i s_i E_i) [* sqrt(N)]
 
 "jax" is HyperscaleES' EggRoll with SGD, "llm" the plain update of the transformer code. The mean of a group in place of
-the mean of all changes nothing: both members of a pair share it. Tensors without noise do not move. No decay.
+the mean of all changes nothing: both members of a pair share it. Tensors without noise do not move. No decay
+in either code; here W decays by lr wd first.
 """
 
 import math
@@ -14,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from .common import Loss, State, Weights, combined, perturbed
+from .common import Loss, State, Weights, combined, descend, perturbed
 
 
 def step(
@@ -26,6 +27,7 @@ def step(
     *,
     lr: float,
     sigma: float,
+    weight_decay: float = 0.0,
     update: str = "jax",
     antithetic: bool = True,
     normalise: bool = False,
@@ -54,4 +56,5 @@ def step(
     if scale_by_root:
         amount = lr * math.sqrt(N)
     c = [float(f_i) * sign / N for f_i, (sign, _) in zip(f, members, strict=True)]
-    return perturbed(weights, combined(c, [direction for _, direction in members]), amount), state
+    kept = descend(weights, {name: 0.0 * w for name, w in weights.items()}, lr, weight_decay)
+    return perturbed(kept, combined(c, [direction for _, direction in members]), amount), state

@@ -3,12 +3,12 @@
 D = z / sqrt(H)                                          H starts at 1
 rho = (L(W + eps D) - L(W - eps D)) / (2 eps)
 H <- (1 - alpha) H + alpha |L(W + eps D) + L(W - eps D) - 2 L(W)| H z^2 / (2 eps^2)
-W <- (1 - lr wd) W - lr rho z / sqrt(H)                  with the new H; decay reaches every tensor
+W <- (1 - lr wd) W - lr rho z / sqrt(H)                  with the new H; the code decays every tensor
 """
 
 from torch import ones_like
 
-from .common import Loss, State, Weights, perturbed
+from .common import Loss, State, Weights, descend, perturbed
 
 
 def step(
@@ -31,5 +31,4 @@ def step(
     rho = (plus - minus) / (2 * eps)
     bend = abs(plus + minus - 2 * clean) / (2 * eps**2)
     H = {name: (1 - alpha) * h + alpha * bend * h * z[name] ** 2 for name, h in H.items()}
-    new = {name: (1 - lr * weight_decay) * w - lr * rho * z[name] / H[name].sqrt() for name, w in weights.items()}
-    return new, {"H": H}
+    return descend(weights, {name: rho * z[name] / H[name].sqrt() for name in weights}, lr, weight_decay), {"H": H}

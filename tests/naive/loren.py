@@ -69,7 +69,8 @@ def step(
         for term in terms:
             if w.dim() >= 2:
                 term = m[name] = term + (beta * m[name] if name in m else 0.0)
-            w = (1 - lr * weight_decay) * w - lr * term
+            decay = lr * weight_decay if w.dim() >= 2 else 0.0  # the code decays every tensor
+            w = (1 - decay) * w - lr * term
         new[name] = w
         if name not in a:
             continue
