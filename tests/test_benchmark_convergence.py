@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -95,6 +97,8 @@ def test_cells_of_the_study_come_in_the_order_of_interest():
     assert len({(cell.batch, cell.schedule, cell.lr) for cell in first if cell.arm == "P-GAP, K = 8"}) == 1
     mezo = {(c.batch, c.lr) for c in study.cells if c.arm == "MeZO"}
     assert mezo >= {(16, 6e-5), (16, 9.6e-4), (4, 3e-5), (4, 1.2e-4), (1, 7.5e-6), (1, 3e-5)}
+    mezo = {(c.batch, c.schedule, c.forwards) for c in study.cells if c.arm == "MeZO"}
+    assert {(1, "constant", None), (1, "linear_to_zero", 2400)} < mezo
     for cell in study.cells:
         assert cell.batch % cell.options.get("groups", 1) == 0 and cell.data_seed != cell.direction_seed
 
@@ -147,10 +151,11 @@ def test_the_program_from_cells_to_report(config, tmp_path, capsys, monkeypatch)
     page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter")
     given = ["report", str(folder), "--markdown", str(page), "--figure", str(tmp_path / "curves.png")]
     assert program.main(given) == 0
-    assert "0 of 1" in capsys.readouterr().out
+    assert "(0 of 1)" in capsys.readouterr().out
     text = page.read_text()
     assert text.startswith("before") and text.endswith("after") and "old" not in text
-    assert "| P-GAP | > 120 | 0 of 1 | 0 | none | batch 2, constant, lr 0.001 (end: lr) |" in text
+    assert "| P-GAP | > 120 (0 of 1) | " in text and "| P-GAP | none, 1 pair |" in text
+    assert "| P-GAP | batch 2, constant, lr 0.001 (end: lr) | batch 2, " in text
     assert "(curves.png)" in text and (tmp_path / "curves.png").stat().st_size > 10_000
     assert "seconds" not in text, "nobody has measured any"
     # Seconds of each kind of step, taken in turns.
@@ -160,7 +165,7 @@ def test_the_program_from_cells_to_report(config, tmp_path, capsys, monkeypatch)
     assert {key: row["turns"] for key, row in rows.items()} == {("MeZO", 8): 5, ("P-GAP", 16): 1, ("P-GAP", 8): 4}
     assert all(row["seconds"] > 0 for row in rows.values())
     assert program.main(given) == 0
-    assert "### Seconds to early (0.001)" in page.read_text() and "Seconds: processor" in page.read_text()
+    assert "### Seconds to a test loss" in page.read_text() and "Seconds: processor" in page.read_text()
 
 
 def test_a_cell_of_generated_answers_reports_their_metric(config, tmp_path):
@@ -263,11 +268,11 @@ def test_no_file_is_half_written(study, tmp_path, monkeypatch):
 # ---- times ----------------------------------------------------------------------------------------------------------
 
 
-def record(losses, arm="A", seed=0, lr=1.0, batch=1, schedule="constant", step=10) -> dict:
+def record(losses, arm="A", seed=0, lr=1.0, batch=1, schedule="constant", step=10, forwards=None) -> dict:
     """A run whose checkpoints are ``step`` forwards, and half as many seconds, apart."""
     points = [{"step": i, "forwards": step * i, "loss": y, "accuracy": 0.5} for i, y in enumerate(losses)]
     points = [point | {"seconds": point["forwards"] / 2} for point in points]
-    cell = {"arm": arm, "data_seed": seed, "lr": lr, "batch": batch, "schedule": schedule}
+    cell = {"arm": arm, "data_seed": seed, "lr": lr, "batch": batch, "schedule": schedule, "forwards": forwards}
     count = len(losses) - 1
     steps = {"forwards": [step * (i + 1) for i in range(count)]}
     steps |= {"squared_norm": [None] * count, "second_moment": [4.0] * count}
@@ -283,7 +288,12 @@ def test_times_interpolate_and_are_censored_at_the_budget():
     assert times.time_to(curve, 0.9, "forwards", 30) == (10.0, True, True), "where before that, nobody saw"
     assert times.time_to(curve, 0.9, "forwards", 9) == (9, False, False), "nobody saw it within the budget"
     assert times.loss_at(record([1.0, math.nan]), "forwards", 10)["loss"] == math.inf
+    assert times.loss_at(curve, "seconds", 8.0) == {"loss": pytest.approx(0.56), "accuracy": 0.5}
+    assert times.loss_at(curve, "forwards", 40)["loss"] == 0.6, "a run that has ended stays as it is"
+    assert times.loss_at(curve | {"status": "diverged"}, "forwards", 30)["loss"] == 0.6
+    assert times.loss_at(curve | {"status": "diverged"}, "forwards", 31)["loss"] == math.inf
     assert times.holds(curve, 0.6) and not times.holds(curve, 0.5)
+    assert not times.holds(curve | {"status": "diverged"}, 0.6)
     with pytest.raises(Refused, match="the loss starts at 1"):
         times.time_to(curve, 1.0, "forwards", 30)
 
@@ -302,6 +312,9 @@ def test_the_best_setting_reaches_the_target_most_often_then_first():
     assert times.fastest(found, 0.2, "forwards", 20).setting.lr == 2.0, "none is there: the least loss"
     large = [record([1.0, 0.9, 0.3], seed=s, lr=2.0, batch=4) for s in range(3)]
     assert times.fastest(times.settings([*often, *large], "A"), 0.5, "forwards", 20).ends == ("lr", "batch")
+    larger = [record([1.0, 0.9, 0.45], seed=s, lr=2.0, batch=8) for s in range(3)]
+    assert times.fastest(times.settings([*large, *larger], "A"), 0.4, "forwards", 20).ends == ("lr", "batch")
+    assert times.fastest(times.settings([*often, *larger], "A"), 0.5, "forwards", 20).ends == ("lr",), "none below 1"
     assert times.lowest(found, "forwards", 20).setting.lr == 2.0
 
 
@@ -335,6 +348,7 @@ def test_censored_times_give_bounds_and_are_not_dropped():
     assert times.ratio([early, lost]) == Ratio(pytest.approx(0.5), "≤", 2)
     assert times.ratio([both, neither]) is times.ratio([late, lost]) is times.ratio([]) is None
     assert times.median([Time(5.0, True), Time(8.0, False), Time(8.0, False)]) == (8.0, False, False)
+    assert times.median([Time(5.0, True), Time(8.0, False)]) == (8.0, False, False), "of two the later"
 
 
 def test_times_before_the_first_evaluation_give_bounds():
@@ -368,14 +382,57 @@ def test_tables_say_what_the_protocol_asks_for():
     study["speed"] = {"facts": {"processor": "one"}, "rows": []}
     slow = [record([1.0, 1.0, 0.4], "A", seed) for seed in range(2)]
     fast = [record([1.0, 0.9, 0.3], "B", seed) for seed in range(3)]
-    text = report.markdown(study, [*slow, *fast], None)
-    forwards = slow_time, fast_time = 10 + 10 * 5 / 6, 10 + 10 * 4 / 6
+    left = record([1.0, 0.4, 0.6], "C")
+    text = report.markdown(study, [*fast, left, *slow], None)
+    slow_time, fast_time = 10 + 10 * 5 / 6, 10 + 10 * 4 / 6
     ratio = f"{fast_time / slow_time:.2f}"
-    assert f"| A | {forwards[0]:.0f} | 2 of 2 | 2 |  | batch 1, constant, lr 1 (end: lr) |" in text
-    assert f"| B | {fast_time:.0f} | 3 of 3 | 3 | {ratio} ({ratio} to {ratio}), 2 pairs | " in text
-    assert (
-        "### At 20 example-forwards: mean (least to most)" in text
-        and "| dev loss |" in text
-        and "| A | 0.4000 (0.4000 to 0.4000) |" in text
-    )
-    assert "5 finished cells; torch 2." in text and "Seconds: processor one." in text and "| A |  | 4 |" not in text
+    assert "6 finished cells (3 with seed 0, 2 with seed 1, 1 with seed 2); torch 2." in text
+    assert "### Example-forwards to a dev loss, and what is reached at 20 example-forwards" in text
+    assert "Seconds: processor one." in text
+    lines = text.splitlines()
+    first = lines.index("| arm | to 0.5 (late) | dev loss at 20 example-forwards | dev accuracy at 20 example-forwards "
+                        "| seeds of these two |")  # fmt: skip
+    assert [line.partition(" | ")[0] for line in lines[first + 2 : first + 5]] == ["| A", "| B", "| C"]
+    assert f"| A | {slow_time:.0f} (2 of 2) | 0.4000 (0.4000 to 0.4000) | 0.500 (0.500 to 0.500) | 2 |" in text
+    assert f"| B | {fast_time:.0f} (3 of 3) | 0.3000 " in text
+    assert "| C | ≤ 10 (1 of 1, 1 ↗) | 0.6000 |" in text
+    assert f"| B | {ratio}× ({ratio} to {ratio}), 2 of 3 pairs |" in text
+    assert f"| C | ≤ {10 / slow_time:.2f}×, 1 of 2 pairs |" in text
+    assert "| A | batch 1, constant, lr 1 (end: lr) | batch 1, constant, lr 1 (end: lr) |" in text
+    assert "| A | 4 |" in text, "columns without anything are left out"
+    for head, dashes in itertools.pairwise(lines):
+        assert not dashes.startswith("| ---") or head.count("|") == dashes.count("|"), "a bar in a heading"
+
+
+def test_a_setting_may_have_a_budget_of_its_own():
+    """Up to which its rate falls; then it stays as it is, and it does not shorten the seconds that all have."""
+    short = record([1.0, 0.6, 0.5], lr=2.0, forwards=20)
+    other = [record([1.0, 0.9, 0.8, 0.7, 0.6], lr=lr) for lr in (1.0, 2.0)]
+    best = times.lowest(times.settings([short, *other], "A"), "forwards", 40)
+    assert best.setting == Setting(1, "constant", 2.0, 20) and best.ends == ("lr",)
+    assert "in 20 forwards" in str(best.setting)
+
+
+def test_a_cell_ends_with_its_own_budget(config, tmp_path):
+    config.write_text(config.read_text().replace("batch = [4]", "batch = [4]\nforwards = 32"))
+    study, store = load(config, "cpu", only=["MeZO"]), Store(tmp_path / "results")
+    store.begin(study)
+    (cell,) = study.cells
+    assert cell.name == "MeZO_b4_linear_0.001_f32_d0_z7"
+    assert go(cell, study, store)["checkpoints"][-1]["forwards"] == 32
+
+
+@pytest.mark.parametrize(
+    "arm, steps",
+    [("MeZO", (32, 32)), ("P-GAP", (352, 32)), ("P-GAP, groups", (352, 32)), ("P-GAP, K = 4", (192, 32)),
+     ("P-GAP, K = 8", (128, 32)), ("EGGROLL", (32, 32))],
+)  # fmt: skip
+def test_example_forwards_of_a_step(config, tmp_path, arm, steps):
+    """Of the study's arms, with and without a refresh, which fills up its forwards with points that are not needed."""
+    first = next(cell for cell in load(DEFAULT, "cpu").cells if cell.arm == arm)
+    options = {name: value if name != "rank" else 2 for name, value in first.options.items()}
+    one = run.Run(replace(first, options=options), load(config, "cpu"), torch.device("cpu"))
+    for _ in range(2):
+        one.step()
+    assert one.record["steps"]["forwards"] == [steps[0], sum(steps)]
+    one.optimizer.detach()

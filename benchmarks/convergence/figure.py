@@ -36,6 +36,8 @@ def mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[fl
 def _panel(
     axes: Any, study: Mapping[str, Any], arms: Mapping[str, dict[Setting, dict[int, Record]]], axis: str
 ) -> None:
+    from matplotlib.ticker import LogLocator, ScalarFormatter
+
     for number, (arm, found) in enumerate(arms.items()):
         best = times.lowest(found, axis, study[axis])
         color = f"C{number}"
@@ -51,10 +53,12 @@ def _panel(
         axes.axhline(target, color="gray", linewidth=0.8, linestyle=":")
         axes.text(1, target, f" {name}", transform=axes.get_yaxis_transform(), fontsize=8, va="center", color="gray")
     axes.set_xscale("log")
-    axes.xaxis.set_minor_formatter("")  # they would run into each other
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter("")
     axes.set_xlim(right=study[axis])
     unit = {"forwards": "example-forwards", "seconds": "seconds of steps"}[axis]
     loss = f"{study['part']} loss"
-    axes.set(title=f"{loss} over {unit}, the best setting of each arm there", xlabel=unit, ylabel=f"{loss} (nats)")
+    axes.set(title=f"{loss} over {unit}, each arm where it ends lowest", xlabel=unit, ylabel=f"{loss} (nats)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)

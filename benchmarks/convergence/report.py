@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 import os
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ def found_in(store: Store) -> tuple[dict[str, Any], list[Record]]:
     if found is None:
         return study | {"seconds": 0}, records
     records = [times.timed(record, found["rows"]) for record in records]
-    ends = [record["checkpoints"][-1]["seconds"] for record in records if record["status"] == "completed"]
+    whole = [r for r in records if r["status"] == "completed" and r["cell"]["forwards"] is None]
+    ends = [record["checkpoints"][-1]["seconds"] for record in whole]
     end = min(ends, default=0.0)
     return study | {"seconds": math.floor(end) or end, "speed": found}, records
 
@@ -56,51 +58,83 @@ def arms_of(records: Sequence[Record]) -> Arms:
 
 
 def tables(study: Mapping[str, Any], arms: Arms) -> Iterator[Table]:
-    """All of them."""
-    axes = [axis for axis in AXES if study[axis]]
-    for axis in axes:
-        for name, target in study["targets"].items():
-            yield _to_target(study, arms, axis, name, target)
-    for axis in axes:
-        yield _at_budget(study, arms, axis)
+    """All of them; arms come in the order of their loss at the end, after the baseline."""
+    lowest = {arm: times.lowest(found, "forwards", study["forwards"]) for arm, found in arms.items()}
+    order = sorted(arms, key=lambda arm: (arm != study["baseline"], _mean(lowest[arm], "forwards", study["forwards"])))
+    arms = {arm: arms[arm] for arm in order}
+    for axis in AXES:
+        if study[axis]:
+            yield from _of_axis(study, arms, axis)
     if study["seconds"]:
         yield speed.table(study["speed"]["rows"])
     yield _signal(study, arms)
 
 
-def _to_target(study: Mapping[str, Any], arms: Arms, axis: str, name: str, target: float) -> Table:
-    budget = study[axis]
-    best = {arm: times.fastest(found, target, axis, budget) for arm, found in arms.items()}
-    time_of = {
-        arm: {seed: times.time_to(run, target, axis, budget) for seed, run in one.runs.items()}
-        for arm, one in best.items()
+def _of_axis(study: Mapping[str, Any], arms: Arms, axis: str) -> Iterator[Table]:
+    """Times and the loss at the budget; ratios of times; the settings that they are of."""
+    budget, baseline, targets = study[axis], study["baseline"], study["targets"]
+    measured, ratios, settings, metric = [], [], [], ""
+    best = {
+        (arm, name): times.fastest(found, target, axis, budget)
+        for arm, found in arms.items()
+        for name, target in targets.items()
     }
-    base = time_of.get(study["baseline"], {})
-    lines = []
-    for arm, one in best.items():
-        own = time_of[arm]
-        middle = times.median(list(own.values()))
-        reached = sum(time.reached for time in own.values())
-        held = sum(time.reached and times.holds(one.runs[seed], target) for seed, time in own.items())
-        ratio = None if arm == study["baseline"] else times.ratio([(own[s], base[s]) for s in own if s in base])
-        over = "" if arm == study["baseline"] else "none" if ratio is None else f"{ratio}, {_pairs(ratio.pairs)}"
-        value = f"{'≤ ' * middle.early}{middle.value:.0f}" if middle.reached else f"> {budget:g}"
-        lines.append([arm, value, f"{reached} of {len(own)}", str(held), over, _setting(one)])
-    title = f"{UNITS[axis]} to {name} ({target:g})"
-    columns = ["arm", UNITS[axis], "reached", "there at the end", f"over {study['baseline']}", "best setting"]
-    return Table(columns, lines, title)
-
-
-def _at_budget(study: Mapping[str, Any], arms: Arms, axis: str) -> Table:
-    budget, lines, metric = study[axis], [], ""
+    time_of = {
+        key: {seed: times.time_to(run, targets[key[1]], axis, budget) for seed, run in one.runs.items()}
+        for key, one in best.items()
+    }
     for arm, found in arms.items():
-        one = times.lowest(found, axis, budget)
-        metric = times.metric_of(next(iter(one.runs.values())))
-        points = [times.loss_at(run, axis, budget) for run in one.runs.values()]
+        last = times.lowest(found, axis, budget)
+        metric = times.metric_of(next(iter(last.runs.values())))
+        points = [times.loss_at(run, axis, budget) for run in last.runs.values()]
         figures = [_spread([point[name] for point in points], digits) for name, digits in (("loss", 4), (metric, 3))]
-        lines.append([arm, *figures, str(len(points)), _setting(one)])
-    columns = ["arm", f"{study['part']} loss", f"{study['part']} {metric}", "seeds", "best setting"]
-    return Table(columns, lines, f"at {budget:g} {UNITS[axis]}: mean (least to most)")
+        reached = [_time(time_of[arm, name], best[arm, name], targets[name], budget) for name in targets]
+        measured.append([arm, *reached, *figures, str(len(points))])
+        settings.append([arm, *(_setting(best[arm, name]) for name in targets), _setting(last)])
+        if arm != baseline and baseline in arms:
+            ratios.append([arm, *(_ratio(time_of[arm, name], time_of[baseline, name]) for name in targets)])
+    unit, to = UNITS[axis], [f"to {target:g} ({name})" for name, target in targets.items()]
+    what, at = study["part"], f"at {budget:g} {unit}"
+    heads = ["arm", *to, f"{what} loss {at}", f"{what} {metric} {at}", "seeds of these two"]
+    yield Table(heads, measured, f"{unit} to a {what} loss, and what is reached {at}", MEASURED)
+    yield Table(["arm", *to], ratios, f"{unit}, over those of {baseline}", RATIOS)
+    yield Table(["arm", *to, at], settings, f"settings that these {unit} are of", SETTINGS)
+
+
+MEASURED = (
+    "Less is better, but for the last columns. Times: the median of those runs that the parentheses count, of which so "
+    "many reached the target; ↗: so many of these are above it again at their end. Losses: the mean, and least to most."
+)
+RATIOS = (
+    "0.50×: in half of what the baseline takes, with the same order of the data; in parentheses a 95 % interval over "
+    "seeds, for these test examples. ≤ and ≥: bounds, as some run was there before it was first evaluated, or never."
+)
+SETTINGS = (
+    "Chosen by the seeds that all settings of the arm have. (end: lr), (end: batch): an end of the arm's grid, beyond "
+    "which a better one may lie."
+)
+
+
+def _mean(best: Best, axis: str, budget: float) -> float:
+    return statistics.fmean(times.loss_at(run, axis, budget)["loss"] for run in best.runs.values())
+
+
+def _time(own: Mapping[int, times.Time], best: Best, target: float, budget: float) -> str:
+    """The median, how many runs are there, and how many of these were there only for a while."""
+    middle = times.median(list(own.values()))
+    reached = [seed for seed, time in own.items() if time.reached]
+    left = sum(not times.holds(best.runs[seed], target) for seed in reached)
+    value = f"{'≤ ' * middle.early}{middle.value:.0f}" if middle.reached else f"> {budget:g}"
+    return f"{value} ({len(reached)} of {len(own)}{f', {left} ↗' if left else ''})"
+
+
+def _ratio(own: Mapping[int, times.Time], base: Mapping[int, times.Time]) -> str:
+    """With the number of pairs, where a run of either has no partner in the other."""
+    seeds = [seed for seed in own if seed in base]
+    ratio = times.ratio([(own[seed], base[seed]) for seed in seeds])
+    most = max(len(own), len(base))
+    pairs = f"{len(seeds)} of {most} pairs" if len(seeds) < most else f"{most} pair{'s' * (most > 1)}"
+    return f"{'none' if ratio is None else ratio}, {pairs}"
 
 
 def _signal(study: Mapping[str, Any], arms: Arms) -> Table:
@@ -120,17 +154,13 @@ def _signal(study: Mapping[str, Any], arms: Arms) -> Table:
                 line.append(shown(statistics.fmean(values) if values else None, ".3g"))
         if any(line[1:]):
             lines.append(line)
-    columns = ["arm", *(f"{what}, {when} tenth" for when in ("first", "last") for what in ("|g|²", "E |g_i|²"))]
+    columns = ["arm", *(f"{what}, {when} tenth" for when in ("first", "last") for what in ("‖g‖²", "E ‖g_i‖²"))]
     return Table(columns, lines, "what the losses say of the gradient as the directions see it (no comparison of arms)")
 
 
 def _setting(best: Best) -> str:
     ends = ", ".join(best.ends)
     return f"{best.setting} (end: {ends})" if ends else str(best.setting)
-
-
-def _pairs(count: int) -> str:
-    return f"{count} pair{'s' * (count > 1)}"
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
@@ -142,14 +172,20 @@ def markdown(study: Mapping[str, Any], records: Sequence[Record], image: str | N
     """The tables with headings, after what they are of."""
     arms = arms_of(records)
     parts = [
-        f"{len(records)} finished cells; {_about(records[0]['facts'], ('torch', 'pgap_kernels'))}.",
+        f"{len(records)} finished cells ({_seeds(records)}); {_about(records[0]['facts'], ('torch', 'pgap_kernels'))}.",
         *([f"Seconds: {_about(study['speed']['facts'], machine.SPEED)}."] if study["seconds"] else []),
         *([f"![{study['part']} loss of each arm]({image})"] if image else []),
     ]
     for table in tables(study, arms):
         if table.rows:
             parts += [f"### {table.title[0].upper()}{table.title[1:]}", table.markdown()]
+            parts += [table.caption] if table.caption else []
     return "\n\n".join(parts)
+
+
+def _seeds(records: Sequence[Record]) -> str:
+    counts = Counter(record["cell"]["data_seed"] for record in records)
+    return ", ".join(f"{count} with seed {seed}" for seed, count in sorted(counts.items()))
 
 
 def _about(facts: Mapping[str, Any], names: Sequence[str]) -> str:

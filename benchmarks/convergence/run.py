@@ -17,7 +17,7 @@ from benchmarks.convergence.store import Store
 from benchmarks.convergence.study import SCHEDULES, Cell, Refused, Study
 from benchmarks.harness import batches, machine
 from pgap_kernels.finetune import data, models
-from pgap_kernels.finetune.scoring import scorer_of
+from pgap_kernels.finetune.scoring import Encoded, scorer_of
 from pgap_kernels.optim import NonFiniteLossError, make_optimizer
 
 EVALUATION_BATCH = 50
@@ -42,6 +42,7 @@ class Run:
 
     def __init__(self, cell: Cell, study: Study, device: torch.device) -> None:
         self.cell, self.study, self.device = cell, study, device
+        self.budget = study.budget(cell)
         config = study.config()
         torch.manual_seed(cell.direction_seed)  # a new adapter is drawn at random
         self.model, tokenizer, _ = models.load(
@@ -114,25 +115,29 @@ class Run:
             while True:
                 if self._is_due():
                     self._evaluate()
-                if self.forwards >= self.study.forwards:
+                if self.forwards >= self.budget:
                     break
                 if stop():
                     raise Stopped
                 self.step()
-                progress(min(1.0, self.forwards / self.study.forwards))
+                progress(min(1.0, self.forwards / self.budget))
             self.record["status"] = "completed"
         except NonFiniteLossError as error:
             self.record |= {"status": "diverged", "error": str(error)}
         except KeyboardInterrupt as error:
             raise Stopped from error
 
-    def step(self) -> None:
-        """One step, and what it was."""
+    def batch(self, number: int) -> Encoded:
+        """What the forwards of a step get."""
+        examples = data.batch(self.dataset.train, self.cell.batch, self.cell.data_seed, number)
+        return self.scorer.encode(examples * self.cell.copies)
+
+    def step(self, examples: int | None = None) -> None:
+        """One step, and what it was; on the batch of another step, if one is named."""
         number, calls = len(self.record["steps"]["losses"]), 0
         refreshed = getattr(self.optimizer, "refreshed_at", None)
-        examples = data.batch(self.dataset.train, self.cell.batch, self.cell.data_seed, number)
-        batch = self.scorer.encode(examples * self.cell.copies)
-        factor = SCHEDULES[self.cell.schedule](self.forwards / self.study.forwards)
+        batch = self.batch(number if examples is None else examples)
+        factor = SCHEDULES[self.cell.schedule](self.forwards / self.budget)
         for group in self.optimizer.param_groups:
             group["lr"] = self.cell.lr * factor
 
@@ -162,7 +167,7 @@ class Run:
     def _is_due(self) -> bool:
         """Whether a checkpoint was passed since the last evaluation."""
         last = self.record["checkpoints"][-1]
-        following = next(due for due in self.study.checkpoints() if due > last["forwards"])
+        following = next(due for due in self.study.checkpoints(self.cell) if due > last["forwards"])
         return self.forwards >= following
 
     def _evaluate(self) -> None:

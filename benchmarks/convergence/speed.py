@@ -5,8 +5,9 @@
 Cells take hours, in which a machine does not keep its speed; so their seconds would say as much of the hour as of the
 method. Here all arms make a step in turn, again and again: what they share a slow minute with is each other. Written to
 DIR/speed.json: the median for each number of example-forwards that a step has, as steps with a refresh have more. The
-report makes seconds of them, step by step. Windows are shortened, to see several refreshes; the first step of each arm
-does not count. Run it on an idle machine.
+report makes seconds of them, step by step. All are steps on batches that are padded to about the mean length of a pass
+through the data. Windows are shortened, to see several refreshes; the first step of each arm does not count. Run it on
+an idle machine.
 """
 
 from __future__ import annotations
@@ -37,21 +38,38 @@ def measure(
 ) -> list[Row]:
     """A row for each arm, batch size and number of example-forwards of a step: the median seconds of its turns."""
     runs = [Run(_shortened(cell), study, device) for cell in _one_each(study.cells)]
+    batches = [_of_mean_length(run, turns) for run in runs]
     seconds: dict[tuple[str, int, int], list[float]] = {}
     for turn in shown(range(turns)):
-        for run in runs:
+        for run, chosen in zip(runs, batches, strict=True):
             done = run.forwards
             begin = time.perf_counter()
-            run.step()
+            run.step(chosen[turn % len(chosen)])
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             if turn:
                 key = run.cell.arm, run.cell.batch, run.forwards - done
                 seconds.setdefault(key, []).append(time.perf_counter() - begin)
     return [
-        {"arm": arm, "batch": batch, "forwards": forwards, "seconds": statistics.median(own), "turns": len(own)}
+        {
+            "arm": arm,
+            "batch": batch,
+            "forwards": forwards,
+            "seconds": statistics.median(own),
+            "least": min(own),
+            "most": max(own),
+            "turns": len(own),
+        }
         for (arm, batch, forwards), own in seconds.items()
     ]
+
+
+def _of_mean_length(run: Run, count: int) -> list[int]:
+    """Steps of a pass through the data whose batches are about as long as they are on average."""
+    steps = range(max(1, len(run.dataset.train) // run.cell.batch))
+    lengths = [run.batch(step).inputs["input_ids"].shape[1] for step in steps]
+    mean = statistics.fmean(lengths)
+    return sorted(steps, key=lambda step: abs(lengths[step] - mean))[:count]
 
 
 def _one_each(cells: Sequence[Cell]) -> list[Cell]:
@@ -69,7 +87,7 @@ def main(given: Sequence[str]) -> int:
     add("folder", type=Path, metavar="DIR", help="of the results")
     add("--config", type=Path, metavar="FILE", default=DEFAULT, help="default: study.toml of this command")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ...; default: %(default)s")
-    add("--turns", type=int, default=2 * WINDOW + 1, metavar="N", help="steps of each arm; default: %(default)s")
+    add("--turns", type=int, default=4 * WINDOW + 1, metavar="N", help="steps of each arm; default: %(default)s")
     args = parser.parse_args(given)
     if args.turns < 2:
         parser.error(f"--turns: got {args.turns}; accepted: 2 or more, as the first does not count")
@@ -87,6 +105,19 @@ def main(given: Sequence[str]) -> int:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """What `measure` found."""
-    lines = [[*(str(row[name]) for name in ("arm", "batch", "forwards")), f"{row['seconds']:.3f}"] for row in rows]
-    return Table(["arm", "batch", "example-forwards of a step", "seconds"], lines, "seconds of a step, with refreshes")
+    """What `measure` found: a line for each arm and batch size, with its ordinary steps and those that refresh."""
+    found: dict[tuple[str, int], list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row["forwards"]):
+        found.setdefault((row["arm"], row["batch"]), []).append(row)
+    lines = [
+        [arm, str(batch), *(text for own in same for text in (str(own["forwards"]), _seconds(own)))]
+        + [""] * (4 - 2 * len(same))
+        for (arm, batch), same in sorted(found.items())
+    ]
+    columns = ["arm", "batch", "example-forwards of a step", "seconds", "of one that refreshes", "its seconds"]
+    return Table(columns, lines, "seconds of a step: median (least to most)")
+
+
+def _seconds(row: Row) -> str:
+    text = f"{row['seconds']:.3f}"
+    return f"{text} ({row['least']:.3f} to {row['most']:.3f})" if row["turns"] > 1 else text

@@ -43,12 +43,14 @@ class Cell:
     options: Mapping[str, Any]
     data_seed: int
     direction_seed: int
+    forwards: int | None = None  # its budget, by which its rate falls; None: the study's
 
     @property
     def name(self) -> str:
         """Of its file."""
         arm = "".join(c if c.isalnum() else "-" for c in self.arm)
-        return f"{arm}_b{self.batch}_{self.schedule}_{self.lr:g}_d{self.data_seed}_z{self.direction_seed}"
+        own = f"_f{self.forwards}" if self.forwards else ""
+        return f"{arm}_b{self.batch}_{self.schedule}_{self.lr:g}{own}_d{self.data_seed}_z{self.direction_seed}"
 
     @property
     def slices(self) -> int:
@@ -68,7 +70,7 @@ class Study:
     Attributes:
         device: the type that it is run on.
         baseline: the arm that times are compared with.
-        forwards: the budget of a cell, in example-forwards.
+        forwards: the budget of a cell, in example-forwards, unless it has one of its own.
         first_checkpoint: example-forwards before the first evaluation after the start.
         targets: losses by name.
         part: of the data, on which losses and targets are measured: "dev" where settings are chosen, else "test".
@@ -92,14 +94,18 @@ class Study:
         """The model and data of the task."""
         return Config(**self.task)
 
-    def checkpoints(self) -> Iterator[float]:
-        """Example-forwards at which to evaluate, without end; the budget is one of them."""
+    def budget(self, cell: Cell) -> int:
+        """Example-forwards of a cell."""
+        return cell.forwards or self.forwards
+
+    def checkpoints(self, cell: Cell) -> Iterator[float]:
+        """Example-forwards at which to evaluate a cell, without end; its budget is one of them."""
         regular = (self.first_checkpoint * 2 ** (k / 2) for k in itertools.count())
-        yield from heapq.merge(regular, [self.forwards])
+        yield from heapq.merge(regular, [self.budget(cell)])
 
 
 _KEYS = {"baseline", "forwards", "first_checkpoint", "targets", "part", "seeds", "task", "arms"}
-_ARM_KEYS = {"name", "method", "batch", "schedule", "lr", "options"}
+_ARM_KEYS = {"name", "method", "batch", "schedule", "lr", "options", "forwards"}
 
 
 def load(file: Path, device: str, only: Sequence[str] | None = None) -> Study:
@@ -147,7 +153,7 @@ def _check_keys(where: str, found: Mapping[str, Any], accepted: set[str]) -> Non
 
 def _check_arm(arm: Mapping[str, Any]) -> None:
     where = f"arms: {arm.get('name')!r}"
-    _check_keys(where, {"options": {}, **arm}, _ARM_KEYS)
+    _check_keys(where, {"options": {}, "forwards": None, **arm}, _ARM_KEYS)
     if arm["method"] not in available_methods():
         raise Refused(f"{where}: got method {arm['method']!r}; accepted: {', '.join(available_methods())}")
     if wrong := set(arm["schedule"]) - set(SCHEDULES):
@@ -162,8 +168,8 @@ def _cells(found: Mapping[str, Any]) -> list[Cell]:
         for arm in found["arms"]:
             settings = itertools.product(arm["schedule"], arm["batch"], arm["lr"])
             for rank, (schedule, batch, lr) in enumerate(settings):
-                options = arm.get("options", {})
-                cell = Cell(arm["name"], arm["method"], batch, schedule, lr, options, data_seed, direction_seed)
+                setting = (arm["name"], arm["method"], batch, schedule, lr, arm.get("options", {}))
+                cell = Cell(*setting, data_seed, direction_seed, arm.get("forwards"))
                 wave = 0 if rank == 0 else 1 if repeat == 0 else 2
                 ranked.append(((wave, rank, repeat), cell))
     cells = [cell for _, cell in sorted(ranked, key=lambda r: r[0])]  # stable: arms in their order

@@ -43,9 +43,11 @@ class Setting(NamedTuple):
     batch: int
     schedule: str
     lr: float
+    forwards: int | None = None  # at which the rate has fallen, if not at the study's
 
     def __str__(self) -> str:
-        return f"batch {self.batch}, {self.schedule}, lr {self.lr:g}"
+        own = f" in {self.forwards} forwards" if self.forwards else ""
+        return f"batch {self.batch}, {self.schedule}{own}, lr {self.lr:g}"
 
 
 @dataclass(frozen=True)
@@ -76,13 +78,21 @@ def time_to(record: Record, target: float, axis: str, budget: float) -> Time:
 
 
 def loss_at(record: Record, axis: str, budget: float) -> dict[str, float]:
-    """The checkpoint at a budget: the first with as much, less than a step later.
+    """Loss and metric at a budget, by interpolation between checkpoints.
 
-    The loss of a run that has diverged before is infinite, and its metrics are those that it began with.
+    A run that has ended stays as it is, as its rate is 0. The loss of one that has diverged before is infinite, and its
+    metric is that with which it began.
     """
-    found = next((point for point in record["checkpoints"] if point[axis] >= budget), None)
-    found = record["checkpoints"][0] | {"loss": math.inf} if found is None else found
-    return found | {"loss": math.inf} if math.isnan(found["loss"]) else found
+    points, names = record["checkpoints"], ("loss", metric_of(record))
+    lost = {**{name: points[0][name] for name in names}, "loss": math.inf}
+    if budget > points[-1][axis]:
+        return lost if record["status"] == "diverged" else {name: points[-1][name] for name in names}
+    for before, after in itertools.pairwise(points):
+        if budget <= after[axis]:
+            share = (budget - before[axis]) / (after[axis] - before[axis])
+            found = {name: before[name] + share * (after[name] - before[name]) for name in names}
+            return lost if math.isnan(found["loss"]) else found
+    return {name: points[0][name] for name in names}
 
 
 def holds(record: Record, target: float) -> bool:
@@ -122,7 +132,7 @@ def settings(records: Iterable[Record], arm: str) -> dict[Setting, dict[int, Rec
     for record in records:
         cell = record["cell"]
         if cell["arm"] == arm and record["status"] != "stopped":
-            setting = Setting(cell["batch"], cell["schedule"], cell["lr"])
+            setting = Setting(cell["batch"], cell["schedule"], cell["lr"], cell["forwards"])
             found.setdefault(setting, {})[cell["data_seed"]] = record
     return found
 
@@ -160,10 +170,10 @@ def _mean_loss(runs: dict[int, Record], axis: str, budget: float) -> float:
 
 
 def _best(found: dict[Setting, dict[int, Record]], compared: Iterable[Setting], setting: Setting) -> Best:
-    rates = [s.lr for s in compared if (s.batch, s.schedule) == (setting.batch, setting.schedule)]
+    rates = [s.lr for s in compared if s._replace(lr=setting.lr) == setting]
     batches = {s.batch for s in compared}
     ends = ("lr",) if setting.lr in (min(rates), max(rates)) else ()
-    if len(batches) > 1 and setting.batch in (min(batches), max(batches)):  # of an arm with one there is no grid
+    if len(batches) > 1 and setting.batch in ({min(batches), max(batches)} - {1}):  # nothing lies beyond 1
         ends += ("batch",)
     return Best(setting, found[setting], ends)
 
@@ -191,8 +201,8 @@ class Ratio:
 
     def __str__(self) -> str:
         if self.low is None:
-            return f"{self.sign} {self.value:.2f}".strip()
-        return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
+            return f"{self.sign} {self.value:.2f}×".strip()
+        return f"{self.value:.2f}× ({self.low:.2f} to {self.high:.2f})"
 
 
 def ratio(pairs: Sequence[tuple[Time, Time]]) -> Ratio | None:
