@@ -85,24 +85,28 @@ def test_inputs_that_are_not_finite_do_not_count(mode, value):
     model, x = nn.Linear(N, 3), draw((TOKENS, N), 1, 1)
     opt = AGZO(model, lr=1e-3, rank=RANK, mode=mode)
     bad = torch.cat([x, torch.full((1, N), value)])
+    before = model.weight.detach().clone()
     opt.step(lambda: model(bad)[:TOKENS].square().mean())
-    assert model.weight.isfinite().all() and model.bias.isfinite().all()
+    assert model.weight.isfinite().all() and model.bias.isfinite().all() and not torch.equal(model.weight, before)
     if not math.isfinite(value):
         (w,) = opt.matrices()
         rows = torch.cat([x, torch.zeros(1, N)])
         assert_same_bits(opt.state[w.tensor]["right"], AGZO(model, rank=RANK).basis(w, rows))
 
 
+@pytest.mark.parametrize("what", ["model", "layer"])
 @pytest.mark.parametrize("sides", [1, 2])
-def test_losses_of_other_programs_are_not_compared(sides):
+def test_losses_of_other_programs_are_not_compared(sides, what):
     """The forward that shows the inputs runs uncompiled."""
 
     def shifted(module, inputs):
         return lambda *args: [out + 0.125 for out in module(*args)]
 
-    model, x = nn.Linear(N, 1, bias=False), draw((TOKENS, N), 1, 1)
+    model, x = nn.Sequential(nn.Linear(N, 3), nn.Linear(3, 1, bias=False)), draw((TOKENS, N), 1, 1)
+    if what == "layer":
+        model[1] = torch.compile(model[1], backend=shifted)
     opt = AGZO(model, lr=0.0, sides=sides, mode="inplace")
-    called, losses = torch.compile(model, backend=shifted), []
+    called, losses = torch.compile(model, backend=shifted) if what == "model" else model, []
 
     def closure():
         losses.append(called(x).mean())

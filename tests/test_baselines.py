@@ -256,7 +256,7 @@ def test_adalezo_scores_a_layer_by_its_own_radius_and_name():
     model[2].requires_grad_(True)
     losses = iter([1.0, 1.0])
     optimizer.step(lambda: next(losses))
-    assert set(optimizer.worth) == {"1", "2"} and optimizer.worth["2"] == 0
+    assert optimizer.worth["0"] == 0.25 and optimizer.worth["2"] == 0, "a frozen layer keeps what it was worth"
 
 
 def test_layers_are_numbered_blocks_or_else_modules():

@@ -43,8 +43,7 @@ class Tiny(ZOLightningMixin, lightning.LightningModule):
         assert not torch.is_grad_enabled()
         return nn.functional.cross_entropy(self.layers(x.to(self.layers[0].weight.dtype)).float(), y)
 
-    def training_step(self, batch, batch_idx):
-        super().training_step(batch, batch_idx)
+    def on_train_batch_end(self, outputs, batch, batch_idx):
         self.losses.append(self.trainer.callback_metrics["train_loss"].item())
 
     def validation_step(self, batch, batch_idx):
@@ -121,6 +120,42 @@ def test_precisions(mode, precision, tmp_path):
     assert len(set(module.losses)) > 4
 
 
+def test_another_fit_draws_other_noise(tmp_path):
+    module = Tiny()
+    fit(module, tmp_path)
+    fit(module, tmp_path)
+    assert module.zo.steps == 16
+
+
+def test_an_exception_leaves_no_perturbed_weights(tmp_path):
+    class Failing(Tiny):
+        def on_train_batch_start(self, batch, batch_idx):
+            if batch_idx == 3:
+                raise ZeroDivisionError
+
+        def configure_optimizers(self):
+            return make_optimizer("mezo", self, lr=0.0, eps=0.1, mode="inplace", two_pass=True)
+
+    module = Failing()
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    with pytest.raises(ZeroDivisionError):
+        fit(module, tmp_path, validate=False)
+    for name, p in module.named_parameters():
+        torch.testing.assert_close(p.detach(), before[name], rtol=0, atol=1e-6)
+
+
+class OwnStep(Tiny):
+    def training_step(self, batch, batch_idx):
+        return self.zo_loss(batch, batch_idx)
+
+
+class EverySecond(Tiny):
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "frequency": 2}}
+
+
 class Automatic(Tiny):
     automatic_optimization = True
 
@@ -141,6 +176,8 @@ class Plateau(Tiny):
     (Plateau, {}, "configure_optimizers: got ReduceLROnPlateau"),
     (Tiny, {"accumulate_grad_batches": 2}, "accumulate_grad_batches"),
     (Tiny, {"gradient_clip_val": 1.0}, "gradient_clip_val"),
+    (OwnStep, {}, "training_step: got OwnStep's own, with which nothing would be trained"),
+    (EverySecond, {}, "configure_optimizers: got a scheduler with frequency=2"),
     (Automatic, {}, "automatic_optimization: got True; accepted: False"),
     (Adam, {}, r"configure_optimizers: got Adam; accepted: one optimizer of pgap_kernels\.optim"),
 ])  # fmt: skip

@@ -124,6 +124,23 @@ def test_shared_nested_and_repeated_modules(id, mode):
 
 
 @pytest.mark.parametrize("id, mode", HOOKED)
+def test_a_search_does_not_tell_what_a_fast_path_would(id, mode):
+    """The first forward of a transformer of torch's is repeated: while somebody looks on it takes another path."""
+    layer = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True, dtype=torch.float32)
+    layer.self_attn.requires_grad_(False)
+    model = filled(nn.Sequential(layer)).eval()
+    opt, calls = optimizer(id, mode, model), []
+
+    def closure():
+        calls.append(len(torch.overrides._get_current_function_mode_stack()))
+        return model(torch.ones(1, 3, 8)).square().mean()
+
+    opt.step(closure)
+    count = len(opt.last.losses)
+    assert len(calls) == count + 1 and calls[0] > 0 and not any(calls[1:])
+
+
+@pytest.mark.parametrize("id, mode", HOOKED)
 def test_a_module_that_is_never_called_is_named(id, mode):
     model = Shared()
     parameters, opt = (

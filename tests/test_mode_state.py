@@ -15,6 +15,8 @@ from support.models import Losses, Words, assert_same_weights, snapshot
 from support.selection import cycled, some_runs
 from torch import Tensor
 
+from pgap_kernels.perturbation.residual import joined
+
 pytestmark = pytest.mark.filterwarnings("ignore:16-bit weights")
 ROW = {row.id: row for row in ROWS}
 PENDING = [(row, mode) for mode in ("two_pass", "window") for row in METHODS if mode in row.modes]
@@ -199,6 +201,32 @@ def test_a_copied_pair_continues_bit_for_bit(row, mode, copied):
             run.step(loss)
         run.merge()
     assert_same_run(model, opt, other, twin)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("write", ["zero", "load", "mask"])
+def test_weights_that_others_have_written_are_what_they_wrote(write, dtype):
+    """Not that plus what a plane had kept of another weight, which beside a zero of bfloat16 would be a NaN."""
+    model, opt, closure = build(ROW["mezo-3"], "scratch", Words().to(dtype), residual=True, lr=0.05)
+    initial = {name: p.zero_() if "bias" in name else p for name, p in copy.deepcopy(model.state_dict()).items()}
+    for _ in range(2):
+        opt.step(closure)
+    if write == "load":
+        model.load_state_dict(initial)
+    with torch.no_grad():
+        for p in model.parameters() if write != "load" else ():
+            p.mul_(0 if write == "zero" else torch.arange(p.numel()).view(p.shape) % 2)
+    wrote = snapshot(model)
+    opt.param_groups[0]["lr"] = 0.0
+    opt.step(closure)
+    assert_same_weights(model, wrote)
+    assert not any(plane.any() for plane in opt.perturbation.residual.planes.values())
+
+
+def test_a_plane_beside_another_weight_makes_no_other_number():
+    high = torch.tensor([0.0, -0.0, 1.0, 3.0], dtype=torch.bfloat16)
+    low = torch.tensor([-5, -7, -100, 100], dtype=torch.int16)
+    assert joined(high, low)[:2].tolist() == [0.0, 0.0] and (joined(high, low)[2:] != high[2:].float()).all()
 
 
 @pytest.mark.parametrize("id, mode", [("pgap", "window"), ("pgap", "scratch"), ("mezo-3", "scratch")])

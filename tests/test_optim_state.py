@@ -78,7 +78,7 @@ def test_a_state_is_pytorchs_with_a_header(row):
     opt.step(closure)
     state = opt.state_dict()
     assert state.keys() == {"state", "param_groups", "zo"}
-    assert state["zo"].items() >= {"format": 2, "contract_version": 1, "method": row.make.method, "steps": 1}.items()
+    assert state["zo"].items() >= {"format": 3, "contract_version": 1, "method": row.make.method, "steps": 1}.items()
 
 
 def test_a_loaded_state_is_a_copy():
@@ -133,8 +133,8 @@ def without_format(state: dict) -> dict:
     "foreign, message",
     [
         (lambda own: torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1).state_dict(), "without the entry 'zo'"),
-        (without_format, "got format 1, of another version of this package, which kept the state of methods elsewhere"),
-        (lambda own: {**own, "zo": own["zo"] | {"format": 3}}, "got format 3.*accepted: format 2"),
+        (without_format, "got format 1, of another version of this package, which kept the state of methods otherwise"),
+        (lambda own: {**own, "zo": own["zo"] | {"format": 4}}, "got format 4.*accepted: format 3"),
         (lambda own: {**own, "zo": own["zo"] | {"contract_version": 2}}, "got noise of version 2"),
         (lambda own: stepped("pgap").state_dict(), "got that of the method PGAP; accepted: that of LOZO"),
         (lambda own: {**own, "zo": own["zo"] | {"tensor_ids": {"up.weight": 5}}}, "'up.weight' had the tensor id 5"),
@@ -230,22 +230,52 @@ def test_hyper_parameters_that_exclude_each_other():
         ZOMuon(Words(), lr=0.0)
 
 
+def test_a_rank_beyond_the_probes():
+    model = Words()
+    opt = PGAP(model, rank=2, probes=2, probe_rank=1, mode="inplace")
+    opt.param_groups[0]["rank"] = 4
+    closure = Losses(model)
+    with pytest.raises(ValueError, match=r"^rank: got 4 for 'embed.weight' with probe_rank=1; accepted: up to 2"):
+        opt.step(closure)
+    assert closure.calls == 0
+
+
+def test_a_step_taken_again_makes_its_direction_anew():
+    """Of what the groups then say."""
+    ends = []
+    for fails in (True, False):
+        model = Words()
+        opt = PGAP(model, lr=0.05, rank=2, probes=2, window=3, delta=0.5, mode="inplace")
+        opt.step(Losses(model))
+        if fails:
+            with pytest.raises(ZeroDivisionError):
+                opt.step(failing(ZeroDivisionError))
+        opt.param_groups[0]["delta"] = 4.0
+        opt.step(Losses(model))
+        ends.append(snapshot(model))
+    for name, end in ends[0].items():
+        torch.testing.assert_close(end, ends[1][name], rtol=1e-5, atol=1e-6)
+
+
 RANKED = ("pgap", "svd-0", "subzero", "pizo-subzero", "lozo", "lozo-m", "tezo-adam", "zo-muon", "agzo")
 
 
 @pytest.mark.parametrize("way", ["inplace", "two_pass", "window"])
 @pytest.mark.parametrize("row", [row for row in ROWS if row.id in RANKED])
 def test_a_rank_that_is_changed_between_refreshes(row, way):
-    way = way if way in row.modes else "scratch"
-    model, opt, closure = build(row, way)
-    opt.step(closure)
-    opt.param_groups[0]["rank"] = 2 if row.options["rank"] > 2 else 1
-    for _ in range(3):
-        opt.step(closure)
-    opt.merge()
-    for w in opt.matrices():
-        ranks = {opt.state[w.tensor][side].shape[1] for side in ("left", "right") if side in opt.state[w.tensor]}
-        assert ranks == {opt.rank_of(w)}
+    ends = []
+    for mode in {way if way in row.modes else "inplace", "scratch"}:
+        model, opt, closure = build(row, mode)
+        for rank in (2, 2, 1, 1, 3):
+            opt.param_groups[0]["rank"] = rank
+            opt.step(closure)
+            for w in opt.matrices():
+                sides = {"left", "right"} & opt.state[w.tensor].keys()
+                assert {opt.state[w.tensor][side].shape[1] for side in sides} == {opt.rank_of(w)}
+        opt.merge()
+        ends.append(snapshot(model))
+    for name, end in ends[0].items():
+        torch.testing.assert_close(end, ends[-1][name], rtol=1e-3, atol=1e-4)
     opt.param_groups[0]["rank"] = 600
     before = snapshot(model)
     with pytest.raises(ValueError, match=r"^rank: got 600; accepted: 1 to 512"):

@@ -133,6 +133,41 @@ def test_nameless_tensors_are_named_by_index_with_a_warning():
 COLLIDING = ("blocks.44.expert87226.w8", "blocks.40.expert27505.w0")
 
 
+def test_parameters_that_come_to_the_model_later_are_named():
+    model = Words()
+    opt = mezo(model)
+    model.later = nn.Linear(2, 2)
+    with pytest.warns(UserWarning, match=r"^params: 'later.weight' and 1 more trainable parameters came"):
+        opt.step(Losses(model))
+    subset = mezo([("up.weight", model.up.weight)], model=model)
+    model.latest = nn.Linear(2, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        subset.step(Losses(model))
+
+
+@pytest.mark.parametrize("name", ["_fsdp_wrapped_module.layer.weight", "layer._flat_param"])
+def test_sharded_models_are_refused(name):
+    with pytest.raises(ValueError, match=r"^params: got '.*', of a model in FullyShardedDataParallel"):
+        mezo([(name, nn.Parameter(torch.ones(2, 2)))])
+
+
+def test_several_processes_without_a_mean_are_told(monkeypatch):
+    from pgap_kernels.optim import base
+
+    base.warn_once.cache_clear()
+    monkeypatch.setattr(base, "in_several_processes", lambda: True)
+    model = Words()
+    opt = mezo(model)
+    with pytest.warns(UserWarning, match="^closure: there are several processes, whose losses nobody"):
+        opt.step(Losses(model))
+    base.warn_once.cache_clear()
+    opt.closure_averages = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.step(Losses(model))
+
+
 def test_names_with_one_id_are_refused_and_can_be_told_apart():
     assert noise.tensor_id(COLLIDING[0]) == noise.tensor_id(COLLIDING[1])
     named = [(name, torch.zeros(4)) for name in COLLIDING]

@@ -432,6 +432,15 @@ class Two(torch.optim.SGD):
     pass
 
 
+class OwnStep(ZOTrainerMixin, type("Sampling", (Trainer,), {"training_step": lambda self, *given: None})):
+    pass
+
+
+def test_a_step_of_a_trainers_own_is_refused(tmp_path):
+    with pytest.raises(TypeError, match=r"^got Sampling, whose training_step would not be called"):
+        OwnStep(model_of("llama"), arguments(), train_dataset=examples("llama"))
+
+
 def test_trainers_refuse_by_name(tmp_path):
     model, rows = model_of("llama"), examples("llama")
     with pytest.raises(TypeError, match="args: got TrainingArguments; accepted: ZOTrainingArguments"):

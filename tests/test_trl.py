@@ -27,11 +27,20 @@ class ZOSFTConfig(ZOArguments, trl.SFTConfig):
 
 
 @dataclass
+class ZOKTOConfig(ZOArguments, trl.KTOConfig):
+    pass
+
+
+@dataclass
 class ZODPOConfig(ZOArguments, trl.DPOConfig):
     pass
 
 
 class ZOSFTTrainer(ZOTrainerMixin, trl.SFTTrainer):
+    pass
+
+
+class ZOKTOTrainer(ZOTrainerMixin, trl.KTOTrainer):
     pass
 
 
@@ -41,6 +50,7 @@ class ZODPOTrainer(ZOTrainerMixin, trl.DPOTrainer):
 
 SFT = [{"text": f"It was great film plot {'good' if i % 2 else 'bad'}"} for i in range(32)]
 DPO = [{"prompt": "It was", "chosen": " great film", "rejected": " terrible plot"}] * 32
+REFUSED = {"kto": (ZOKTOTrainer, ZOKTOConfig, DPO)}
 KINDS = {"sft": (ZOSFTTrainer, ZOSFTConfig, SFT), "dpo": (ZODPOTrainer, ZODPOConfig, DPO)}
 MODES = {
     "inplace": {"zo_method": "lozo", "zo_mode": "inplace", "zo_rank": 1},
@@ -55,7 +65,7 @@ def folder(tmp_path_factory):
 
 
 def trainer_of(folder, kind, lora=False, resume=None, **own):
-    cls, config, rows = KINDS[kind]
+    cls, config, rows = {**KINDS, **REFUSED}[kind]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.eos_token = "[UNK]"
     default = {"max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1, "report_to": [], "use_cpu": True,
@@ -96,7 +106,8 @@ def test_options_of_sft(options, folder):
 
 
 @pytest.mark.parametrize(("kind", "options", "message"), [
-    ("sft", {"loss_type": "dft"}, r"^loss_type: got 'dft', whose weights take no part in the gradient"),
+    ("sft", {"loss_type": "dft"}, r"^loss_type: got 'dft', of which a part is kept out of the gradient"),
+    ("kto", {}, r"^loss_type: got 'kto'"),
     ("dpo", {"use_weighting": True}, r"^use_weighting: got True"),
     ("dpo", {"zo_members": 2, "zo_mode": "scratch"}, r"^zo_members, zo_groups: got a \w+ with a compute_loss"),
 ])  # fmt: skip

@@ -59,6 +59,10 @@ def _panel(
     axes.set_xlim(right=study[axis])
     unit = {"forwards": "example-forwards", "seconds": "seconds of steps"}[axis]
     loss = f"{study['part']} loss"
-    axes.set(title=f"{loss} over {unit}, each arm where it ends lowest", xlabel=unit, ylabel=f"{loss} (nats)")
+    axes.set(
+        title=f"{loss} over {unit}, each arm's setting with the lowest loss at the end",
+        xlabel=unit,
+        ylabel=f"{loss} (nats)",
+    )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)

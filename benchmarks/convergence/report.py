@@ -102,8 +102,9 @@ def _of_axis(study: Mapping[str, Any], arms: Arms, axis: str) -> Iterator[Table]
 
 
 MEASURED = (
-    "Less is better, but for the last columns. Times: the median of those runs that the parentheses count, of which so "
-    "many reached the target; ↗: so many of these are above it again at their end. Losses: the mean, and least to most."
+    "Less is better, except for the metric. Times: the median over all runs; one that never reached the target counts "
+    "as later than any. (2 of 3, 1 ↗): two of three reached it, and one of these was above it again at its end. "
+    "Losses and metric: the mean, and least to most."
 )
 RATIOS = (
     "0.50×: in half of what the baseline takes, with the same order of the data; in parentheses a 95 % interval over "

@@ -23,7 +23,7 @@ import torch
 from rich.progress import track
 
 from benchmarks.convergence.run import Run
-from benchmarks.convergence.store import Store
+from benchmarks.convergence.store import SPEED, Store
 from benchmarks.convergence.study import DEFAULT, Cell, Refused, Study, load
 from benchmarks.harness import machine, options
 from benchmarks.harness.tables import Table, console
@@ -106,6 +106,8 @@ def main(given: Sequence[str]) -> int:
 
 def table(rows: Sequence[Row]) -> Table:
     """What `measure` found: a line for each arm and batch size, with its ordinary steps and those that refresh."""
+    if any("least" not in row for row in rows):
+        raise Refused(f"{SPEED}: was measured otherwise; accepted: what `benchmarks.convergence speed` writes now")
     found: dict[tuple[str, int], list[Row]] = {}
     for row in sorted(rows, key=lambda row: row["forwards"]):
         found.setdefault((row["arm"], row["batch"]), []).append(row)

@@ -156,6 +156,8 @@ def _check_arm(arm: Mapping[str, Any]) -> None:
     _check_keys(where, {"options": {}, "forwards": None, **arm}, _ARM_KEYS)
     if arm["method"] not in available_methods():
         raise Refused(f"{where}: got method {arm['method']!r}; accepted: {', '.join(available_methods())}")
+    if "forwards" in arm and any(SCHEDULES.get(name, lambda used: 0.0)(1.0) for name in arm["schedule"]):
+        raise Refused(f"{where}: got forwards with {arm['schedule']}; accepted: schedules that end at 0")
     if wrong := set(arm["schedule"]) - set(SCHEDULES):
         raise Refused(f"{where}: got schedule {wrong.pop()!r}; accepted: {', '.join(SCHEDULES)}")
 

@@ -14,6 +14,8 @@ Saving, resuming, callbacks and schedulers are Lightning's.
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,9 +32,9 @@ class ZOLightningMixin:
     """Before ``LightningModule``: its ``training_step`` takes zeroth-order steps on ``zo_loss``.
 
     ``configure_optimizers`` returns one optimizer of this package, with or without schedulers, which step once a
-    training step. Logged: ``train_loss``, in the progress bar as well. In several processes (strategy "ddp") losses are
-    averaged and every process makes the same update; ``state_dict`` then is for all processes to call, as Lightning
-    does.
+    training step, whatever their ``interval`` says. Logged: ``train_loss``, in the progress bar as well. In several
+    processes (strategy "ddp") losses are averaged and every process makes the same update; ``state_dict`` then is for
+    all processes to call, as Lightning does.
 
     Raises:
         TypeError, ValueError: when fitting starts, for what cannot be served; the message names it.
@@ -40,6 +42,7 @@ class ZOLightningMixin:
 
     automatic_optimization = False
     trainer: Any
+    _steps_before = 0  # of the fits before
 
     def zo_loss(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of a batch, a scalar; called several times a step, without gradients."""
@@ -47,6 +50,14 @@ class ZOLightningMixin:
 
     def on_fit_start(self) -> None:
         trainer = self.trainer
+        if type(self).training_step is not ZOLightningMixin.training_step:
+            raise TypeError(
+                f"training_step: got {type(self).__name__}'s own, with which nothing would be trained; accepted: that "
+                "of ZOLightningMixin. Rename it to zo_loss"
+            )
+        sharded = {"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"}
+        if found := sharded & {cls.__name__ for cls in type(trainer.strategy).__mro__}:
+            raise ValueError(f"strategy: got {found.pop()}; accepted: one device, or 'ddp', with whole weights in each")
         if self.automatic_optimization:
             raise ValueError("automatic_optimization: got True; accepted: False, as the step has no backward pass")
         if trainer.accumulate_grad_batches != 1:
@@ -59,6 +70,12 @@ class ZOLightningMixin:
                 "precision: got '16-mixed', whose scaler asks for gradients; accepted: '32-true', 'bf16-mixed', "
                 "'bf16-true', '16-true'"
             )
+        for config in trainer.lr_scheduler_configs:
+            if config.frequency != 1:
+                raise ValueError(
+                    f"configure_optimizers: got a scheduler with frequency={config.frequency}; accepted: 1, as all "
+                    "step once a training step"
+                )
         if any(isinstance(config.scheduler, ReduceLROnPlateau) for config in trainer.lr_scheduler_configs):
             raise ValueError(
                 "configure_optimizers: got ReduceLROnPlateau, which waits for a metric; accepted: schedulers that step "
@@ -74,7 +91,19 @@ class ZOLightningMixin:
         if trainer.world_size > 1:
             check_shares(trainer.optimizers[0])
             broadcast_from_first([*self.parameters(), *self.buffers()])  # type: ignore[attr-defined]
+        # Another fit goes on with other noise. (What a checkpoint says is loaded later.)
+        zo = trainer.optimizers[0]
+        zo.closure_averages = True
+        zo.steps = max(zo.steps, self._steps_before)
         super().on_fit_start()  # type: ignore[misc]
+
+    def configure_callbacks(self) -> Any:
+        """Those of the class, and one that leaves no perturbed weights behind an exception."""
+        package = next(cls.__module__ for cls in type(self).__mro__ if cls.__name__ == "LightningModule")
+        base = importlib.import_module(package.partition(".core")[0]).Callback
+        merging = type("MergeOnException", (base,), {"on_exception": lambda _, trainer, module, error: module._merge()})
+        found = super().configure_callbacks()  # type: ignore[misc]
+        return [*(found if isinstance(found, Sequence) else [found]), merging()]
 
     @property
     def zo(self) -> ZOOptimizer:
@@ -104,6 +133,7 @@ class ZOLightningMixin:
 
     def on_fit_end(self) -> None:
         self._merge()
+        self._steps_before = self.zo.steps
         super().on_fit_end()  # type: ignore[misc]
 
     def _merge(self) -> None:

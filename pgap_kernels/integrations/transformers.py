@@ -43,6 +43,9 @@ _DEFAULT_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 # Entries of param groups, as arguments. The rate of the moment is the scheduler's.
 _ARGUMENTS = {"initial_lr": "learning_rate", "weight_decay": "weight_decay"}
 _NO_ARGUMENTS = ("zo_params", "zo_param_names", "zo_lr")
+# Options of TRL's losses that detach what has a value, and its trainers whose training_step adds nothing to a step.
+_DETACHED = (("loss_type", "dft"), ("loss_type", "kto"), ("use_weighting", True))
+_SAME_STEP = ("SFTTrainer", "DPOTrainer", "RewardTrainer", "KTOTrainer")
 _COUNTERS = ("_metrics", "_total_train_tokens", "_stored_metrics")  # of TRL's trainers: what a forward adds to
 
 
@@ -100,14 +103,19 @@ class ZOTrainerMixin:
 
     def _check_objective(self, args: Any) -> None:
         """Refuse losses whose gradient is not that of their value, as values are all that forwards show."""
-        refused = {"loss_type": "dft", "use_weighting": True}
-        for name, value in refused.items():
+        for name, value in _DETACHED:
             if getattr(args, name, None) == value:
                 raise ValueError(
-                    f"{name}: got {value!r}, whose weights take no part in the gradient (detach); accepted: losses "
+                    f"{name}: got {value!r}, of which a part is kept out of the gradient (detach); accepted: losses "
                     "whose value is the objective"
                 )
         classes = type(self).__mro__[type(self).__mro__.index(ZOTrainerMixin) + 1 :]
+        steps = next(cls for cls in classes if "training_step" in vars(cls))
+        if steps is not Trainer and steps.__name__ not in _SAME_STEP:
+            raise TypeError(
+                f"got {steps.__name__}, whose training_step would not be called; accepted: trainers without one of "
+                "their own. Move what it does into compute_loss or the data"
+            )
         prepares = next(cls for cls in classes if "_prepare_inputs" in vars(cls))
         if prepares is not Trainer:
             raise TypeError(
@@ -145,6 +153,7 @@ class ZOTrainerMixin:
             broadcast_from_first([*self.model.parameters(), *self.model.buffers()])
             self._shared = True
         self._check_slices()
+        self.zo.closure_averages = True
         return self.optimizer
 
     @property
@@ -224,7 +233,8 @@ class ZOTrainerMixin:
         # A checkpoint of the model alone (save_only_model) does not say so: the noise goes on, not over again.
         self.zo.steps = max(self.zo.steps, self.state.global_step)
         model.train(args.zo_dropout)
-        self.model.training = True  # TRL files its metrics by it; dropout goes by the flags of its own modules
+        if any(cls.__module__.startswith("trl.") for cls in type(self).__mro__):
+            self.model.training = True  # TRL files its metrics by it; dropout goes by the flags of its own modules
         every = args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()

@@ -27,16 +27,17 @@ class AGZO(LowRankOptimizer):
         Omega (tokens, r) ~ N(0, 1),  A <- qr(H Omega),  K times A <- qr(H (H^T A));  R (m, r) ~ N(0, 1) in every step
         g = (L(W + eps R A^T) - L(W)) / eps,   W <- (1 - lr wd) W - lr g R A^T
 
-    Everything else takes dense noise, as do layers of a forward that nobody knows. (A head tied with an embedding is a
-    linear layer.) 2 forwards, one of which shows H, or 3 where the model is compiled: that one runs uncompiled, and its
-    loss may be rounded otherwise. 2 weight passes in place; R A^T is not scaled. ``sides=2``, the form of independent
-    reproductions, takes the two-sided g: 3 forwards and passes. State: A, n r floats of a matrix.
+    Everything else takes dense noise, layers whose forward is not that of ``nn.Linear`` or Conv1D included; a head tied
+    with an embedding is a linear layer. 2 forwards, one of which shows H; where layers are compiled 3, as that one runs
+    uncompiled and its loss may be rounded otherwise (a compiled loss behind layers that are not goes unnoticed). 2
+    weight passes in place; R A^T is not scaled. ``sides=2``, the form of independent reproductions, takes the two-sided
+    g: 3 forwards and passes. State: A, n r floats of a matrix.
 
-    H has a column for every token of the batch, padding too, but for those that are not finite, as a row without a
-    token that it may attend to can be; of a layer that is called more than once, those of its first call. It is looked
-    at while the layer runs and not kept; A is computed in float32, under autocast too. Signs of the QR are fixed, so
-    that runs repeat. One-sided differences lose their digits in 16-bit losses: reduce them in float32. Several
-    processes would each have the basis of their own batch: the integrations refuse that.
+    H has a column for every token of the batch, padding too, except for those that are not finite (a row that is all
+    padding may be NaN); of a layer that is called more than once, those of its first call. It is looked at while the
+    layer runs and not kept; A is computed in float32, under autocast too. Signs of the QR are fixed, so that runs
+    repeat. One-sided differences lose their digits in 16-bit losses: reduce them in float32. Several processes would
+    each have the basis of their own batch: the integrations refuse that.
 
     Args:
         params, lr, weight_decay: as in ``MeZO``; the model, or named parameters and ``model=``.
@@ -154,11 +155,11 @@ class AGZO(LowRankOptimizer):
         """A (n, r) of inputs (tokens, n); those that are not finite do not count."""
         key = self.key(Role.RANGE_FINDER)
         rows = torch.where(rows.isfinite().all(1, keepdim=True), rows, 0.0)
+        rows = torch.ldexp(rows, -torch.frexp(rows.abs().amax()).exponent)  # A is the same, and no square overflows
         omega = ops.draw((len(rows), self.rank_of(weight)), key, weight.id, device=rows.device)
         # This runs inside the caller's forward. (On the meta device, where costs are counted, there is no autocast.)
         with contextlib.nullcontext() if rows.is_meta else torch.autocast(rows.device.type, enabled=False):
             a = orthonormal(rows.T @ omega)
             for _ in range(self.iterations):
                 a = orthonormal(rows.T @ (rows @ a))
-        # Squares of inputs above 1e18 overflow. What is not finite cannot be taken off the weights again.
-        return a.nan_to_num(0.0, 0.0, 0.0)
+        return a

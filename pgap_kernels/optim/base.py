@@ -18,6 +18,7 @@ from ..perturbation import (
     ForwardState,
     StateRule,
     Update,
+    in_several_processes,
     merge_for,
     modules_of,
     outside_ambient_state,
@@ -27,7 +28,7 @@ from . import checkpoint
 from .accumulation import refuse_accumulation
 from .cost import Cost, measure_cost
 from .drawing import DirectionOptimizer
-from .evaluation import Closure, Evaluation, NonFiniteLossError
+from .evaluation import Closure, Evaluation, NonFiniteLossError, warn_once
 from .last import LastStep
 from .mode import MERGE
 from .model import Params
@@ -86,11 +87,14 @@ class ZOOptimizer(DirectionOptimizer):
         steps: number of steps taken.
         skipped: number of steps skipped for a non-finite loss.
         last: what the last step saw: its losses, slopes and more (``LastStep``).
+        closure_averages: set it to True where the closure returns the mean of several processes' losses.
         passes: reads and writes of all the weights so far, counted by elements.
         seconds: accumulated wall seconds by "forward", "perturb" and "refresh" (refreshes with their forwards), as the
             host sees them: work queued on a GPU counts where the host waits for it, and what hooks do inside a compiled
             forward counts to the forward.
     """
+
+    closure_averages = False
 
     # ---- the step ---------------------------------------------------------------------------------------------------
 
@@ -150,6 +154,12 @@ class ZOOptimizer(DirectionOptimizer):
 
         The sum has to be taken in the same order everywhere, so that all processes make the same update.
         """
+        if in_several_processes() and not self.closure_averages:
+            warn_once(
+                "closure: there are several processes, whose losses nobody is known to average, so each of them trains "
+                "a model of its own. Let the closure return pgap_kernels.integrations.ranks.mean_over_ranks(loss) and "
+                "set the optimizer's closure_averages=True"
+            )
         return losses
 
     def timed(self, part: str) -> contextlib.AbstractContextManager[None]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..noise import CONTRACT_VERSION, canonical_name
 from .mode import ModeOptimizer
 
-FORMAT = 2  # 1 kept the method's state in the header
+FORMAT = 3  # 1 kept the method's state in the header, 2 what some methods have counted in other ways
 
 
 def header(optimizer: ModeOptimizer) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def check(optimizer: ModeOptimizer, state_dict: dict[str, Any]) -> None:
     if zo.get("format") != FORMAT:
         raise ValueError(
             f"state_dict: got format {zo.get('format', 1)}, of another version of this package, which kept the state "
-            f"of methods elsewhere; accepted: format {FORMAT}. Finish that run with the version that began it, or "
+            f"of methods otherwise; accepted: format {FORMAT}. Finish that run with the version that began it, or "
             "start from its weights"
         )
     if zo["method"] != optimizer.method:

@@ -152,19 +152,19 @@ class Evaluation:
     def observed(self, see: Callable[[Weight, Tensor], None]) -> float | None:
         """The loss at W, while ``see`` gets the inputs of every linear layer and embedding with its weight.
 
-        None if a compiled model ran as the Python code that it was made from: its other losses may be rounded
-        otherwise, and cannot be compared with this one.
+        None if compiled layers ran as the Python code that they were made from: other losses may be rounded otherwise,
+        and cannot be compared with this one.
         """
         if self.perturbation.dry:
             for w in self.weights:
                 if w.tensor.dim() == 2:
                     see(w, w.tensor.new_empty(w.tensor.shape[1], w.tensor.shape[1]))
             return self.loss()
-        compiled: bool | None = None
+        compiled = False
 
         def asking(weight: Weight, x: Tensor) -> None:
             nonlocal compiled
-            compiled = is_called_compiled() if compiled is None else compiled
+            compiled = compiled or is_called_compiled()
             see(weight, x)
 
         # Compiled code of a forward that nobody observed would be found again, without the hooks.
@@ -215,7 +215,7 @@ class Evaluation:
             accepted = "a real scalar loss" if count == 1 else f"{count} real losses, or a multiple: one of each row"
             raise ValueError(f"closure: returned {loss.dtype} of shape {tuple(loss.shape)}; accepted: {accepted}")
         if loss.dtype in (torch.float16, torch.bfloat16):
-            _warn_once(
+            warn_once(
                 f"closure: returned a {loss.dtype} loss, whose rounding is large beside the difference of two losses; "
                 "reduce the loss in float32"
             )
@@ -254,4 +254,4 @@ class Evaluation:
         self.checked_slices.add(flags)
 
 
-_warn_once = functools.cache(notices.warn)
+warn_once = functools.cache(notices.warn)

@@ -47,11 +47,18 @@ class GradientSubspaceOptimizer(LowRankOptimizer):
         self.eps_probe = None if eps_probe is None else positive("eps_probe", eps_probe)
         self.probes = at_least_one("probes", probes)
         self.probe_rank = None if probe_rank is None else at_least_one("probe_rank", probe_rank)
+        self._check_probe_rank()
+
+    def check_schedule(self) -> None:
+        super().check_schedule()
+        self._check_probe_rank()
+
+    def _check_probe_rank(self) -> None:
         drawn = self.probes * self.groups * (self.probe_rank or 0)
         for w in self.matrices() if self.probe_rank else ():
             if self.rank_of(w) > drawn:
                 raise ValueError(
-                    f"rank: got {self.rank_of(w)} for {w.name!r} with probe_rank={probe_rank}; accepted: up to "
+                    f"rank: got {self.rank_of(w)} for {w.name!r} with probe_rank={self.probe_rank}; accepted: up to "
                     f"{drawn}, which is probes * groups * probe_rank"
                 )
 

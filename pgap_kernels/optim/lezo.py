@@ -136,12 +136,12 @@ class AdaLeZO(LayerwiseOptimizer):
 
     def estimate_and_update(self, evaluate: Evaluation) -> float:
         layers = self.layers()
-        names, before = [*layers], self.worth or {}
-        worth = {name: before.get(name, 0.0) for name in names}
+        names = [*layers]
+        worth = dict.fromkeys(names, 0.0) | (self.worth or {})  # layers that are frozen now keep theirs
         count = max(1, math.floor(self.share * len(layers)))
         due = self.steps % self.interval == 0
         if due or self.drawn is None or self.chances is None or self.chances.keys() != layers.keys():
-            chances = probabilities([*worth.values()], self.tau, self.gamma)
+            chances = probabilities([worth[name] for name in names], self.tau, self.gamma)
             self.chances = dict(zip(names, chances, strict=True))
             self.drawn = [names[pick(chances, self.uniform(i))] for i in range(count)]
         moved = [name for name in names if name in self.drawn]

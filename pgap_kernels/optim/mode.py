@@ -199,6 +199,7 @@ class ModeOptimizer(ModelOptimizer, metaclass=_EnterMode):
             self._follow_after_copy()
         if self._seen is not None and self._seen.is_current(self.param_groups, self.model):
             return
+        self._say_who_is_left_out()
         weights = collect(self.param_groups, self.tensor_ids, self.model, self.read_by)
         if not weights:
             raise ValueError(NOTHING_TO_TRAIN)
@@ -217,6 +218,18 @@ class ModeOptimizer(ModelOptimizer, metaclass=_EnterMode):
             self._seen = None
             raise
         self._note_model()
+
+    def _say_who_is_left_out(self) -> None:
+        """Warn of trainable parameters that the model got after the optimizer was made of all that it had."""
+        if not self._takes_all or self.model is None:
+            return
+        ours = {id(p) for group in self.param_groups for p in group["params"]}
+        left = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in ours]
+        if left:
+            notices.warn(
+                f"params: {left[0]!r} and {len(left) - 1} more trainable parameters came to the model after the "
+                "optimizer was made, and are not trained; add them with add_param_group, or make a new optimizer"
+            )
 
     def _serve(self, weights: Sequence[Weight], recast: bool) -> None:
         """Give the mode these weights, or enter another mode with them, and move their state to where they are."""

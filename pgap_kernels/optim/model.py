@@ -98,6 +98,7 @@ class ModelOptimizer(torch.optim.Optimizer):
         self._forward_state: ForwardState | None = None
         for name, value in self.saved_attributes.items():
             setattr(self, name, value)
+        self._takes_all = isinstance(params, nn.Module)
         if isinstance(params, nn.Module):
             params = list(params.named_parameters())
             if not params:

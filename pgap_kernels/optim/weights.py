@@ -40,11 +40,12 @@ def collect(
     for group in param_groups:
         given = group.get("param_names")
         for i, tensor in enumerate(group["params"]):
-            name = noise.canonical_name(given[i]) if given is not None else str(position)
+            called = given[i] if given is not None else str(position)
+            name = noise.canonical_name(called)
             position += 1
             if is_frozen(tensor):
                 continue
-            _check_storage(name, tensor)
+            _check_storage(called, tensor)
             place = address(tensor) if tensor.numel() else name
             if place in found:
                 continue  # tied: the same storage under another name
@@ -102,6 +103,11 @@ def is_frozen(tensor: Tensor) -> bool:
 
 
 def _check_storage(name: str, tensor: Tensor) -> None:
+    if "_flat_param" in name or "_fsdp_wrapped_module" in name:
+        raise ValueError(
+            f"params: got {name!r}, of a model in FullyShardedDataParallel, whose forwards read gathered copies; "
+            "accepted: whole tensors of this process. Train the model unsharded"
+        )
     if hasattr(tensor, "to_local") and hasattr(tensor, "placements"):
         raise ValueError(
             f"params: got a DTensor, {name!r}, sharded over {tensor.placements}; accepted: whole tensors of this "

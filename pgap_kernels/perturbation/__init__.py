@@ -5,8 +5,7 @@
     folded    a low-rank direction acts on the layer's output; the weights see updates only
 
 Imports: modes -> folded -> folds, scratch -> stacked, vectors -> arena -> hooks -> readers, and inplace -> base ->
-residual;
-beside: observers.
+residual -> step_context; beside: observers.
 """
 
 from .base import Perturbation, StateRule, Update

@@ -177,6 +177,8 @@ class Perturbation:
         """Run a pass: the only place where weights are written."""
         if not self.dry:
             p.run()
+        if self.residual is not None:
+            self.residual.note(p.weights)
         self.count_passes(p.weights)
 
     def split(self, p: Pass) -> list[Pass]:
@@ -189,7 +191,11 @@ class Perturbation:
 
     def run_all(self, passes: Sequence[Pass], copy_budget: int) -> None:
         """Run the passes of an update, or none of them."""
-        run_all_or_none([small for p in passes for small in self.split(p)], self.run, copy_budget)
+        try:
+            run_all_or_none([small for p in passes for small in self.split(p)], self.run, copy_budget)
+        finally:
+            if self.residual is not None:  # weights may have been copied back
+                self.residual.note(self.weights)
 
     # ---- a step -----------------------------------------------------------------------------------------------------
 
@@ -209,6 +215,8 @@ class Perturbation:
     def begin(self, merge_key: int) -> None:
         """A step begins; ``merge_key`` rounds what is merged until the next begins."""
         self.passes_this_step, self.merge_key = 0, merge_key
+        if self.residual is not None:
+            self.residual.follow(self.weights)
 
     def perturb_to(self, points: Sequence[Direction]) -> None:
         """The next forwards see W + point: one point, or one for each of N equal slices of a forward's rows.

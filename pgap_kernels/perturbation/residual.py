@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..directions import Part, Pass, RulePass, Weight, write_context
+from .step_context import version_of
 
 _FP16_BITS, _FP16_LOWEST = 10, -14
 _FRACTION = 15  # bits of an ulp of float16 that are kept
@@ -21,7 +22,11 @@ _FRACTION = 15  # bits of an ulp of float16 that are kept
 def joined(high: Tensor, low: Tensor) -> Tensor:
     """The float32 that a weight and its plane stand for."""
     if high.dtype == torch.bfloat16:
-        return ((high.view(torch.int16).int() << 16) + low.int()).view(torch.float32)
+        bits = (high.view(torch.int16).int() << 16) + low.int()
+        # Of a weight that others have written the plane may make another number: a zero with a negative plane a NaN.
+        kept = ((bits + 0x8000) >> 16).to(torch.int16) == high.view(torch.int16)
+        kept &= (bits & 0x7F800000) != 0x7F800000
+        return torch.where(kept, bits, bits - low.int()).view(torch.float32)
     return high.float() + torch.ldexp(low.float(), _ulp_exponent(high) - _FRACTION)
 
 
@@ -89,12 +94,26 @@ class Residual:
                 zeros = torch.zeros_like(w.tensor, dtype=torch.int16, memory_format=torch.contiguous_format)
                 self.planes[w.name] = zeros
         self.largest = max((w.tensor.numel() for w in weights), default=0)
+        self.left: dict[str, tuple[int, int | None]] = {}  # weights and their versions as we left them
+
+    def note(self, weights: Sequence[Weight]) -> None:
+        """These are as we leave them."""
+        self.left |= {w.name: (id(w.tensor), version_of(w.tensor)) for w in weights if w.name in self.planes}
+
+    def follow(self, weights: Sequence[Weight]) -> None:
+        """Planes of weights that somebody else has written since are 0: the weight is what was written."""
+        for w in weights:
+            tensor, version = self.left.get(w.name, (0, None))
+            if tensor == id(w.tensor) and version != version_of(w.tensor):
+                self.planes[w.name].zero_()
+        self.note(weights)
 
     def load(self, planes: dict[str, Tensor]) -> None:
         """Take over the planes of a ``state_dict``; weights that were frozen when it was made have none there.
 
         Those of weights that are frozen now wait until they are not.
         """
+        self.left = {}  # the weights of that moment may be loaded later
         for name in planes.keys() - self.planes.keys():
             self.planes[name], self.kinds[name] = planes[name].clone(), (None, planes[name].shape)
         for name, plane in self.planes.items():

@@ -67,6 +67,9 @@ class Scratch(Perturbation):
         self.runs = [range(1)]  # of neighbouring points that are the same
         self.most_runs = 1  # of a forward so far
         self.modules = list(self.model.modules())
+        # These of torch leave their fast paths where a search looks on.
+        fast = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+        self.has_fast_paths = any(isinstance(module, fast) for module in self.modules)
         self.on_cuda = any(w.tensor.is_cuda for w in self.weights)
         # A stack: the uses whose forwards are running, each with what gives the module its parameters back.
         self.frames: list[tuple[int, Callable[[], None]]] = []
@@ -183,6 +186,7 @@ class Scratch(Perturbation):
             else:  # the first forward with these flags: it may take other branches, with stray uses
                 # A compiled function around the model runs uncompiled meanwhile.
                 self.searching = self.watched = True
+                self.must_repeat = self.has_fast_paths
                 with StrayUses(self.weights, self._readable), uncompiled():
                     result = call()
             self.checked.add(training)
@@ -259,7 +263,8 @@ class Scratch(Perturbation):
                 ref.owner._parameters[ref.name] = out  # type: ignore[assignment]
             return
         if self.searching and not any(self.calls):
-            self.must_repeat = is_called_compiled()  # as the next ones will run compiled, and may round differently
+            # As the next ones will run compiled, and may round differently.
+            self.must_repeat = self.must_repeat or is_called_compiled()
         for ref in use.refs:
             if not ref.is_in_place() and not self.lent[id(ref.owner._parameters.get(ref.name))]:
                 raise RuntimeError(

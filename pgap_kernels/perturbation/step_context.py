@@ -132,6 +132,7 @@ class ForwardState:
             self.weights_in.setdefault(storage(t), []).append(address_range(t))
         self.changing: set[int] = set()  # large buffers that forwards write, by id
         self.inspected: set[tuple[bool, ...]] = set()  # training flags under which checksums were compared
+        self.ever_new: set[tuple[int, str]] = set()  # buffers that every forward replaces
 
     def flags(self) -> tuple[bool, ...]:
         """Which modules are in training mode: other flags may lead to other branches of the model."""
@@ -145,6 +146,7 @@ class ForwardState:
         self.count = sum(map(len, self.dicts))
         self.unset = any(b is None for _, before in self.tables for b in before.values())
         self.uninspected = {self.flags()} - self.inspected
+        self.replaced: set[tuple[int, str]] = set()  # buffers that a forward of this step has replaced
         self.copies: list[tuple[Tensor, Tensor]] = []
         self.large: list[tuple[Tensor, int | None, int | None]] = []  # with their versions and checksums
         for buffer in {id(b): b for _, before in self.tables for b in before.values() if b is not None}.values():
@@ -157,7 +159,7 @@ class ForwardState:
             self.copies.append((buffer, buffer.clone()))
         else:
             checksum = _checksum(buffer) if self.uninspected else None
-            self.large.append((buffer, _version(buffer), checksum))
+            self.large.append((buffer, version_of(buffer), checksum))
 
     def _shares_elements(self, buffer: Tensor) -> bool:
         begin, end = address_range(buffer)
@@ -178,7 +180,7 @@ class ForwardState:
                 torch._foreach_copy_(targets, [copy for _, copy in self.copies])
 
     def track_changed_buffers(self) -> bool:
-        """Whether a forward has changed a large buffer for the first time, or made one.
+        """Whether a forward has changed a large buffer for the first time, or made or replaced one.
 
         It is copied from now on, as that forward left it. The caller repeats the forward, so that all forwards of the
         step start from one state; such a buffer has then seen one more forward than it would otherwise.
@@ -186,17 +188,37 @@ class ForwardState:
         changed = {
             id(buffer): buffer
             for buffer, version, checksum in self.large
-            if _version(buffer) != version or (checksum is not None and _checksum(buffer) != checksum)
+            if version_of(buffer) != version or (checksum is not None and _checksum(buffer) != checksum)
         }
         self.changing |= {*changed}
         # Checksums are needed only once: the other forwards of the step run the same code.
         self.large = [(buffer, version, None) for buffer, version, _ in self.large if id(buffer) not in changed]
         self.inspected |= self.uninspected
         self.uninspected = set()
-        new = [*changed.values(), *self._made()]
+        new = [*changed.values(), *self._made(), *self._put_in_place()]
         for buffer in new:
             self._note(buffer)
         return bool(new)
+
+    def _put_in_place(self) -> list[Tensor]:
+        """Buffers that a forward has put in the place of others, which its module may remember having done.
+
+        (Rotary embeddings that grow with the sequence note its length beside the buffer.) One that is replaced in every
+        forward is put back each time.
+        """
+        found: list[Tensor] = []
+        for buffers, before in self.tables:
+            for name, buffer in before.items():
+                now, key = buffers.get(name), (id(buffers), name)
+                if now is buffer or now is None or buffer is None or key in self.ever_new:
+                    continue
+                if key in self.replaced:
+                    self.ever_new.add(key)
+                    continue
+                self.replaced.add(key)
+                before[name] = now
+                found.append(now)
+        return found
 
     def _made(self) -> list[Tensor]:
         """Buffers that there were not when the step began."""
@@ -224,7 +246,7 @@ def _writable(buffer: Tensor) -> bool:
     return not any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True))
 
 
-def _version(buffer: Tensor) -> int | None:
+def version_of(buffer: Tensor) -> int | None:
     """How often torch has seen it written; tensors made in inference mode have no such counter."""
     return None if buffer.is_inference() else buffer._version
 
