@@ -415,10 +415,13 @@ def test_a_setting_may_have_a_budget_of_its_own():
 
 def test_a_cell_ends_with_its_own_budget(config, tmp_path):
     config.write_text(config.read_text().replace("batch = [4]", "batch = [4]\nforwards = 32"))
+    with pytest.raises(Refused, match=r"got forwards with .*linear.*; accepted: schedules that end at 0"):
+        load(config, "cpu")
+    config.write_text(config.read_text().replace('"linear"', '"linear_to_zero"'))
     study, store = load(config, "cpu", only=["MeZO"]), Store(tmp_path / "results")
     store.begin(study)
     (cell,) = study.cells
-    assert cell.name == "MeZO_b4_linear_0.001_f32_d0_z7"
+    assert cell.name == "MeZO_b4_linear_to_zero_0.001_f32_d0_z7"
     assert go(cell, study, store)["checkpoints"][-1]["forwards"] == 32
 
 

@@ -56,7 +56,9 @@ def test_16_bit_evaluations_and_updates(row, mode, dtype, residual):
 @pytest.mark.parametrize("row, mode, dtype", cycled([run for run in SINGLE if is_exact(run[1])], DTYPES))
 def test_learning_rate_zero_leaves_every_bit(row, mode, dtype):
     decay = {"weight_decay": 0.5} if "weight_decay" in row.options else {}
-    model, opt, closure = build(row, mode, Words().to(dtype), lr=0.0, **decay)
+    model, opt, closure = build(row, mode, Words().to(dtype), **decay)
+    for group in opt.param_groups:
+        group["lr"] = 0.0
     before = {name: bits(p.detach()) for name, p in model.named_parameters()}
     for _ in range(4):
         opt.step(closure)

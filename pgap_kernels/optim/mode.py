@@ -199,7 +199,6 @@ class ModeOptimizer(ModelOptimizer, metaclass=_EnterMode):
             self._follow_after_copy()
         if self._seen is not None and self._seen.is_current(self.param_groups, self.model):
             return
-        self._say_who_is_left_out()
         weights = collect(self.param_groups, self.tensor_ids, self.model, self.read_by)
         if not weights:
             raise ValueError(NOTHING_TO_TRAIN)
@@ -218,6 +217,7 @@ class ModeOptimizer(ModelOptimizer, metaclass=_EnterMode):
             self._seen = None
             raise
         self._note_model()
+        self._say_who_is_left_out()
 
     def _say_who_is_left_out(self) -> None:
         """Warn of trainable parameters that the model got after the optimizer was made of all that it had."""

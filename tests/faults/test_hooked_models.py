@@ -133,11 +133,11 @@ def losses_of(case: str, options, make_model, training: bool) -> list[float]:
         loss = loss_of(model)
         if make_model is MODELS["functional_call"]:  # with the model's own parameters
             loss = F.cross_entropy(torch.func.functional_call(model, dict(model.named_parameters()), (INPUTS,)), LABELS)
-        seen.append(loss.item())
         return loss
 
     for _ in range(4):
         optimizer.step(closure)
+        seen += optimizer.last.losses  # a first forward may be repeated
     return seen
 
 
