@@ -6,6 +6,7 @@ import itertools
 import math
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -402,6 +403,12 @@ def test_tables_say_what_the_protocol_asks_for():
     assert "| A | 4 |" in text, "columns without anything are left out"
     for head, dashes in itertools.pairwise(lines):
         assert not dashes.startswith("| ---") or head.count("|") == dashes.count("|"), "a bar in a heading"
+
+
+def test_the_page_is_of_the_results_that_are_kept():
+    root = Path(__file__).parents[1]
+    study, records = report.found_in(Store(root / "benchmarks/data/convergence"))
+    assert report.markdown(study, records, "figures/convergence.png") in (root / "docs/evidence.md").read_text()
 
 
 def test_a_setting_may_have_a_budget_of_its_own():

@@ -60,7 +60,7 @@ def _panel(
     unit = {"forwards": "example-forwards", "seconds": "seconds of steps"}[axis]
     loss = f"{study['part']} loss"
     axes.set(
-        title=f"{loss} over {unit}, each arm's setting with the lowest loss at the end",
+        title=f"each arm's setting with the lowest loss at {study[axis]:g} {unit}",
         xlabel=unit,
         ylabel=f"{loss} (nats)",
     )

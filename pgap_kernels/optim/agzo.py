@@ -97,6 +97,7 @@ class AGZO(LowRankOptimizer):
         return ("left", "right")[self._input_side[weight.index]]
 
     def lacks(self, weight: Weight, name: str) -> bool:
+        """Whether a matrix has no A, whatever side that is on."""
         return super().lacks(weight, self.side_of(weight))
 
     def by_rank(self) -> list[list[Weight]]:
@@ -104,7 +105,7 @@ class AGZO(LowRankOptimizer):
 
     def estimate_and_update(self, evaluate: Evaluation) -> float:
         self._clean = None
-        self.refresh_if_due("right", evaluate)
+        self.refresh_if_due("A", evaluate)
         direction = self.planned(self.steps)
         if self.sides == 2:
             plus, minus = evaluate.two_sided(direction)
@@ -144,7 +145,7 @@ class AGZO(LowRankOptimizer):
         self._clean = evaluate.observed(see)
         for weight, a in bases:
             self.store(weight, **{self.side_of(weight): a})
-        lost = [w.name for w in self.matrices() if w.index in missing and self.lacks(w, "")]
+        lost = [w.name for w in self.matrices() if w.index in missing and self.lacks(w, "A")]
         if lost:
             raise RuntimeError(
                 f"closure: the layer of {lost[0]!r} was not called, so its inputs are not known; freeze its weight, or "
