@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 
@@ -26,3 +27,9 @@ def warn(message: str) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Warn, the first time that it is this message."""
+    warn(message)

@@ -14,7 +14,7 @@ from support.models import Losses, Words, assert_same_weights, snapshot
 from support.selection import cycled
 from torch import nn
 
-from pgap_kernels import draw, noise, ops
+from pgap_kernels import draw, noise, notices, ops
 from pgap_kernels.noise import Role
 from pgap_kernels.optim import MeZO
 
@@ -155,13 +155,13 @@ def test_sharded_models_are_refused(name):
 def test_several_processes_without_a_mean_are_told(monkeypatch):
     from pgap_kernels.optim import base
 
-    base.warn_once.cache_clear()
+    notices.warn_once.cache_clear()
     monkeypatch.setattr(base, "in_several_processes", lambda: True)
     model = Words()
     opt = mezo(model)
     with pytest.warns(UserWarning, match="^closure: there are several processes, whose losses nobody"):
         opt.step(Losses(model))
-    base.warn_once.cache_clear()
+    notices.warn_once.cache_clear()
     opt.closure_averages = True
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -59,9 +59,9 @@ def arms_of(records: Sequence[Record]) -> Arms:
 
 def tables(study: Mapping[str, Any], arms: Arms) -> Iterator[Table]:
     """All of them; arms come in the order of their loss at the end, after the baseline."""
-    lowest = {arm: times.lowest(found, "forwards", study["forwards"]) for arm, found in arms.items()}
-    order = sorted(arms, key=lambda arm: (arm != study["baseline"], _mean(lowest[arm], "forwards", study["forwards"])))
-    arms = {arm: arms[arm] for arm in order}
+    at = "forwards", study["forwards"]
+    ends = {arm: times.mean_loss(times.lowest(found, *at).runs, *at) for arm, found in arms.items()}
+    arms = {arm: arms[arm] for arm in sorted(arms, key=lambda arm: (arm != study["baseline"], ends[arm]))}
     for axis in AXES:
         if study[axis]:
             yield from _of_axis(study, arms, axis)
@@ -114,10 +114,6 @@ SETTINGS = (
     "Chosen by the seeds that all settings of the arm have. (end: lr), (end: batch): an end of the arm's grid, beyond "
     "which a better one may lie."
 )
-
-
-def _mean(best: Best, axis: str, budget: float) -> float:
-    return statistics.fmean(times.loss_at(run, axis, budget)["loss"] for run in best.runs.values())
 
 
 def _time(own: Mapping[int, times.Time], best: Best, target: float, budget: float) -> str:

@@ -154,7 +154,7 @@ def fastest(found: dict[Setting, dict[int, Record]], target: float, axis: str, b
 
     def order(setting: Setting) -> tuple:
         times = [time_to(run, target, axis, budget) for run in compared[setting].values()]
-        return (sum(not t.reached for t in times), median(times).order(), _mean_loss(compared[setting], axis, budget))
+        return (sum(not t.reached for t in times), median(times).order(), mean_loss(compared[setting], axis, budget))
 
     return _best(found, compared, min(compared, key=order))
 
@@ -162,10 +162,11 @@ def fastest(found: dict[Setting, dict[int, Record]], target: float, axis: str, b
 def lowest(found: dict[Setting, dict[int, Record]], axis: str, budget: float) -> Best:
     """The setting with the least mean loss at a budget."""
     compared = screened(found)
-    return _best(found, compared, min(compared, key=lambda setting: _mean_loss(compared[setting], axis, budget)))
+    return _best(found, compared, min(compared, key=lambda setting: mean_loss(compared[setting], axis, budget)))
 
 
-def _mean_loss(runs: dict[int, Record], axis: str, budget: float) -> float:
+def mean_loss(runs: dict[int, Record], axis: str, budget: float) -> float:
+    """Of runs, at a budget."""
     return statistics.fmean(loss_at(run, axis, budget)["loss"] for run in runs.values())
 
 

@@ -99,6 +99,7 @@ class ZOLightningMixin:
 
     def configure_callbacks(self) -> Any:
         """Those of the class, and one that leaves no perturbed weights behind an exception."""
+        # Two packages are called Lightning; the callbacks that a module's Trainer knows are of its own.
         package = next(cls.__module__ for cls in type(self).__mro__ if cls.__name__ == "LightningModule")
         base = importlib.import_module(package.partition(".core")[0]).Callback
         merging = type("MergeOnException", (base,), {"on_exception": lambda _, trainer, module, error: module._merge()})

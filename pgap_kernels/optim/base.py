@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import notices
 from ..directions import Amounts, Direction, Pass
 from ..noise import Role
 from ..perturbation import (
@@ -28,7 +29,7 @@ from . import checkpoint
 from .accumulation import refuse_accumulation
 from .cost import Cost, measure_cost
 from .drawing import DirectionOptimizer
-from .evaluation import Closure, Evaluation, NonFiniteLossError, warn_once
+from .evaluation import Closure, Evaluation, NonFiniteLossError
 from .last import LastStep
 from .mode import MERGE
 from .model import Params
@@ -155,7 +156,7 @@ class ZOOptimizer(DirectionOptimizer):
         The sum has to be taken in the same order everywhere, so that all processes make the same update.
         """
         if in_several_processes() and not self.closure_averages:
-            warn_once(
+            notices.warn_once(
                 "closure: there are several processes, whose losses nobody is known to average, so each of them trains "
                 "a model of its own. Let the closure return pgap_kernels.integrations.ranks.mean_over_ranks(loss) and "
                 "set the optimizer's closure_averages=True"

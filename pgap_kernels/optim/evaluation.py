@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -215,7 +214,7 @@ class Evaluation:
             accepted = "a real scalar loss" if count == 1 else f"{count} real losses, or a multiple: one of each row"
             raise ValueError(f"closure: returned {loss.dtype} of shape {tuple(loss.shape)}; accepted: {accepted}")
         if loss.dtype in (torch.float16, torch.bfloat16):
-            warn_once(
+            notices.warn_once(
                 f"closure: returned a {loss.dtype} loss, whose rounding is large beside the difference of two losses; "
                 "reduce the loss in float32"
             )
@@ -252,6 +251,3 @@ class Evaluation:
                 "members=1"
             )
         self.checked_slices.add(flags)
-
-
-warn_once = functools.cache(notices.warn)
