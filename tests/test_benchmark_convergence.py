@@ -178,6 +178,26 @@ def test_a_cell_of_generated_answers_reports_their_metric(config, tmp_path):
     assert "test f1" in report.markdown(*report.found_in(store), None)
 
 
+@pytest.mark.parametrize("arm", ["MeZO", "P-GAP"])
+def test_captured_forwards_read_the_batch_of_their_step(study, arm, monkeypatch):
+    """On a GPU a graph reads the tensors that it was captured with. Here the forward runs, on the same tensors."""
+    cell = next(cell for cell in study.cells if cell.arm == arm)
+    plain, captured = (run.Run(cell, study, torch.device("cpu")) for _ in range(2))
+    shapes = []
+
+    def stand_in(optimizer, closure):
+        shapes.append(captured.batch(len(captured.record["steps"]["losses"])).inputs["input_ids"].shape)
+        return closure
+
+    monkeypatch.setattr(run, "CapturedClosure", stand_in)
+    captured._captures = True
+    for one in (plain, captured):
+        for _ in range(8):
+            one.step()
+    assert captured.record["steps"] == plain.record["steps"]
+    assert len(shapes) == len({*shapes}) == len({plain.batch(n).inputs["input_ids"].shape for n in range(8)}) < 8
+
+
 def test_cells_at_a_time_are_those_in_turn(config, study, tmp_path, capsys):
     folder = tmp_path / "results"
     assert program.main(["--config", str(config), "--json", str(folder), "--parallel", "2"]) == 0

@@ -17,8 +17,8 @@ from benchmarks.convergence.store import Store
 from benchmarks.convergence.study import SCHEDULES, Cell, Refused, Study
 from benchmarks.harness import batches, machine
 from pgap_kernels.finetune import data, models
-from pgap_kernels.finetune.scoring import Encoded, scorer_of
-from pgap_kernels.optim import NonFiniteLossError, make_optimizer
+from pgap_kernels.finetune.scoring import Encoded, Scorer, scorer_of
+from pgap_kernels.optim import CapturedClosure, NonFiniteLossError, make_optimizer
 
 EVALUATION_BATCH = 50
 SIGNALS = ("squared_norm", "second_moment")
@@ -54,6 +54,10 @@ class Run:
             cell.method, self.model, lr=cell.lr, seed=cell.direction_seed, **{"eps": 1e-3, **cell.options}
         )
         self.forwards = 0
+        # Other scorers read more than inputs and labels, and forwards of one length each wait for the device.
+        plain = type(self.scorer) is Scorer and self.scorer.padding != "apart"
+        self._captures = plain and device.type == "cuda"
+        self._captured: dict[torch.Size, tuple[Encoded, Callable[[], Tensor]]] = {}
         self._trials = TRIALS if cell.slices > 1 else 0
         self.record: dict[str, Any] = {
             "cell": asdict(cell),
@@ -132,11 +136,31 @@ class Run:
         examples = data.batch(self.dataset.train, self.cell.batch, self.cell.data_seed, number)
         return self.scorer.encode(examples * self.cell.copies)
 
+    def _forward(self, batch: Encoded) -> Callable[[], Tensor]:
+        """The losses of a batch. On a GPU they are those of CUDA graphs, a few for each shape of a batch: kernels of a
+        model of this size take longer to launch than to run."""
+
+        def losses() -> Tensor:
+            return batches.loss(self.scorer, batch, self.cell.slices)
+
+        if not self._captures:
+            return losses
+        shape = batch.inputs["input_ids"].shape
+        if shape not in self._captured:
+            self._captured[shape] = batch, CapturedClosure(self.optimizer, losses)
+        kept, captured = self._captured[shape]
+        if kept is not batch:
+            for name, tensor in kept.inputs.items():
+                tensor.copy_(batch.inputs[name])
+            kept.labels.copy_(batch.labels)
+        return captured
+
     def step(self, examples: int | None = None) -> None:
         """One step, and what it was; on the batch of another step, if one is named."""
         number, calls = len(self.record["steps"]["losses"]), 0
         refreshed = getattr(self.optimizer, "refreshed_at", None)
         batch = self.batch(number if examples is None else examples)
+        forward = self._forward(batch)
         factor = SCHEDULES[self.cell.schedule](self.forwards / self.budget)
         for group in self.optimizer.param_groups:
             group["lr"] = self.cell.lr * factor
@@ -144,7 +168,7 @@ class Run:
         def closure() -> Tensor:
             nonlocal calls
             calls += 1
-            return batches.loss(self.scorer, batch, self.cell.slices)
+            return forward()
 
         try:
             self.optimizer.step(closure)
