@@ -12,7 +12,7 @@ from support.models import IDS, TARGET, Words
 from pgap_kernels.optim import CapturedClosure
 
 pytestmark = gpu.marks
-MODES = ("inplace", "scratch", "folded", "window")
+MODES = ("inplace", "two_pass", "scratch", "folded", "window")
 RUNS = [pytest.param(row, m, id=f"{row.id}-{m}") for row in METHODS for m in row.modes if m in MODES]
 
 

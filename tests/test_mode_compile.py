@@ -144,6 +144,26 @@ def test_what_was_compiled_before_two_pass_sees_restored_weights():
         assert torch.equal(seen, model(IDS))
 
 
+@pytest.mark.parametrize("mode", ["two_pass", "scratch"])
+def test_a_replay_is_no_stale_compiled_code(mode, monkeypatch):
+    """A CUDA graph calls no modules either, but what it runs is what was captured: it is not repeated."""
+    model = Small()
+    opt, losses, forwards = optimizer("mezo", mode, model), Losses(model), []
+    monkeypatch.setattr(opt.perturbation, "on_cuda", True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    def step(run):
+        before = len(forwards)
+        opt.step(lambda: forwards.append(run()) or forwards[-1])
+        return len(forwards) - before
+
+    assert step(losses) >= 2 and step(losses) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert step(losses) == 2
+    assert step(lambda: forwards[0]) == 2
+
+
 @pytest.mark.parametrize("id, mode", [("mezo-3", "scratch"), ("lozo", "window")])
 def test_modules_are_clean_after_a_failing_compiled_forward(id, mode):
     model = Small()

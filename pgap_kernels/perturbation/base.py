@@ -148,6 +148,7 @@ class Perturbation:
         self.weights = list(weights)
         self.numels = [w.tensor.numel() for w in weights]
         self.total = sum(self.numels) or 1
+        self.on_cuda = any(w.tensor.is_cuda for w in weights)
         self.largest = max((bytes_of([w.tensor]) for w in weights), default=0)
 
     def workspace(self, elements: int, device: torch.device) -> Tensor:

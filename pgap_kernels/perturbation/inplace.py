@@ -28,7 +28,9 @@ class InPlace(Perturbation):
     def __init__(self, weights: Sequence[Weight], two_pass: bool = False) -> None:
         self.model: nn.Module | None = None
         self.hooks: Hooks | None = None
-        self.entered = self.recompiled = False  # a hook has run in this forward; compiled code was dropped, once
+        self.entered = False  # a hook has run in this forward
+        self.recompiled = False  # compiled code was dropped, once
+        self.captures = False  # a forward was captured in a CUDA graph: one without hooks is its replay
         super().__init__(weights)
         self.two_pass = two_pass
         self.added: list[Part] = []  # parts that are in the weights now, to be taken off
@@ -121,7 +123,7 @@ class InPlace(Perturbation):
     def watch(self, model: nn.Module) -> None:
         """From now on, restore the weights before anything evaluates or saves the model between steps."""
         self.model, self.hooks = model, Hooks(model, uses_of(model, self.weights), self)
-        self.recompiled = False
+        self.recompiled = self.captures = False
 
     def forward(self, call: Callable[[], T]) -> T:
         self.active, self.entered, self.must_repeat = True, False, False
@@ -129,7 +131,7 @@ class InPlace(Perturbation):
             result = call()
         finally:
             self.active = False
-        if self.hooks is not None and not (self.entered or self.recompiled or self.dry):
+        if self.hooks is not None and not (self.entered or self.recompiled or self.captures or self.dry):
             # Code that was compiled before the hooks came does not call them, and would see perturbed weights later.
             torch.compiler.reset()
             self.must_repeat = self.recompiled = True
@@ -137,6 +139,8 @@ class InPlace(Perturbation):
 
     def enter(self, number: int) -> None:
         """Before a module's forward: one outside of a step sees restored weights."""
+        if self.active and not self.entered and self.on_cuda and not torch.compiler.is_compiling():
+            self.captures = self.captures or torch.cuda.is_current_stream_capturing()
         self.entered = True
         if self.added and not self.active:
             merge_for(self, "forward")

@@ -70,7 +70,6 @@ class Scratch(Perturbation):
         # These of torch leave their fast paths where a search looks on.
         fast = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
         self.has_fast_paths = any(isinstance(module, fast) for module in self.modules)
-        self.on_cuda = any(w.tensor.is_cuda for w in self.weights)
         # A stack: the uses whose forwards are running, each with what gives the module its parameters back.
         self.frames: list[tuple[int, Callable[[], None]]] = []
         self.lent: Counter[int] = Counter()  # ids of the tensors that stand in for parameters now: how many times

@@ -311,7 +311,7 @@ def lowrank_kernel(
     a_ptr = None
     if FACTORS.left is not None:
         a_ptr = factor_pointer(entry, LEFT, workspaces.left, FACTORS.left)
-    q_ptr, e = a_ptr, coefficient  # placeholders
+    q_ptr, e = coefficient, coefficient  # placeholders; not A's pointer: Triton 3.6 unpacks no None
     if QUOTIENT:
         q_ptr, e = factor_pointer(entry, BELOW, workspaces.below, tl.float32), tl.load(scalars.e + scalar)
     p = tl.zeros((TILE.rows, FACTORS.padded), UPDATE.dtype)

@@ -5,5 +5,5 @@ FLOAT32 = ["assemble", "guard"]  # kernels of float32 alone
 # One configuration of each family.
 SAMPLE = [
     *["--dtype", "bf16", "--target", "sm_90"],
-    *["--config", "J=1", "momentum", "", "dot", "drawn core", "mix"],
+    *["--config", "J=1", "momentum", "", "dot", "drawn core", "drawn factors", "mix"],
 ]

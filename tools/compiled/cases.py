@@ -232,6 +232,7 @@ LOWRANK: list[tuple[str, int, Callable[[int], object]]] = [
     ("stored core", 16, lambda rank: [torch.empty(rank, rank)]),
     ("stochastic", 16, lambda rank: 3),
     ("no core", 128, lambda rank: None),
+    ("drawn factors", 4, lambda rank: None),
     ("quotient", 4, lambda rank: [torch.empty(rank)]),
     ("quotient", 32, lambda rank: [torch.empty(rank)]),
 ]
@@ -239,11 +240,13 @@ LOWRANK: list[tuple[str, int, Callable[[int], object]]] = [
 
 def _lowrank(config: str, rank: int, core: Callable[[int], object], dtype: torch.dtype) -> None:
     """Factors of W's dtype."""
-    w, left, right = _matrix(dtype), _matrix(dtype, rank), _matrix(dtype, rank)
+    w, left, right = _matrix(dtype), [_matrix(dtype, rank)], [_matrix(dtype, rank)]
     options = {"decay": 1e-4} | ROUNDED if config == "stochastic" else {}
     if config == "quotient":
         options = {"below": [torch.empty(rank)], "e": 1e-8}
-    lowrank_perturb_([w], [left], [right], core=core(rank), coefficient=1e-3, tensor_ids=[7], **options)
+    if config == "drawn factors":
+        left, right, options = 1, 2, {"rank": rank}
+    lowrank_perturb_([w], left, right, core=core(rank), coefficient=1e-3, tensor_ids=[7], **options)
 
 
 def _lowrank_loops(arguments: dict, tiles: int) -> tuple[int, ...]:
