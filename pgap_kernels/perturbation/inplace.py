@@ -139,8 +139,8 @@ class InPlace(Perturbation):
 
     def enter(self, number: int) -> None:
         """Before a module's forward: one outside of a step sees restored weights."""
-        if self.active and not self.entered and self.on_cuda and not torch.compiler.is_compiling():
-            self.captures = self.captures or torch.cuda.is_current_stream_capturing()
+        if self.active and self.on_cuda and not (self.captures or torch.compiler.is_compiling()):
+            self.captures = torch.cuda.is_current_stream_capturing()
         self.entered = True
         if self.added and not self.active:
             merge_for(self, "forward")
