@@ -71,7 +71,7 @@ def config(tmp_path, set_threads):
 
 @pytest.fixture
 def study(config) -> Study:
-    return load(config, "cpu")
+    return load(config)
 
 
 def go(cell, study, store, over=lambda: False):
@@ -88,7 +88,7 @@ def after(steps: int):
 
 
 def test_cells_of_the_study_come_in_the_order_of_interest():
-    study = load(DEFAULT, "cpu")
+    study = load(DEFAULT)
     arms = list(dict.fromkeys(cell.arm for cell in study.cells))
     repeats = list(dict.fromkeys(cell.data_seed for cell in study.cells))
     assert len(repeats) >= 3
@@ -115,9 +115,9 @@ def test_a_study_that_cannot_be_run_is_refused(config):
     ):
         config.write_text(text.replace(old, new))
         with pytest.raises(Refused, match=message):
-            load(config, "cpu")
+            load(config)
     config.write_text(text)
-    assert [cell.arm for cell in load(config, "cuda", only=["P-GAP"]).cells] == ["P-GAP"]
+    assert [cell.arm for cell in load(config, only=["P-GAP"]).cells] == ["P-GAP"]
 
 
 def test_schedules_start_at_one_and_do_not_rise():
@@ -171,7 +171,7 @@ def test_the_program_from_cells_to_report(config, tmp_path, capsys, monkeypatch)
 
 def test_a_cell_of_generated_answers_reports_their_metric(config, tmp_path):
     config.write_text(config.read_text().replace("test_size", 'task = "generation", max_new_tokens = 2, test_size'))
-    study, store = load(config, "cpu", only=["P-GAP"]), Store(tmp_path / "results")
+    study, store = load(config, only=["P-GAP"]), Store(tmp_path / "results")
     store.begin(study)
     record = go(study.cells[0], study, store)
     assert record["status"] == "completed" and {"f1", "exact_match"} < set(record["checkpoints"][-1])
@@ -255,7 +255,7 @@ def test_a_stopped_cell_goes_on_where_it_was(study, tmp_path, arm, how, monkeypa
 
 def test_a_run_that_diverges_is_finished(config, tmp_path):
     config.write_text(config.read_text().replace("lr = [1e-3]", "lr = [1e30]", 1))
-    study, store = load(config, "cpu", only=["MeZO"]), Store(tmp_path)
+    study, store = load(config, only=["MeZO"]), Store(tmp_path)
     record = go(study.cells[0], study, store)
     assert record["status"] == "diverged" and "lr" in record["error"] and store.finished(study.cells[0])
     assert times.time_to(record, 0.001, "forwards", 120) == Time(120, False)
@@ -265,14 +265,14 @@ def test_a_run_that_diverges_is_finished(config, tmp_path):
 def test_a_folder_keeps_the_study_that_it_was_begun_with(config, study, tmp_path):
     store = Store(tmp_path / "results")
     store.begin(study)
-    store.begin(load(config, "cpu", only=["MeZO"]))
+    store.begin(load(config, only=["MeZO"]))
     config.write_text(config.read_text().replace("early = 0.001", "early = 0.5"))
     with pytest.raises(Refused, match="targets: got"):
-        store.begin(load(config, "cpu"))
+        store.begin(load(config))
     go(study.cells[0], study, store)
     config.write_text(config.read_text().replace('mode = "inplace"', 'mode = "scratch"'))
     with pytest.raises(Refused, match="accepted: the same"):
-        store.finished(load(config, "cpu").cells[0])
+        store.finished(load(config).cells[0])
 
 
 def test_no_file_is_half_written(study, tmp_path, monkeypatch):
@@ -297,7 +297,13 @@ def record(losses, arm="A", seed=0, lr=1.0, batch=1, schedule="constant", step=1
     count = len(losses) - 1
     steps = {"forwards": [step * (i + 1) for i in range(count)]}
     steps |= {"squared_norm": [None] * count, "second_moment": [4.0] * count}
-    return {"cell": cell, "status": "completed", "checkpoints": points, "steps": steps, "facts": {"torch": "2"}}
+    return {
+        "cell": cell,
+        "status": "completed",
+        "checkpoints": points,
+        "steps": steps,
+        "facts": {"processor": "one", "torch": "2"},
+    }
 
 
 def test_times_interpolate_and_are_censored_at_the_budget():
@@ -407,7 +413,8 @@ def test_tables_say_what_the_protocol_asks_for():
     text = report.markdown(study, [*fast, left, *slow], None)
     slow_time, fast_time = 10 + 10 * 5 / 6, 10 + 10 * 4 / 6
     ratio = f"{fast_time / slow_time:.2f}"
-    assert "6 finished cells (3 with seed 0, 2 with seed 1, 1 with seed 2); torch 2." in text
+    assert "6 finished cells (3 with seed 0, 2 with seed 1, 1 with seed 2)." in text
+    assert "Run on: one, torch 2 (6)." in text and "on two machines" not in text
     assert "### Example-forwards to a dev loss, and what is reached at 20 example-forwards" in text
     assert "Seconds: processor one." in text
     lines = text.splitlines()
@@ -421,6 +428,10 @@ def test_tables_say_what_the_protocol_asks_for():
     assert f"| C | ≤ {10 / slow_time:.2f}×, 1 of 2 pairs |" in text
     assert "| A | batch 1, constant, lr 1 (end: lr) | batch 1, constant, lr 1 (end: lr) |" in text
     assert "| A | 4 |" in text, "columns without anything are left out"
+    again = record([1.0, 1.0, 0.45], "A", 1) | {"facts": {"device": "GPU", "torch": "3"}}
+    text = report.markdown(study, [*fast, *slow], None, [again, record([1.0], "D")])
+    assert "| loss at the end, one, torch 2 | loss at the end, GPU, torch 3 | difference |" in text
+    assert "| A | batch 1, constant, lr 1 | 1 | 0.4000 | 0.4500 | +0.0500 |" in text and "| D |" not in text
     for head, dashes in itertools.pairwise(lines):
         assert not dashes.startswith("| ---") or head.count("|") == dashes.count("|"), "a bar in a heading"
 
@@ -428,7 +439,8 @@ def test_tables_say_what_the_protocol_asks_for():
 def test_the_page_is_of_the_results_that_are_kept():
     root = Path(__file__).parents[1]
     study, records = report.found_in(Store(root / "benchmarks/data/convergence"))
-    assert report.markdown(study, records, "figures/convergence.png") in (root / "docs/evidence.md").read_text()
+    others = Store(root / "benchmarks/data/convergence_h200").records()
+    assert report.markdown(study, records, "figures/convergence.png", others) in (root / "docs/evidence.md").read_text()
 
 
 def test_a_setting_may_have_a_budget_of_its_own():
@@ -443,9 +455,9 @@ def test_a_setting_may_have_a_budget_of_its_own():
 def test_a_cell_ends_with_its_own_budget(config, tmp_path):
     config.write_text(config.read_text().replace("batch = [4]", "batch = [4]\nforwards = 32"))
     with pytest.raises(Refused, match=r"got forwards with .*linear.*; accepted: schedules that end at 0"):
-        load(config, "cpu")
+        load(config)
     config.write_text(config.read_text().replace('"linear"', '"linear_to_zero"'))
-    study, store = load(config, "cpu", only=["MeZO"]), Store(tmp_path / "results")
+    study, store = load(config, only=["MeZO"]), Store(tmp_path / "results")
     store.begin(study)
     (cell,) = study.cells
     assert cell.name == "MeZO_b4_linear_to_zero_0.001_f32_d0_z7"
@@ -459,9 +471,9 @@ def test_a_cell_ends_with_its_own_budget(config, tmp_path):
 )  # fmt: skip
 def test_example_forwards_of_a_step(config, tmp_path, arm, steps):
     """Of the study's arms, with and without a refresh, which fills up its forwards with points that are not needed."""
-    first = next(cell for cell in load(DEFAULT, "cpu").cells if cell.arm == arm)
+    first = next(cell for cell in load(DEFAULT).cells if cell.arm == arm)
     options = {name: value if name != "rank" else 2 for name, value in first.options.items()}
-    one = run.Run(replace(first, options=options), load(config, "cpu"), torch.device("cpu"))
+    one = run.Run(replace(first, options=options), load(config), torch.device("cpu"))
     for _ in range(2):
         one.step()
     assert one.record["steps"]["forwards"] == [steps[0], sum(steps)]

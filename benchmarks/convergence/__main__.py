@@ -127,7 +127,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser, args = arguments(given)
     device = torch.device(args.device)
     try:
-        study = load(args.config, device.type, args.only)
+        study = load(args.config, args.only)
         if args.list:
             print("\n".join(cell.name for cell in study.cells))
             return 0

@@ -1,6 +1,6 @@
 """Tables and a figure of what `python -m benchmarks.convergence` has run.
 
-    python -m benchmarks.convergence report DIR [--markdown docs/evidence.md] [--figure FILE]
+    python -m benchmarks.convergence report DIR [--beside DIR] [--markdown docs/evidence.md] [--figure FILE]
 
 Times are example-forwards and, where `speed` was run, seconds: up to those of the arm that uses up its forwards first.
 To each target: the median over seeds of an arm's best setting, how many of its runs reached the target, and the
@@ -11,11 +11,15 @@ Each arm's setting is chosen for each target, by the seeds that all its settings
 runs that chose it make it look a little too good, the more so the more settings there are. `(end: lr)` and `(end:
 batch)` mark an end of the arm's grid, where a better one may lie beyond. Nothing is run here.
 
+--beside names another folder of the study, run on another machine: the cells that both have are compared by what they
+came to. Forwards are rounded otherwise there, so the difference is what rounding alone makes of a run.
+
 --markdown replaces what stands between the lines `<!-- tables -->` and `<!-- end of tables -->` of a file.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import statistics
@@ -165,15 +169,45 @@ def _spread(values: Sequence[float], digits: int) -> str:
     return f"{mean} ({low} to {high})" if len(values) > 1 else mean
 
 
-def markdown(study: Mapping[str, Any], records: Sequence[Record], image: str | None) -> str:
+def twice(records: Sequence[Record], others: Sequence[Record]) -> Table:
+    """The loss that each cell came to, in both of its runs."""
+    found = {_key(record): record for record in others}
+    lines = []
+    for one in records:
+        other = found.get(_key(one))
+        if other is None:
+            continue
+        cell, setting = one["cell"], times.setting_of(one)
+        here, there = (run["checkpoints"][-1]["loss"] for run in (one, other))
+        values = [f"{here:.4f}", f"{there:.4f}", f"{there - here:+.4f}"]
+        lines.append([cell["arm"], str(setting), str(cell["data_seed"]), *values])
+    where = [_machine(runs[0]["facts"]) if runs else "" for runs in (records, others)]
+    columns = ["arm", "setting", "seed", *(f"loss at the end, {text}" for text in where), "difference"]
+    return Table(columns, lines, "the same cells on two machines")
+
+
+def _key(record: Record) -> str:
+    return json.dumps(record["cell"], sort_keys=True)
+
+
+def _machine(facts: Mapping[str, Any]) -> str:
+    """What a cell ran on, and by which torch."""
+    return f"{facts.get('device') or facts.get('processor')}, torch {facts['torch']}"
+
+
+def markdown(
+    study: Mapping[str, Any], records: Sequence[Record], image: str | None, others: Sequence[Record] = ()
+) -> str:
     """The tables with headings, after what they are of."""
     arms = arms_of(records)
+    machines = Counter(_machine(record["facts"]) for record in records)
     parts = [
-        f"{len(records)} finished cells ({_seeds(records)}); {_about(records[0]['facts'], ('torch', 'pgap_kernels'))}.",
+        f"{len(records)} finished cells ({_seeds(records)}).",
+        f"Run on: {'; '.join(f'{name} ({count})' for name, count in machines.most_common())}.",
         *([f"Seconds: {_about(study['speed']['facts'], machine.SPEED)}."] if study["seconds"] else []),
         *([f"![{study['part']} loss of each arm]({image})"] if image else []),
     ]
-    for table in tables(study, arms):
+    for table in (*tables(study, arms), twice(records, others)):
         if table.rows:
             parts += [f"### {table.title[0].upper()}{table.title[1:]}", table.markdown()]
             parts += [table.caption] if table.caption else []
@@ -203,6 +237,7 @@ def main(given: Sequence[str]) -> int:
     parser = options.parser("benchmarks.convergence report", __doc__)
     add = parser.add_argument
     add("folder", type=Path, metavar="DIR", help="of the results")
+    add("--beside", type=Path, metavar="DIR", help="cells that ran on another machine, too")
     add("--markdown", type=Path, metavar="FILE", help="a file with a place for the tables")
     add("--figure", type=Path, metavar="FILE", help="write the curves there")
     args = parser.parse_args(given)
@@ -212,13 +247,14 @@ def main(given: Sequence[str]) -> int:
         arms = arms_of(records)
         if not arms:
             raise Refused(f"{args.folder}: no cell is finished yet")
-        for table in tables(study, arms):
+        others = Store(args.beside).records() if args.beside else []
+        for table in (*tables(study, arms), *([twice(records, others)] if others else [])):
             table.print()
         if args.figure:
             figure.draw(study, arms, args.figure)
         if args.markdown:
             image = None if args.figure is None else _relative(args.figure, args.markdown.parent)
-            insert(args.markdown, markdown(study, records, image))
+            insert(args.markdown, markdown(study, records, image, others))
     except (Refused, OSError) as error:
         parser.error(str(error))
     return 0

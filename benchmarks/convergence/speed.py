@@ -93,7 +93,7 @@ def main(given: Sequence[str]) -> int:
         parser.error(f"--turns: got {args.turns}; accepted: 2 or more, as the first does not count")
     device = torch.device(args.device)
     try:
-        study = load(args.config, device.type)
+        study = load(args.config)
         store = Store(args.folder)
         store.begin(study)
         rows = measure(study, device, args.turns, lambda them: track(them, "turns", console=console()))

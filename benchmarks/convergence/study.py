@@ -68,7 +68,6 @@ class Study:
     """What all cells share, and the cells, the most wanted first.
 
     Attributes:
-        device: the type that it is run on.
         baseline: the arm that times are compared with.
         forwards: the budget of a cell, in example-forwards, unless it has one of its own.
         first_checkpoint: example-forwards before the first evaluation after the start.
@@ -77,7 +76,6 @@ class Study:
         task: options of ``finetune``'s ``Config``: model and data.
     """
 
-    device: str
     baseline: str
     forwards: int
     first_checkpoint: int
@@ -108,12 +106,11 @@ _KEYS = {"baseline", "forwards", "first_checkpoint", "targets", "part", "seeds",
 _ARM_KEYS = {"name", "method", "batch", "schedule", "lr", "options", "forwards"}
 
 
-def load(file: Path, device: str, only: Sequence[str] | None = None) -> Study:
+def load(file: Path, only: Sequence[str] | None = None) -> Study:
     """Read a study.
 
     Args:
         file: TOML, as study.toml explains it.
-        device: "cpu" or "cuda".
         only: names of arms; all by default.
 
     Raises:
@@ -133,7 +130,6 @@ def load(file: Path, device: str, only: Sequence[str] | None = None) -> Study:
     if found["part"] not in PARTS:
         raise Refused(f"part: got {found['part']!r}; accepted: {', '.join(PARTS)}")
     return Study(
-        device=device,
         baseline=found["baseline"],
         forwards=found["forwards"],
         first_checkpoint=found["first_checkpoint"],

@@ -132,9 +132,13 @@ def settings(records: Iterable[Record], arm: str) -> dict[Setting, dict[int, Rec
     for record in records:
         cell = record["cell"]
         if cell["arm"] == arm and record["status"] != "stopped":
-            setting = Setting(cell["batch"], cell["schedule"], cell["lr"], cell["forwards"])
-            found.setdefault(setting, {})[cell["data_seed"]] = record
+            found.setdefault(setting_of(record), {})[cell["data_seed"]] = record
     return found
+
+
+def setting_of(record: Record) -> Setting:
+    """Of its cell."""
+    return Setting(*(record["cell"][name] for name in Setting._fields))
 
 
 def screened(found: dict[Setting, dict[int, Record]]) -> dict[Setting, dict[int, Record]]:
