@@ -20,6 +20,7 @@ from pgap_kernels.noise import Role
 from pgap_kernels.optim import EGGROLL, LOZO, LOZOM, PGAP, PIZO, MeZO, NonFiniteLossError, PIZOSubZero
 from pgap_kernels.optim.sampling import Sampling
 from pgap_kernels.optim.signal import signal_of
+from pgap_kernels.perturbation import points
 from pgap_kernels.subspace import product_basis, randomized_svd
 
 EXAMPLES, IN, OUT = 8, 6, 5
@@ -133,6 +134,25 @@ def test_one_forward_or_several(name, mode, groups, baseline, n):
         runs.append([optimizer.step(closure_of(model, optimizer)) for _ in range(3)])
     for a, b in itertools.pairwise(runs):
         assert a == pytest.approx(b, rel=1e-4)  # losses after updates, whose rounding 1 / (2 eps) multiplies
+
+
+@pytest.mark.parametrize("freed", [False, True])
+@pytest.mark.parametrize("name, mode", [("pgap", "scratch"), ("pgap", "folded"), ("lozo", "folded")])
+def test_each_of_many_slices_has_its_own_direction(name, mode, freed, monkeypatch):
+    """As one forward for each has them; also where the memory of their operands is freed and made anew."""
+    monkeypatch.setattr(points, "_MOST", 0)
+    members, n = 32, 32
+    model, optimizer = make(name, mode, n=n, members=members, baseline="loo")
+    one_by_one, plain = make(name, mode, n=n, members=1, baseline="loo")
+    memory: list[list[int]] = []
+    for _ in range(4):
+        if freed:
+            optimizer.perturbation.points._memory.clear()
+        loss = optimizer.step(closure_of(model, optimizer))
+        assert loss == pytest.approx(plain.step(closure_of(one_by_one, plain)), rel=1e-4)
+        assert optimizer.last.losses == pytest.approx(plain.last.losses, rel=1e-3)
+        memory.append([*map(id, optimizer.perturbation.points._memory.values())])
+    assert freed or {*memory[-1]} == {*memory[-2]}, "found again in every step, so that graphs can be replayed"
 
 
 @pytest.mark.parametrize("groups", [1, 4])

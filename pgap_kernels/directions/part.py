@@ -134,7 +134,13 @@ class Fold(NamedTuple):
 
 
 class Operands(ABC):
-    """A part's keys, coefficients and cores in device memory that keeps its place from step to step."""
+    """A part's keys, coefficients and cores in device memory that keeps its place from step to step.
+
+    Attributes:
+        serial: of whoever keeps it: what was put together from other operands, in memory since freed, does not serve.
+    """
+
+    serial: int = 0
 
     @property
     @abstractmethod

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ..directions import Direction, Operands, Part
 
-_MOST = 64  # operands that are kept, or four times those in use
+_MOST = 64  # operands that are kept, or four times the most that were in use at once
 
 
 class LoadedPart(NamedTuple):
@@ -34,7 +34,7 @@ class Points:
     """
 
     def __init__(self, weights: int) -> None:
-        self.weights, self._cleared = weights, 0
+        self.weights, self._cleared, self._made = weights, 0, 0
         self.clear()
 
     def clear(self) -> None:
@@ -42,6 +42,7 @@ class Points:
         # By point, layout, and number among the point's parts of that layout; those of the last use at the end.
         self._memory: dict[Hashable, Operands] = {}
         self._used: list[Hashable] = []  # keys of the points that are shown
+        self._most_used = 0
         self._captured: set[Hashable] = set()  # keys of what graphs read, which stays
         self._cleared += 1
         self._added: list[list[list[LoadedPart]]] = [[[]] for _ in range(self.weights)]  # by weight and point
@@ -49,7 +50,7 @@ class Points:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy shares no device memory with what it was made from."""
-        return {"weights": self.weights, "_cleared": self._cleared}
+        return {"weights": self.weights, "_cleared": self._cleared, "_made": self._made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -75,13 +76,15 @@ class Points:
                 alike[layout] += 1
                 used.append(place)
                 operands = self._loaded(place, part)
-                keys.append((number, layout, operands.graph_key()))
+                keys.append((number, layout, operands.serial, operands.graph_key()))
                 for position, index in enumerate(part.indices):
                     self._added[index][number].append(LoadedPart(part, operands, position))
         self.key, self._used = tuple(keys), used
-        # Methods that move other weights in each step make new layouts without end.
+        # Methods that move other weights in each step make new layouts without end. A step shows several sets of points
+        # and, between them, none; each is to find its memory again in the next step.
+        self._most_used = max(self._most_used, len(used))
         free = [place for place in self._memory if place not in self._captured]
-        for unused in free[: max(0, len(free) - max(_MOST, 4 * len(used)))]:
+        for unused in free[: max(0, len(free) - max(_MOST, 4 * self._most_used))]:
             del self._memory[unused]
 
     def keep_captured(self) -> None:
@@ -93,6 +96,8 @@ class Points:
         operands = self._memory.pop(key, None)
         if operands is None:
             operands = part.operands()
+            self._made += 1
+            operands.serial = self._made
         self._memory[key] = operands
         operands.load(part)
         return operands
