@@ -98,8 +98,7 @@ def steps_at(monkeypatch, number, what):
 # ---- resuming -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("schedule", ["constant", "cosine"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method, schedule", [("mezo", "cosine"), *((method, "constant") for method in METHODS)])
 def test_a_run_that_was_cut_goes_on_to_the_same_bits(method, schedule, config_for, monkeypatch):
     whole = run(config_for("whole", method, save_model=True, schedule=schedule, warmup=2))
     with monkeypatch.context() as patch:
