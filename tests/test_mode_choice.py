@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import weakref
 
 import pytest
 import torch
@@ -384,6 +385,22 @@ def test_memory_that_captured_graphs_read_is_kept(monkeypatch):
     shown.clear()
     opt.step(losses)
     assert shown.key[1] != key[1], "graphs of the memory before are of another key"
+
+
+def test_tensors_that_captured_graphs_read_are_kept():
+    """DiZO makes new ones in each projection, which might else take the place, and so the key, of those of a graph."""
+    row = ROW["dizo"]
+    model, opt, closure = build(row, "scratch")
+    shown, read = opt.perturbation.points, []
+
+    def captured():
+        shown.keep_captured()
+        read.extend(weakref.ref(t) for place in shown._used for t in shown._memory[place].outside() if t is not None)
+        return closure()
+
+    for _ in range(3 * row.period):
+        opt.step(captured)
+    assert read and all(ref() is not None for ref in read)
 
 
 def test_planes_of_frozen_weights_wait():

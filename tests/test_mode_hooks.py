@@ -299,6 +299,20 @@ def test_autocast(id, mode):
     assert all(torch.equal(w, around[1][name]) for name, w in within[1].items())
 
 
+@pytest.mark.parametrize("id, mode", [("mezo-groups", "two_pass"), ("lozo", "window")])
+def test_a_merge_under_autocast_is_seen(id, mode):
+    model = mlp()
+    opt = optimizer(id, mode, model, lr=1.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for _ in range(2):
+            opt.step(lambda: loss_of(model))
+        model(INPUTS)  # casts the weights, and keeps the casts
+        opt.merge()
+        seen = model(INPUTS)
+        torch.clear_autocast_cache()
+        assert torch.equal(seen, model(INPUTS))
+
+
 # ---- others' hooks and replaced forwards ----------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from pgap_kernels import noise, ops
 from pgap_kernels.directions import Direction
 from pgap_kernels.noise import Role
-from pgap_kernels.optim import EGGROLL, LOZO, LOZOM, PGAP, PIZO, MeZO, NonFiniteLossError, PIZOSubZero
+from pgap_kernels.optim import EGGROLL, LOZO, LOZOM, PGAP, PIZO, LeZO, MeZO, NonFiniteLossError, PIZOSubZero
 from pgap_kernels.optim.sampling import Sampling
 from pgap_kernels.optim.signal import signal_of
 from pgap_kernels.perturbation import points
@@ -178,6 +178,22 @@ def test_a_slice_that_nothing_is_added_to_fades_beside_one_that_is_filled():
 
     alone = torch.cat([losses(still), losses(dense)])
     assert torch.allclose(losses(still, dense), alone, rtol=1e-5)
+
+
+def test_slices_are_tried_with_every_weight_that_moves():
+    """LeZO moves other layers in each step, at first perhaps those alone behind what mixes the rows."""
+
+    class Mixing(nn.Sequential):
+        def forward(self, x):
+            x = self[0](x)
+            return self[1](x - x.mean(0)).square().sum(1)
+
+    for seed in range(4):
+        model = filled(Mixing(nn.Linear(IN, OUT), nn.Linear(OUT, OUT)))
+        optimizer = LeZO(model, lr=0.0, eps=0.5, seed=seed, mode="scratch", members=2, sparsity=0.5)
+        with pytest.raises(RuntimeError, match=r"^members: a point of one slice"):
+            for _ in range(12):
+                optimizer.step(lambda model=model: model(torch.cat([X, X])))
 
 
 def test_slices_do_not_see_one_another():

@@ -414,5 +414,5 @@ class LowRankOperands(Operands):
         core = self.cores[position] if self.cores else None
         return Fold(left, right, core, self.coefficients[position], self.keys[:2], self.rank)
 
-    def graph_key(self) -> Hashable:
-        return tuple(id(t) for side in self.factors for t in side)
+    def outside(self) -> Sequence[Tensor | None]:
+        return [t for side in self.factors for t in side]

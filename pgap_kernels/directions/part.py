@@ -168,9 +168,9 @@ class Operands(ABC):
         """The factors and the core of one weight, for parts that act on outputs."""
         raise NotImplementedError
 
-    def graph_key(self) -> Hashable:
-        """What a captured graph depends on beyond the layout: addresses that ``load`` may have changed."""
-        return None
+    def outside(self) -> Sequence[Tensor | None]:
+        """Tensors that are read where the method keeps them: other ones make another graph."""
+        return ()
 
 
 def pick(values: Sequence, chosen: Sequence[int]) -> list:

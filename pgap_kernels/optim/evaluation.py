@@ -67,7 +67,7 @@ class Evaluation:
         timed: adds the wall seconds of a block to a part of the step.
         reduce: makes one loss of those of several processes.
         members, groups: copies of the minibatch in the closure's batch, and slices of each.
-        checked_slices: training flags under which the slices were seen to be apart.
+        checked_slices: by training flags, the weights that moved when the slices were seen to be apart.
         losses: of every point so far, in order.
         slopes: along the step's directions, by the radius of the first weight, where the method takes them.
         refreshed: whether the step has made new subspaces, or a new estimate of curvature.
@@ -89,7 +89,7 @@ class Evaluation:
     reduce: Callable[[Tensor], Tensor]
     members: int
     groups: int
-    checked_slices: set[tuple[bool, ...]]
+    checked_slices: dict[tuple[bool, ...], set[int]]
     losses: list[float] = field(default_factory=list)
     slopes: list[float] = field(default_factory=list)
     refreshed: bool = False
@@ -226,13 +226,14 @@ class Evaluation:
     def _check_slices(self, points: Sequence[Direction]) -> None:
         """Refuse a model that mixes the slices of a stacked batch: moving one slice may not move another's loss.
 
-        The number of rows cannot tell (a sequence-first layer may have as many), so the first forward that moves
-        anything is tried out: with the first slice moved, and with the last, as what comes first may be all that others
-        see, or all unseen.
+        The number of rows cannot tell (a sequence-first layer may have as many), so the first forward that moves some
+        weight is tried out: with the first slice moved, and with the last, as what comes first may be all that others
+        see, or all unseen. A method that moves other layers in each step may at first move those behind the mixing.
         """
         flags, count = self.state.flags(), len(points)
-        moved = next((point for point in points if point), None)
-        if flags in self.checked_slices or self.perturbation.dry or moved is None:
+        checked = self.checked_slices.setdefault(flags, set())
+        moved = next((point for point in points if not checked.issuperset(_indices(point))), None)
+        if self.perturbation.dry or moved is None:
             return
         # At W, by the same computation as at the point, to the last bit; each of the three has a run of its own.
         first, inner, last = (moved.scaled([0.0] * len(self.weights)) for _ in range(3))
@@ -250,4 +251,9 @@ class Evaluation:
                 "layers keep rows apart, with the batch as leading dimension, and nothing averaged over it. Choose "
                 "members=1"
             )
-        self.checked_slices.add(flags)
+        checked |= _indices(moved)
+
+
+def _indices(point: Direction) -> set[int]:
+    """Of the weights that a point moves."""
+    return {index for part in point for index in part.indices}

@@ -285,7 +285,7 @@ class ModeOptimizer(ModelOptimizer, metaclass=_EnterMode):
     def become_dry(self, weights: list[Weight]) -> None:
         """Forget what was learnt and stand before the first step, on weights without memory; nothing is computed."""
         self._perturbation = self.perturbation.dry_copy(weights)
-        self._weights, self._checked_slices = weights, set()
+        self._weights, self._checked_slices = weights, {}
         self._planned = self._buckets = None
         self._note_model()
         self._forward_state, self.clock = None, Clock()

@@ -94,7 +94,7 @@ class ModelOptimizer(torch.optim.Optimizer):
         self._planned: tuple[int, Direction] | None = None
         self._buckets: list[list[Weight]] | None = None
         self._flat = FlatLosses()
-        self._checked_slices: set[tuple[bool, ...]] = set()
+        self._checked_slices: dict[tuple[bool, ...], set[int]] = {}
         self._forward_state: ForwardState | None = None
         for name, value in self.saved_attributes.items():
             setattr(self, name, value)

@@ -195,6 +195,7 @@ class Perturbation:
         try:
             run_all_or_none([small for p in passes for small in self.split(p)], self.run, copy_budget)
         finally:
+            torch.clear_autocast_cache()  # whoever merges under autocast would go on with casts of the weights before
             if self.residual is not None:  # weights may have been copied back
                 self.residual.note(self.weights)
 

@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from ..directions import Direction, Operands, Part
 
 _MOST = 64  # operands that are kept, or four times the most that were in use at once
@@ -44,6 +46,7 @@ class Points:
         self._used: list[Hashable] = []  # keys of the points that are shown
         self._most_used = 0
         self._captured: set[Hashable] = set()  # keys of what graphs read, which stays
+        self._pinned: list[Sequence[Tensor | None]] = []
         self._cleared += 1
         self._added: list[list[list[LoadedPart]]] = [[[]] for _ in range(self.weights)]  # by weight and point
         self.key: tuple[Hashable, ...] = ()
@@ -76,7 +79,7 @@ class Points:
                 alike[layout] += 1
                 used.append(place)
                 operands = self._loaded(place, part)
-                keys.append((number, layout, operands.serial, operands.graph_key()))
+                keys.append((number, layout, operands.serial, tuple(map(id, operands.outside()))))
                 for position, index in enumerate(part.indices):
                     self._added[index][number].append(LoadedPart(part, operands, position))
         self.key, self._used = tuple(keys), used
@@ -88,8 +91,12 @@ class Points:
             del self._memory[unused]
 
     def keep_captured(self) -> None:
-        """A graph that was captured reads the memory of the points that are shown, whenever it is replayed."""
+        """A graph that was captured reads the memory of the points that are shown, whenever it is replayed.
+
+        The method's own tensors, too, are kept: one that took the place of one that is gone would have its key.
+        """
         self._captured |= {*self._used}
+        self._pinned += [self._memory[place].outside() for place in self._used]
 
     def _loaded(self, key: Hashable, part: Part) -> Operands:
         """The part's operands, in the memory that an earlier part of the same layout had at its place."""
