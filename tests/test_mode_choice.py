@@ -390,7 +390,7 @@ def test_memory_that_captured_graphs_read_is_kept(monkeypatch):
 def test_tensors_that_captured_graphs_read_are_kept():
     """DiZO makes new ones in each projection, which might else take the place, and so the key, of those of a graph."""
     row = ROW["dizo"]
-    model, opt, closure = build(row, "scratch")
+    _, opt, closure = build(row, "scratch")
     shown, read = opt.perturbation.points, []
 
     def captured():

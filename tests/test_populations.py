@@ -215,6 +215,17 @@ def test_slices_do_not_see_one_another():
 # ---- what the losses say -------------------------------------------------------------------------------------------
 
 
+def test_the_signal_is_that_of_reduced_losses():
+    """As each of several processes has rows of its own, and their signal sets the learning rate of all."""
+    moments = []
+    for factor in (1.0, 2.0):
+        model, optimizer = make("lozo", "folded", groups=4, members=2)
+        optimizer.reduce_losses = lambda losses, factor=factor: factor * losses
+        optimizer.step(closure_of(model, optimizer))
+        moments.append(optimizer.last.signal.second_moment)
+    assert moments[1] == pytest.approx(4 * moments[0])
+
+
 def test_curvature_of_a_quadratic_loss():
     """l = s.d + d.H.d / 2 along directions of independent elements, each beside the loss at W itself."""
     h, slope, eps, found = torch.arange(1.0, 13.0, dtype=torch.float64), torch.ones(12, dtype=torch.float64), 0.5, []

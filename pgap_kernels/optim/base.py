@@ -151,7 +151,7 @@ class ZOOptimizer(DirectionOptimizer):
                 )
 
     def reduce_losses(self, losses: Tensor) -> Tensor:
-        """One set of losses of those of several processes; override it to train in parallel.
+        """One set of losses of those of several processes, of any shape; override it to train in parallel.
 
         The sum has to be taken in the same order everywhere, so that all processes make the same update.
         """

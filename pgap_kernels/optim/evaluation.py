@@ -193,7 +193,11 @@ class Evaluation:
                 value = self._run_closure()
             while self.perturbation.must_repeat:  # at most twice: after a search, and after code without hooks
                 value = self._run_closure()
-        return self.reduce(self._checked(value, len(points)))
+        known = len(self.rows)
+        losses = self.reduce(self._checked(value, len(points)))
+        # What they say of the gradient sets a learning rate, which has to be the same in all processes.
+        self.rows[known:] = [self.reduce(rows) for rows in self.rows[known:]]
+        return losses
 
     def _run_closure(self) -> Tensor | float:
         self.state.restore()
