@@ -162,7 +162,7 @@ def test_several_processes_without_a_mean_are_told(monkeypatch):
     with pytest.warns(UserWarning, match="^closure: there are several processes, whose losses nobody"):
         opt.step(Losses(model))
     notices.warn_once.cache_clear()
-    opt.closure_averages = True
+    opt.reduce_losses = lambda losses: losses
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         opt.step(Losses(model))

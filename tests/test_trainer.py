@@ -96,6 +96,24 @@ def test_steps_are_those_of_a_loop_by_hand(kind, mode, accumulation):
     assert type(trainer.model_wrapped) is type(trainer.model) and trainer.zo.steps == 6 and not trainer.zo.pending
 
 
+@pytest.mark.parametrize("mode", ["mezo-inplace", "mezo-scratch"])
+def test_losses_are_averaged_once_where_a_forward_is_repeated(mode, monkeypatch):
+    """The other processes do not repeat it, and would not wait (rotary embeddings grow with the longest batch so far)."""
+    forwards, means = [], []
+    monkeypatch.setattr("pgap_kernels.integrations.transformers.mean_over_ranks", lambda x: means.append(x) or x)
+    model = model_of("llama")
+    model.register_buffer("longest", torch.ones(2))
+
+    def grow(*args):
+        forwards.append(args)
+        if len(forwards) == 3:  # the first of the second step
+            model.register_buffer("longest", torch.full((2,), 2.0))
+
+    model.register_forward_pre_hook(grow)
+    trainer_of(model=model, max_steps=3, **MODES[mode]).train()
+    assert len(means) == 6 and len(forwards) == 7
+
+
 @pytest.mark.slow(seconds=12)
 @pytest.mark.parametrize("kind", ["llama", "opt", "gpt2", "bert"])
 def test_a_killed_run_resumes_to_the_same_bits(kind):

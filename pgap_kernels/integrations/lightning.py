@@ -93,7 +93,7 @@ class ZOLightningMixin:
             broadcast_from_first([*self.parameters(), *self.buffers()])  # type: ignore[attr-defined]
         # Another fit goes on with other noise. (What a checkpoint says is loaded later.)
         zo = trainer.optimizers[0]
-        zo.closure_averages = True
+        zo.reduce_losses = mean_over_ranks  # type: ignore[method-assign]
         zo.steps = max(zo.steps, self._steps_before)
         super().on_fit_start()  # type: ignore[misc]
 
@@ -114,8 +114,7 @@ class ZOLightningMixin:
     def training_step(self, batch: Any, batch_idx: int) -> None:
         def closure() -> Tensor:
             with torch.no_grad():  # Lightning turns gradients on around a closure
-                loss = self.zo_loss(batch, batch_idx)
-            return mean_over_ranks(loss.detach())
+                return self.zo_loss(batch, batch_idx).detach()
 
         loss = self.optimizers().step(closure=closure)  # type: ignore[attr-defined] # the wrapper, which counts steps
         schedulers = self.lr_schedulers() or []  # type: ignore[attr-defined]

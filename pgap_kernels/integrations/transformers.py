@@ -153,7 +153,7 @@ class ZOTrainerMixin:
             broadcast_from_first([*self.model.parameters(), *self.model.buffers()])
             self._shared = True
         self._check_slices()
-        self.zo.closure_averages = True
+        self.zo.reduce_losses = mean_over_ranks  # type: ignore[method-assign]
         return self.optimizer
 
     @property
@@ -242,8 +242,7 @@ class ZOTrainerMixin:
 
         def closure() -> Tensor:
             with counted():
-                losses = self._losses(model, batches, num_items_in_batch)
-                return mean_over_ranks(losses)
+                return self._losses(model, batches, num_items_in_batch)
 
         return torch.tensor(self.zo.step_ahead(closure), dtype=torch.float32, device=args.device)
 

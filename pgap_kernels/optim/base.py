@@ -88,14 +88,12 @@ class ZOOptimizer(DirectionOptimizer):
         steps: number of steps taken.
         skipped: number of steps skipped for a non-finite loss.
         last: what the last step saw: its losses, slopes and more (``LastStep``).
-        closure_averages: set it to True where the closure returns the mean of several processes' losses.
         passes: reads and writes of all the weights so far, counted by elements.
         seconds: accumulated wall seconds by "forward", "perturb" and "refresh" (refreshes with their forwards), as the
             host sees them: work queued on a GPU counts where the host waits for it, and what hooks do inside a compiled
             forward counts to the forward.
     """
 
-    closure_averages = False
 
     # ---- the step ---------------------------------------------------------------------------------------------------
 
@@ -153,13 +151,14 @@ class ZOOptimizer(DirectionOptimizer):
     def reduce_losses(self, losses: Tensor) -> Tensor:
         """One set of losses of those of several processes, of any shape; override it to train in parallel.
 
-        The sum has to be taken in the same order everywhere, so that all processes make the same update.
+        The sum has to be taken in the same order everywhere, so that all processes make the same update. The closure is
+        no place for it: one process alone may have to repeat a forward, and the others would not wait for it.
         """
-        if in_several_processes() and not self.closure_averages:
+        if in_several_processes():
             notices.warn_once(
                 "closure: there are several processes, whose losses nobody is known to average, so each of them trains "
-                "a model of its own. Let the closure return pgap_kernels.integrations.ranks.mean_over_ranks(loss) and "
-                "set the optimizer's closure_averages=True"
+                "a model of its own. Let the optimizer average them: optimizer.reduce_losses = "
+                "pgap_kernels.integrations.ranks.mean_over_ranks"
             )
         return losses
 
