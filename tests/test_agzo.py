@@ -94,6 +94,22 @@ def test_inputs_that_are_not_finite_do_not_count(mode, value):
         assert_same_bits(opt.state[w.tensor]["right"], AGZO(model, rank=RANK).basis(w, rows))
 
 
+@pytest.mark.parametrize("sides", [1, 2])
+def test_copies_of_the_batch_change_nothing(sides):
+    """They have the same inputs; the noise of the range finder, of which each row has its own, is that of one copy."""
+    seen, x = [], draw((TOKENS, N), 1, 1)
+    for members in (1, 2):
+        model = filled(nn.Sequential(nn.Linear(N, 5), nn.Tanh(), nn.Linear(5, 4)))
+        opt = AGZO(model, lr=1e-2, rank=RANK, sides=sides, mode="scratch", members=members)
+
+        def losses(model=model, members=members):
+            found = model(torch.cat([x] * members)).square().mean(1)
+            return found if members > 1 else found.mean()
+
+        seen.append([opt.step(losses) for _ in range(3)])
+    assert seen[0] == pytest.approx(seen[1], rel=1e-4)
+
+
 @pytest.mark.parametrize("what", ["model", "layer"])
 @pytest.mark.parametrize("sides", [1, 2])
 def test_losses_of_other_programs_are_not_compared(sides, what):

@@ -180,6 +180,16 @@ def test_a_slice_that_nothing_is_added_to_fades_beside_one_that_is_filled():
     assert torch.allclose(losses(still, dense), alone, rtol=1e-5)
 
 
+def test_stray_uses_are_looked_for_while_a_window_fades():
+    """What puts the bias of each slice back to its scale is no stray use of it."""
+    model = filled(nn.Sequential(nn.Linear(IN, OUT), nn.Tanh(), nn.Linear(OUT, OUT)))
+    optimizer = LOZO(model, lr=0.1, rank=2, mode="folded", members=2, merge="window", weight_decay=1.0)
+    for training in (True, True, False):
+        model.train(training)
+        optimizer.step(lambda: model(torch.cat([X, X])).square().sum(1))
+        assert optimizer.pending
+
+
 def test_slices_are_tried_with_every_weight_that_moves():
     """LeZO moves other layers in each step, at first perhaps those alone behind what mixes the rows."""
 

@@ -98,7 +98,7 @@ def test_steps_are_those_of_a_loop_by_hand(kind, mode, accumulation):
 
 @pytest.mark.parametrize("mode", ["mezo-inplace", "mezo-scratch"])
 def test_losses_are_averaged_once_where_a_forward_is_repeated(mode, monkeypatch):
-    """The other processes do not repeat it, and would not wait (rotary embeddings grow with the longest batch so far)."""
+    """Other processes do not repeat it, and would not wait (rotary embeddings grow with the longest batch so far)."""
     forwards, means = [], []
     monkeypatch.setattr("pgap_kernels.integrations.transformers.mean_over_ranks", lambda x: means.append(x) or x)
     model = model_of("llama")

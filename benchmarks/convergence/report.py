@@ -172,16 +172,13 @@ def _spread(values: Sequence[float], digits: int) -> str:
 def twice(records: Sequence[Record], others: Sequence[Record]) -> Table:
     """The loss that each cell came to, in both of its runs."""
     found = {_key(record): record for record in others}
+    pairs = [(record, found[_key(record)]) for record in records if _key(record) in found]
     lines = []
-    for one in records:
-        other = found.get(_key(one))
-        if other is None:
-            continue
-        cell, setting = one["cell"], times.setting_of(one)
+    for one, other in pairs:
         here, there = (run["checkpoints"][-1]["loss"] for run in (one, other))
         values = [f"{here:.4f}", f"{there:.4f}", f"{there - here:+.4f}"]
-        lines.append([cell["arm"], str(setting), str(cell["data_seed"]), *values])
-    where = [_machine(runs[0]["facts"]) if runs else "" for runs in (records, others)]
+        lines.append([one["cell"]["arm"], str(times.setting_of(one)), str(one["cell"]["data_seed"]), *values])
+    where = ["; ".join(dict.fromkeys(_machine(run["facts"]) for run in runs)) for runs in zip(*pairs, strict=True)]
     columns = ["arm", "setting", "seed", *(f"loss at the end, {text}" for text in where), "difference"]
     return Table(columns, lines, "the same cells on two machines")
 
@@ -248,8 +245,9 @@ def main(given: Sequence[str]) -> int:
         if not arms:
             raise Refused(f"{args.folder}: no cell is finished yet")
         others = Store(args.beside).records() if args.beside else []
-        for table in (*tables(study, arms), *([twice(records, others)] if others else [])):
-            table.print()
+        for table in (*tables(study, arms), twice(records, others)):
+            if table.rows:
+                table.print()
         if args.figure:
             figure.draw(study, arms, args.figure)
         if args.markdown:

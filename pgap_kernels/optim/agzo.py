@@ -138,6 +138,7 @@ class AGZO(LowRankOptimizer):
             if weight.index in missing and x.is_floating_point():  # not the indices of a tied embedding
                 missing.remove(weight.index)
                 size = weight.tensor.shape[self._input_side[weight.index]]
+                x = x[: len(x) // self.members] if len(x) % self.members == 0 else x  # the copies are the same rows
                 rows = x.new_empty(size, size) if x.is_meta else x.reshape(-1, size)  # run dry, no layer is called
                 bases.append((weight, self.basis(weight, rows.float())))
 

@@ -94,7 +94,6 @@ class ZOOptimizer(DirectionOptimizer):
             forward counts to the forward.
     """
 
-
     # ---- the step ---------------------------------------------------------------------------------------------------
 
     def estimate_and_update(self, evaluate: Evaluation) -> float:

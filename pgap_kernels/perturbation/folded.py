@@ -197,9 +197,8 @@ class Folded(Scratch):
             return output
         biases: list[Tensor] = [own]
         if self.count > 1 and bias is not None and bias in self.refs_to_fill(use):
-            biases = [torch.empty_like(own) for _ in range(self.count)]  # each point had its own and gave it back
-            for point, b in enumerate(biases):
-                self.fill(bias, b, point)
+            # Each run had its own, and gave it back.
+            biases = [self.vectors.at(bias.index, number) for number, run in enumerate(self.runs) for _ in run]
         parts = zip(output.chunk(len(biases)), biases, strict=True)
         return torch.cat([y + (b * faded).to(y.dtype) for y, b in parts])
 

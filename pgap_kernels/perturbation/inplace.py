@@ -30,7 +30,7 @@ class InPlace(Perturbation):
         self.hooks: Hooks | None = None
         self.entered = False  # a hook has run in this forward
         self.recompiled = False  # compiled code was dropped, once
-        self.captures = False  # a forward was captured in a CUDA graph: one without hooks is its replay
+        self.captured = False  # a forward was captured in a CUDA graph: one without hooks is its replay
         super().__init__(weights)
         self.two_pass = two_pass
         self.added: list[Part] = []  # parts that are in the weights now, to be taken off
@@ -123,7 +123,7 @@ class InPlace(Perturbation):
     def watch(self, model: nn.Module) -> None:
         """From now on, restore the weights before anything evaluates or saves the model between steps."""
         self.model, self.hooks = model, Hooks(model, uses_of(model, self.weights), self)
-        self.recompiled = self.captures = False
+        self.recompiled = self.captured = False
 
     def forward(self, call: Callable[[], T]) -> T:
         self.active, self.entered, self.must_repeat = True, False, False
@@ -131,7 +131,7 @@ class InPlace(Perturbation):
             result = call()
         finally:
             self.active = False
-        if self.hooks is not None and not (self.entered or self.recompiled or self.captures or self.dry):
+        if self.hooks is not None and not (self.entered or self.recompiled or self.captured or self.dry):
             # Code that was compiled before the hooks came does not call them, and would see perturbed weights later.
             torch.compiler.reset()
             self.must_repeat = self.recompiled = True
@@ -139,8 +139,8 @@ class InPlace(Perturbation):
 
     def enter(self, number: int) -> None:
         """Before a module's forward: one outside of a step sees restored weights."""
-        if self.active and self.on_cuda and not (self.captures or torch.compiler.is_compiling()):
-            self.captures = torch.cuda.is_current_stream_capturing()
+        if self.active and self.on_cuda and not (self.captured or torch.compiler.is_compiling()):
+            self.captured = torch.cuda.is_current_stream_capturing()
         self.entered = True
         if self.added and not self.active:
             merge_for(self, "forward")
