@@ -22,15 +22,15 @@ def check_shares(optimizer: ZOOptimizer) -> None:
         )
 
 
-def mean_over_ranks(values: Tensor) -> Tensor:
-    """The mean of a tensor over all processes, float64; the tensor itself if there is one process.
+def mean_over_ranks(losses: Tensor) -> Tensor:
+    """The mean over all processes, float64; the same tensor if there is one process. As an optimizer's reduce_losses.
 
     Gathered and then summed in the order of the ranks: ``all_reduce`` would sum in the backend's order, which may
     differ from process to process.
     """
     if not in_several_processes():
-        return values
-    own = values.detach().double().contiguous()
+        return losses
+    own = losses.detach().double().contiguous()
     gathered = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
     distributed.all_gather(gathered, own)
     return torch.stack(gathered).sum(0) / len(gathered)
