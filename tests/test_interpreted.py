@@ -1,6 +1,6 @@
 """Every Triton kernel against the reference, under Triton's interpreter: a process for each file of its tests.
 
-By default those of the noise, the roundings, the sums and the host side run, and one call of each op; the rest is slow.
+By default those of the noise, the roundings and the host side run, and one call of each op; the rest is slow.
 """
 
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-QUICK = ("draw", "guard", "host", "reduction", "rounding")
+QUICK = ("draw", "guard", "host", "rounding")
 FILES = sorted((TESTS / "interpreted").glob("test_triton_*.py"))
 PROPERTIES = str(TESTS / "test_op_properties.py")
 SAMPLE = "test_bits and bfloat16 and (shard or forward) or test_bits and assemble and strided"
@@ -21,7 +21,7 @@ REST = (
     "not reference] and not rank and not forward and not threads and not traced and not compiled and not inference "
     "and not surroundings and not version and not opcheck"
 )
-SECONDS = {"forward": 55, "lowrank": 50, "factors": 35, "lowrank_tiles": 25}  # about, where a file takes long
+SECONDS = {"forward": 55, "lowrank": 50, "factors": 35, "lowrank_tiles": 25, "reduction": 20}  # about, where a file takes long
 
 
 def slow(file: Path) -> list:
