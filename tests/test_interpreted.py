@@ -21,7 +21,8 @@ REST = (
     "not reference] and not rank and not forward and not threads and not traced and not compiled and not inference "
     "and not surroundings and not version and not opcheck"
 )
-SECONDS = {"forward": 55, "lowrank": 50, "factors": 35, "lowrank_tiles": 25, "reduction": 20}  # about, where a file takes long
+# About, where a file takes long.
+SECONDS = {"forward": 55, "lowrank": 50, "factors": 35, "lowrank_tiles": 25, "reduction": 20}
 
 
 def slow(file: Path) -> list:
