@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from pgap_kernels import ops
 from pgap_kernels.directions import LowRank
-from pgap_kernels.optim import PGAP, CapturedClosure, LeZO, MeZO, captured
+from pgap_kernels.optim import LOZO, PGAP, CapturedClosure, LeZO, MeZO, captured
 from pgap_kernels.perturbation import uninterrupted
 from pgap_kernels.perturbation.points import Points
 
@@ -207,11 +207,15 @@ def test_buffers_survive_a_skipped_step():
     assert_same_weights(dict(model.named_buffers()), start)
 
 
+@pytest.mark.parametrize(
+    "method, options",
+    [(PGAP, {"lr": 2e35, "window": 10, "probes": 1}), (LOZO, {"lr": 3e38, "directions": 2})],
+)
 @pytest.mark.parametrize("mode", ["inplace", "scratch", "folded"])
-def test_an_update_that_overflows_with_its_scale_is_skipped(mode):
+def test_an_update_that_overflows_with_its_scale_is_skipped(mode, method, options):
     model = nn.Sequential(nn.Linear(64, 64, bias=False))
     before = snapshot(model)
-    opt = PGAP(model, lr=2e35, rank=1, window=10, probes=1, on_nonfinite="skip", mode=mode)
+    opt = method(model, rank=1, on_nonfinite="skip", mode=mode, **options)
     opt.step(lambda: (model(torch.eye(64)) * torch.arange(64.0)).sum())
     assert opt.skipped == 1 and opt.steps == 1
     for name, after in snapshot(model).items():

@@ -67,11 +67,47 @@ class Factor(NamedTuple):
         if self.tensors is not None:
             return self.tensors
         assert self.key is not None
-        return draw_factors(weights, side, self.columns, self.key)
+        return draw_factors(weights, side, self.columns, [(self.key, 1.0)])
 
 
-def draw_factors(weights: Sequence[Weight], side: int, rank: int, key: int | Tensor) -> list[Tensor]:
-    """A (side 0) or B (1) of weights of one device, in one op call; of a shard, its rows of the unsharded one's."""
+KeyAndRow = tuple[int, Sequence[float]]  # a draw, and what multiplies it in each weight
+
+
+class SummedDraws:
+    """A factor that is a sum of drawn ones, sum_j c_j z(key_j): drawn when it is first read, by one op call.
+
+    Args:
+        weights, side, rank: as of ``draw_factors``.
+        draws: the terms.
+    """
+
+    def __init__(self, weights: Sequence[Weight], side: int, rank: int, draws: list[KeyAndRow]) -> None:
+        self.weights, self.side, self.rank, self.draws = weights, side, rank, draws
+
+    def times(self, row: Sequence[float]) -> list[KeyAndRow]:
+        """The draws of the sum times a number for each weight."""
+        if all(number == 1.0 for number in row):
+            return self.draws
+        return [(key, [c * number for c, number in zip(own, row, strict=True)]) for key, own in self.draws]
+
+    def identity(self) -> Hashable:
+        """As of ``Factor``."""
+        return "sum", id(self)
+
+    @functools.cached_property
+    def stored(self) -> Factor:
+        """The sum."""
+        draws = [(key, scalar_if_equal(row)) for key, row in self.draws]
+        return Factor.stored(draw_factors(self.weights, self.side, self.rank, draws))
+
+
+def draw_factors(
+    weights: Sequence[Weight], side: int, rank: int, draws: Sequence[tuple[int | Tensor, float | Sequence[float]]]
+) -> list[Tensor]:
+    """A (side 0) or B (1) of weights of one device, in one op call; of a shard, its rows of the unsharded one's.
+
+    It is the sum of the draws, each a key and what multiplies it.
+    """
     rows = [w.tensor.shape[side] for w in weights]
     places = [0, *itertools.accumulate(-(-count * rank // _LINE) * _LINE for count in rows)]
     # One piece of memory: a GPU's table of addresses is then found again in the next step.
@@ -82,13 +118,13 @@ def draw_factors(weights: Sequence[Weight], side: int, rank: int, key: int | Ten
         base, row_stride = w.span or (0, w.tensor.shape[1])
         first = (base // max(row_stride, 1), base % max(row_stride, 1))[side]
         spans.append((first * rank, rank))
-    ops.assemble_gradient_(factors, [(key, 1.0)], tensor_ids=[w.id for w in weights], slices=spans)
+    ops.assemble_gradient_(factors, draws, tensor_ids=[w.id for w in weights], slices=spans)
     return factors
 
 
 def draw_factor(weight: Weight, side: int, rank: int, key: int | Tensor) -> Tensor:
     """A (side 0) or B (1) of one weight."""
-    return draw_factors([weight], side, rank, key)[0]
+    return draw_factors([weight], side, rank, [(key, 1.0)])[0]
 
 
 class Term(NamedTuple):
@@ -134,31 +170,53 @@ class LowRank(Part):
                     f"rank: got {rank} for {w.name!r} of shape {tuple(w.tensor.shape)}; accepted: a matrix, "
                     "and no more than its shorter side"
                 )
-        self.left, self.right, self.terms = left, right, list(terms)
+        self.rank = rank
+        self.factors: tuple[Factor | SummedDraws, Factor | SummedDraws] = (left, right)
+        self.terms = list(terms)
 
     @property
-    def rank(self) -> int:
-        """r."""
-        return self.left.columns
+    def left(self) -> Factor:
+        """A."""
+        return _drawn_now(self.factors[0])
+
+    @property
+    def right(self) -> Factor:
+        """B."""
+        return _drawn_now(self.factors[1])
 
     def coefficients(self) -> list[Sequence[float]]:
+        for factor in self.factors:
+            if isinstance(factor, SummedDraws):
+                return [row for _, row in factor.times(self._coefficient())]
         return [term.row for term in self.terms]
+
+    def _coefficient(self) -> list[float]:
+        """What multiplies A B^T, of each weight, where there is no core."""
+        return [sum(values) for values in zip(*(term.row for term in self.terms), strict=True)]
+
+    def _draws(self, side: int) -> list[KeyAndRow] | None:
+        """A factor, times what multiplies A B^T, as draws; None if it is stored."""
+        factor = self.factors[side]
+        if isinstance(factor, SummedDraws):
+            return factor.times(self._coefficient())
+        return None if factor.key is None else [(factor.key, self._coefficient())]
 
     def scaled(self, amounts: Amounts) -> LowRank:
         return self._with([Term(term.cores, scale_row(term.row, self.indices, amounts)) for term in self.terms])
 
-    def _with(self, terms: list[Term], left: Factor | None = None, right: Factor | None = None) -> LowRank:
+    def _with(
+        self, terms: list[Term], left: Factor | SummedDraws | None = None, right: Factor | SummedDraws | None = None
+    ) -> LowRank:
         """The same weights, which were checked, with other terms and factors of the same rank."""
         other = copy.copy(self)
-        other.terms, other.left, other.right = terms, left or self.left, right or self.right
+        other.terms, other.factors = terms, (left or self.factors[0], right or self.factors[1])
         return other
 
     def plus(self, other: Part) -> LowRank | None:
         """Parts that share both factors add their cores; parts without cores that share one add the other factor."""
         if not isinstance(other, LowRank) or self.indices != other.indices or self.shapes != other.shapes:
             return None
-        same_left = self.left.identity() == other.left.identity()
-        same_right = self.right.identity() == other.right.identity()
+        same_left, same_right = (a.identity() == b.identity() for a, b in zip(self.factors, other.factors, strict=True))
         if same_left and same_right and self.rank == other.rank:
             return self._with(_added(self.terms, other.terms))
         bare = self._has_no_core() and other._has_no_core()
@@ -166,17 +224,21 @@ class LowRank(Part):
             return None
         ones = [Term(None, [1.0] * len(self.weights))]
         if same_right:
-            return self._with(ones, left=self._sum_of(other, "left", 0))
-        return self._with(ones, right=self._sum_of(other, "right", 1))
+            return self._with(ones, left=self._sum_of(other, 0))
+        return self._with(ones, right=self._sum_of(other, 1))
 
     def _has_no_core(self) -> bool:
         return all(term.cores is None for term in self.terms)
 
-    def _sum_of(self, other: LowRank, side: str, number: int) -> Factor:
+    def _sum_of(self, other: LowRank, side: int) -> Factor | SummedDraws:
+        """A factor of each, times what multiplies its A B^T, summed."""
+        own, its = (part._draws(side) for part in (self, other))
+        if own is not None and its is not None:
+            return SummedDraws(self.weights, side, self.rank, [*own, *its])
         moved = []
         for part in (self, other):
-            factors = getattr(part, side).materialised(self.weights, number)
-            rows = [sum(values) for values in zip(*part.coefficients(), strict=True)]
+            factors = _drawn_now(part.factors[side]).materialised(self.weights, side)
+            rows = part._coefficient()
             unchanged = all(row == 1.0 for row in rows)  # as in a sum of parts
             moved.append(factors if unchanged else torch._foreach_mul(factors, rows))
         return Factor.stored(torch._foreach_add(*moved))
@@ -193,12 +255,19 @@ class LowRank(Part):
         held = self.left.tensors or [] if self._has_no_core() else [c for term in self.terms for c in term.cores or ()]
         return sum(t.nbytes for t in held)
 
+    def _core_stack(self) -> Tensor | None:
+        """sum_j c_j C_j of all weights in one tensor, if the C_j are."""
+        stacks = [stack for term in self.terms if (stack := stack_of(term.cores or ())) is not None]
+        if len(stacks) < len(self.terms) or any(stack.dim() != 3 for stack in stacks):
+            return None
+        products = [stack * _column(term.row, stack) for stack, term in zip(stacks, self.terms, strict=True)]
+        return functools.reduce(Tensor.add_, products)
+
     def _cores(self) -> list[Tensor]:
         """sum_j c_j C_j, float32 (r, r)."""
-        stacks = [stack for term in self.terms if (stack := stack_of(term.cores or ())) is not None]
-        if len(stacks) == len(self.terms) and all(stack.dim() == 3 for stack in stacks):
-            products = [stack * _column(term.row, stack) for stack, term in zip(stacks, self.terms, strict=True)]
-            return list(functools.reduce(Tensor.add_, products).unbind())
+        stack = self._core_stack()
+        if stack is not None:
+            return list(stack.unbind())
         total: list[Tensor] = []
         for term in self.terms:
             cores = term.cores
@@ -219,7 +288,7 @@ class LowRank(Part):
         left = [a.float() for a in self.left.materialised(self.weights, 0)]
         if not self._has_no_core():
             return [a @ core for a, core in zip(left, self._cores(), strict=True)]
-        return list(torch._foreach_mul(left, [sum(values) for values in zip(*self.coefficients(), strict=True)]))
+        return list(torch._foreach_mul(left, self._coefficient()))
 
     def apply(self, tensors: list[Tensor], **options: Any) -> None:
         if len(self.terms) == 1:
@@ -257,6 +326,10 @@ class LowRank(Part):
 
     def operands(self) -> LowRankOperands:
         return LowRankOperands(self)
+
+
+def _drawn_now(factor: Factor | SummedDraws) -> Factor:
+    return factor.stored if isinstance(factor, SummedDraws) else factor
 
 
 def product_of_draws(weights: Sequence[Weight], left: int, right: int, rank: int) -> LowRank:
@@ -297,7 +370,7 @@ def _side_by_side(group: Sequence[Part]) -> LowRank:
     left = Factor.stored([torch.cat(own, dim=1) for own in columns])
     columns = zip(*(part.right.materialised(part.weights, 1) for part in parts), strict=True)
     right = Factor.stored([torch.cat([b.float() for b in own], dim=1) for own in columns])
-    return first._with([Term(None, [1.0] * len(first.weights))], left=left, right=right)
+    return LowRank(first.weights, left, right, [Term(None, [1.0] * len(first.weights))], first.shapes)
 
 
 def _added(terms: Sequence[Term], others: Sequence[Term]) -> list[Term]:
@@ -346,7 +419,8 @@ class LowRankOperands(Operands):
         shape = (0 if part._has_no_core() else count, part.rank, part.rank)
         self.stack = torch.empty(shape, dtype=torch.float32, device=self.device)
         self.cores = list(self.stack.unbind())
-        self.memory = [[self._memory_for(part, side, w) for w in part.weights] for side in (0, 1)]
+        memory = ([self._memory_for(part, side, w) for w in part.weights] for side in (0, 1))
+        self.memory = [{i: m for i, m in enumerate(own) if m is not None} for own in memory]  # by position
         self.factors: list[list[Tensor | None]] = [[], []]
         self.options = [
             dict[str, Any](
@@ -373,7 +447,7 @@ class LowRankOperands(Operands):
 
     @property
     def nbytes(self) -> int:
-        held = (*self.cores, *(m for side in self.memory for m in side if m is not None))
+        held = (*self.cores, *(m for side in self.memory for m in side.values()))
         return sum(t.nbytes for t in held) + self.coefficients.nbytes + self.keys.nbytes
 
     def load(self, part: Part) -> None:
@@ -382,25 +456,21 @@ class LowRankOperands(Operands):
         keys = [checks.key_bits("key", side.key or 0) for side in sides]
         self.keys[:2].copy_(torch.tensor(keys, dtype=torch.int64, device="cpu"))
         for side, factor in enumerate(sides):
-            own: list[Tensor | None] = []
-            for i, (w, memory) in enumerate(zip(part.weights, self.memory[side], strict=True)):
-                if memory is None:
-                    own.append(None if factor.tensors is None else factor.tensors[i])
-                    continue
-                own.append(memory.copy_(factor.select([i]).materialised([w], side)[0]))
+            own: list[Tensor | None] = [None] * len(part.weights) if factor.tensors is None else [*factor.tensors]
+            for i, memory in self.memory[side].items():
+                w = part.weights[i]
+                own[i] = memory.copy_(factor.select([i]).materialised([w], side)[0])
                 if w.padding_row is not None:
                     memory[w.padding_row] = 0.0
             self.factors[side] = own
         if self.cores:
-            cores = part._cores()
-            stack = stack_of(cores)
+            stack = part._core_stack()
             if stack is None:
-                torch._foreach_copy_(self.cores, cores)
+                torch._foreach_copy_(self.cores, part._cores())
             else:
                 self.stack.copy_(stack)
         else:
-            rows = [sum(values) for values in zip(*part.coefficients(), strict=True)]
-            self.coefficients.copy_(torch.tensor(rows, dtype=torch.float32, device="cpu")[:, None])
+            self.coefficients.copy_(torch.tensor(part._coefficient(), dtype=torch.float32, device="cpu")[:, None])
 
     def fill(self, position: int, tensor: Tensor, out: Tensor, decay: Tensor) -> None:
         left, right = ([f] if (f := side[position]) is not None else [] for side in self.factors)

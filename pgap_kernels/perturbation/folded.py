@@ -33,7 +33,6 @@ from .stacked import check_rows
 
 # Of each weight: what each point adds to its layer's output, and the op calls for that.
 Prepared = tuple[list[list[list[Fold]]], list[list[ForwardArguments]]]
-_PREPARED = 4  # of a step: its points, a refresh's, nothing
 
 
 class Folded(Scratch):
@@ -57,11 +56,10 @@ class Folded(Scratch):
         super().set_weights(weights)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "prepared": {}, "captured": [], "folds": [], "calls_of": []}
+        return {**super().__getstate__(), "captured": [], "folds": [], "calls_of": []}
 
     def _make_tables(self) -> None:
         super()._make_tables()
-        self.prepared: dict[Hashable, Prepared] = {}
         self.captured: list[Prepared] = []  # of these the tensors are read by graphs
         self.foldable = foldable_weights(self.uses)
         shape = (len(self.weights), 1, 1)
@@ -88,22 +86,15 @@ class Folded(Scratch):
     def perturb_to(self, points: Sequence[Direction]) -> None:
         moved = {id(point): self._with_window(point) for point in points}  # points that are the same stay so
         super().perturb_to([moved[id(point)] for point in points])
-        self.folds, self.calls_of = self._prepared()
+        self.folds, self.calls_of = self.points.remembered("prepared", self._prepared)
         self.fades = any(s != 1.0 for s in self.keep)
         for faded in self.faded.values():
             faded.copy_(torch.tensor([1.0 - s for s in self.keep], dtype=torch.float32, device="cpu")[:, None, None])
 
     def _prepared(self) -> Prepared:
-        """Of each weight the folds of each point, and the calls that make them: put together once for all the steps
-        that show parts of the same layout and factors, whose operands keep their place."""
-        key = self.points.key
-        if key not in self.prepared:
-            if len(self.prepared) >= _PREPARED:  # other factors than before
-                self.prepared.clear()
-            folds = [[self.folds_of(w.index, point) for point in range(self.count)] for w in self.weights]
-            calls = [forward_arguments(w, own) for w, own in zip(self.weights, folds, strict=True)]
-            self.prepared[key] = (folds, calls)
-        return self.prepared[key]
+        """Of each weight the folds of each point, and the calls that make them."""
+        folds = [[self.folds_of(w.index, point) for point in range(self.count)] for w in self.weights]
+        return folds, [forward_arguments(w, own) for w, own in zip(self.weights, folds, strict=True)]
 
     def keep_captured(self) -> None:
         super().keep_captured()
@@ -132,12 +123,12 @@ class Folded(Scratch):
 
     def fills_of(self, index: int, point: int) -> list[LoadedPart]:
         shown = self.points.added(index, point)
-        return [s for s in shown if not s.part.acts_on_outputs] if index in self.foldable else shown
+        return [s for s in shown if not s.acts_on_outputs] if index in self.foldable else shown
 
     def folds_of(self, index: int, point: int) -> list[Fold]:
         """What is added to a weight by moving its layer's output."""
         shown = self.points.added(index, point) if index in self.foldable else []
-        return [s.operands.fold(s.position) for s in shown if s.part.acts_on_outputs]
+        return [s.operands.fold(s.position) for s in shown if s.acts_on_outputs]
 
     def decay_of(self, index: int) -> Tensor:
         return self.faded[self.weights[index].tensor.device][index]

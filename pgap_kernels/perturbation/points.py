@@ -7,22 +7,25 @@ captured in a CUDA graph, finds them there.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
 from ..directions import Direction, Operands, Part
 
+T = TypeVar("T")
+
 _MOST = 64  # operands that are kept, or four times the most that were in use at once
+_REMEMBERED = 4  # keys: of a step's points, a refresh's, nothing
 
 
 class LoadedPart(NamedTuple):
-    """A part whose operands are loaded, and the position of one weight in it."""
+    """Operands that are loaded, and the position of one weight in their part."""
 
-    part: Part
     operands: Operands
     position: int
+    acts_on_outputs: bool
 
 
 class Points:
@@ -48,6 +51,7 @@ class Points:
         self._captured: set[Hashable] = set()  # keys of what graphs read, which stays
         self._pinned: list[Sequence[Tensor | None]] = []
         self._cleared += 1
+        self._remembered: dict[Hashable, dict[str, Any]] = {}  # by key and name
         self._added: list[list[list[LoadedPart]]] = [[[]] for _ in range(self.weights)]  # by weight and point
         self.key: tuple[Hashable, ...] = ()
 
@@ -68,27 +72,46 @@ class Points:
         """Load the operands of all parts of some points."""
         for operands in self._memory.values():
             operands.unload()
-        self._added = [[[] for _ in points] for _ in range(self.weights)]
         keys: list[Hashable] = [len(points), self._cleared]
         used: list[Hashable] = []
+        shown: list[list[tuple[Part, Operands]]] = [[] for _ in points]
         for number, point in enumerate(points):
             alike: Counter[Hashable] = Counter()
             for part in point:
                 layout = part.layout()
-                place = (number, layout, alike[layout])
+                place: Hashable = (number, layout, alike[layout])
                 alike[layout] += 1
                 used.append(place)
                 operands = self._loaded(place, part)
                 keys.append((number, layout, operands.serial, tuple(map(id, operands.outside()))))
-                for position, index in enumerate(part.indices):
-                    self._added[index][number].append(LoadedPart(part, operands, position))
+                shown[number].append((part, operands))
         self.key, self._used = tuple(keys), used
         # Methods that move other weights in each step make new layouts without end. A step shows several sets of points
         # and, between them, none; each is to find its memory again in the next step.
         self._most_used = max(self._most_used, len(used))
         free = [place for place in self._memory if place not in self._captured]
-        for unused in free[: max(0, len(free) - max(_MOST, 4 * self._most_used))]:
-            del self._memory[unused]
+        unused = free[: max(0, len(free) - max(_MOST, 4 * self._most_used))]
+        for place in unused:
+            del self._memory[place]
+        # Other factors than before, or keys that cannot come again.
+        if unused or (self.key not in self._remembered and len(self._remembered) >= _REMEMBERED):
+            self._remembered.clear()
+        self._added = self.remembered("added", lambda: self._by_weight(shown))
+
+    def remembered(self, name: str, make: Callable[[], T]) -> T:
+        """What follows from the key alone, as operands keep their place: made once for all the steps that have it."""
+        found = self._remembered.setdefault(self.key, {})
+        if name not in found:
+            found[name] = make()
+        return found[name]
+
+    def _by_weight(self, shown: Sequence[Sequence[tuple[Part, Operands]]]) -> list[list[list[LoadedPart]]]:
+        added: list[list[list[LoadedPart]]] = [[[] for _ in shown] for _ in range(self.weights)]
+        for number, parts in enumerate(shown):
+            for part, operands in parts:
+                for position, index in enumerate(part.indices):
+                    added[index][number].append(LoadedPart(operands, position, part.acts_on_outputs))
+        return added
 
     def keep_captured(self) -> None:
         """A graph that was captured reads the memory of the points that are shown, whenever it is replayed.

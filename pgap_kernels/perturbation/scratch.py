@@ -142,11 +142,7 @@ class Scratch(Perturbation):
         self.points.show(points)
         self.count, self.runs = len(points), runs_of(points)
         self.most_runs = max(self.most_runs, len(self.runs))
-        # Computed here once, as it is read before every layer.
-        self.filled = [
-            [ref for ref in use.refs if any(self.fills_of(ref.index, point) for point in range(self.count))]
-            for use in self.uses
-        ]
+        self.filled = self.points.remembered("filled", self._filled)  # it is read before every layer
         if not self.dry:
             early = {ref.index for refs in self.filled for ref in refs if self._is_early(ref)}
             moved = [self.weights[index] for index in sorted(early)]
@@ -154,6 +150,11 @@ class Scratch(Perturbation):
                 self.vectors.fill(number, moved, {i: self.fills_of(i, run.start) for i in early}, self.no_decay)
         if self.count > 1 and not self.stacked and not self.dry:
             self.stacked = [StackedForward(self, use) for use in self.uses]
+
+    def _filled(self) -> list[list[ParamRef]]:
+        """Of each use the parameters that are filled at some point."""
+        filled = {w.index for w in self.weights if any(self.fills_of(w.index, point) for point in range(self.count))}
+        return [[ref for ref in use.refs if ref.index in filled] for use in self.uses]
 
     @property
     def graph_key(self) -> Hashable:
