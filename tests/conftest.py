@@ -1,3 +1,4 @@
+import gc
 import signal
 
 import pytest
@@ -21,6 +22,17 @@ def pytest_make_parametrize_id(config, val):
 def pytest_collection_modifyitems(items):
     """Tests that say that they take long come first, the longest at the head, so that none is left over at the end."""
     items.sort(key=lambda item: -max((mark.kwargs.get("seconds", 0) for mark in item.iter_markers("slow")), default=0))
+
+
+def pytest_collection_finish():
+    """Trainers and jobs collect garbage; what is there before the tests, all of torch and transformers, is none, and to
+    look through it takes half a second each time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()  # or extensions take it for leaks
 
 
 @pytest.fixture

@@ -1,4 +1,7 @@
-"""Budgets of the kernels, compiled without a GPU: of one of each family, and (slow) of every one for every target."""
+"""Budgets of the kernels, compiled without a GPU: of one of each family, and (slow) of every one for sm_90.
+
+`python -m tools.compiled` compiles every one for every target, in every dtype.
+"""
 
 import json
 import os
@@ -10,13 +13,15 @@ import pytest
 
 pytest.importorskip("triton")
 
-from support.compiled import FAMILIES, FLOAT32, SAMPLE
+from support.compiled import CONFIGS, FAMILIES, FLOAT32, SAMPLE
 
 RUNS = {
-    "sample": [["--kernel", *FAMILIES, *SAMPLE]],
+    "sample": [["--kernel", *FAMILIES, *SAMPLE, "--target", "sm_90"]],
     "all": [
-        ["--kernel", *FAMILIES, *FLOAT32, "--dtype", "bf16"],
-        ["--kernel", *FAMILIES, *FLOAT32, "--dtype", "fp32", "--target", "sm_90"],
+        ["--kernel", *FAMILIES, "--dtype", "bf16", "--target", "sm_90"],
+        ["--kernel", *FAMILIES, *SAMPLE, "--target", "sm_80,gfx942"],
+        ["--kernel", *FLOAT32, "--dtype", "fp32"],
+        ["--kernel", *FAMILIES, "--dtype", "fp32", "--target", "sm_90", "--config", *CONFIGS],
         # Half precision differs by its rounding alone.
         [
             *["--kernel", *FAMILIES, "--dtype", "fp16", "--target", "sm_90"],

@@ -52,7 +52,7 @@ def main(kind: str) -> None:
         return result
 
     for number, (name, mode) in enumerate(MODES.items()):
-        accumulation = 1 + (number + len(kind)) % 2  # each mode with both, in models of different names
+        accumulation = 1 + (number + len(kind)) % 2  # each mode with both, in llama and gpt2
         options = {**mode, "gradient_accumulation_steps": accumulation}
         with tempfile.TemporaryDirectory() as folder:
             run(options, folder + "/killed", killed=True)
