@@ -132,7 +132,7 @@ def program(command: str):
 
 def test_two_packages_take_turns(tmp_path, monkeypatch, capsys):
     report = tmp_path / "host.json"
-    asked = [cases.requests(1)[i] for i in (0, 1, -1)]
+    asked = cases.requests(1)[:3]
     monkeypatch.setattr(host, "requests", lambda steps: asked)
     assert host.main(["--steps", "1", "--rounds", "2", "--package", str(ROOT), "--json", str(report)]) == 0
     rows = json.loads(report.read_text())["rows"]
@@ -141,7 +141,7 @@ def test_two_packages_take_turns(tmp_path, monkeypatch, capsys):
     assert [(r["case"], r["package"], r["round"]) for r in rows] == [(name, *turn) for name in names for turn in turns]
     assert all(row["seconds"] > 0 for row in rows)
     shown = capsys.readouterr().out
-    assert "this/base" in shown and "P-GAP folded, window, real" in shown
+    assert "this/base" in shown and names[-1] in shown
 
 
 def test_ratios_are_of_one_round_and_gaps_say_why():

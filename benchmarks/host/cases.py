@@ -13,7 +13,7 @@ import torch
 from benchmarks.harness.optimizers import mode_options
 from pgap_kernels import optim
 
-LAYERS, WIDTH = 112, 8
+LAYERS, WIDTH, GROUPS = 112, 8, 16
 FORWARDS, PLAIN = ("constant", "real"), "two plain forwards"
 CASES = {
     "MeZO inplace": ("MeZO", "inplace"),
@@ -23,6 +23,8 @@ CASES = {
     "P-GAP scratch": ("PGAP", "scratch"),
     "P-GAP folded": ("PGAP", "folded"),
     "P-GAP folded, window": ("PGAP", "folded, window"),
+    f"P-GAP folded, {GROUPS} groups": ("PGAP", "folded"),
+    f"LOZO folded, {GROUPS} groups": ("LOZO", "folded"),
 }
 
 
@@ -51,11 +53,20 @@ def answer(request: dict) -> list[dict]:
 def _stepper(name: str, forwards: str) -> Callable[[], object]:
     torch.manual_seed(0)
     model = torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
-    x, made_up = torch.randn(4, WIDTH), itertools.cycle((1.0, 1.001))
-    closure = {"constant": lambda: next(made_up), "real": lambda: model(x).square().mean()}[forwards]
+    method, mode = CASES.get(name, ("", ""))
+    options: dict[str, Any] = {"rank": 4, "window": 1 << 30} if method in ("PGAP", "LOZO") else {}
+    groups = "groups" in name
+    x, made_up = torch.randn(4, WIDTH), itertools.cycle((torch.tensor(1.0), torch.tensor(1.001)))
+    if groups:
+        options |= {"members": 2, "groups": GROUPS}
+        x, made_up = torch.randn(2 * GROUPS, WIDTH), itertools.cycle((torch.linspace(1, 1.001, 2 * GROUPS),))
+
+    def real() -> torch.Tensor:
+        losses = model(x).square().mean(1)
+        return losses if groups else losses.mean()
+
+    closure = {"constant": lambda: next(made_up), "real": real}[forwards]
     if name == PLAIN:
         return torch.no_grad()(lambda: (closure().item(), closure().item()))
-    method, mode = CASES[name]
-    options: dict[str, Any] = {"rank": 4, "window": 1 << 30} if method == "PGAP" else {}
     optimizer = getattr(optim, method)(model, allow_unused=True, **mode_options(mode), **options)
     return lambda: optimizer.step(closure)
