@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 
 from support.finetune_tiny import tiny_model
 
+from benchmarks import populations
 from benchmarks.step import __main__ as step
 from benchmarks.step import against, models
 from benchmarks.step.contenders import Contender, Sampled, Spec, specs
@@ -189,3 +190,11 @@ def test_targets_take_medians_over_runs_and_the_best_mode():
     ]
     assert "folded, rank 16, 2 threads" in found[1].what
     assert targets([row(tokens=8)]) == []
+
+
+def test_forwards_of_populations_are_compared_with_plain_ones(tmp_path, capsys):
+    populations.main(["--model", "tiny", "--tokens", "3", "--turns", "2", "--json", str(tmp_path / "rows.json")])
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["case"] for row in rows] == [*populations.CASES]
+    assert all(len(row["ratios"]) == 2 and min(row["ratios"]) > 0 for row in rows)
+    assert "factors of rank 1" in capsys.readouterr().out

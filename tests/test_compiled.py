@@ -49,7 +49,7 @@ def compiled(chosen: str, folder: Path) -> list[dict]:
     found = []
     for i, run in enumerate(RUNS[chosen]):
         path = folder / f"{i}.json"
-        command = [sys.executable, "-m", "tools.compiled", *run, "--json", str(path)]
+        command = [sys.executable, "-m", "tools.compiled", *run, "--jobs", "1", "--json", str(path)]
         done = subprocess.run(command, capture_output=True, text=True, env=env)
         assert path.exists(), done.stderr
         found += json.loads(path.read_text())

@@ -1,6 +1,6 @@
-"""Every Triton kernel against the reference, under Triton's interpreter: a process for each file of its tests.
+"""Every Triton kernel against the reference, under Triton's interpreter: in processes of their own.
 
-By default those of the noise, the roundings and the host side run, and one call of each op; the rest is slow.
+By default the tests of the noise, the roundings and the host side run, and one call of each op; the rest is slow.
 """
 
 import os
@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
+FILES = {p.stem.removeprefix("test_triton_"): str(p) for p in sorted((TESTS / "interpreted").glob("test_*.py"))}
 QUICK = ("draw", "guard", "host", "rounding")
-FILES = sorted((TESTS / "interpreted").glob("test_triton_*.py"))
+LOWRANK = ("lowrank", "lowrank_tiles", "factors")
+OTHERS = [family for family in FILES if family not in (*QUICK, *LOWRANK, "forward")]
 PROPERTIES = str(TESTS / "test_op_properties.py")
 SAMPLE = "test_bits and bfloat16 and (shard or forward) or test_bits and assemble and strided"
 # Products of matrices have files of their own, and take the interpreter long. What happens to a call before a backend
@@ -21,19 +23,12 @@ REST = (
     "not reference] and not rank and not forward and not threads and not traced and not compiled and not inference "
     "and not surroundings and not version and not opcheck"
 )
-# About, where a file takes long.
-SECONDS = {"forward": 55, "lowrank": 50, "factors": 35, "lowrank_tiles": 25, "reduction": 20}
-
-
-def slow(file: Path) -> list:
-    family = file.stem.removeprefix("test_triton_")
-    return [] if family in QUICK else [pytest.mark.slow(seconds=SECONDS.get(family, 15))]
-
-
-RUNS = [
-    ("bits", [PROPERTIES, "-k", f"test_bits and {REST}"], [pytest.mark.slow(seconds=60)]),
-    ("properties", [PROPERTIES, "-k", f"not test_bits and {REST}"], [pytest.mark.slow(seconds=85)]),
-    *((file.stem, [str(file)], slow(file)) for file in FILES),
+RUNS = [  # few, as each imports and interprets everything anew
+    ("properties", [PROPERTIES, "-k", REST], [pytest.mark.slow(seconds=100)]),
+    ("lowrank", [FILES[family] for family in LOWRANK], [pytest.mark.slow(seconds=110)]),
+    ("others", [FILES[family] for family in OTHERS], [pytest.mark.slow(seconds=90)]),
+    ("forward", [FILES["forward"]], [pytest.mark.slow(seconds=50)]),
+    ("quick", [FILES[family] for family in QUICK], []),
     ("sample", [PROPERTIES, "-k", SAMPLE], []),
 ]
 

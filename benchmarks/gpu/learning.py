@@ -57,7 +57,7 @@ def run(part: Part) -> None:
         return
     cells = part.out / "cells"
     command = [sys.executable, "-m", "benchmarks.convergence", "--json", str(cells), "--device", part.device.type]
-    together = ["--parallel", "2" if part.rehearse else str(PARALLEL)]
+    together = [] if part.rehearse else ["--parallel", str(PARALLEL)]
     subprocess.run([*command, *together, "--max-minutes", f"{minutes:.2f}"], cwd=ROOT, check=True)
     finished = [json.loads(file.read_text()) for file in sorted(cells.glob("*.json"))]
     records = [record for record in finished if "cell" in record]
