@@ -163,7 +163,7 @@ def test_refusals(capsys):
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.slow(seconds=130)
+@pytest.mark.slow(seconds=90)
 @pytest.mark.model
 def test_rehearsal(tmp_path):
     """Every part ends by itself, and has rows."""

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.convergence.study import DEFAULT
 from benchmarks.gpu import packed
 from benchmarks.gpu.part import ROOT, Part
 from benchmarks.harness.tables import Table
@@ -57,8 +58,14 @@ def run(part: Part) -> None:
         return
     cells = part.out / "cells"
     command = [sys.executable, "-m", "benchmarks.convergence", "--json", str(cells), "--device", part.device.type]
-    together = [] if part.rehearse else ["--parallel", str(PARALLEL)]
-    subprocess.run([*command, *together, "--max-minutes", f"{minutes:.2f}"], cwd=ROOT, check=True)
+    given = ["--parallel", str(PARALLEL)]
+    if part.rehearse:
+        study = part.out / "study.toml"  # one that evaluates little
+        study.write_text(
+            DEFAULT.read_text(encoding="utf-8").replace("test_size = 300", "test_size = 20"), encoding="utf-8"
+        )
+        given = ["--config", str(study)]
+    subprocess.run([*command, *given, "--max-minutes", f"{minutes:.2f}"], cwd=ROOT, check=True)
     finished = [json.loads(file.read_text()) for file in sorted(cells.glob("*.json"))]
     records = [record for record in finished if "cell" in record]
     part.write(cells=len(records), completed=sum(record["status"] == "completed" for record in records))
