@@ -301,12 +301,12 @@ def lowrank_cases() -> list[Case]:
 # Configuration, ranks, dtype of x: None is that of y, whose elements and x's are the weights here. "own": two slices,
 # each with its own factors and a coefficient.
 FORWARD: list[tuple[str, tuple[int, ...], torch.dtype | None]] = [
-    ("project", (8, 16, 32, 64, 128), None),
+    ("project", (1, 8, 16, 32, 64, 128), None),
     ("project own", (1, 16), None),
     ("project float32", (16, 32, 64, 128), torch.float32),
     ("mix", (128,), None),
     ("mix rows", (16, 128), torch.int64),
-    ("expand", (8, 16, 64, 128), None),
+    ("expand", (1, 8, 16, 64, 128), None),
     ("expand own", (1, 16), None),
     ("draw own", (16,), None),
 ]
