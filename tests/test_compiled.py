@@ -1,6 +1,6 @@
-"""Budgets of the kernels, compiled without a GPU: of one of each family, and (slow) of all that have one, and others.
+"""Budgets of the kernels, compiled without a GPU: of one of each family, and (slow) of every one for sm_90 in bf16.
 
-test_oldest_triton.py compiles every one; so does `python -m tools.compiled`, for every target and dtype.
+`python -m tools.compiled` compiles every one for every target, in every dtype.
 """
 
 import json
@@ -26,11 +26,10 @@ SLOTS = {
     ("forward", "project", 128): 8,
     ("forward", "expand", 16): 10,
 }
-BUDGETED = sorted({*CONFIGS, *(config for _, config, _ in SLOTS)})
 RUNS = {
     "sample": [["--kernel", *FAMILIES, *SAMPLE, "--target", "sm_90"]],
     "all": [
-        ["--kernel", *FAMILIES, "--dtype", "bf16", "--target", "sm_90", "--config", *BUDGETED],
+        ["--kernel", *FAMILIES, "--dtype", "bf16", "--target", "sm_90"],
         ["--kernel", *FAMILIES, *SAMPLE, "--target", "sm_80,gfx942"],
         ["--kernel", *FLOAT32, "--dtype", "fp32"],
         ["--kernel", *FAMILIES, "--dtype", "fp32", "--target", "sm_90", "--config", *CONFIGS],
@@ -80,7 +79,7 @@ def is_narrow(row: dict) -> bool:
 
 
 # One test, so that one process compiles and the other has time for something else.
-@pytest.mark.parametrize("chosen", ["sample", pytest.param("all", marks=pytest.mark.slow(seconds=80))])
+@pytest.mark.parametrize("chosen", ["sample", pytest.param("all", marks=pytest.mark.slow(seconds=110))])
 def test_kernels_compile_within_their_budgets(chosen, tmp_path):
     """Every target compiles; nothing spills, and four programs fit on a processor; weights move 128 bits at a time; and
     on the common path, on sm_90 in bf16, no kernel has more slots than its budget.

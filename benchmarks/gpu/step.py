@@ -61,7 +61,7 @@ class Contender:
 
 
 def contenders() -> list[Contender]:
-    """What is most worth knowing first: what no visit has measured yet, or as it is now."""
+    """First what is most worth knowing: what no visit has measured yet, or not since it changed."""
     pgap = {"rank": RANK, "window": WINDOW, "probes": PROBES}
     window = {**pgap, "mode": "folded", "merge": "window"}
     pairs = {"mode": "folded", "members": 2, "groups": 16}

@@ -3,11 +3,11 @@
     python -m benchmarks.host [--base REF | --package PATH] [--json FILE]
 
 Model     112 nn.Linear(8, 8), which are 224 tensors.
-Forwards  constant: the closure returns a number, so that only the optimizer's own work remains. real: it runs the
+Forwards  constant: the closure returns made-up losses, so that only the optimizer's own work remains. real: it runs the
           model, so that what hooks do counts too; two plain forwards are there to compare with. With 16 groups one
           forward of 32 rows has both points of every group.
 Figures   milliseconds of a step without a refresh, on one thread: the median of a round's steps, and that of the
-          rounds. About 20 seconds a round. Run it on an idle machine.
+          rounds. About 80 seconds a round. Run it on an idle machine.
 
 """
 

@@ -77,7 +77,7 @@ class SummedDraws:
     """A factor that is a sum of drawn ones, sum_j c_j z(key_j): drawn when it is first read, by one op call.
 
     Args:
-        weights, side, rank: as of ``draw_factors``.
+        weights, side, rank: as in ``draw_factors``.
         draws: the terms.
     """
 
@@ -91,7 +91,7 @@ class SummedDraws:
         return [(key, [c * number for c, number in zip(own, row, strict=True)]) for key, own in self.draws]
 
     def identity(self) -> Hashable:
-        """As of ``Factor``."""
+        """As in ``Factor``; equal for the very same sum."""
         return "sum", id(self)
 
     @functools.cached_property
