@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from .. import backends, checks
 from ..arguments import schema
+from . import _traced
 
 library = torch.library.Library("pgap_kernels", "DEF")
 torch_ops = torch.ops.pgap_kernels
@@ -59,27 +59,17 @@ def traceable(function: Callable) -> Callable:
     (``torch.compiler.is_compiling``).
     """
 
-    @torch._dynamo.nonstrict_trace
-    def traced(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = tree_map(_constant, (args, kwargs))
-        returned = function(*args, **kwargs)
-        return () if returned is None else returned  # None cannot be an output of a graph
+    name = function.__name__
+    _traced.functions[name] = function
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
             return function(*args, **kwargs)
-        returned = traced(*args, **kwargs)
+        returned = getattr(_traced, name)(*args, **kwargs)
         return None if isinstance(returned, tuple) else returned
 
     return call
-
-
-def _constant(value: Any) -> Any:
-    """A number that changes from call to call is a variable in a graph. Ops take numbers as they are: another graph."""
-    if isinstance(value, torch.SymInt):
-        return int(value)
-    return float(value) if isinstance(value, torch.SymFloat) else value
 
 
 def placed(value: Any, device: torch.device) -> Any:
