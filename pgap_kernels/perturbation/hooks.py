@@ -148,6 +148,7 @@ class HookClient(Protocol):
     client takes its weights over (``release``)."""
 
     weights: list[Weight]
+    fades: bool  # what is pending scales a layer's output, and needs the bias that it has in it
 
     def enter(self, number: int) -> None: ...
 
@@ -199,7 +200,6 @@ class Hooks:
                 use.module.register_state_dict_pre_hook(state),
                 use.module.register_load_state_dict_pre_hook(state),
             ]
-            _nest(use.module, client)
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -208,19 +208,16 @@ class Hooks:
         self.adapters.remove()
 
 
-def _nest(module: nn.Module, client: HookClient) -> None:
-    """Let a client, which enters before the others, leave after them: they see its parameters until they have left."""
-    hooks = module._forward_hooks
-    later = [key for key, hook in hooks.items() if not isinstance(hook, _After) or hook.client is client]
-    for key in later:
-        hooks[key] = hooks.pop(key)
+def clients_of(modules: Iterable[nn.Module]) -> list[HookClient]:
+    """Those that have hooks in some modules, each once."""
+    hooks = (hook for module in modules for hook in module._forward_pre_hooks.values() if isinstance(hook, _Before))
+    return [*{id(hook.client): hook.client for hook in hooks}.values()]
 
 
 def take_over(modules: Iterable[nn.Module], weights: Sequence[Weight]) -> None:
     """Let other optimizers that have some of these weights merge and go; those with other weights stay."""
-    hooks = (hook for module in modules for hook in module._forward_pre_hooks.values() if isinstance(hook, _Before))
     ours = {address(w.tensor) for w in weights if w.tensor.numel()}
-    for client in {id(hook.client): hook.client for hook in hooks}.values():
+    for client in clients_of(modules):
         shared = [w.name for w in client.weights if address(w.tensor) in ours]
         if shared:
             client.release(f"a newer optimizer has taken over {shared[0]!r} and its model's hooks")

@@ -22,7 +22,7 @@ from ..directions import Direction, Weight
 from .arena import Arena, padded_bytes
 from .base import Perturbation, Update
 from .compiled import is_any_compiled, is_called_compiled, uncompiled
-from .hooks import Hooks, ModuleUse, ParamRef, StrayUses, tensors_in, uses_of
+from .hooks import Hooks, ModuleUse, ParamRef, StrayUses, clients_of, tensors_in, uses_of
 from .points import LoadedPart, Points
 from .stacked import StackedForward, runs_of
 from .step_context import outside_ambient_state, uninterrupted
@@ -57,6 +57,7 @@ class Scratch(Perturbation):
         super().set_weights(weights)
         self._unhook()
         self.uses = uses_of(self.model, self.weights)
+        self.biased = [use.module for use in self.uses if any(ref.name == "bias" for ref in use.refs)]
         self.vectors = Vectors(self.weights)
         self.arena = Arena(self._capacity())
         self.active = False
@@ -137,6 +138,13 @@ class Scratch(Perturbation):
         self.restore()
 
     # ---- the points of the next forwards ----------------------------------------------------------------------------
+
+    def begin(self, merge_key: int) -> None:
+        super().begin(merge_key)
+        # Another optimizer's fading window would scale outputs with our biases in them, and knows only those of W.
+        for client in clients_of(self.biased):
+            if client is not self and client.fades:
+                client.merge()
 
     def perturb_to(self, points: Sequence[Direction]) -> None:
         self.points.show(points)

@@ -5,29 +5,51 @@ from __future__ import annotations
 import pytest
 import torch
 from support.models import assert_same_weights, snapshot
-from support.recipes import DEFERRED, EVERY_MODE, Net, distance, loss_of, make, refused, seeded, take_steps
+from support.recipes import (
+    DEFERRED,
+    EVERY_MODE,
+    INPUTS,
+    LABELS,
+    Net,
+    distance,
+    loss_of,
+    make,
+    refused,
+    seeded,
+    take_steps,
+)
 from support.selection import cycled
 from torch import nn
+from torch.nn import functional as F
 
 from pgap_kernels.optim import LOZO, MeZO
 
 pytestmark = pytest.mark.filterwarnings("error")
 
 
-def test_a_decayed_window_beside_an_optimizer_of_the_biases():
-    """The bias that the window's layers take from an output, to scale the rest, is the one that was added to it."""
+@pytest.mark.parametrize("newest, members", [("window", 1), ("biases", 1), ("biases", 2)])
+def test_a_decayed_window_beside_an_optimizer_of_the_biases(newest, members):
+    """Layers whose output such a window would scale have biases in it that the window does not know."""
+
+    def halves(model):
+        return F.cross_entropy(model(INPUTS), LABELS, reduction="none").view(2, -1).mean(1)
+
     losses = []
     for merged in (False, True):
         model = seeded(Net)
         matrices = [(name, p) for name, p in model.named_parameters() if p.dim() == 2]
         rest = [(name, p) for name, p in model.named_parameters() if p.dim() < 2]
         options = {"mode": "folded", "merge": "window", "window": 10, "weight_decay": 5.0, "lr": 1e-2}
-        window = LOZO(matrices, model=model, **options)
-        other = MeZO(rest, model=model, mode="scratch", lr=1e-2, eps=0.1)
+        makers = {
+            "window": lambda: LOZO(matrices, model=model, **options),
+            "biases": lambda: MeZO(rest, model=model, mode="scratch", lr=1e-2, eps=0.1, members=members),
+        }
+        made = {name: makers[name]() for name in sorted(makers, key=lambda name: name == newest)}
+        window, other = made["window"], made["biases"]
         take_steps(window, model, 2)
         if merged:
             window.merge()
-        take_steps(other, model)
+        take_steps(other, model, loss=loss_of if members == 1 else halves)
         losses.append(other.last.losses)
     assert losses[0] == pytest.approx(losses[1], rel=1e-6) and losses[0][0] != pytest.approx(losses[0][1], rel=1e-3)
 
