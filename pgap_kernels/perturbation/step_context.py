@@ -125,8 +125,10 @@ class ForwardState:
         self.modules = modules
         self.dicts = [module._buffers for module in modules]
         tensors = list(weights)
-        self.device_types = {t.device.type for t in tensors}
-        self.cuda_devices = {t.device for t in tensors if t.device.type == "cuda"}
+        own = (t for module in modules for owned in (module._parameters, module._buffers) for t in owned.values())
+        devices = {t.device for t in (*tensors, *own) if t is not None}  # frozen layers drop out elements, too
+        self.device_types = {device.type for device in devices}
+        self.cuda_devices = {device for device in devices if device.type == "cuda"}
         self.weights_in: dict[int, list[tuple[int, int]]] = {}  # extents of the weights in each storage
         for t in tensors:
             self.weights_in.setdefault(storage(t), []).append(address_range(t))
