@@ -102,6 +102,7 @@ class Perturbation:
 
     Attributes:
         active: a forward of a step is running.
+        fades: what is pending takes a share of W away, too (mode folded with weight decay).
         passes: reads and writes of all weights so far, counted by elements.
         seconds: spent on perturbing inside forwards, if they were not compiled.
         passes_this_step: number of ``perturb_to`` and ``apply`` of this step that wrote weights; it numbers the keys of
@@ -112,6 +113,7 @@ class Perturbation:
     """
 
     mode: ClassVar[str]
+    fades = False
 
     def __init__(self, weights: Sequence[Weight]) -> None:
         self.passes = 0.0

@@ -45,7 +45,6 @@ class Scratch(Perturbation):
     """
 
     mode: ClassVar[str] = "scratch"
-    fades = False  # whether fills leave out a share of W, as in mode folded
 
     def __init__(self, weights: Sequence[Weight], model: nn.Module, *, allow_unused: bool = False) -> None:
         self.model, self.allow_unused = model, allow_unused

@@ -40,12 +40,12 @@ def test_a_decayed_window_beside_an_optimizer_of_the_biases(newest, members):
         matrices = [(name, p) for name, p in model.named_parameters() if p.dim() == 2]
         rest = [(name, p) for name, p in model.named_parameters() if p.dim() < 2]
         options = {"mode": "folded", "merge": "window", "window": 10, "weight_decay": 5.0, "lr": 1e-2}
-        makers = {
-            "window": lambda: LOZO(matrices, model=model, **options),
-            "biases": lambda: MeZO(rest, model=model, mode="scratch", lr=1e-2, eps=0.1, members=members),
-        }
-        made = {name: makers[name]() for name in sorted(makers, key=lambda name: name == newest)}
-        window, other = made["window"], made["biases"]
+        of_the_rest = {"mode": "scratch", "lr": 1e-2, "eps": 0.1, "members": members}
+        if newest == "window":
+            other = MeZO(rest, model=model, **of_the_rest)
+        window = LOZO(matrices, model=model, **options)
+        if newest == "biases":
+            other = MeZO(rest, model=model, **of_the_rest)
         take_steps(window, model, 2)
         if merged:
             window.merge()
