@@ -188,8 +188,7 @@ class Folded(Scratch):
             return output
         biases: list[Tensor] = [own]
         if self.count > 1 and bias is not None and bias in self.refs_to_fill(use):
-            # Each run had its own, and gave it back.
-            biases = [self.vectors.at(bias.index, number) for number, run in enumerate(self.runs) for _ in run]
+            biases = self.at_points(bias.index)  # each had its own, and gave it back
         parts = zip(output.chunk(len(biases)), biases, strict=True)
         return torch.cat([y + (b * faded).to(y.dtype) for y, b in parts])
 

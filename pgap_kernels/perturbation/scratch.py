@@ -175,6 +175,10 @@ class Scratch(Perturbation):
         """The parameters that a module's forward finds replaced by the buffer."""
         return self.filled[use.number]
 
+    def at_points(self, index: int) -> list[Tensor]:
+        """The copy of a vector at each point."""
+        return [self.vectors.at(index, number) for number, run in enumerate(self.runs) for _ in run]
+
     def decay_of(self, index: int) -> Tensor:
         """The share of a weight that a fill leaves out, (1, 1): none here, 1 - s in mode folded."""
         return self.no_decay[self.weights[index].tensor.device]

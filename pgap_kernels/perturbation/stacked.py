@@ -3,7 +3,9 @@
 forward(x_1 over ... over x_N)  =  forward(x_1) at W + point_1  over ... over  forward(x_N) at W + point_N
 
 Neighbouring slices that see the same point share a filling. Linear layers and embeddings, whose rows cannot mix, also
-run on it together.
+run on it together. A linear layer of which only the bias moves runs once, with a bias of its own for each row:
+
+    y = x W^T + b_rows          rounded once, as with one bias for all
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from .hooks import ModuleUse, ParamRef, tensors_in
+from .hooks import CONV1D, LINEAR, ModuleUse, ParamRef, tensors_in
 
 
 class Filler(Protocol):
@@ -26,6 +28,8 @@ class Filler(Protocol):
     runs: list[range]  # of neighbouring points that are the same
 
     def refs_to_fill(self, use: ModuleUse) -> list[ParamRef]: ...
+
+    def at_points(self, index: int) -> list[Tensor]: ...
 
     def push(self, use: ModuleUse, refs: Sequence[ParamRef], run: int) -> None: ...
 
@@ -67,6 +71,9 @@ class StackedForward:
             args, kwargs = tree_map_only(Tensor, self._repeated, (args, kwargs))
         rows = next((t.shape[0] for t in tensors_in((args, kwargs)) if t.dim()), 0)
         check_rows(filler, type(use.module).__name__, rows)
+        x = next(tensors_in((args, kwargs)))
+        if self._moves_only_bias(refs) and x.dim() > 1 and x.layout == torch.strided and not x.is_nested:
+            return self._with_a_bias_of_each_row(refs[0], x)
         results = []
         size = rows // filler.count
         for number, run in enumerate(filler.runs):
@@ -78,6 +85,23 @@ class StackedForward:
                 results.append(result if kept is None else kept)
             filler.pop()
         return _stack(results)
+
+    def _moves_only_bias(self, refs: Sequence[ParamRef]) -> bool:
+        module = self.use.module
+        return (
+            self.own is None
+            and self.use.kind in (LINEAR, CONV1D)
+            and [(ref.owner, ref.name) for ref in refs] == [(module, "bias")]
+            and type(module.weight) is nn.Parameter  # subclasses may know F.linear alone
+        )
+
+    def _with_a_bias_of_each_row(self, bias: ParamRef, x: Tensor) -> Tensor:
+        weight: Any = self.use.module.weight
+        weight = weight.t() if self.use.kind == LINEAR else weight
+        biases = torch.stack(self.filler.at_points(bias.index))
+        flat = x.reshape(-1, x.shape[-1])
+        rows = biases.unsqueeze(1).expand(-1, len(flat) // len(biases), -1).reshape(len(flat), -1)
+        return torch.addmm(rows, flat, weight).view(*x.shape[:-1], -1)
 
     def _repeated(self, ids: Tensor) -> Tensor:
         """Positions (1, tokens), which stand for every row of the batch, one time for each: rows differ once their

@@ -9,6 +9,7 @@ from support.recipes import INPUTS, LABELS, PAIRABLE, Net, make, refused, seeded
 from support.selection import cycled
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from pgap_kernels.optim import make_optimizer
 
@@ -97,6 +98,36 @@ def test_a_method_whose_first_point_is_where_the_weights_are(method, members):
         return torch.stack([F.cross_entropy(part, LABELS) for part in logits.chunk(members)])
 
     refused(RuntimeError, r"^members: a point of one slice", lambda: optimizer.step(closure))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layer", ["linear", "conv1d"])
+def test_a_linear_layer_of_which_only_the_bias_moves(layer, dtype, monkeypatch):
+    """It runs once for all slices, and rounds as the batch with each bias: torch may sum in another order, no more."""
+    outputs, runs = {}, []
+    addmm = torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda *args: runs.append(args[1].shape) or addmm(*args))
+    for members in (1, 2):
+        torch.manual_seed(1)
+        module = (nn.Linear(8, 6) if layer == "linear" else Conv1D(6, 8)).to(dtype)
+        module.weight.requires_grad_(False)
+        seen = outputs[members] = []
+
+        def closure(module=module, seen=seen, members=members):
+            y = module(torch.cat([INPUTS, INPUTS]).to(dtype).view(-1, 4, 8)).float()
+            seen.append(y)
+            rows = y.square().flatten(1).mean(1)
+            return rows if members == 2 else rows.mean()
+
+        optimizer = make("mezo-scratch", module, members=members, eps=0.1)
+        optimizer.step(closure)  # slices are tried in the first
+        del runs[:], seen[:]
+        optimizer.step(closure)
+        assert runs == ([(32, 8)] if members == 2 or layer == "conv1d" else []) * len(seen)
+    plus, minus = outputs[1]
+    stacked = torch.cat([plus.chunk(2)[0], minus.chunk(2)[1]])
+    torch.testing.assert_close(outputs[2][0], stacked, rtol=torch.finfo(dtype).eps, atol=8 * 2.0**-24)
+    assert not torch.equal(plus, minus)
 
 
 def rows_of(model: nn.Module, copies: int):
