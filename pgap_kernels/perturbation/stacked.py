@@ -3,9 +3,7 @@
 forward(x_1 over ... over x_N)  =  forward(x_1) at W + point_1  over ... over  forward(x_N) at W + point_N
 
 Neighbouring slices that see the same point share a filling. Linear layers and embeddings, whose rows cannot mix, also
-run on it together. A linear layer of which only the bias moves runs once, with a bias of its own for each row:
-
-    y = x W^T + b_rows          rounded once, as with one bias for all
+run on it together. Layers of which only vectors move run once, with vectors for each row (``row_wise``).
 """
 
 from __future__ import annotations
@@ -17,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from .hooks import CONV1D, LINEAR, ModuleUse, ParamRef, tensors_in
+from .hooks import ModuleUse, ParamRef, tensors_in
+from .row_wise import row_wise
 
 
 class Filler(Protocol):
@@ -47,6 +46,7 @@ class StackedForward:
         self.filler, self.use = filler, use
         self.own = use.module.__dict__.get("forward")
         self.forward = use.module.forward
+        self.row_wise = row_wise(use)
         use.module.forward = self  # type: ignore[method-assign, assignment]
 
     def remove(self) -> None:
@@ -71,9 +71,10 @@ class StackedForward:
             args, kwargs = tree_map_only(Tensor, self._repeated, (args, kwargs))
         rows = next((t.shape[0] for t in tensors_in((args, kwargs)) if t.dim()), 0)
         check_rows(filler, type(use.module).__name__, rows)
-        x = next(tensors_in((args, kwargs)))
-        if self._moves_only_bias(refs) and x.dim() > 1 and x.layout == torch.strided and not x.is_nested:
-            return self._with_a_bias_of_each_row(refs[0], x)
+        if self.row_wise is not None and self._moves_vectors(refs):
+            x, *others = (*args, *kwargs.values())
+            if not others and isinstance(x, Tensor) and x.dim() > 1 and x.layout == torch.strided and not x.is_nested:
+                return self.row_wise(use.module, x, {ref.name: self._of_rows(ref, x) for ref in refs})
         results = []
         size = rows // filler.count
         for number, run in enumerate(filler.runs):
@@ -86,22 +87,14 @@ class StackedForward:
             filler.pop()
         return _stack(results)
 
-    def _moves_only_bias(self, refs: Sequence[ParamRef]) -> bool:
-        module = self.use.module
-        return (
-            self.own is None
-            and self.use.kind in (LINEAR, CONV1D)
-            and [(ref.owner, ref.name) for ref in refs] == [(module, "bias")]
-            and type(module.weight) is nn.Parameter  # subclasses may know F.linear alone
-        )
+    def _moves_vectors(self, refs: Sequence[ParamRef]) -> bool:
+        return all(ref.owner is self.use.module and ref.parameter.dim() == 1 for ref in refs)
 
-    def _with_a_bias_of_each_row(self, bias: ParamRef, x: Tensor) -> Tensor:
-        weight: Any = self.use.module.weight
-        weight = weight.t() if self.use.kind == LINEAR else weight
-        biases = torch.stack(self.filler.at_points(bias.index))
-        flat = x.reshape(-1, x.shape[-1])
-        rows = biases.unsqueeze(1).expand(-1, len(flat) // len(biases), -1).reshape(len(flat), -1)
-        return torch.addmm(rows, flat, weight).view(*x.shape[:-1], -1)
+    def _of_rows(self, ref: ParamRef, x: Tensor) -> Tensor:
+        """A vector at each row's point, (rows, 1, ..., 1, size)."""
+        points = torch.stack(self.filler.at_points(ref.index))
+        rows = points.unsqueeze(1).expand(-1, len(x) // len(points), -1)
+        return rows.reshape(len(x), *[1] * (x.dim() - 2), -1)
 
     def _repeated(self, ids: Tensor) -> Tensor:
         """Positions (1, tokens), which stand for every row of the batch, one time for each: rows differ once their
