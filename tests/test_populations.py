@@ -321,8 +321,10 @@ def test_methods_without_groups_say_so():
 def test_closures_and_batches_that_do_not_fit():
     model, optimizer = make("pgap", "folded", groups=4, members=2)
     before = model.layer.weight.detach().clone()
-    with pytest.raises(ValueError, match=r"^closure: returned .*accepted: 8 real losses, or a multiple"):
+    with pytest.raises(ValueError, match=r"^closure: returned .*accepted: with members=2 and groups=4 the 8 real losses of"):
         optimizer.step(lambda: model.rows(2).mean())
+    with pytest.raises(RuntimeError, match=r"^closure: the 2 copies of the minibatch have different losses at the"):
+        optimizer.step(lambda: (model.layer(X.repeat_interleave(2, 0)) * T.repeat_interleave(2, 0)).sum(1))
     with pytest.raises(RuntimeError, match=r"^points: a Linear got 14 rows, .* for 8 points"):
         optimizer.step(lambda: model.rows(2)[:14] + 0 * model.layer(torch.cat([X, X])[:14]).sum(1))
     with pytest.raises(NonFiniteLossError, match=r"^loss at point"):

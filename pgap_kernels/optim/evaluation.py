@@ -215,7 +215,12 @@ class Evaluation:
             loss = torch.tensor(value, dtype=torch.float64, device="cpu")
         several = count > 1 and loss.numel() and loss.numel() % count == 0
         if loss.is_complex() or not (several or loss.numel() == count):
-            accepted = "a real scalar loss" if count == 1 else f"{count} real losses, or a multiple: one of each row"
+            accepted = "a real scalar loss"
+            if count > 1:
+                accepted = (
+                    f"with members={self.members} and groups={self.groups} the {count} real losses of as many slices, "
+                    f"or one of each row of torch.cat([batch] * {self.members}) (reduction='none', per_example_loss)"
+                )
             raise ValueError(f"closure: returned {loss.dtype} of shape {tuple(loss.shape)}; accepted: {accepted}")
         if loss.dtype in (torch.float16, torch.bfloat16):
             notices.warn_once(
@@ -255,7 +260,25 @@ class Evaluation:
                 "layers keep rows apart, with the batch as leading dimension, and nothing averaged over it. Choose "
                 "members=1"
             )
+        self._check_copies(before.view(self.members, self.groups))
         checked |= _indices(moved)
+
+    def _check_copies(self, losses: Tensor) -> None:
+        """Refuse a batch whose copies, all seen by the same weights, have different losses.
+
+        Where they lie in a batch may change the rounding of a product, and that the loss; dropout, or another order of
+        the rows, changes it by much more than these tolerances.
+        """
+        rounded = self.autocast.dtypes or any(w.tensor.dtype != torch.float32 for w in self.weights)
+        tolerance = 5e-2 if rounded else 1e-3
+        if not torch.allclose(losses[1:], losses[:1].expand_as(losses[1:]), rtol=tolerance, atol=tolerance):
+            other = int((losses - losses[:1]).abs().max(1).values.argmax())
+            raise RuntimeError(
+                f"closure: the {self.members} copies of the minibatch have different losses at the same weights, "
+                f"{losses[0].mean().item():.4g} and {losses[other].mean().item():.4g}; accepted: with members="
+                f"{self.members} a batch torch.cat([batch] * {self.members}) and a forward that draws nothing at random "
+                "(model.eval() switches dropout off)"
+            )
 
 
 def _indices(point: Direction) -> set[int]:

@@ -41,15 +41,20 @@ class Arena:
         """Uninitialised contiguous memory of a tensor's shape and dtype, to be given back before any taken earlier."""
         device, begin = like.device, self.top[like.device]
         end = begin + padded_bytes(like)
-        if end > self.capacity[device] or torch.is_grad_enabled():
-            taken = torch.empty(like.shape, dtype=like.dtype, device=device)
-        else:
-            if device not in self.memory:
-                with torch.inference_mode(False):  # the next forward may run in another inference mode
-                    self.memory[device] = torch.empty(self.capacity[device], dtype=torch.uint8, device=device)
-            taken = self.memory[device][begin : begin + like.nbytes].view(like.dtype).view(like.shape)
+        # ``is_free`` does not hold of what is being taken.
+        with torch._C.DisableTorchFunction():
+            taken = self._memory_for(like, begin, end)
         self.top[device] = end  # last: what could not be had is not given back either
         return taken
+
+    def _memory_for(self, like: Tensor, begin: int, end: int) -> Tensor:
+        device = like.device
+        if end > self.capacity[device] or torch.is_grad_enabled():
+            return torch.empty(like.shape, dtype=like.dtype, device=device)
+        if device not in self.memory:
+            with torch.inference_mode(False):  # the next forward may run in another inference mode
+                self.memory[device] = torch.empty(self.capacity[device], dtype=torch.uint8, device=device)
+        return self.memory[device][begin : begin + like.nbytes].view(like.dtype).view(like.shape)
 
     def borrow(self, elements: int, device: torch.device) -> Tensor | None:
         """Its memory as float32, to use until the next ``take``; None if it has less, or none yet."""
@@ -66,6 +71,12 @@ class Arena:
         """Whether a tensor lies in the arena's memory."""
         memory = self.memory.get(tensor.device)
         return memory is not None and in_memory(tensor, memory)
+
+    def is_free(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in memory that has been given back: who reads it reads what is there by now."""
+        if is_functorch_wrapped_tensor(tensor) or not self.contains(tensor):
+            return False
+        return tensor.data_ptr() - self.memory[tensor.device].data_ptr() >= self.top[tensor.device]
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "memory": {}}

@@ -231,11 +231,16 @@ def tensors_in(values: Any) -> Iterator[Tensor]:
 class StrayUses(TorchFunctionMode):
     """Refuses torch functions that read a weight where no hook has put the perturbed one: outside its module's forward.
 
-    ``allowed()`` gives the addresses of weights that may be read at the moment.
+    Args:
+        allowed: gives the addresses of weights that may be read at the moment.
+        is_stale: whether a tensor was a perturbed one, in memory that others have by now.
     """
 
-    def __init__(self, weights: Sequence[Weight], allowed: Callable[[], set[int]]) -> None:
+    def __init__(
+        self, weights: Sequence[Weight], allowed: Callable[[], set[int]], is_stale: Callable[[Tensor], bool]
+    ) -> None:
         super().__init__()
+        self.is_stale = is_stale
         self.names = {w.tensor.data_ptr(): w.name for w in weights if w.tensor.numel()}
         # Views of a weight start anywhere in it.
         self.extents = sorted(address_range(w.tensor) for w in weights if w.tensor.numel() and w.tensor.is_contiguous())
@@ -249,9 +254,11 @@ class StrayUses(TorchFunctionMode):
             for tensor in tensors_in((args, kwargs)):
                 if any(tensor is r for r in results):
                     continue  # handed through unread, as by requires_grad_
+                if self.is_stale(tensor):
+                    raise RuntimeError(self._message(f"a weight of the shape {tuple(tensor.shape)}", func))
                 for place in self._weights_in(tensor):
                     if place not in self.allowed():
-                        raise RuntimeError(self._message(place, func))
+                        raise RuntimeError(self._message(repr(self.names[place]), func))
         return result
 
     def _weights_in(self, tensor: Tensor) -> list[int]:
@@ -266,9 +273,9 @@ class StrayUses(TorchFunctionMode):
             i -= 1
         return found
 
-    def _message(self, place: int, func: Any) -> str:
+    def _message(self, weight: str, func: Any) -> str:
         return (
-            f"closure: {self.names[place]!r} is used by {getattr(func, '__name__', func)} outside the forward of the "
+            f"closure: {weight} is used by {getattr(func, '__name__', func)} outside the forward of the "
             "module that it belongs to, where it would not be perturbed; accepted: weights used by calling their "
             "module. Freeze it, or choose mode='inplace'"
         )

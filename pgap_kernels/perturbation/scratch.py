@@ -198,7 +198,7 @@ class Scratch(Perturbation):
                 # A compiled function around the model runs uncompiled meanwhile.
                 self.searching = self.watched = True
                 self.must_repeat = self.has_fast_paths
-                with StrayUses(self.weights, self._readable), uncompiled():
+                with StrayUses(self.weights, self._readable, self.arena.is_free), uncompiled():
                     result = call()
             self.checked.add(training)
         finally:

@@ -108,8 +108,8 @@ def check_rows(filler: Filler, module: str, rows: int) -> None:
     if rows == 0 or rows % filler.count or rows % filler.rows:
         raise RuntimeError(
             f"points: a {module} got {rows} rows, the forward began with {filler.rows}, for {filler.count} points; "
-            f"accepted: models whose layers keep the {filler.count} slices of a stacked batch apart, in order. Run one "
-            "point at a time (members=1)"
+            f"accepted: a batch torch.cat([batch] * members), whose rows are {filler.count} equal slices, in models "
+            "whose layers keep them apart, in order. Run one point at a time (members=1)"
         )
 
 

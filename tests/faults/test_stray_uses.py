@@ -9,7 +9,7 @@ import torch
 from support.models import assert_clean, assert_same_weights, parameters_of, snapshot
 from support.recipes import HOOKED, INPUTS, LABELS, Net, loss_of, make, refused, seeded, take_steps
 from support.selection import cycled
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -106,3 +106,35 @@ def test_a_weight_that_another_module_reads(case):
     refused(ValueError, message, lambda: make(case, model, read_by={"lost.weight": ""}))
     message = "read_by: got 'lost' for 'last.weight'; accepted: names of modules"
     refused(ValueError, message, lambda: make(case, model, read_by={"last.weight": "lost"}))
+
+
+class Keeper(nn.Module):
+    """Hands its weight on in a way that nobody sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(12, 8))
+
+    def forward(self, found: list) -> None:
+        found.append(self.weight)
+
+
+class Kept(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.keeper = Keeper()
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = []
+        self.keeper(found)
+        return super().forward(x) + (x @ found[0].T).mean(1, keepdim=True) * torch.tensor([1.0, 0.0])
+
+
+@pytest.mark.parametrize("case", HOOKED)
+def test_a_perturbed_weight_that_is_used_when_its_memory_has_others_in_it(case):
+    model = seeded(Kept)
+    optimizer = make(case, model)
+    before = snapshot(model)
+    message = r"^closure: a weight of the shape \(12, 8\) is used by \w+ outside the forward of the module"
+    refused(RuntimeError, message, lambda: take_steps(optimizer, model))
+    assert_same_weights(model, before)
