@@ -204,7 +204,7 @@ def test_a_copied_pair_continues_bit_for_bit(row, mode, copied):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("write", ["zero", "load", "mask"])
+@pytest.mark.parametrize("write", ["zero", "load", "mask", "zero and freeze"])
 def test_weights_that_others_have_written_are_what_they_wrote(write, dtype):
     """Not that plus what a plane had kept of another weight, which beside a zero of bfloat16 would be a NaN."""
     model, opt, closure = build(ROW["mezo-3"], "scratch", Words().to(dtype), residual=True, lr=0.05)
@@ -215,11 +215,15 @@ def test_weights_that_others_have_written_are_what_they_wrote(write, dtype):
         model.load_state_dict(initial)
     with torch.no_grad():
         for p in model.parameters() if write != "load" else ():
-            p.mul_(0 if write == "zero" else torch.arange(p.numel()).view(p.shape) % 2)
+            p.mul_(0 if "zero" in write else torch.arange(p.numel()).view(p.shape) % 2)
+    if "freeze" in write:  # the mode serves other weights from now on
+        model.embed.weight.requires_grad_(False)
     wrote = snapshot(model)
     opt.param_groups[0]["lr"] = 0.0
     opt.step(closure)
     assert_same_weights(model, wrote)
+    model.embed.weight.requires_grad_(True)
+    opt.step(closure)
     assert not any(plane.any() for plane in opt.perturbation.residual.planes.values())
 
 

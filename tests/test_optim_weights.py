@@ -16,7 +16,7 @@ from torch import nn
 
 from pgap_kernels import draw, noise, notices, ops
 from pgap_kernels.noise import Role
-from pgap_kernels.optim import MeZO
+from pgap_kernels.optim import LOZO, MeZO
 
 ROW = {row.id: row for row in ROWS}
 
@@ -195,6 +195,30 @@ def test_add_param_group():
     seen = []
     opt.step(Losses(model, at=lambda call: seen.append(extra.clone())))
     assert torch.allclose(seen[0], 1 + 0.5 * z("extra", (5,)), rtol=4 * UNIT, atol=4 * UNIT)
+
+
+@pytest.mark.parametrize("method", [LOZO, MeZO])
+def test_a_parameter_is_of_the_group_that_has_it_now(method):
+    model = Words()
+    moving, *rest = model.named_parameters()
+    opt = method([{"params": [moving]}, {"params": rest, "lr": 0.0}], model=model, lr=0.1, mode="scratch")
+    opt.step(Losses(model))
+    before = snapshot(model)
+    first, second = opt.param_groups
+    for key in ("params", "param_names"):
+        second[key].insert(0, first[key].pop())
+    opt.step(Losses(model))
+    assert_same_weights(model, before)
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+def test_what_a_schedule_may_not_make_of_an_option(name):
+    model = Words()
+    opt, before = mezo(model), snapshot(model)
+    opt.param_groups[0][name] = -1e-3
+    with pytest.raises(ValueError, match=rf"^{name}: got -0.001; accepted: "):
+        opt.step(Losses(model))
+    assert_same_weights(model, before)
 
 
 # ---- 16-bit weights -------------------------------------------------------------------------------------------------

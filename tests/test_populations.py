@@ -321,7 +321,9 @@ def test_methods_without_groups_say_so():
 def test_closures_and_batches_that_do_not_fit():
     model, optimizer = make("pgap", "folded", groups=4, members=2)
     before = model.layer.weight.detach().clone()
-    with pytest.raises(ValueError, match=r"^closure: returned .*accepted: with members=2 and groups=4 the 8 real losses of"):
+    with pytest.raises(
+        ValueError, match=r"^closure: returned .*accepted: with members=2 and groups=4 the 8 real losses of"
+    ):
         optimizer.step(lambda: model.rows(2).mean())
     with pytest.raises(RuntimeError, match=r"^closure: the 2 copies of the minibatch have different losses at the"):
         optimizer.step(lambda: (model.layer(X.repeat_interleave(2, 0)) * T.repeat_interleave(2, 0)).sum(1))

@@ -53,6 +53,10 @@ def test_steps_ahead_do_not_pile_up():
     with pytest.raises(ValueError, match="one"):
         optimizer.step_ahead(lambda: (_ for _ in ()).throw(ValueError("one")))
     assert not optimizer.is_ahead and optimizer.steps == 1
+    state = optimizer.state_dict()
+    optimizer.step_ahead(closure)
+    optimizer.load_state_dict(state)
+    assert not optimizer.is_ahead and optimizer.steps == 1, "the step ahead was of another run"
 
 
 def _pairs(losses):

@@ -308,4 +308,6 @@ class ZOOptimizer(DirectionOptimizer):
             self.state.update(kept)
             self._forget_weights()
             checkpoint.load(self, state_dict)
+            self._ahead = None
+            self._note_model()  # the groups are other dicts now
             self.perturbation.begin(self.key(Role.ROUNDING, MERGE))

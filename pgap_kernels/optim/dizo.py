@@ -11,6 +11,7 @@ import torch
 from .. import ops
 from ..directions import Weight, bucket, line_through
 from ..noise import Role
+from ..perturbation import version_of
 from . import scores
 from .base import Evaluation, Params, ZOOptimizer
 from .options import at_least_one, patterns, positive
@@ -64,6 +65,7 @@ class DiZO(ZOOptimizer):
         self.kappa, self.iterations = at_least_one("kappa", kappa), at_least_one("iterations", iterations)
         self.period = self.kappa + self.iterations
         self.eps_p, self.tau, self.s = positive("eps_p", eps_p), positive("tau", tau), positive("s", s)
+        self._left: dict[int, tuple] = {}  # the selected weights' contents between a projection's steps
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
@@ -92,7 +94,9 @@ class DiZO(ZOOptimizer):
     def _project(self, evaluate: Evaluation, turn: int) -> float:
         weights, key = self.selected(), self.key(Role.DATA)
         states = [self.state[w.tensor] for w in weights]
-        if turn == 0 or any("delta" not in state for state in states):
+        # Who writes a weight in the middle of a projection begins it anew, from what was written.
+        written = any(self._left.get(key, found) != found for key, found in _contents(weights).items())
+        if turn == 0 or written or any("delta" not in state for state in states):
             self._measure(weights)
         line = line_through(weights, *([state[name] for state in states] for name in ("anchor", "delta")))
         bounds = [self.tau * state["distance"] / self.eps_p for state in states]
@@ -113,6 +117,7 @@ class DiZO(ZOOptimizer):
             state["ratio"] = c
             if last:
                 del state["delta"]
+        self._left = {} if last else _contents(weights)
         return (plus + minus) / 2
 
     def _measure(self, weights: list[Weight]) -> None:
@@ -123,3 +128,8 @@ class DiZO(ZOOptimizer):
             for w, anchor, square in zip(same, anchors, squares, strict=True):
                 delta = w.tensor.detach().to(torch.float32, copy=True).sub_(anchor)
                 self.state[w.tensor] |= {"delta": delta, "distance": math.sqrt(square), "ratio": 1.0}
+
+
+def _contents(weights: Sequence[Weight]) -> dict[int, tuple]:
+    """What tells whether others have written weights since, or put other memory into them."""
+    return {id(w.tensor): (w.tensor.data_ptr(), version_of(w.tensor)) for w in weights}

@@ -276,8 +276,8 @@ class Evaluation:
             raise RuntimeError(
                 f"closure: the {self.members} copies of the minibatch have different losses at the same weights, "
                 f"{losses[0].mean().item():.4g} and {losses[other].mean().item():.4g}; accepted: with members="
-                f"{self.members} a batch torch.cat([batch] * {self.members}) and a forward that draws nothing at random "
-                "(model.eval() switches dropout off)"
+                f"{self.members} a batch torch.cat([batch] * {self.members}), and a forward that draws nothing at "
+                "random (model.eval() switches dropout off)"
             )
 
 

@@ -197,7 +197,8 @@ class ModeOptimizer(ModelOptimizer, metaclass=_EnterMode):
         """
         if self._copied:
             self._follow_after_copy()
-        if self._seen is not None and self._seen.is_current(self.param_groups, self.model):
+        unchanged = self._seen is not None and self._seen.is_current(self.param_groups, self.model)
+        if unchanged and self.perturbation.is_current():
             return
         weights = collect(self.param_groups, self.tensor_ids, self.model, self.read_by)
         if not weights:

@@ -138,9 +138,9 @@ class ModelOptimizer(torch.optim.Optimizer):
     def check_schedule(self) -> None:
         """Check what schedulers and users may have made of the hyper-parameters, before anything is perturbed."""
         for group in self.param_groups:
-            number("lr", group["lr"])
+            positive("lr", group["lr"], zero=True)
             positive("eps", group["eps"])
-            number("weight_decay", group["weight_decay"])
+            positive("weight_decay", group["weight_decay"], zero=True)
         if self.lr_rule and len({*self.radius()}) > 1:
             raise ValueError(
                 f"lr_rule: got {self.lr_rule!r} with weights of several eps; accepted: one eps for all, as the signal "

@@ -183,6 +183,7 @@ class ModelSnapshot:
             for name, p in module._parameters.items()
             if id(p) in ours
         ]
+        self.ours = ours
         self.kinds = {id(w.tensor): (w.tensor.dtype, w.tensor.device, w.tensor.shape) for w in weights}
 
     def is_current(self, param_groups: Sequence[dict[str, Any]], model: nn.Module | None) -> bool:
@@ -191,7 +192,13 @@ class ModelSnapshot:
             fingerprint(param_groups) == self.parameters
             and modules_of(model) == self.modules
             and all(owner.get(name) is p for owner, name, p in self.owners)
+            and self._slots() == len(self.owners)  # a weight may have been tied to one more
         )
+
+    def _slots(self) -> int:
+        """How many slots of modules have one of the optimizer's parameters."""
+        tables = (module._parameters for module in self.modules if isinstance(module._parameters, dict))
+        return sum(id(p) in self.ours for table in tables for p in table.values())
 
     def check_weights_remain(self, weights: Sequence[Weight], model: nn.Module | None) -> None:
         """Raise RuntimeError if the model had a weight that it has no more: nothing would come of training it."""
@@ -206,13 +213,13 @@ class ModelSnapshot:
                 )
 
 
-def fingerprint(param_groups: Sequence[dict[str, Any]]) -> list[tuple]:
-    """Dtype, device, place and shape of the parameters that are trained."""
+def fingerprint(param_groups: Sequence[dict[str, Any]]) -> list[tuple[int, list[tuple]]]:
+    """Dtype, device, place and shape of the parameters that are trained, by group."""
     try:
-        return [
-            (p.dtype, p.device, p.data_ptr(), p.shape) if p.requires_grad or not isinstance(p, nn.Parameter) else ()
-            for group in param_groups
-            for p in group["params"]
-        ]
+        return [(id(group), [_place(p) for p in group["params"]]) for group in param_groups]
     except (RuntimeError, ValueError):  # one has become a tensor without memory, which ``collect`` refuses by name
         return []
+
+
+def _place(p: Tensor) -> tuple:
+    return () if is_frozen(p) else (p.dtype, p.device, p.data_ptr(), p.shape)

@@ -18,7 +18,7 @@ from .observers import observing
 from .readers import in_several_processes, merge_for
 from .residual import Residual
 from .scratch import Scratch
-from .step_context import Ambient, Autocast, ForwardState, outside_ambient_state, uninterrupted
+from .step_context import Ambient, Autocast, ForwardState, outside_ambient_state, uninterrupted, version_of
 
 __all__ = [
     "CONV1D",
@@ -49,4 +49,5 @@ __all__ = [
     "uncompiled",
     "unfolded",
     "uninterrupted",
+    "version_of",
 ]

@@ -145,6 +145,10 @@ class Perturbation:
         """Whether the weights are not what the model is: see ``merge``."""
         return False
 
+    def is_current(self) -> bool:
+        """Whether the model computes with its weights as it did when the mode was given them."""
+        return True
+
     def set_weights(self, weights: Sequence[Weight]) -> None:
         """Serve these weights from now on."""
         self.weights = list(weights)
@@ -194,6 +198,8 @@ class Perturbation:
 
     def run_all(self, passes: Sequence[Pass], copy_budget: int) -> None:
         """Run the passes of an update, or none of them."""
+        if self.residual is not None:
+            self.residual.follow(self.weights)
         try:
             run_all_or_none([small for p in passes for small in self.split(p)], self.run, copy_budget)
         finally:

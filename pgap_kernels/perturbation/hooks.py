@@ -189,6 +189,7 @@ class Hooks:
 
     def __init__(self, model: nn.Module, uses: Sequence[ModuleUse], client: HookClient) -> None:
         take_over((use.module for use in uses), client.weights)
+        self.client, self.modules = client, [use.module for use in uses]
         self.adapters = AdapterReaders(model.modules(), client)
         self.handles = []
         state = MergeFirst(client)
@@ -201,11 +202,29 @@ class Hooks:
                 use.module.register_load_state_dict_pre_hook(state),
             ]
 
+    def come_first(self) -> bool:
+        """Whether no hook that somebody else has registered since runs before them, on what they change."""
+        return all(
+            _leads(hooks.values(), self.client)
+            for module in self.modules
+            for hooks in (module._forward_pre_hooks, module._forward_hooks)
+        )
+
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
         self.handles = []
         self.adapters.remove()
+
+
+def _leads(hooks: Iterable[Any], client: HookClient) -> bool:
+    """Whether all hooks up to a client's are of one client or another."""
+    for hook in hooks:
+        if not isinstance(hook, _Before):
+            return False
+        if hook.client is client:
+            return True
+    return False
 
 
 def clients_of(modules: Iterable[nn.Module]) -> list[HookClient]:

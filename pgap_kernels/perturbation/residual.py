@@ -94,7 +94,8 @@ class Residual:
                 zeros = torch.zeros_like(w.tensor, dtype=torch.int16, memory_format=torch.contiguous_format)
                 self.planes[w.name] = zeros
         self.largest = max((w.tensor.numel() for w in weights), default=0)
-        self.left: dict[str, tuple[int, int | None]] = {}  # weights and their versions as we left them
+        # Weights and their versions as we left them.
+        self.left: dict[str, tuple[int, int | None]] = {} if before is None else before.left
 
     def note(self, weights: Sequence[Weight]) -> None:
         """These are as we leave them."""

@@ -24,7 +24,7 @@ from .base import Perturbation, Update
 from .compiled import is_any_compiled, is_called_compiled, uncompiled
 from .hooks import Hooks, ModuleUse, ParamRef, StrayUses, clients_of, tensors_in, uses_of
 from .points import LoadedPart, Points
-from .stacked import StackedForward, runs_of
+from .stacked import StackedForward, forward_of, runs_of
 from .step_context import outside_ambient_state, uninterrupted
 from .vectors import Vectors
 
@@ -81,6 +81,13 @@ class Scratch(Perturbation):
         self._make_tables()
         self.restore()
         self.hooks = Hooks(self.model, self.uses, self)
+        self.forwards = [forward_of(use.module) for use in self.uses]
+
+    def is_current(self) -> bool:
+        if self.hooks is None:
+            return True
+        now = [forward_of(use.module) for use in self.uses]
+        return now == self.forwards and self.hooks.come_first() and all(s.is_in_place() for s in self.stacked)
 
     def __getstate__(self) -> dict[str, Any]:
         # Without operands, and without the captured graphs that read them.

@@ -47,10 +47,22 @@ class StackedForward:
         self.own = use.module.__dict__.get("forward")
         self.forward = use.module.forward
         self.row_wise = row_wise(use)
+        self.removed = False
         use.module.forward = self  # type: ignore[method-assign, assignment]
 
+    def is_in_place(self) -> bool:
+        """Whether the module has it, or another that has it."""
+        around = self.use.module.__dict__.get("forward")
+        while isinstance(around, StackedForward) and around is not self:
+            around = around.own
+        return around is self
+
     def remove(self) -> None:
-        """Put back the module's own forward, also inside the one that another optimizer has wrapped around this."""
+        """Put back the module's own forward, also inside the one that another optimizer has wrapped around this.
+
+        What somebody else has wrapped around it may go on calling it: it does nothing any more.
+        """
+        self.removed = True
         around = self.use.module.__dict__.get("forward")
         if around is self:
             del self.use.module.forward
@@ -64,7 +76,7 @@ class StackedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         filler, use = self.filler, self.use
-        refs = filler.refs_to_fill(use) if filler.count > 1 else []
+        refs = filler.refs_to_fill(use) if filler.count > 1 and not self.removed else []
         if not refs:
             return self.forward(*args, **kwargs)
         if isinstance(use.module, nn.Embedding):
@@ -100,6 +112,14 @@ class StackedForward:
         """Positions (1, tokens), which stand for every row of the batch, one time for each: rows differ once their
         slices see different weights."""
         return ids.expand(self.filler.rows, -1) if ids.dim() == 2 and len(ids) == 1 and self.filler.rows else ids
+
+
+def forward_of(module: nn.Module) -> tuple[Any, type]:
+    """What a module's forward is, apart from the stacked ones around it: its own, if it was replaced, and its class."""
+    own = module.__dict__.get("forward")
+    while isinstance(own, StackedForward):
+        own = own.own
+    return own, type(module)
 
 
 def check_rows(filler: Filler, module: str, rows: int) -> None:

@@ -267,3 +267,54 @@ def test_parameters_of_a_subclass(case):
         take_steps(optimizer, m, 4)
         optimizer.merge()
     assert_same_weights(model, plain)
+
+
+CHANGES = {  # of a model that has taken steps: the optimizer goes on with what it computes then
+    "forward": lambda m: setattr(m.middle, "forward", lambda x: F.linear(x, 3 * m.middle.weight, m.middle.bias)),
+    "class": lambda m: setattr(m.middle, "__class__", Tripled),
+    "wrapped": lambda m: Hooked(m.middle),
+    "unwrapped": lambda m: m.first.__dict__.pop("forward"),
+    "hook": lambda m: m.middle.register_forward_hook(lambda module, args, y: 3 * y, prepend=True),
+    "pre_hook": lambda m: m.middle.register_forward_pre_hook(lambda module, args: (3 * args[0],), prepend=True),
+    "tied": lambda m: setattr(m.spare, "weight", m.middle.weight),
+}
+
+
+class Tripled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * super().forward(x)
+
+
+class Spared(Net):
+    """With a layer whose weight is not trained, until it is one that is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Linear(12, 12).requires_grad_(False)
+        Hooked(self.first)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.spare(self.middle(torch.tanh(self.first(x))))))
+
+
+@pytest.mark.parametrize("members", [1, 2])
+@pytest.mark.parametrize("case", ["mezo-scratch", "pgap-folded", "pgap-window"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_is_changed_between_steps(change, case, members):
+    losses = []
+    for options in ({**in_place(case)}, {"members": members}):
+        model = seeded(Spared)
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        optimizer = make(case, named, model=model, eps=1e-2, **options)
+        copies = optimizer.members
+
+        def closure(model=model, copies=copies):
+            rows = F.cross_entropy(model(torch.cat([INPUTS] * copies)), torch.cat([LABELS] * copies), reduction="none")
+            return rows if copies > 1 else rows.mean()
+
+        for _ in range(4):
+            optimizer.step(closure)
+        CHANGES[change](model)
+        optimizer.step(closure)
+        losses.append(optimizer.last.losses)
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5) and abs(losses[0][0] - losses[0][1]) > 1e-3
