@@ -197,15 +197,33 @@ def _rows_meet(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bo
     return False
 
 
-def tensor_ids(name: str, value: Sequence[int], count: int) -> list[int]:
+def tensor_ids(name: str, value: Sequence[int], count: int, *, may_repeat: bool = True) -> list[int]:
     """One 32-bit id per tensor; shards of one weight share theirs."""
     if not isinstance(value, (list, tuple)):
         raise TypeError(f"{name}: got {value!r}; accepted: a list of 32-bit integers, one per tensor")
     if len(value) != count:
         raise ValueError(f"{name}: got {len(value)} ids for {count} tensors; accepted: one per tensor")
+    if not may_repeat and len({*value}) < count:
+        again = next(v for i, v in enumerate(value) if v in value[:i])
+        raise ValueError(
+            f"{name}: got {again} twice, which would give two tensors the same noise; accepted: an id of its own for "
+            "each (noise.tensor_id of its name), or slices= for shards of one weight"
+        )
     if all(type(v) is int and 0 <= v < 1 << 32 for v in value):
         return list(value)
     return [check_uint(f"{name}[{i}]", v, 32) for i, v in enumerate(value)]
+
+
+def device(name: str, value: torch.device | str) -> torch.device:
+    """A device that this PyTorch has."""
+    try:
+        found = torch.device(value)
+    except (RuntimeError, TypeError):
+        accepted = "a torch.device, or its name, such as 'cpu' or 'cuda:0'"
+        raise ValueError(f"{name}: got {value!r}; accepted: {accepted}") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"{name}: got {value!r}; accepted: 'cpu', as PyTorch finds no GPU here")
+    return found
 
 
 def key_bits(name: str, key: int | Tensor) -> int | Tensor:

@@ -108,6 +108,8 @@ def tensor_id(name: str) -> int:
 
     It depends on the name alone, so training a subset, another order or sharding never changes a weight's noise.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name: got {name!r}; accepted: the qualified name of a parameter")
     value = 0x811C9DC5
     for byte in canonical_name(name).encode():
         value = ((value ^ byte) * 0x01000193) & MASK32

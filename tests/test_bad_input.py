@@ -92,6 +92,13 @@ def test_stochastic_rounding_needs_a_key(op):
     refused(op, {**arguments, "rounding_key": -1}, ValueError, r"^rounding_key\[0\]: got -1")
 
 
+@pytest.mark.parametrize(
+    "op", ["dense_perturb_", "masked_perturb_", "preconditioned_perturb_", "preconditioned_update_"]
+)
+def test_two_whole_tensors_do_not_share_an_id(op):
+    refused(op, {**good(op), "tensor_ids": [7, 7]}, ValueError, "^tensor_ids: got 7 twice")
+
+
 def test_gradients_are_float32():
     bad = {**good("assemble_gradient_"), "gradients": factor(*SHAPES, dtype=torch.bfloat16)}
     refused("assemble_gradient_", bad, TypeError, r"^gradients\[0\]: got dtype .*16")

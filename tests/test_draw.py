@@ -235,6 +235,9 @@ def test_pieces_concatenate_to_the_whole(distribution, backend, start, cuts):
         ({"tensor_id": -1}, ValueError, "tensor_id"),
         ({"tensor_id": 1 << 32}, ValueError, "tensor_id"),
         ({"distribution": "uniform"}, ValueError, "distribution.*'normal', 'rademacher'"),
+        ({"shape": "2"}, TypeError, "^shape: got '2'"),
+        ({"shape": (-2, 2)}, ValueError, r"^shape\[0\]: got -2"),
+        ({"device": "gpu"}, ValueError, "^device: got 'gpu'"),
     ],
 )
 def test_draw_refuses(change, error, match):

@@ -61,6 +61,11 @@ def test_auto(row, dtype, caplog):
     opt.step(Losses(model))
 
 
+def test_auto_without_a_matrix_to_fold():
+    _, opt = make(ROW["pgap"], Words(), exclude=["*"])
+    assert (opt.mode, opt.mode_reason) == ("inplace", "table of float32 modes, dense on cpu")
+
+
 @pytest.mark.parametrize("id", ["mezo-3", "pgap"])
 def test_auto_without_a_model_is_in_place(id):
     model, lowrank = Words(), id == "pgap"

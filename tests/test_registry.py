@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 
 import pytest
-from support.models import Words
+from support.models import Losses, Words, assert_same_weights, snapshot
 
+from pgap_kernels.directions import Direction
+from pgap_kernels.noise import Role
 from pgap_kernels.optim import MeZO, ZOOptimizer, available_methods, make_optimizer
 from pgap_kernels.optim.registry import ENTRY_POINTS, method_class, method_options
 
@@ -68,3 +70,48 @@ def test_another_packages_methods(other_package):
 def test_unknown_names_and_options(name, option, error, match):
     with pytest.raises(error, match=match):
         make_optimizer(name, Words(), **{option: 1})
+
+
+@pytest.mark.parametrize("params, given", [("gpt2", "gpt2"), (None, "NoneType"), ({}, "dict"), (Words, "type")])
+def test_what_is_no_parameters(params, given):
+    with pytest.raises(TypeError, match=rf"^params: got '{given}'; accepted: a model, its named_parameters\(\)"):
+        make_optimizer("mezo", params)
+
+
+class Own(ZOOptimizer):
+    """What its author wrote is ``recipe``."""
+
+    method, recipe = "Own", None
+
+    def __init__(self, params, defaults, **options):
+        super().__init__(params, defaults, **options)
+
+    def estimate_and_update(self, evaluate):
+        return self.recipe(evaluate, self.noise(self.key(Role.DENSE)))
+
+
+RECIPES = {
+    "amount": (lambda o, e, z: o.apply_update([(z, 0.5)]), r"^amounts: got 0.5; accepted: a number for each weight"),
+    "radius": (lambda o, e, z: e.two_sided(z, 1e-3), "^amounts: got 0.001"),
+    "points": (lambda o, e, z: e.population([z]), "^points: got .*; accepted: pairs of a Direction and an amount"),
+    "loss": (lambda o, e, z: o.apply_update([(Direction(), o.rates())]), "^estimate_and_update: returned None"),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_method_of_ones_own_that_is_wrong(recipe, monkeypatch):
+    run, match = RECIPES[recipe]
+    monkeypatch.setattr(Own, "recipe", run)
+    model = Words()
+    optimizer, before = Own(model, {"lr": 0.1, "eps": 1e-3}), snapshot(model)
+    with pytest.raises(TypeError, match=match):
+        optimizer.step(Losses(model))
+    assert_same_weights(model, before)
+
+
+def test_a_method_of_ones_own_without_what_each_has():
+    with pytest.raises(ValueError, match=r"^defaults: got no 'eps'; accepted: lr and eps"):
+        Own(Words(), {"lr": 0.1})
+    model = Words()
+    with pytest.raises(NotImplementedError, match=r"^ZOOptimizer has to define estimate_and_update"):
+        ZOOptimizer(model, {"lr": 0.1, "eps": 1e-3}).step(Losses(model))

@@ -11,7 +11,7 @@ Imports: passes -> blend, and passes, anchored -> direction, noise, lowrank, ble
 
 from .anchored import Anchored, line_through
 from .blend import Blend
-from .direction import Direction, add_parts
+from .direction import Direction, add_parts, check_amounts
 from .lowrank import Factor, LowRank, Term, concatenated, draw_factor, product_of_draws
 from .noise import Mask, Noise
 from .part import Fold, Operands, Part
@@ -42,6 +42,7 @@ __all__ = [
     "address_range",
     "bucket",
     "bytes_of",
+    "check_amounts",
     "concatenated",
     "draw_factor",
     "line_through",

@@ -25,12 +25,24 @@ class Direction:
 
     def scaled(self, amounts: Amounts) -> Direction:
         """This direction times the amount of each weight."""
+        check_amounts(amounts)
         return Direction([part.scaled(amounts) for part in self.parts])
 
     @staticmethod
     def sum(terms: Sequence[tuple[Direction, Amounts]]) -> Direction:
         """The sum of amount * direction, in the order of the terms."""
+        for _, amounts in terms:
+            check_amounts(amounts)
         return add_parts(part.scaled(amounts) for direction, amounts in terms for part in direction)
+
+
+def check_amounts(amounts: Amounts) -> None:
+    """Raise TypeError if somebody gives one number for all weights."""
+    if isinstance(amounts, (int, float)):
+        raise TypeError(
+            f"amounts: got {amounts!r}; accepted: a number for each weight, as in self.radius(), self.rates() or "
+            "self.descent(slope)"
+        )
 
 
 def add_parts(parts: Iterator[Part] | Sequence[Part]) -> Direction:

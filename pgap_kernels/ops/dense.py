@@ -73,7 +73,7 @@ def dense_perturb_(
         coefficients=coefficients,
         decay=scalar("decay", decay, len(weights)),
         stages=[len(draws)],
-        tensor_ids=checks.tensor_ids("tensor_ids", tensor_ids, len(weights)),
+        tensor_ids=checks.tensor_ids("tensor_ids", tensor_ids, len(weights), may_repeat=slices is not None),
         rounding_keys=rounding_keys(rounding, rounding_key),
         slices=checks.slices("slices", slices, weights),
         distribution=distribution,
@@ -129,7 +129,7 @@ def masked_perturb_(
         mask_key=mask_key,
         mask_level=mask_level,
         mask_bits=mask_bits,
-        tensor_ids=checks.tensor_ids("tensor_ids", tensor_ids, len(weights)),
+        tensor_ids=checks.tensor_ids("tensor_ids", tensor_ids, len(weights), may_repeat=slices is not None),
         rounding_key=rounding_keys(rounding, rounding_key),
         slices=checks.slices("slices", slices, weights),
         distribution=distribution,
@@ -265,7 +265,11 @@ def draw(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    out = torch.empty(shape, dtype=torch.float32, device=device)
+    sizes = [shape] if isinstance(shape, int) else shape
+    if not isinstance(sizes, (list, tuple)):
+        raise TypeError(f"shape: got {shape!r}; accepted: an integer or a list of them")
+    sizes = [check_uint(f"shape[{i}]", size, 63) for i, size in enumerate(sizes)]
+    out = torch.empty(sizes, dtype=torch.float32, device=checks.device("device", device))
     offset, tensor_id = check_uint("offset", offset, 63), check_uint("tensor_id", tensor_id, 32)
     checks.key_bits("key", key)
     if offset + out.numel() >= 1 << 63:

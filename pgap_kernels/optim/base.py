@@ -98,7 +98,7 @@ class ZOOptimizer(DirectionOptimizer):
 
     def estimate_and_update(self, evaluate: Evaluation) -> float:
         """The method's recipe: directions, losses, and ``apply_update`` at the end. Returns the loss to report."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has to define estimate_and_update, the method's recipe")
 
     def apply_update(
         self,
@@ -237,6 +237,8 @@ class ZOOptimizer(DirectionOptimizer):
                 self._held = None
                 torch.clear_autocast_cache()
                 evaluate.state.release()
+            if not isinstance(loss, (int, float)):
+                raise TypeError(f"estimate_and_update: returned {loss!r}; accepted: a float, the loss to report")
             self._flat.note(evaluate.losses, self.groups)
             return self._note(evaluate, loss)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import notices
-from ..directions import Amounts, Direction, Weight
+from ..directions import Amounts, Direction, Weight, check_amounts
 from ..perturbation import (
     Ambient,
     Autocast,
@@ -103,6 +103,7 @@ class Evaluation:
     def two_sided(self, direction: Direction, radius: Amounts | None = None) -> tuple[float, float]:
         """Losses at W + radius * direction and W - radius * direction; the radius is ``eps`` by default."""
         eps = radius or self.eps
+        check_amounts(eps)
         plus, minus = self.population([(direction, eps), (direction, [-e for e in eps])])
         self.slopes.append(scores.spsa(plus, minus, eps[0]))
         return plus, minus
@@ -126,6 +127,9 @@ class Evaluation:
         """
         per_forward = self.members * self.groups
         assert len(points) % self.groups == 0
+        for point in points:
+            if not (isinstance(point, tuple) and isinstance(point[0], Direction)):
+                raise TypeError(f"points: got {point!r}; accepted: pairs of a Direction and an amount for each weight")
         filled = list(points)
         while len(filled) % per_forward:
             filled += points[-self.groups :]

@@ -103,7 +103,15 @@ class ModelOptimizer(torch.optim.Optimizer):
             params = list(params.named_parameters())
             if not params:
                 raise ValueError(NOTHING_TO_TRAIN)
-        super().__init__(params, defaults)
+        if isinstance(params, (str, Mapping, Tensor, type)) or not isinstance(params, Iterable):
+            raise TypeError(
+                f"params: got {params if isinstance(params, str) else type(params).__name__!r}; accepted: a model, its "
+                "named_parameters(), a list of tensors, or param groups"
+            )
+        for name in ("lr", "eps"):
+            if name not in defaults:
+                raise ValueError(f"defaults: got no {name!r}; accepted: lr and eps, and what else the method has")
+        super().__init__(params, {"weight_decay": 0.0, **defaults})
         if not self.weights():
             raise ValueError(NOTHING_TO_TRAIN)
         unknown = sorted(set(self.tensor_ids) - {w.name for w in self.weights()})

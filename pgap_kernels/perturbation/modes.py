@@ -55,10 +55,10 @@ def choose(
         if reason:
             raise ValueError(f"mode: got {mode!r}, but {reason}")
         return Choice(mode, "asked for")
-    kind = "dense" if lowrank is None else "low-rank"
+    kind = "low-rank" if lowrank else "dense"  # also where all weights of a low-rank method are vectors, or excluded
     sixteen_bit = any(w.tensor.dtype != torch.float32 for w in weights)
     if sixteen_bit or slices > 1:
-        wanted, other = "scratch" if lowrank is None else "folded", "scratch"
+        wanted, other = "folded" if lowrank else "scratch", "scratch"
         why = "16-bit weights are not restored exactly in place" if sixteen_bit else "slices see points of their own"
     else:
         device = weights[0].tensor.device.type
