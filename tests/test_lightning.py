@@ -172,7 +172,18 @@ class Plateau(Tiny):
         return [optimizer], [{"scheduler": scheduler, "monitor": "train_loss"}]
 
 
+class Nothing(Tiny):
+    def zo_loss(self, batch, batch_idx):
+        super().zo_loss(batch, batch_idx)
+
+
+def test_the_order_of_the_classes():
+    with pytest.raises(TypeError, match=r"^Late: got ZOLightningMixin behind LightningModule"):
+        type("Late", (lightning.LightningModule, ZOLightningMixin), {})
+
+
 @pytest.mark.parametrize("cls, options, message", [
+    (Nothing, {}, "zo_loss: returned NoneType; accepted: a scalar tensor"),
     (Plateau, {}, "configure_optimizers: got ReduceLROnPlateau"),
     (Tiny, {"accumulate_grad_batches": 2}, "accumulate_grad_batches"),
     (Tiny, {"gradient_clip_val": 1.0}, "gradient_clip_val"),

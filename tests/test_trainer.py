@@ -434,7 +434,10 @@ REFUSED = {
     ),
     "weight_decay": ({"zo_method": "dizo", "weight_decay": 0.1}, "weight_decay: got 0.1; accepted: 0 with zo_method="),
     "options": ({"zo_options": "[1]"}, "zo_options: got '[1]'; accepted: a dict"),
+    "own option": ({"zo_options": '{"foo": 1}'}, "zo_options: got 'foo', but zo_method='pgap' has no such option"),
+    "seed": ({"zo_seed": -1}, "zo_seed: got -1"),
     "floors": ({"zo_method": "helene", "zo_floors": "bias"}, "zo_floors: got 'bias'; accepted: NAME=NUMBER"),
+    "dropout?": ({"zo_dropout": "yes"}, "zo_dropout: got 'yes'; accepted: True or False"),
     "dropout": ({"zo_dropout": True, "zo_members": 2}, "zo_dropout: got True; accepted: False with zo_members"),
 }
 

@@ -10,6 +10,7 @@ import inspect
 import json
 from typing import Any
 
+from ..noise import check_uint
 from ..optim import available_methods, method_options
 from ..optim.described import described
 from ..optim.options import by_name, renamed
@@ -167,6 +168,10 @@ class ZOArguments(_Options):
             self.learning_rate = method_options(self.zo_method)["lr"].default
         if getattr(self, "weight_decay", 0.0) and "weight_decay" not in method_options(self.zo_method):
             raise ValueError(f"weight_decay: got {self.weight_decay}; accepted: 0 with zo_method={self.zo_method!r}")
+        if not isinstance(self.zo_dropout, bool):
+            raise TypeError(f"zo_dropout: got {self.zo_dropout!r}; accepted: True or False")
+        if self.zo_seed is not None:
+            check_uint("zo_seed", self.zo_seed, 64)
         if self.zo_dropout and options.get("members", 1) * options.get("groups", 1) > 1:
             raise ValueError(
                 "zo_dropout: got True; accepted: False with zo_members or zo_groups, whose slices share rows"
@@ -198,8 +203,9 @@ class ZOArguments(_Options):
             if name not in accepted or name in _OF_THE_TRAINER:
                 own = [other for other in accepted if other not in _OF_THE_TRAINER]
                 hint = did_you_mean(name, own, "zo_{}".format)
+                argument = f"zo_{name}:" if hasattr(self, f"zo_{name}") else f"zo_options: got {name!r}, but"
                 raise ValueError(
-                    f"zo_{name}: zo_method={self.zo_method!r} has no such option{hint}; accepted with it: "
+                    f"{argument} zo_method={self.zo_method!r} has no such option{hint}; accepted with it: "
                     + ", ".join(f"zo_{other}" for other in sorted(own))
                 )
         if isinstance(given.get("floors"), str):

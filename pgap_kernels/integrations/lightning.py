@@ -44,6 +44,15 @@ class ZOLightningMixin:
     trainer: Any
     _steps_before = 0  # of the fits before
 
+    def __init_subclass__(cls, **given: Any) -> None:
+        super().__init_subclass__(**given)
+        names = [base.__name__ for base in cls.__mro__]
+        if "LightningModule" in names and names.index("LightningModule") < names.index("ZOLightningMixin"):
+            raise TypeError(
+                f"{cls.__name__}: got ZOLightningMixin behind LightningModule, whose training_step would be called; "
+                f"accepted: class {cls.__name__}(ZOLightningMixin, LightningModule)"
+            )
+
     def zo_loss(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of a batch, a scalar; called several times a step, without gradients."""
         raise NotImplementedError(f"{type(self).__name__}.zo_loss: write it; it returns the loss of a batch")
@@ -114,7 +123,10 @@ class ZOLightningMixin:
     def training_step(self, batch: Any, batch_idx: int) -> None:
         def closure() -> Tensor:
             with torch.no_grad():  # Lightning turns gradients on around a closure
-                return self.zo_loss(batch, batch_idx).detach()
+                loss = self.zo_loss(batch, batch_idx)
+            if not isinstance(loss, Tensor):
+                raise TypeError(f"zo_loss: returned {type(loss).__name__}; accepted: a scalar tensor, the batch's loss")
+            return loss.detach()
 
         loss = self.optimizers().step(closure=closure)  # type: ignore[attr-defined] # the wrapper, which counts steps
         schedulers = self.lr_schedulers() or []  # type: ignore[attr-defined]
