@@ -40,7 +40,8 @@ BAD: dict[str, list[tuple]] = {
     },
     "draws": [
         ([(1,)], TypeError, r"\[0\]: got"),
-        ([(1 << 64, 0.5)], ValueError, r" key\[0\]: got"),
+        ((1, 0.5), TypeError, r": got \(1, 0.5\); accepted: a list of pairs"),
+        ([(1 << 64, 0.5)], ValueError, r"\[0\] key: got"),
         ([(2, math.nan)], ValueError, r"\[0\] coefficient: got nan"),
     ],
     "coefficient": [(math.inf, ValueError, ": got inf")],
@@ -117,6 +118,7 @@ LOW_RANK = {
     "left strided": ({"left": [torch.ones(2, 6).T, torch.ones(2, 5).T]}, ValueError, r"left\[0\]: got strides"),
     "left of a rank of its own": ({"left": factor((6, 3), (5, 3))}, ValueError, "rank: got left 3, right 2"),
     "left of bfloat16": ({"left": factor((6, 2), (5, 2), dtype=torch.bfloat16)}, TypeError, r"left\[0\]: got dtype"),
+    "left one tensor": ({"left": factor((6, 2))[0]}, TypeError, "left: got one tensor; accepted: a list of tensors"),
     "left no key": ({"left": -1}, ValueError, "left: got -1"),
     "rank against factors": ({"rank": 3}, ValueError, "rank: got left 2, right 2, rank 3"),
     "no rank": ({"left": 1, "right": 2}, ValueError, "rank: got None"),

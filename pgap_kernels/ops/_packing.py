@@ -37,11 +37,13 @@ def rounding_keys(rounding: str, rounding_key: Key | None) -> Tensor | None:
 def pack_draws(draws: Sequence[Draw], count: int) -> tuple[Tensor, Tensor]:
     """(key, coefficient) pairs as keys (J,) and coefficients (J, 1 or ``count``)."""
     if not isinstance(draws, (list, tuple)) or not draws:
-        raise ValueError(f"draws: got {draws!r}; accepted: at least one (key, coefficient)")
+        raise ValueError(f"draws: got {draws!r}; accepted: a list of at least one (key, coefficient)")
+    if isinstance(draws, tuple) and not isinstance(draws[0], (list, tuple)):
+        raise TypeError(f"draws: got {draws!r}; accepted: a list of pairs, as in [(key, coefficient)]")
     for i, draw in enumerate(draws):
         if not isinstance(draw, (list, tuple)) or len(draw) != 2:
             raise TypeError(f"draws[{i}]: got {draw!r}; accepted: (key, coefficient)")
-    keys = checks.key_tensor("draws key", [key for key, _ in draws])
+    keys = checks.pack_keys([checks.key_bits(f"draws[{i}] key", key) for i, (key, _) in enumerate(draws)])
     rows = [checks.scalar_row(f"draws[{i}] coefficient", a, count) for i, (_, a) in enumerate(draws)]
     return keys, checks.scalar_table("draws coefficient", rows)
 

@@ -36,8 +36,14 @@ define(
 Factor = Sequence[Tensor] | Key
 
 
+def _refuse_one_tensor(name: str, value: Factor) -> None:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        raise TypeError(f"{name}: got one tensor; accepted: a list of tensors, one per weight, or a key")
+
+
 def _factor(name: str, value: Factor, weights: list[Tensor], dim: int) -> tuple[list[Tensor], int | Tensor, int | None]:
     """A stored or regenerated factor as (tensors, key bits, rank if stored)."""
+    _refuse_one_tensor(name, value)
     if isinstance(value, (int, Integral, Tensor)):  # a type checker does not know that an int is Integral
         return [], checks.key_bits(name, value), None
     factors = checks.tensors(name, value, tuple({torch.float32, weights[0].dtype}))
@@ -177,6 +183,7 @@ def _below(
 def _core(name: str, core: Factor | None, weights: list[Tensor], rank: int) -> tuple[list, int | Tensor, str]:
     if core is None:
         return [], 0, "none"
+    _refuse_one_tensor(name, core)
     if isinstance(core, (int, Integral, Tensor)):
         return [], checks.key_bits(name, core), "regenerated"
     cores = checks.tensors(name, core, tuple({torch.float32, weights[0].dtype}))

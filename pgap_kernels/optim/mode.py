@@ -227,9 +227,10 @@ class ModeOptimizer(ModelOptimizer, metaclass=_EnterMode):
         ours = {id(p) for group in self.param_groups for p in group["params"]}
         left = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in ours]
         if left:
+            others = f" and {len(left) - 1} more trainable parameters" if len(left) > 1 else ""
             notices.warn(
-                f"params: {left[0]!r} and {len(left) - 1} more trainable parameters came to the model after the "
-                "optimizer was made, and are not trained; add them with add_param_group, or make a new optimizer"
+                f"params: {left[0]!r}{others} came to the model after the optimizer was made, and will not be trained; "
+                "add them with add_param_group, or make a new optimizer"
             )
 
     def _serve(self, weights: Sequence[Weight], recast: bool) -> None:

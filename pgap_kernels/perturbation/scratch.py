@@ -258,8 +258,9 @@ class Scratch(Perturbation):
             what = f"{missed[0]!r} was" if len(missed) == 1 else f"{missed[0]!r} and {len(missed) - 1} more were"
             raise RuntimeError(
                 f"closure: {what} not perturbed, as the forward did not call the module (it may use the weight "
-                "without calling it, as MultiheadAttention does with out_proj). Freeze such parameters, choose "
-                "mode='inplace', or pass allow_unused=True if the forward is meant not to use them"
+                "without calling it, as MultiheadAttention does with out_proj, or an adapter may be merged or switched "
+                "off). Freeze such parameters, choose mode='inplace', or pass allow_unused=True if the forward is "
+                "meant not to use them"
             )
 
     def enter(self, number: int) -> None:
