@@ -78,7 +78,7 @@ def measure_cost(optimizer: ModeOptimizer) -> Cost:
     all_forwards, passes = over_a_period(twin, count)
     return Cost(
         all_forwards / twin.period,
-        round(passes / twin.period, 9),  # counted as shares of all elements, which sum to 3.0000000000000044
+        round(passes, 12) / twin.period,  # counted as shares of all elements, which sum to 3.0000000000000044
         state_bytes,
         perturbation.scratch_bytes + perturbation.workspace_bytes,
     )
