@@ -1,10 +1,11 @@
 """What many directions in one forward cost: the forward of a population over the plain forward of the same rows.
 
-    python -m benchmarks.populations [--model smollm2] [--tokens 32] [--turns 9] [--threads 1] [--json FILE]
+    python -m benchmarks.populations [--model smollm2] [--tokens 32] [--turns 9] [--threads 1] [--vectors] [--json FILE]
 
 16 sentences, twice over: each of 16 groups has a direction of its own, and both its signs. The forward of a step and a
 plain one, on other modules over the same weights, take turns; a ratio is that of two which came one after the other.
-Printed are the median and the range of the turns. float32; linear layers tuned. Run it on an idle machine.
+Printed are the median and the range of the turns. float32; linear layers tuned, with --vectors norms as well. Run it on
+an idle machine.
 """
 
 from __future__ import annotations
@@ -33,10 +34,13 @@ CASES: dict[str, tuple[str, dict[str, Any], float]] = {
 
 
 @torch.no_grad()
-def measure(workload: Workload, name: str, tokens: int, turns: int) -> list[float]:
+def measure(workload: Workload, name: str, tokens: int, turns: int, vectors: bool) -> list[float]:
     """The ratio of each turn."""
     method, given, _ = CASES[name]
     model = workload.fork()
+    for parameter in model.parameters() if vectors else ():
+        if parameter.dim() < 2:
+            parameter.requires_grad_()
     own, plain = (Scorer(m, LABEL_TOKENS, pad_token=0) for m in (model, workload.fork()))
     sentences = workload.batch(tokens, 0)
     batch = batches.stacked(sentences, 2)
@@ -75,6 +79,7 @@ def main(given: list[str] | None = None) -> None:
     add("--tokens", type=int, default=32, metavar="N", help="of each sentence (default: %(default)s)")
     add("--turns", type=int, default=9, metavar="N", help="default: %(default)s")
     add("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="default: PyTorch's")
+    add("--vectors", action="store_true", help="tune norms and biases, too")
     add("--json", type=Path, metavar="FILE", help="write the ratios there")
     args = parser.parse_args(given)
     options.check_counts(parser, args, ["tokens", "turns", "threads"])
@@ -82,7 +87,7 @@ def main(given: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     workload = Workload(args.model, torch.float32)
     rows = [
-        {"case": name, "most": most, "ratios": measure(workload, name, args.tokens, args.turns)}
+        {"case": name, "most": most, "ratios": measure(workload, name, args.tokens, args.turns, args.vectors)}
         for name, (_, _, most) in CASES.items()
     ]
     targets_table([target(row, args.model, args.threads) for row in rows]).print()

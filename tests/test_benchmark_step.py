@@ -193,7 +193,9 @@ def test_targets_take_medians_over_runs_and_the_best_mode():
 
 
 def test_forwards_of_populations_are_compared_with_plain_ones(tmp_path, capsys):
-    populations.main(["--model", "tiny", "--tokens", "3", "--turns", "2", "--json", str(tmp_path / "rows.json")])
+    populations.main(
+        ["--model", "tiny", "--tokens", "3", "--turns", "2", "--vectors", "--json", str(tmp_path / "rows.json")]
+    )
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert [row["case"] for row in rows] == [*populations.CASES]
     assert all(len(row["ratios"]) == 2 and min(row["ratios"]) > 0 for row in rows)
