@@ -18,7 +18,7 @@ def run(page, number):
 
 
 def test_there_are_snippets():
-    assert len(SNIPPETS["README.md"]) >= 2 and SNIPPETS["architecture.md"] and SNIPPETS["modes.md"]
+    assert len(SNIPPETS["README.md"]) >= 2 and SNIPPETS["own_method.md"] and SNIPPETS["modes.md"]
 
 
 @pytest.mark.parametrize(("page", "number"), [(page, i) for page, found in SNIPPETS.items() for i in range(len(found))])
@@ -39,7 +39,8 @@ def test_optimizer_snippet_learns():
     assert run("README.md", 1)["loss"] < 0.9 * 0.6931
 
 
-def test_the_method_of_the_architecture_page_learns_at_the_cost_it_states():
-    names = run("architecture.md", 0)
+def test_the_method_of_ones_own_learns_at_the_cost_it_states():
+    names = run("own_method.md", 0)
     assert names["loss"] < 1  # of a target with variance 10
     assert names["optimizer"].cost()[:3] == pytest.approx((4, 5, 0))
+    assert run("own_method.md", 1)["optimizer"].mode == "folded"
