@@ -130,7 +130,7 @@ class PIZO(ZOOptimizer):
 
 
 class PIZOSubZero(SubZero):
-    """PIZO in SubZero's subspaces: the pool are D_i = sqrt(m n)/r U Z_i V^T, and v is a combination of them.
+    """PIZO in SubZero's subspaces: the pool consists of D_i = sqrt(m n)/r U Z_i V^T, which v combines.
 
     v is of the same rank, with the cores' combination for its core: M + 2 forwards; M + 3 weight passes in place, none
     in mode folded with a window. State: U and V, (m + n) r floats of a matrix. With ``history`` the best core is tried
