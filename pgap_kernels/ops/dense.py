@@ -53,7 +53,8 @@ def dense_perturb_(
             with its bit pattern; a coefficient is a float, a float per tensor, or a tensor of either. Tensors may be on
             any device. On a GPU scalars are not read on the host: with one that is not finite the pass writes nothing,
             and ``raise_if_skipped`` says so.
-        tensor_ids: one 32-bit id per tensor, from ``noise.tensor_id``.
+        tensor_ids: one 32-bit id per tensor, from ``noise.tensor_id``. Tensors with the same id get the same noise, so
+            only shards of one tensor may share it; this is not checked.
         decay: d, as a coefficient; with d = lr * weight_decay this is decoupled weight decay.
         out: tensors to write instead of the weights (same shapes, dtype, device, sharing nothing with them).
         distribution: "normal" or "rademacher".

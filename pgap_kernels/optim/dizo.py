@@ -33,7 +33,7 @@ class DiZO(ZOOptimizer):
 
     Args:
         params, lr, eps: as in ``MeZO``.
-        select: name patterns of the weights to project (the published code knows OPT's alone); each has to match.
+        select: name patterns of the weights to project (the published code knows only OPT's); each has to match.
         kappa: MeZO steps between projections.
         iterations: J, steps of a projection.
         eps_p: radius of the finite differences of a projection.

@@ -33,7 +33,7 @@ class HiZOO(ZOOptimizer):
     Args:
         params, lr, eps, weight_decay: as in ``MeZO``.
         alpha: weight of the newest curvature in H, per param group, from 0 to below 1; with the paper's 1e-8 common
-            losses move H by about 1e-5 of it a step, with 1e-6 or more by something that matters.
+            losses move H by only about 1e-5 of its value a step; from 1e-6 on the change matters.
         **options: of ``ZOOptimizer``.
     """
 
