@@ -1,7 +1,7 @@
 """A method of your own: FZOO (arXiv 2506.09034), whose sign probes are divided by the deviation of their losses.
 
 It says which directions it tries and what their losses mean. Modes, dtypes, param groups, checkpoints and faults are
-the package's business, and this class has them all. docs/architecture.md says what else a method may do.
+the package's business, and this class has them all. docs/own_method.md says what else a method may do.
 """
 
 import torch

@@ -54,7 +54,7 @@ def dense_perturb_(
             any device. On a GPU scalars are not read on the host: with one that is not finite the pass writes nothing,
             and ``raise_if_skipped`` says so.
         tensor_ids: one 32-bit id per tensor, from ``noise.tensor_id``. Tensors with the same id get the same noise, so
-            only shards of one tensor may share it; this is not checked.
+            only shards of one tensor, with ``slices``, may share it.
         decay: d, as a coefficient; with d = lr * weight_decay this is decoupled weight decay.
         out: tensors to write instead of the weights (same shapes, dtype, device, sharing nothing with them).
         distribution: "normal" or "rademacher".

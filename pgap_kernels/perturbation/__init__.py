@@ -1,4 +1,4 @@
-"""How a direction reaches the forward, and how an update reaches the weights: three modes behind one interface.
+"""How perturbations reach the forward pass, and how an update reaches the weights: three modes behind one interface.
 
     inplace   the weights are written W + point; any closure; exact up to rounding in float32, drifts in 16-bit
     scratch   a layer runs on a perturbed copy in one reused buffer; the weights see updates only
