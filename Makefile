@@ -16,6 +16,11 @@ DEMO_OUTPUT ?= runs/demo
 # (docs/finetune.md).
 DEMO := --batch-size 4 --members 8 --groups 4 --directions 8 --baseline loo --lr 4.8e-4 --steps 80
 
+# Tests start a hundred processes. Where nothing writes bytecode (containers often say so), each compiles torch's and
+# transformers' modules anew, which takes longer than all else that an import does.
+export PYTHONDONTWRITEBYTECODE =
+export PYTHONPYCACHEPREFIX = $(abspath $(VENV))/bytecode
+
 .PHONY: demo test test-slow sanitize sanitize-kernels docs gpu neon lint setup fetch clean
 .DELETE_ON_ERROR:
 

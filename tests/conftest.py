@@ -9,6 +9,7 @@ from support import interpreter
 def pytest_configure(config):
     if interpreter.ON:
         interpreter.convert_bfloat16()
+        interpreter.patch_the_language_once()
         # What kernels compute outside a tensor, and drop, may be 0 / 0; NumPy says so for every tile.
         config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning")
 

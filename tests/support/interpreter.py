@@ -26,3 +26,24 @@ def convert_bfloat16() -> None:
         return original(data, source, target, rounding_mode)
 
     interpreter._convert_float = convert
+
+
+def patch_the_language_once() -> None:
+    """Once a launch for each module of kernels, and not again at every call of a device function, for which Triton 3.9
+    looks through the whole language each time: a third of what interpreting takes."""
+    from triton.runtime import interpreter
+
+    patch_lang, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched = set()
+
+    def patch(fn):
+        if id(fn.__globals__) in patched:
+            return interpreter._LangPatchScope()
+        patched.add(id(fn.__globals__))
+        return patch_lang(fn)
+
+    def call(self, *args, **kwargs):
+        patched.clear()
+        return launch(self, *args, **kwargs)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch, call
