@@ -210,6 +210,22 @@ def test_helene_takes_up_an_estimate_that_was_skipped():
     assert all(optimizer.state[w.tensor]["curvature"].abs().sum() > 0 for w in optimizer.weights())
 
 
+def test_dizos_projections_find_the_memory_that_captured_forwards_read():
+    model = Words()
+    optimizer = DiZO(model, select=["up.weight"], kappa=1, iterations=2, lr=0.1, mode="scratch")
+    optimizer.perturbation.replays.add("as if a graph had been captured")
+    keys, held, closure = [], [], Losses(model)
+
+    def noting():
+        keys.append(optimizer.perturbation.graph_key)
+        held.extend(state["delta"] for state in optimizer.state.values() if "delta" in state)  # as a graph does
+        return closure()
+
+    for _ in range(9):
+        optimizer.step(noting)
+    assert keys[2:6] == keys[8:12] == keys[14:18]
+
+
 def test_dizo_drops_a_projection_whose_end_was_skipped():
     model = Words()
     optimizer = DiZO(model, select=["up.weight"], kappa=2, iterations=2, on_nonfinite="skip", mode="inplace")

@@ -85,7 +85,7 @@ class DiZO(ZOOptimizer):
         if turn >= 0:
             return self._project(evaluate, turn)
         for w in self.selected():  # left over if the projection's last step was skipped
-            self.state[w.tensor].pop("delta", None)
+            self._forget(self.state[w.tensor])
         z = self.noise(self.key(Role.DENSE))
         plus, minus = evaluate.two_sided(z)
         self.apply_update([(z, self.descent((plus - minus) / 2))])
@@ -96,7 +96,7 @@ class DiZO(ZOOptimizer):
         states = [self.state[w.tensor] for w in weights]
         # Who writes a weight in the middle of a projection begins it anew, from what was written.
         written = any(self._left.get(key, found) != found for key, found in _contents(weights).items())
-        if turn == 0 or written or any("delta" not in state for state in states):
+        if turn == 0 or written or any("ratio" not in state for state in states):
             self._measure(weights)
         line = line_through(weights, *([state[name] for state in states] for name in ("anchor", "delta")))
         bounds = [self.tau * state["distance"] / self.eps_p for state in states]
@@ -116,7 +116,7 @@ class DiZO(ZOOptimizer):
         for state, c in zip(states, ratios, strict=True):
             state["ratio"] = c
             if last:
-                del state["delta"]
+                self._forget(state)
         self._left = {} if last else _contents(weights)
         return (plus + minus) / 2
 
@@ -126,8 +126,17 @@ class DiZO(ZOOptimizer):
             anchors = [self.state[w.tensor]["anchor"] for w in same]
             squares = self.to_host(ops.squared_norms([w.tensor for w in same], anchors))
             for w, anchor, square in zip(same, anchors, squares, strict=True):
-                delta = w.tensor.detach().to(torch.float32, copy=True).sub_(anchor)
-                self.state[w.tensor] |= {"delta": delta, "distance": math.sqrt(square), "ratio": 1.0}
+                state = self.state[w.tensor]
+                if "delta" not in state or state["delta"].device != w.tensor.device:
+                    state["delta"] = torch.empty_like(w.tensor, dtype=torch.float32, requires_grad=False)
+                state["delta"].copy_(w.tensor.detach()).sub_(anchor)
+                state |= {"distance": math.sqrt(square), "ratio": 1.0}
+
+    def _forget(self, state: dict[str, Any]) -> None:
+        """A projection is over. Captured forwards read its Delta, and keep it: the next one goes into its memory."""
+        state.pop("ratio", None)
+        if not self.perturbation.has_graphs:
+            state.pop("delta", None)
 
 
 def _contents(weights: Sequence[Weight]) -> dict[int, tuple]:

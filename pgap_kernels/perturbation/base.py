@@ -136,6 +136,11 @@ class Perturbation:
         return 0
 
     @property
+    def has_graphs(self) -> bool:
+        """Whether CUDA graphs read what forwards have read in memory of the method's own."""
+        return False
+
+    @property
     def graph_key(self) -> Hashable:
         """Forwards with equal keys may replay each other's CUDA graph."""
         return None

@@ -171,6 +171,10 @@ class Scratch(Perturbation):
         return [[ref for ref in use.refs if ref.index in filled] for use in self.uses]
 
     @property
+    def has_graphs(self) -> bool:
+        return bool(self.replays)
+
+    @property
     def graph_key(self) -> Hashable:
         return self.points.key, *self.runs
 
