@@ -134,15 +134,35 @@ def test_batches_depend_only_on_seed_and_step_and_cover_every_epoch():
     assert data.batch(examples, 4, seed=2, step=3) != batches[3]
 
 
-def test_split_is_disjoint_fixed_and_scaled_when_the_data_is_small():
+def test_split_is_disjoint_and_fixed():
     examples = [data.Example((index,), 0) for index in range(50)]
-    (train, dev, test), scaled = data.split(examples, (20, 10, 20), seed=0)
-    assert not scaled and (len(train), len(dev), len(test)) == (20, 10, 20)
+    train, dev, test = data.split(examples, (20, 10, 20), seed=0)
+    assert (len(train), len(dev), len(test)) == (20, 10, 20)
     assert len({example.tokens for part in (train, dev, test) for example in part}) == 50
-    assert data.split(examples, (20, 10, 20), seed=0)[0] == (train, dev, test)
-    assert data.split(examples, (20, 10, 20), seed=1)[0] != (train, dev, test)
-    parts, scaled = data.split(examples, (40, 20, 40), seed=0)
-    assert scaled and [len(part) for part in parts] == [20, 10, 20]
+    assert data.split(examples, (20, 10, 20), seed=0) == [train, dev, test]
+    assert data.split(examples, (20, 10, 20), seed=1)[0] != train
+
+
+@pytest.mark.parametrize(
+    "count, given, expected",
+    [
+        (5000, {}, (1000, 500, 1000)),
+        (50, {}, (20, 10, 20)),
+        (3, {}, (1, 1, 1)),
+        (80, {"train_size": 40}, (40, 13, 26)),
+        (80, {"train_size": 5}, (5, 25, 50)),
+        (80, {"train_size": 78}, (78, 1, 1)),
+        (1200, {"train_size": 1000}, (1000, 66, 133)),  # as the default is, but given
+        (80, {"dev_size": 10, "test_size": 10}, (60, 10, 10)),
+        (50, {"train_size": 40, "dev_size": 20, "test_size": 40}, (20, 10, 20)),
+        (80, {"train_size": 80}, (26, 26, 26)),  # nothing is left for the others
+        (3, {"train_size": 1000, "dev_size": 1, "test_size": 1}, (1, 1, 1)),
+    ],
+)
+def test_sizes_that_were_given_are_kept_and_defaults_scaled_where_the_data_is_small(count, given, expected):
+    config = Config(**given)
+    sizes = {name: getattr(config, name) for name in ("train_size", "dev_size", "test_size")}
+    assert tuple(data.fit(count, sizes, config.default_sizes).values()) == expected
 
 
 def test_csv_and_jsonl_give_the_same_prompts(llama, tmp_path):

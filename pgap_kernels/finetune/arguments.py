@@ -10,7 +10,7 @@ from typing import Any
 from ..optim import available_methods
 from ..perturbation import MODES
 from .builtin import BUILT_IN
-from .config import DTYPES, KEEP, OBJECTIVES, SCHEDULE_NAMES, TASKS, TOO_LONG, field_default
+from .config import DTYPES, KEEP, OBJECTIVES, SCHEDULE_NAMES, SIZES, TASKS, TOO_LONG, field_default
 from .options import Option, names, options_of
 from .tuned import ADAPTER_FACTORS, FEW, HALVED, OVERRIDES, WITH_ADAPTERS
 
@@ -119,8 +119,14 @@ def _add_task(parser: argparse.ArgumentParser) -> None:
     _option(group, "too-long", str, "drop longer prompts, or cut their {text} (default: drop; r8: cut)",
             choices=TOO_LONG)  # fmt: skip
     _option(group, "max-new-tokens", int, "tokens of a generated answer at most")
-    for part in ("train", "dev", "test"):
-        _option(group, f"{part}-size", int, f"examples in the {part} part; scaled down if the data has too few")
+    for name, size in SIZES.items():
+        part = name.partition("_")[0]
+        _option(
+            group,
+            f"{part}-size",
+            int,
+            f"examples in the {part} part (default: {size}, or fewer if the data has too few)",
+        )
     _option(group, "data-seed", int, "seed of the split")
 
 

@@ -50,6 +50,9 @@ INTEGERS = (
     "batch_size", "warmup", "eval_every", "eval_limit", "patience", "checkpoint_every", "compare_steps",
 )  # fmt: skip
 
+#: How many examples the parts have where nobody has said it: fewer, if the data has too few.
+SIZES = {"train_size": 1000, "dev_size": 500, "test_size": 1000}
+
 #: Options that a built-in data set has values of its own for, and those of all other data.
 OF_DATA: dict[str, Any] = {
     "template": "{text} It was",
@@ -88,9 +91,9 @@ class Config:
     max_length: int = None  # type: ignore[assignment]
     too_long: str = None  # type: ignore[assignment]
     max_new_tokens: int = 16
-    train_size: int = 1000
-    dev_size: int = 500
-    test_size: int = 1000
+    train_size: int = None  # type: ignore[assignment]
+    dev_size: int = None  # type: ignore[assignment]
+    test_size: int = None  # type: ignore[assignment]
     data_seed: int = 0
     method: str = "pgap"
     options: dict[str, Any] = field(default_factory=dict)
@@ -123,6 +126,9 @@ class Config:
         self._take_plain_types()
         if self.test_split is not None and self.test_data is None:
             self.test_data = self.data
+        self.default_sizes = {name for name in SIZES if getattr(self, name) is None}
+        for name in self.default_sizes:
+            setattr(self, name, SIZES[name])
         self._check_names()
         self._check_numbers()
         self._take_defaults_of_data()

@@ -8,19 +8,20 @@ from __future__ import annotations
 import copy
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 from . import fetch
 from .builtin import BUILT_IN, Record
-from .config import Config, field_default
+from .config import SIZES, Config, field_default
 from .errors import UserError
 from .examples import Example, Prompts, Row, Tokens, label_answers, rows_of, spaced, words_of
 from .records import read
 
-__all__ = ["Dataset", "Example", "batch", "load", "permutation", "records_of", "split"]
+__all__ = ["Dataset", "Example", "batch", "fit", "load", "permutation", "records_of", "split"]
 
 
 @dataclass
@@ -202,41 +203,52 @@ class _Maker:
 
 def _divide(config: Config, data: Dataset, examples: Sequence[Example], given: Sequence[Example]) -> None:
     """Fill the parts; a test part that comes apart is only shortened."""
-    sizes = (config.train_size, config.dev_size, 0 if given else config.test_size)
-    (data.train, data.dev, data.test), scaled = split(examples, sizes, config.data_seed)
+    sizes = {name: getattr(config, name) for name in SIZES} | ({"test_size": 0} if given else {})
+    fitted = fit(len(examples), sizes, config.default_sizes)
+    data.train, data.dev, data.test = split(examples, tuple(fitted.values()), config.data_seed)
     if given:
         order = permutation(len(given), f"test/{config.data_seed}")
         data.test = [given[index] for index in order[: config.test_size]]
         if len(data.test) < len(given):
             data.notes.append(f"{len(data.test)} of {len(given)} test examples are used (--test-size)")
-    if scaled:
-        parts = [("train", data.train), ("dev", data.dev), *([] if given else [("test", data.test)])]
-        names, numbers = ("/".join(each) for each in zip(*((part, str(len(of))) for part, of in parts), strict=True))
+    if scaled := [name for name in sizes if fitted[name] < sizes[name]]:
+        names = "/".join(name.removesuffix("_size") for name in scaled)
+        numbers = "/".join(str(fitted[name]) for name in scaled)
         data.notes.append(f"only {len(examples)} examples to split: {names} scaled down to {numbers}")
     absent = [label for label, count in data.counts("train").items() if not count]
     if absent:
         data.notes.append(f"no training example has the label {', '.join(map(repr, absent))}")
 
 
-def split(
-    examples: Sequence[Example], sizes: tuple[int, int, int], seed: int
-) -> tuple[tuple[list[Example], list[Example], list[Example]], bool]:
-    """Train, dev and test parts of one fixed permutation, and whether the sizes had to be scaled down.
+def fit(count: int, sizes: Mapping[str, int], defaults: Collection[str]) -> dict[str, int]:
+    """The sizes that parts of ``count`` examples have: those in ``defaults`` are scaled down where all are too many.
+
+    The others are, too, where they alone leave too little; a default then counts for no more than the largest of them.
 
     Raises:
         UserError: there are too few examples for the parts that are to have some.
     """
-    scale = min(1.0, len(examples) / sum(sizes))
-    train, dev, test = (int(size * scale) for size in sizes)
-    if any(size and not part for size, part in zip(sizes, (train, dev, test), strict=True)):
+    wanted = {name: size for name, size in sizes.items() if size}
+    if count < len(wanted):
         raise UserError(
-            f"--data: {len(examples)} usable examples cannot be split into train, dev and test as "
-            f"{'/'.join(map(str, sizes))}; accepted: at least one for each "
-            "(see --train-size, --dev-size, --test-size, --max-length)"
+            f"--data: {count} usable examples cannot be split into "
+            f"{', '.join(name.removesuffix('_size') for name in wanted)}; accepted: at least one for each"
         )
-    order = permutation(len(examples), f"split/{seed}")
-    shuffled = [examples[index] for index in order[: train + dev + test]]
-    return (shuffled[:train], shuffled[train : train + dev], shuffled[train + dev :]), scale < 1
+    own = {name: size for name, size in wanted.items() if name not in defaults}
+    left = count - sum(own.values())
+    scaled = {name: size for name, size in wanted.items() if name in defaults}
+    if left < len(scaled):
+        left, scaled = count, {name: min(size, max(own.values())) for name, size in wanted.items()}
+    scale = min(1.0, left / max(1, sum(scaled.values())))
+    found = dict(sizes) | {name: max(1, int(size * scale)) for name, size in scaled.items()}
+    found[max(found, key=lambda name: found[name])] -= max(0, sum(found.values()) - count)
+    return found
+
+
+def split(examples: Sequence[Example], sizes: Sequence[int], seed: int) -> list[list[Example]]:
+    """Parts of these sizes of one fixed permutation."""
+    order = iter(permutation(len(examples), f"split/{seed}"))
+    return [[examples[index] for index in islice(order, size)] for size in sizes]
 
 
 @lru_cache(maxsize=4)
