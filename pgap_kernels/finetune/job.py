@@ -116,13 +116,15 @@ class Job:
         reset_peak_memory(self.device)  # of an earlier seed's run
         shown.doing("loading the model and the data")
         notes: list[str] = []  # until there is a report
+        models.check_exists(config.model)
+        source = data.source(config)  # first, as a model may have to be fetched
         self.model, self.tokenizer, self.name = self.load_model(notes.append)
         mask = self.tokenizer.mask_token if models.is_masked(self.model) else None
         if mask is None and models.is_masked(self.model):
             raise UserError(
                 "--model: predicts masked tokens, but its tokenizer has no mask token; accepted: one that has"
             )
-        self.dataset = data.load(config, self.tokenizer, mask)
+        self.dataset = data.load(config, self.tokenizer, mask, source)
         labels = len(self.dataset.labels)
         if (other := config.for_labels(labels)) is not config:
             self.config = config = other

@@ -25,7 +25,7 @@ from .config import ADAPTER_FILE, DEFAULT
 from .errors import UserError
 from .layers import tuned_parameters
 
-__all__ = ["check_fits", "default_model_dir", "is_masked", "load", "tuned_parameters"]
+__all__ = ["check_exists", "check_fits", "default_model_dir", "is_masked", "load", "tuned_parameters"]
 
 MASKED = "ForMaskedLM"
 _LOADING = threading.Lock()  # transformers loads one model at a time
@@ -88,16 +88,26 @@ def _load(
 
 
 def _load_base(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    check_exists(name)
     if name == DEFAULT:
         return _load_default(dtype)
     if Path(name).expanduser().exists():
         return _load_local(Path(name).expanduser(), dtype)
-    if name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1:
+    return _load_named(name, dtype)
+
+
+def check_exists(name: str) -> None:
+    """Refuse a path that is not there.
+
+    Raises:
+        UserError: it can be no hub id either.
+    """
+    like_a_path = name.startswith((".", "/", "~")) or name.endswith((".gguf", "/")) or name.count("/") > 1
+    if like_a_path and not Path(name).expanduser().exists():
         raise UserError(
             f"--model: there is no file or folder {name!r}; accepted: {DEFAULT!r}, an existing folder or "
             ".gguf file, or a hub id"
         )
-    return _load_named(name, dtype)
 
 
 def is_masked(model: Any) -> bool:

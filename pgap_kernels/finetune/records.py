@@ -49,7 +49,7 @@ def read(name: str, split: str | None = None, option: str = "--data") -> tuple[l
             raise UserError(f"{option}: cannot read {name!r} ({error.strerror or error})") from error
     if path.is_dir():
         return _dataset(str(path), split, option), path.name
-    if name.startswith((".", "/", "~")) or path.suffix.lower() in READERS or name.count("/") > 1:
+    if name.startswith((".", "/", "~")) or path.suffix.lower() in READERS or name.endswith("/") or name.count("/") > 1:
         raise UserError(f"{option}: there is no file or folder {name!r}; accepted: {ACCEPTED}")
     return _dataset(name, split, option), name
 
