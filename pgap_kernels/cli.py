@@ -116,6 +116,10 @@ def _finetune(arguments: dict[str, Any]) -> int:
         where = f" ({told[-1]} has the traceback)" if told else ""
         print(f"pgap-kernels: failed: {summary}{where}", file=sys.stderr)
         return 1
+    if config.quiet and result["status"] == "diverged":  # else a note has said it
+        last = result.get("runs", [result])[-1]
+        lies = Path(last["config"]["output"], "report.json")
+        print(f"pgap-kernels: diverged: {last['error']} ({lies} has the curves)", file=sys.stderr)
     if json_output:
         print(report.to_json(result))
     elif not config.quiet:

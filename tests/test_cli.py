@@ -247,6 +247,11 @@ def test_divergence_is_an_error_with_a_report(model, table, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert json.loads(out)["status"] == "diverged"
     assert_has(err, "note: loss at", "the weights are restored")
+    for seed in ("0", "0,1"):
+        assert cli.main([*RUN, *arguments[:-1], "--quiet", "--seed", seed]) == 1
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1
+        assert_has(err, "pgap-kernels: diverged: loss at", str(tmp_path / "run"), "report.json")
 
 
 def heed_ctrl_c() -> None:
