@@ -126,6 +126,9 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bits(method, schedule, config_fo
 def test_what_ran_out_of_time_goes_on_and_what_is_complete_does_not(config_for, llama, tmp_path):
     first = run(config_for(steps=60, time_limit=1e-3, checkpoint_every=1))
     assert first["ended"] == "time limit" and len(list((tmp_path / "run").glob("checkpoint-*"))) == 1
+    offer = r"^--output: .* of an earlier run; accepted: another folder, --resume to go on .* or --overwrite"
+    with pytest.raises(UserError, match=offer):
+        run(config_for(steps=60))
     again = run(config_for(steps=60, resume=True, checkpoint_every=1))
     assert again["ended"] is None and len(again["curves"]["train_loss"]) == 60
     with pytest.raises(UserError, match=r"^--resume: the run in .* is complete"):
@@ -410,12 +413,17 @@ def test_an_output_folder_that_cannot_be_written_is_refused_before_loading(confi
 
 def test_results_of_an_earlier_run_are_taken_away_or_refused(config_for, tmp_path):
     run(config_for(save_model=True))
-    with pytest.raises(UserError, match=r"^--output: .*run' holds model/ of an earlier run; .*--resume.*--overwrite"):
+    message = r"^--output: .*run' holds model/ of an earlier run; accepted: another folder, or --overwrite"
+    with pytest.raises(UserError, match=message):  # --resume would be refused, as the run is complete
         run(config_for())
+    with pytest.raises(UserError, match="--resume to go on"):  # which leaves out those of several that are complete
+        output.Output(str(tmp_path / "run"), overwrite=False, resume=False, several=True)
     with pytest.raises(UserError, match=r"^--eps: got -1"):
         run(config_for(overwrite=True, options={"lr": 1e-3, "eps": -1.0}))
     assert (tmp_path / "run" / "model").is_dir() and not (tmp_path / "run" / ".reserve").exists()
     (tmp_path / "run" / "report.json").unlink()
+    with pytest.raises(UserError, match=message):
+        run(config_for())
     with pytest.raises(UserError, match=r"^--resume: .*run' holds model/ but no checkpoint to go on from"):
         run(config_for(resume=True))
     (tmp_path / "run" / "mine.txt").write_text("stays")

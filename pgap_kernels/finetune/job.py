@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from .config import Config
 from .errors import UserError, is_out_of_memory
 from .interrupts import Interrupted, Interrupts
 from .machine import device_of, reset_peak_memory, versions
-from .output import MODEL, Output
+from .output import MODEL, Output, completed
 from .scoring import Score, Scorer, scorer_of
 from .shown import Shown
 from .training import Training
@@ -70,7 +69,7 @@ def finished(config: Config, output: Output) -> dict[str, Any] | None:
     """
     if not config.resume:
         return None
-    before = _completed(output.folder)
+    before = completed(output.folder)
     if before is None:
         if (output.folder / MODEL).exists() and not output.checkpoints():
             raise UserError(
@@ -80,16 +79,6 @@ def finished(config: Config, output: Output) -> dict[str, Any] | None:
         return None
     # More steps may be wanted of a run that has kept its checkpoints.
     return None if output.checkpoints() and config.steps > before["config"]["steps"] else before
-
-
-def _completed(folder: Path) -> dict[str, Any] | None:
-    """The report in a folder, of a run that made all its steps; one that ran out of time did not."""
-    try:
-        found = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    done = found.get("status") == "completed" and found.get("ended") != "time limit"
-    return found if done and not found["config"]["evaluate_only"] else None
 
 
 def refuse_more(config: Config, before: dict[str, Any]) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from .errors import UserError
 
@@ -22,6 +24,16 @@ _RESERVED = 1 << 20  # bytes; a report with its figure takes about 300,000
 _FULL = ("No space left", "os error 28", "PytorchStreamWriter failed writing")
 
 
+def completed(folder: Path) -> dict[str, Any] | None:
+    """The report in a folder, of a run that made all its steps; one that ran out of time did not."""
+    try:
+        found = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    done = found.get("status") == "completed" and found.get("ended") != "time limit"
+    return found if done and not found["config"]["evaluate_only"] else None
+
+
 class Output:
     """The folder, made and tried out.
 
@@ -31,20 +43,22 @@ class Output:
         name: the folder, new or existing.
         overwrite: delete the model and checkpoints of an earlier run. Its report is replaced in any case.
         resume: go on with them.
+        several: it is one of several runs, which go on without those that are complete.
 
     Raises:
         UserError: it cannot be written, or holds what this run would destroy.
     """
 
-    def __init__(self, name: str, *, overwrite: bool, resume: bool) -> None:
+    def __init__(self, name: str, *, overwrite: bool, resume: bool, several: bool = False) -> None:
         self.folder = Path(name).expanduser()
         if (self.folder / MODEL).is_file():
             raise UserError(f"--output: {str(self.folder / MODEL)!r} is a file, where the model's folder would be")
         kept = [path for path in (self.folder / MODEL, *self.checkpoints()) if path.exists()]
         if kept and not overwrite and not resume:
+            resumable = bool(self.checkpoints()) if completed(self.folder) is None else several
             raise UserError(
-                f"--output: {name!r} holds {kept[-1].name}/ of an earlier run; accepted: another folder, --resume to "
-                "go on with that run, or --overwrite to take it away"
+                f"--output: {name!r} holds {kept[-1].name}/ of an earlier run; accepted: another folder, "
+                f"{'--resume to go on with that run, ' if resumable else ''}or --overwrite to take it away"
             )
         self._lock: int | None = None
         try:

@@ -64,7 +64,7 @@ def _finished(config: Config) -> dict[str, Any] | None:
     Raises:
         UserError: it cannot be had as it is wanted now.
     """
-    folder = Output(config.output, overwrite=config.overwrite, resume=config.resume)
+    folder = Output(config.output, overwrite=config.overwrite, resume=config.resume, several=True)
     folder.close()
     before = finished(config, folder)
     if before is not None:
