@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pgap_kernels import methods
 from pgap_kernels.optim import LowRankOptimizer, ZOOptimizer, available_methods, make_optimizer, method_options
 from pgap_kernels.optim.registry import method_class
 
@@ -82,6 +83,12 @@ def test_costs_are_counted(row):
         assert cost.weight_passes == pytest.approx(value(formula, symbols))
         if mode["mode"] == "inplace":
             assert cost.state_bytes == 4 * value(state, symbols)
+
+
+def test_the_command_counts_methods_that_move_some_layers_on_several():
+    """By their default shares, a quarter and a fifth of three passes."""
+    for name, passes in (("lezo", 0.75), ("adalezo", 0.6)):
+        assert methods.method(name).passes == {"inplace": passes, "scratch": passes}
 
 
 def test_what_a_method_takes():
