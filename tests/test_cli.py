@@ -338,6 +338,7 @@ def test_option_out_of_range(option, value, accepted, capsys, model, table, tmp_
         ("agzo", ["--lr-rule", "signal"], ["--lr-rule", "--method agzo has no such option"]),
         ("pizo", ["--pool", "1"], ["--alpha, --pool", "got 0.5 and 1"]),
         ("helene", ["--floors", "*"], ["--floors", "'*'", "NAME=NUMBER"]),
+        ("helene", ["--floors", "1,2"], ["--floors", "'1,2'", "NAME=NUMBER"]),
         ("helene", ["--floors", "a=1,b=0"], ["--floors", "got 0", "> 0"]),
         ("helene", ["--compare"], ["--compare", "--method helene", "mezo and pgap"]),
         ("pgap", ["--compare", "--xi", "fixed"], ["--xi", "fixed", "--compare", "--delta"]),

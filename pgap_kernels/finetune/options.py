@@ -45,9 +45,12 @@ def names(text: str) -> list[str]:
 def numbers_by_name(text: str) -> dict[str, float]:
     """As ``optim.options.by_name``, with the error that argparse reports."""
     try:
-        return by_name(text)
+        found = by_name(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+    if "" in found:  # there is no =
+        raise argparse.ArgumentTypeError(f"got {text!r}; accepted: NAME=NUMBER,NAME=NUMBER")
+    return found
 
 
 READERS: dict[str, Callable[[str], Any]] = {
