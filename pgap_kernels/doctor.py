@@ -172,10 +172,24 @@ def _table(choices: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _nothing_served(choices: list[dict[str, Any]]) -> str | None:
+    """Why no op can be called on any device here, or None if some can."""
+    forced = backends.forced()
+    if forced is None or any(row["present"] and row["backend"] != "none" for row in choices):
+        return None
+    source, name = forced
+    if name not in backends.names():
+        return f"{source}: got {name!r}, so that every op is an error; accepted: {', '.join(backends.names())}"
+    return f"{source}: {name!r} serves no op on the devices here; unset it, or see the table for what does"
+
+
 def main(json_output: bool = False) -> int:
-    """Print the report; the exit status is 0 if every self-test passed, else 1."""
+    """Print the report; the exit status is 0 if every self-test passed and some op is served, else 1."""
     report = examine()
-    passed = all(report["self_test"].values())
+    problem = _nothing_served(report["choices"])
+    passed = all(report["self_test"].values()) and problem is None
+    if problem is not None:
+        print(f"pgap-kernels: error: {problem}", file=sys.stderr)
     if json_output:
         json.dump(report, sys.stdout, indent=2)
         print()

@@ -79,8 +79,18 @@ def test_forced_backends(capsys, monkeypatch):
     for row in json_report(capsys)["choices"]:
         assert row["backend"] == "reference" and "PGAP_BACKEND=reference is set" in row["reason"]
     monkeypatch.setenv("PGAP_BACKEND", "nothing")
-    for row in json_report(capsys)["choices"]:
+    assert doctor.main(json_output=True) == 1
+    out, err = capsys.readouterr()
+    for row in json.loads(out)["choices"]:
         assert row["backend"] == "none" and "PGAP_BACKEND=nothing is unknown" in row["reason"]
+    assert err.startswith("pgap-kernels: error: PGAP_BACKEND: got 'nothing', ") and "accepted: cpu, triton" in err
+
+
+@pytest.mark.skipif(not NO_GPU, reason="there is a GPU")
+def test_a_forced_backend_that_serves_nothing_here_is_a_finding(capsys, monkeypatch):
+    monkeypatch.setenv("PGAP_BACKEND", "triton")
+    assert doctor.main() == 1
+    assert "PGAP_BACKEND: 'triton' serves no op on the devices here" in capsys.readouterr().err
 
 
 def test_every_backend_here_draws_known_answers(capsys):
