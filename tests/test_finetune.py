@@ -331,11 +331,13 @@ def test_run_writes_a_complete_report(method, llama, tmp_path):
     assert written["baseline"]["turns"]["steps"] == 2
 
 
-@pytest.mark.filterwarnings("ignore:16-bit weights")
-@pytest.mark.parametrize("method", ["mezo", "pgap"])
-def test_sixteen_bit_weights(method, llama, tmp_path):
-    result = run(config_for(llama, tmp_path, method=method, dtype="bfloat16", compare=True, compare_steps=2))
+@pytest.mark.parametrize("method, mode", [("mezo", "auto"), ("pgap", "auto"), ("mezo", "inplace")])
+def test_sixteen_bit_weights(method, mode, llama, tmp_path, recwarn):
+    given = {"method": method, "mode": mode, "dtype": "bfloat16", "compare": True, "compare_steps": 2}
+    result = run(config_for(llama, tmp_path, **given))
     assert result["status"] == "completed"
+    told = [note for note in result["notes"] if note.startswith("16-bit weights are perturbed in place")]
+    assert len(told) == (mode == "inplace") and not [one for one in recwarn if "16-bit" in str(one.message)]
     assert all(math.isfinite(loss) for loss in result["curves"]["train_loss"] + result["baseline"]["losses"])
 
 

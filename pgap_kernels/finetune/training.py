@@ -6,6 +6,7 @@ import contextlib
 import gc
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -180,9 +181,10 @@ class Training:
         options = dict(config.options)
         if mode != config.mode and "merge" in options:
             options["merge"] = "step"  # other modes than the one that auto chose have no window
-        self.optimizer = self._optimizer(options, mode)
-        reason = self.optimizer.mode_reason if mode == config.mode else "what auto chose cannot serve the model"
-        self.report["mode"] = {"name": self.optimizer.mode, "reason": reason}
+        with self._warnings_as_notes():
+            self.optimizer = self._optimizer(options, mode)
+            reason = self.optimizer.mode_reason if mode == config.mode else "what auto chose cannot serve the model"
+            self.report["mode"] = {"name": self.optimizer.mode, "reason": reason}
         schedule = "constant_with_warmup" if config.schedule == "constant" and config.warmup else config.schedule
         # The polynomial one ends at 1e-7 by default, which is a usual rate here.
         more = {"scheduler_specific_kwargs": {"lr_end": 0.0}} if schedule == "polynomial" else {}
@@ -199,6 +201,18 @@ class Training:
             self._resumed = None
         self.clock.window = getattr(self.optimizer, "window", 1)
         self.turns.window = self.clock.window
+
+    @contextlib.contextmanager
+    def _warnings_as_notes(self) -> Iterator[None]:
+        """So that they are in the report, too, and look like all else that is to be known."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            yield
+        for one in caught:
+            if one.category is not UserWarning:
+                warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+            elif str(one.message) not in self.report["notes"]:
+                self.job.note(str(one.message))
 
     def _optimizer(self, options: dict[str, Any], mode: str) -> ZOOptimizer:
         try:
