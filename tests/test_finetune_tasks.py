@@ -162,7 +162,14 @@ def test_words_are_given_in_pairs_or_as_json_and_defaults_differ():
             {"task": "choice"},
             "--label-column: got '5' .* 2 choices",
         ),
-        ([{"text": "a", "label": []}], {"task": "generation"}, "--data: .* holds no examples"),
+        ([{"text": "a", "label": []}], {"task": "generation"}, "--data: .* no examples that can be used"),
+        ([{"text": None, "label": 1}] * 30, {}, "30 of 30 examples dropped: with nothing in the column 'text'"),
+        (
+            ROWS * 9,
+            {"max_length": 3},
+            "--data: 0 usable .*; 27 of 27 examples dropped: longer than --max-length 3 .*; the shortest .* has 4",
+        ),
+        ([{" text": "a", "label": 1}], {}, "no column 'text'; columns found: ' text', 'label'; ' text' has a blank"),
         (
             [{"text": "a", "label": {"x": 1}}],
             {"task": "generation"},
@@ -192,6 +199,32 @@ def test_records_that_the_task_cannot_use(rows, given, message, llama, loaded, t
     config = config_for(llama, tmp_path, data=json_lines(tmp_path / "a.jsonl", rows), **given)
     with pytest.raises(UserError, match=message):
         data.load(config, loaded[1])
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.csv", b"text;label\ngood, not bad;1\n", r"one column, 'text;label', and its separator seems to be ';'"),
+        ("a.tsv", b"text,label\ngood,1\n", r"separator seems to be ','; accepted: ',' in a \.csv file"),
+        ("a.csv", b"text,label\n" + b"good,1\n" * 2000 + b"caf\xe9,1\n",
+         r"not UTF-8 text \(byte 0xe9 in line 2002\); .*iconv -f WINDOWS-1252 -t UTF-8 a\.csv"),
+        ("a.jsonl", "{}".encode("utf-16"), r"not UTF-8 text \(byte 0xff in line 1\); .*iconv -f UTF-16 "),
+    ],
+)  # fmt: skip
+def test_separators_and_encodings_of_other_programs(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        records.read(str(tmp_path / name))
+
+
+def test_what_is_likely_a_mistake_is_noted(llama, loaded, tmp_path):
+    rows = [{"text": f"good film {word}", "label": n % 2} for n, word in enumerate(FILLERS * 4)]
+    given = {"data": json_lines(tmp_path / "a.jsonl", rows), "template": "{text} {label}", "train_size": 5}
+    told = data.load(config_for(llama, tmp_path, **given), loaded[1]).notes
+    assert "--batch-size: 8 is more than the 5 training examples: a step takes some of them several times" in told
+    assert any(note.startswith("--template: '{text} {label}' holds the column 'label'") for note in told)
+    usual = data.load(config_for(llama, tmp_path, **given | {"template": "{text}", "train_size": 8}), loaded[1])
+    assert not [note for note in usual.notes if note.startswith("--")]
 
 
 def test_quotation_marks_in_files_without_quoting(tmp_path):

@@ -99,7 +99,8 @@ def source(config: Config) -> Source:
     records, name, tests = records_of(config)
     rows, test_rows = rows_of(records, config, dropped, notes), _test_rows(tests or [], config, dropped)
     if not rows:
-        raise UserError(f"--data: {name} holds no examples; accepted: at least 5")
+        why = f" that can be used ({'; '.join(_dropped(dropped, len(records)))})" if records else ""
+        raise UserError(f"--data: {name} holds no examples{why}; accepted: at least one for each part")
     labels: tuple[str, ...] = ()
     words: tuple[str, ...] = ()
     if config.task == "classification":
@@ -137,7 +138,7 @@ def load(config: Config, tokenizer: Any, mask: str | None = None, found: Source 
     if found.tests is not None and not given:
         raise UserError(f"--test-data: none of its {found.tests} records can be used; accepted: some that can")
     total = found.records + (found.tests or 0)
-    data.notes += [f"{count} of {total} examples dropped: {reason}" for reason, count in data.dropped.items()]
+    data.notes += _dropped(dropped, total)
     if maker.cut:
         data.notes.append(f"{maker.cut} of {total} texts cut to fit --max-length {config.max_length} tokens")
     if maker.unreachable:
@@ -145,8 +146,16 @@ def load(config: Config, tokenizer: Any, mask: str | None = None, found: Source 
             f"{maker.unreachable} of {total} answers are of several lines, or longer than --max-new-tokens "
             f"{config.max_new_tokens}: evaluations cannot match them, as they end at a line's end"
         )
-    _divide(config, data, examples, given)
+    try:
+        _divide(config, data, examples, given)
+    except UserError as error:
+        shortest = [f"the shortest prompt of those has {maker.shortest}"] if maker.shortest else []
+        raise UserError("; ".join([str(error), *_dropped(dropped, total), *shortest])) from error
     return data
+
+
+def _dropped(dropped: Mapping[str, int], total: int) -> list[str]:
+    return [f"{count} of {total} examples dropped: {reason}" for reason, count in dropped.items()]
 
 
 def records_of(config: Config) -> tuple[list[Record], str, list[Record] | None]:
@@ -192,6 +201,7 @@ class _Maker:
         self.config, self.prompts, self.data, self.dropped = config, prompts, data, dropped
         self.mask = None if prompts.mask is None else prompts.tokenizer.mask_token_id
         self.cut = self.unreachable = 0
+        self.shortest: int | None = None  # tokens of what was too long
         # One token is predicted, not read.
         self.longest = max((len(answer) for answer in data.answers), default=0)
         self.longest = 0 if self.longest == 1 else self.longest
@@ -205,6 +215,8 @@ class _Maker:
 
         prompt = self.prompts.fitting(row, room)
         if prompt is None:
+            length = self.config.max_length - room(self.prompts.fill(row.fields))
+            self.shortest = min(length, self.shortest or length)
             self.dropped[f"longer than --max-length {self.config.max_length} tokens with the template"] += 1
             return None
         tokens, answers = self._tokens(row, prompt)
@@ -253,6 +265,11 @@ def _divide(config: Config, data: Dataset, examples: Sequence[Example], given: S
         names = "/".join(name.removesuffix("_size") for name in scaled)
         numbers = "/".join(str(fitted[name]) for name in scaled)
         data.notes.append(f"only {len(examples)} examples to split: {names} scaled down to {numbers}")
+    if config.batch_size > len(data.train):
+        data.notes.append(
+            f"--batch-size: {config.batch_size} is more than the {len(data.train)} training examples: a step takes "
+            "some of them several times"
+        )
     absent = [label for label, count in data.counts("train").items() if not count]
     if absent:
         data.notes.append(f"no training example has the label {', '.join(map(repr, absent))}")

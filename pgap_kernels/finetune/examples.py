@@ -78,6 +78,11 @@ def rows_of(records: Sequence[Record], config: Config, dropped: Counter[str], no
     columns = _columns(config, fields_of)
     if records:
         _check_columns(known, config, columns)
+    if config.label_column in fields_of.values():
+        notes.append(
+            f"--template: {config.template!r} holds the column {config.label_column!r}, so that the prompt gives the "
+            "answer away"
+        )
     make: Callable[..., Row | None] = _labelled if config.task == "classification" else _answered
     reading = _reading_of(records, config, notes) if config.task == "choice" else None
     rows = []
@@ -126,9 +131,11 @@ def _columns(config: Config, fields_of: Mapping[str, str]) -> list[tuple[str, st
 def _check_columns(known: Collection[str], config: Config, columns: Sequence[tuple[str, str]]) -> None:
     for option, name in columns:
         if name not in known:
+            spaced_out = [other for other in sorted(known) if other.strip() == name]
+            hint = f"; {spaced_out[0]!r} has a blank at its beginning or end" if spaced_out else ""
             raise UserError(
                 f"{option}: {config.data!r} has no column {name!r}; columns found: "
-                f"{', '.join(map(repr, sorted(known))) or 'none'}"
+                f"{', '.join(map(repr, sorted(known))) or 'none'}{hint}"
             )
 
 

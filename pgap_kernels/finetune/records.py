@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import math
@@ -44,7 +45,7 @@ def read(name: str, split: str | None = None, option: str = "--data") -> tuple[l
         except UserError as error:
             raise UserError(f"{option}: {error}") from error
         except UnicodeDecodeError as error:
-            raise UserError(f"{option}: {name!r} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+            raise UserError(f"{option}: {name!r} is not UTF-8 text{_where_not_utf8(path)}") from error
         except OSError as error:
             raise UserError(f"{option}: cannot read {name!r} ({error.strerror or error})") from error
     if path.is_dir():
@@ -52,6 +53,21 @@ def read(name: str, split: str | None = None, option: str = "--data") -> tuple[l
     if name.startswith((".", "/", "~")) or path.suffix.lower() in READERS or name.endswith("/") or name.count("/") > 1:
         raise UserError(f"{option}: there is no file or folder {name!r}; accepted: {ACCEPTED}")
     return _dataset(name, split, option), name
+
+
+def _where_not_utf8(path: Path) -> str:
+    """The line, and how to convert the file."""
+    content = path.read_bytes()
+    try:
+        content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:  # the reader's is of a part of the file
+        line, byte = content.count(b"\n", 0, error.start) + 1, content[error.start]
+        encoding = "UTF-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "WINDOWS-1252"
+        return (
+            f" (byte 0x{byte:02x} in line {line}); accepted: UTF-8; to convert it, if it is {encoding}: "
+            f"iconv -f {encoding} -t UTF-8 {path.name} > utf8{path.suffix}"
+        )
+    return ""
 
 
 def _has_no_splits(name: str, split: str, option: str) -> str:
@@ -80,6 +96,12 @@ def _separated(delimiter: str) -> Callable[[Path], list[Record]]:
             hint = "; is there a quotation mark without its second?" if "end of data" in str(error) else ""
             raise UserError(f"{path.name} is not a {kind} file that can be read ({error}{hint})") from error
         names = list(reader.fieldnames or ())
+        other = next((mark for mark in ",;\t|" if mark != delimiter and len(names) == 1 and mark in names[0]), None)
+        if other is not None:
+            raise UserError(
+                f"{path.name} has one column, {names[0]!r}, and its separator seems to be {other!r}; accepted: ',' in "
+                "a .csv file, '\\t' in a .tsv file"
+            )
         if "" in names and all(missing(row.get("")) for row in rows):  # a spreadsheet's empty columns
             names = [name for name in names if name]
             for row in rows:
