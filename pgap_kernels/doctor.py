@@ -180,7 +180,7 @@ def _nothing_served(choices: list[dict[str, Any]]) -> str | None:
     source, name = forced
     if name not in backends.names():
         return f"{source}: got {name!r}, so that every op is an error; accepted: {', '.join(backends.names())}"
-    return f"{source}: {name!r} serves no op on the devices here; unset it, or see the table for what does"
+    return f"{source}: {name!r} serves no op on the devices here, and the table says why; unset it, or run elsewhere"
 
 
 def main(json_output: bool = False) -> int:

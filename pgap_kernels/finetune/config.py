@@ -133,8 +133,10 @@ class Config:
         self._check_numbers()
         self._take_defaults_of_data()
         if not re.search(r"\{[^{}]+\}", self.template):
+            open_brace = "; a brace is not closed" if self.template.count("{") > self.template.count("}") else ""
             raise UserError(
                 f"--template: got {self.template!r}; accepted: a text that contains {{text}}, or other columns"
+                f"{open_brace}"
             )
         if Path(self.output).expanduser().exists() and not Path(self.output).expanduser().is_dir():
             raise UserError(f"--output: {self.output!r} is a file; accepted: a folder, new or existing")

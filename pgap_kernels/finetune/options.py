@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -52,6 +53,9 @@ def numbers_by_name(text: str) -> dict[str, float]:
         raise argparse.ArgumentTypeError(f"got {text!r}; accepted: NAME=NUMBER,NAME=NUMBER")
     return found
 
+
+#: How an optimizer's messages write an argument and its value.
+ASSIGNED = re.compile(r"\b(mode|merge|members|groups|baseline|rule|scale|update)=[\"']?([\w-]+)[\"']?")
 
 READERS: dict[str, Callable[[str], Any]] = {
     "bool": bool,  # two flags, --name and --no-name
@@ -124,5 +128,5 @@ def flag(name: str) -> str:
 
 
 def as_flags(message: str) -> str:
-    """The error message of an optimizer, with the arguments that it begins with as they are on the command line."""
-    return renamed(message, flag)
+    """The error message of an optimizer, with the arguments that it names as they are on the command line."""
+    return ASSIGNED.sub(lambda found: f"{flag(found[1])} {found[2]}", renamed(message, flag))
