@@ -62,6 +62,8 @@ report says what), 2 an error that you can correct (one line on stderr says how)
 signal ended it: 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP.
 """
 
+#: Options that are another one's value where they are not given: eps and lr.
+FOLLOWING = ("eps_probe", "eps_dense", "lr_dense")
 METAVARS = {"int": "N", "float": "X", "str": "WORD", "names": "NAME,NAME", "numbers_by_name": "NAME=X,NAME=X"}
 
 
@@ -169,6 +171,8 @@ def _add_options_of(parser: argparse.ArgumentParser, method: str) -> None:
     group = parser.add_argument_group(f"options of {method}")
     for option in options_of(method).values():
         more: dict[str, Any] = {"type": option.read, "metavar": METAVARS.get(option.read.__name__)}
+        if option.words:
+            more["metavar"] = f"{{{','.join(option.words)}}}"  # no choices, as the method's own error says more
         if option.read is bool:
             more = {"action": argparse.BooleanOptionalAction}
         # Absent unless given, so that only given ones are the user's.
@@ -179,7 +183,8 @@ def _help(option: Option, method: str) -> str:
     default = option.default
     if default is inspect.Parameter.empty:
         return f"{option.help} (required)".replace("%", "%%")
-    shown = _shown(default)
+    # These follow another unless they are given.
+    shown = option.name.partition("_")[0] if option.name in FOLLOWING and default is None else _shown(default)
     if option.name == "lr" and method in OVERRIDES:
         shown += f"; half of it with more than {FEW} labels, or --task {' or '.join(HALVED)}"
     if option.name in ADAPTER_FACTORS and method in WITH_ADAPTERS:

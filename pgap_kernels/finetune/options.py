@@ -37,6 +37,13 @@ class Option:
     def flag(self) -> str:
         return flag(self.name)
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What it accepts, if its text quotes words; to ask the method would be to make one, and takes seconds."""
+        # Those of another option follow its name.
+        found = re.findall(r'(?<!=)(?<!mode )"([\w-]+)"', self.help) if self.read is str else []
+        return tuple(found) if self.default is None or self.default in found else ()
+
 
 def names(text: str) -> list[str]:
     """A list from NAME,NAME."""
