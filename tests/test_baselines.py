@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 
 import pytest
 import torch
 from naive import adalezo, zo_muon
-from support.models import Losses, Words, snapshot
+from support.models import Losses, Words, failing, snapshot
 from torch import Tensor, nn
 
 from pgap_kernels import draw, noise, use_backend
@@ -224,6 +225,29 @@ def test_dizos_projections_find_the_memory_that_captured_forwards_read():
     for _ in range(9):
         optimizer.step(noting)
     assert keys[2:6] == keys[8:12] == keys[14:18]
+
+
+@pytest.mark.parametrize("between", ["rollback", "exception"])
+@pytest.mark.parametrize("mode", ["inplace", "scratch"])
+def test_dizo_goes_on_with_a_projection_after(between, mode):
+    """What it, or a checkpoint, has written into the weights is not somebody else's."""
+    ends = []
+    for happens in (False, True):
+        model = Words()
+        opt = DiZO(model, select=["up.weight"], kappa=1, iterations=4, lr=0.1, eps=1e-2, s=0.5, mode=mode)
+        closure = Losses(model)
+        for step in range(4):
+            if step == 3 and happens and between == "rollback":
+                saved, state = copy.deepcopy(model.state_dict()), copy.deepcopy(opt.state_dict())
+                opt.step(closure)
+                opt.load_state_dict(state)
+                model.load_state_dict(saved)
+            if step == 3 and happens and between == "exception":
+                with pytest.raises(ZeroDivisionError):
+                    opt.step(failing(ZeroDivisionError))
+            opt.step(closure)
+        ends.append(opt.state[model.up.weight]["ratio"])
+    assert ends[0] == pytest.approx(ends[1], rel=1e-4) and abs(ends[0] - 1) > 1e-3
 
 
 def test_dizo_drops_a_projection_whose_end_was_skipped():

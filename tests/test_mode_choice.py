@@ -185,7 +185,7 @@ def test_stacked_losses_and_batches(id, mode):
     for closure in (lambda: whole()[:1], lambda: whole()[[0, 1, 1]], lambda: whole()[0].item()):
         with pytest.raises(ValueError, match=r"^closure: returned .*accepted: with members=2 .* the 2 real losses"):
             opt.step(closure)
-    with pytest.raises(RuntimeError, match=r"^points: a \w+ got 15 rows"):
+    with pytest.raises(RuntimeError, match=r"^points: '\w+' got 15 rows"):
         opt.step(lambda: rows(15))
     assert opt.steps == 0
     assert_same_weights(model, before)

@@ -227,6 +227,20 @@ def test_weights_that_others_have_written_are_what_they_wrote(write, dtype):
     assert not any(plane.any() for plane in opt.perturbation.residual.planes.values())
 
 
+def test_planes_are_kept_if_the_weights_are_loaded_after_them():
+    model, opt, closure = build(ROW["mezo-3"], "scratch", Words().to(torch.bfloat16), residual=True, lr=0.05)
+    opt.step(closure)
+    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(opt.state_dict())
+    planes = {name: plane.clone() for name, plane in opt.perturbation.residual.planes.items()}
+    opt.step(closure)
+    opt.load_state_dict(state)
+    model.load_state_dict(weights)
+    opt.param_groups[0]["lr"] = 0.0
+    opt.step(closure)
+    assert all(torch.equal(plane, planes[name]) for name, plane in opt.perturbation.residual.planes.items())
+    assert any(plane.any() for plane in planes.values())
+
+
 def test_a_plane_beside_another_weight_makes_no_other_number():
     high = torch.tensor([0.0, -0.0, 1.0, 3.0], dtype=torch.bfloat16)
     low = torch.tensor([-5, -7, -100, 100], dtype=torch.int16)

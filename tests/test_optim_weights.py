@@ -215,6 +215,9 @@ def test_a_parameter_is_of_the_group_that_has_it_now(method):
 def test_what_a_schedule_may_not_make_of_an_option(name):
     model = Words()
     opt, before = mezo(model), snapshot(model)
+    opt.param_groups[0][name] = -1e-20  # what a schedule that ends at 0 may come to
+    opt.step(Losses(model))
+    before = snapshot(model)
     opt.param_groups[0][name] = -1e-3
     with pytest.raises(ValueError, match=rf"^{name}: got -0.001; accepted: "):
         opt.step(Losses(model))

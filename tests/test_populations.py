@@ -327,7 +327,7 @@ def test_closures_and_batches_that_do_not_fit():
         optimizer.step(lambda: model.rows(2).mean())
     with pytest.raises(RuntimeError, match=r"^closure: the 2 copies of the minibatch have different losses at the"):
         optimizer.step(lambda: (model.layer(X.repeat_interleave(2, 0)) * T.repeat_interleave(2, 0)).sum(1))
-    with pytest.raises(RuntimeError, match=r"^points: a Linear got 14 rows, .* for 8 points"):
+    with pytest.raises(RuntimeError, match=r"^points: 'layer' got 14 rows, .* for 8 points"):
         optimizer.step(lambda: model.rows(2)[:14] + 0 * model.layer(torch.cat([X, X])[:14]).sum(1))
     with pytest.raises(NonFiniteLossError, match=r"^loss at point"):
         optimizer.step(lambda: model.rows(2) * torch.tensor([1.0] * 15 + [float("nan")]))

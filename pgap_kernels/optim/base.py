@@ -311,5 +311,7 @@ class ZOOptimizer(DirectionOptimizer):
             self._forget_weights()
             checkpoint.load(self, state_dict)
             self._ahead = None
-            self._note_model()  # the groups are other dicts now
+            self._note_model()  # the groups are other dicts now; those of the mode's weights are not read
             self.perturbation.begin(self.key(Role.ROUNDING, MERGE))
+            if self.perturbation.residual is not None:
+                self.perturbation.residual.left = {}  # as ``Residual.load`` has it

@@ -95,7 +95,8 @@ class DiZO(ZOOptimizer):
         weights, key = self.selected(), self.key(Role.DATA)
         states = [self.state[w.tensor] for w in weights]
         # Who writes a weight in the middle of a projection begins it anew, from what was written.
-        written = any(self._left.get(key, found) != found for key, found in _contents(weights).items())
+        left, self._left = self._left, {}  # a step that fails writes, too
+        written = any(left.get(place, found) != found for place, found in _contents(weights).items())
         if turn == 0 or written or any("ratio" not in state for state in states):
             self._measure(weights)
         line = line_through(weights, *([state[name] for state in states] for name in ("anchor", "delta")))
@@ -131,6 +132,10 @@ class DiZO(ZOOptimizer):
                     state["delta"] = torch.empty_like(w.tensor, dtype=torch.float32, requires_grad=False)
                 state["delta"].copy_(w.tensor.detach()).sub_(anchor)
                 state |= {"distance": math.sqrt(square), "ratio": 1.0}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._left = {}  # the weights of that moment may be loaded later
 
     def _forget(self, state: dict[str, Any]) -> None:
         """A projection is over. Captured forwards read its Delta, and keep it: the next one goes into its memory."""

@@ -253,12 +253,20 @@ class Evaluation:
         rest = [inner] * (count - 2)
         known = len(self.rows)
         before = self._forward_at([first, *rest, last])
-        first_moved = self._forward_at([moved, *rest, last])
-        last_moved = self._forward_at([first, *rest, moved])
+        with self.state.other_random_numbers():  # dropout would be noise in the difference of two losses
+            first_moved = self._forward_at([moved, *rest, last])
+            last_moved = self._forward_at([first, *rest, moved])
         del self.rows[known:]
         if not torch.stack((before, first_moved, last_moved)).isfinite().all():
             return  # the evaluation itself will say so
         if not torch.equal(before[1:], first_moved[1:]) or not torch.equal(before[:-1], last_moved[:-1]):
+            with self.state.other_random_numbers():
+                again = self._forward_at([first, *rest, last])
+            if not torch.equal(before, again):
+                raise RuntimeError(
+                    "closure: draws random numbers, so that slices at the same weights have other losses; accepted: "
+                    "forwards that draw none with members or groups (model.eval() switches dropout off)"
+                )
             raise RuntimeError(
                 "members: a point of one slice of the batch moved the loss of another slice; accepted: models whose "
                 "layers keep rows apart, with the batch as leading dimension, and nothing averaged over it. Choose "
@@ -270,8 +278,8 @@ class Evaluation:
     def _check_copies(self, losses: Tensor) -> None:
         """Refuse a batch whose copies, all seen by the same weights, have different losses.
 
-        Where they lie in a batch may change the rounding of a product, and that the loss; dropout, or another order of
-        the rows, changes it by much more than these tolerances.
+        Where they lie in a batch may change the rounding of a product, and that the loss; another order of the rows
+        changes it by much more than these tolerances.
         """
         rounded = self.autocast.dtypes or any(w.tensor.dtype != torch.float32 for w in self.weights)
         tolerance = 5e-2 if rounded else 1e-3
@@ -280,8 +288,7 @@ class Evaluation:
             raise RuntimeError(
                 f"closure: the {self.members} copies of the minibatch have different losses at the same weights, "
                 f"{losses[0].mean().item():.4g} and {losses[other].mean().item():.4g}; accepted: with members="
-                f"{self.members} a batch torch.cat([batch] * {self.members}), and a forward that draws nothing at "
-                "random (model.eval() switches dropout off)"
+                f"{self.members} a batch torch.cat([batch] * {self.members})"
             )
 
 

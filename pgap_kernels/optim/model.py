@@ -20,6 +20,7 @@ from .signal import SignalRule
 from .weights import Kind, ModelSnapshot, collect
 
 Params = nn.Module | Iterable[Any]
+_ROUNDING = 1e-12  # schedules that end at 0 may end below it by this much
 NOTHING_TO_TRAIN = "params: got no trainable parameter (requires_grad); accepted: at least one"
 
 
@@ -146,9 +147,10 @@ class ModelOptimizer(torch.optim.Optimizer):
     def check_schedule(self) -> None:
         """Check what schedulers and users may have made of the hyper-parameters, before anything is perturbed."""
         for group in self.param_groups:
-            positive("lr", group["lr"], zero=True)
+            for name in ("lr", "weight_decay"):
+                if not number(name, group[name]) >= -_ROUNDING:
+                    raise ValueError(f"{name}: got {group[name]}; accepted: a number >= 0")
             positive("eps", group["eps"])
-            positive("weight_decay", group["weight_decay"], zero=True)
         if self.lr_rule and len({*self.radius()}) > 1:
             raise ValueError(
                 f"lr_rule: got {self.lr_rule!r} with weights of several eps; accepted: one eps for all, as the signal "

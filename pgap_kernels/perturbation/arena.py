@@ -41,7 +41,7 @@ class Arena:
         """Uninitialised contiguous memory of a tensor's shape and dtype, to be given back before any taken earlier."""
         device, begin = like.device, self.top[like.device]
         end = begin + padded_bytes(like)
-        # ``is_free`` does not hold of what is being taken.
+        # What is being taken is not stale.
         with torch._C.DisableTorchFunction():
             taken = self._memory_for(like, begin, end)
         self.top[device] = end  # last: what could not be had is not given back either
@@ -72,11 +72,14 @@ class Arena:
         memory = self.memory.get(tensor.device)
         return memory is not None and in_memory(tensor, memory)
 
-    def is_free(self, tensor: Tensor) -> bool:
+    def is_stale(self, tensor: Tensor) -> bool:
         """Whether a tensor lies in memory that has been given back: who reads it reads what is there by now."""
-        if is_functorch_wrapped_tensor(tensor) or not self.contains(tensor):
+        try:
+            if is_functorch_wrapped_tensor(tensor) or not self.contains(tensor):
+                return False
+            return tensor.data_ptr() - self.memory[tensor.device].data_ptr() >= self.top[tensor.device]
+        except RuntimeError:  # it has no storage, as under torch.func.jvp
             return False
-        return tensor.data_ptr() - self.memory[tensor.device].data_ptr() >= self.top[tensor.device]
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "memory": {}}

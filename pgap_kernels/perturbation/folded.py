@@ -165,7 +165,7 @@ class Folded(Scratch):
         if self.count > 1:
             if use.kind == EMBEDDING and output.shape[0] == 1 and self.rows > 1:  # positions, the same for all rows
                 output, x = (t.expand(self.rows, *t.shape[1:]).contiguous() for t in (output, x))
-            check_rows(self, type(use.module).__name__, output.shape[0])
+            check_rows(self, use, output.shape[0])
         if torch.is_grad_enabled() and output.requires_grad:  # between steps, or by the closure's own wish
             weight, folds = self.weights[ref.index], self.folds[ref.index]
             parts = zip(folds, x.chunk(self.count), output.chunk(self.count), strict=True)

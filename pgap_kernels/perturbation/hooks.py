@@ -54,10 +54,10 @@ class ModuleUse:
 
 def kind_of(module: nn.Module) -> str | None:
     """How the module's forward uses ``weight``, for those of which a direction can be folded into the output."""
-    own = module.__dict__.get("forward")
+    forward, own = type(module).forward, module.__dict__.get("forward")
+    own = None if getattr(own, "__func__", None) is forward else own  # as accelerate puts it back
     if own is not None and not getattr(own, "transparent", False) and not _is_dispatched(module):
         return None  # replaced: nobody knows by what
-    forward = type(module).forward
     if forward is nn.Linear.forward:
         return LINEAR
     if forward is nn.Embedding.forward and module.max_norm is None:
@@ -69,8 +69,11 @@ def kind_of(module: nn.Module) -> str | None:
 
 def _is_dispatched(module: nn.Module) -> bool:
     """Whether accelerate has replaced its forward by one that moves the inputs to the weights' device, no more."""
-    before = getattr(module.__dict__.get("_old_forward"), "__func__", None)
-    return before is type(module).forward and type(module.__dict__.get("_hf_hook")).__name__ == "AlignDevicesHook"
+    before: Any = module.__dict__.get("_old_forward")
+    while getattr(before, "transparent", False):  # a stacked forward of ours
+        before = before.forward
+    hook = type(module.__dict__.get("_hf_hook")).__name__
+    return getattr(before, "__func__", None) is type(module).forward and hook == "AlignDevicesHook"
 
 
 def modules_of(model: nn.Module | None) -> list[nn.Module]:

@@ -2,7 +2,7 @@
 
     linear       y = x W^T + b_rows
     LayerNorm    y = (x - mean) / sqrt(var + eps) * w_rows + b_rows         in float32, rounded once
-    RMSNorm      y = w_rows * x / sqrt(mean x^2 + eps)                      as the class rounds it
+    RMSNorm      y = w_rows * x / sqrt(mean x^2 + eps)                      torch's so, others as their class rounds
 
 Each is what the layer computes with one vector for all rows, at every row with its own.
 """
@@ -30,8 +30,11 @@ def row_wise(use: ModuleUse) -> RowWise | None:
         return _linear if use.kind == LINEAR else _conv1d
     if type(module).forward is nn.LayerNorm.forward:
         return _layer_norm
-    # Of their classes there are many, all written out in Python, and none that does anything else when it is tried.
-    return _broadcast if type(module).__name__.endswith("RMSNorm") and _broadcasts(module) else None
+    if type(module).forward is nn.RMSNorm.forward:
+        return None if module.eps is None else _rms_norm
+    # Every family of models has a class of its own, of a few lines of Python, which is tried on made-up rows. By their
+    # name, as nobody knows what a forward of other modules does besides.
+    return _with_rows if type(module).__name__.endswith("RMSNorm") and _takes_rows(module) else None
 
 
 def _linear(module: nn.Module, x: Tensor, moved: Mapping[str, Tensor]) -> Tensor:
@@ -45,7 +48,10 @@ def _conv1d(module: nn.Module, x: Tensor, moved: Mapping[str, Tensor]) -> Tensor
 def _product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     shape = (*x.shape[:-1], bias.shape[-1])
     # Added inside the product: added to its output, a small bias would be lost in 16 bits.
-    return torch.addmm(bias.expand(shape).reshape(-1, shape[-1]), x.reshape(-1, x.shape[-1]), weight).view(shape)
+    rows, x = bias.expand(shape).reshape(-1, shape[-1]), x.reshape(-1, x.shape[-1])
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        return torch.addmm(rows, x, weight).view(shape)
+    return rows.addmm_(x, weight).view(shape)  # no second tensor of the output's size
 
 
 def _layer_norm(module: nn.Module, x: Tensor, moved: Mapping[str, Tensor]) -> Tensor:
@@ -53,21 +59,28 @@ def _layer_norm(module: nn.Module, x: Tensor, moved: Mapping[str, Tensor]) -> Te
     weight, bias = (moved.get(name, module._parameters[name]) for name in ("weight", "bias"))
     y = y if weight is None else y * weight
     y = y if bias is None else y + bias
-    return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)  # autocast leaves it in float32
+    # On a GPU autocast leaves it in float32.
+    return y if x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
 
 
-def _broadcast(module: nn.Module, x: Tensor, moved: Mapping[str, Tensor]) -> Tensor:
+def _rms_norm(module: nn.Module, x: Tensor, moved: Mapping[str, Tensor]) -> Tensor:
+    y = F.rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), module.normalized_shape, eps=module.eps)  # type: ignore[arg-type]
+    return (y * moved["weight"]).to(x.dtype)
+
+
+def _with_rows(module: nn.Module, x: Tensor, moved: Mapping[str, Tensor]) -> Tensor:
     before = dict(module._parameters)
     module._parameters.update(moved)  # type: ignore[arg-type]
     try:
-        return type(module).forward(module, x)  # the instance has a ``StackedForward``
+        return type(module).forward(module, x)  # that of the instance is what has called this
     finally:
         module._parameters.update(before)
 
 
 @torch.no_grad()
-def _broadcasts(module: nn.Module) -> bool:
-    """Whether a module with vectors for each row gives each row what it gives all with the row's vectors."""
+def _takes_rows(module: nn.Module) -> bool:
+    """Whether a module with vectors for each row gives each row what it gives all with the row's vectors: tried on two
+    rows of numbers that differ, and on two sets of vectors that differ in each element."""
     vectors = {name: p for name, p in module._parameters.items() if p is not None}
     if not vectors or any(p.dim() != 1 or not p.is_floating_point() for p in vectors.values()):
         return False
@@ -75,8 +88,8 @@ def _broadcasts(module: nn.Module) -> bool:
     x = torch.linspace(-2, 2, 6 * len(like), dtype=torch.float32, device=like.device).to(like.dtype).view(2, 3, -1)
     rows = {name: torch.stack([p, 1 - 2 * p]).unsqueeze(1) for name, p in vectors.items()}
     try:
-        together = _broadcast(module, x, rows)
-        alone = [_broadcast(module, x, {name: v[i, 0] for name, v in rows.items()})[i] for i in (0, 1)]
+        together = _with_rows(module, x, rows)
+        alone = [_with_rows(module, x, {name: v[i, 0] for name, v in rows.items()})[i] for i in (0, 1)]
     except (RuntimeError, TypeError, ValueError):  # a forward that insists on vectors, or on more than one input
         return False
     return isinstance(together, Tensor) and torch.equal(together, torch.stack(alone))

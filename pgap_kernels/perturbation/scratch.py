@@ -64,6 +64,7 @@ class Scratch(Perturbation):
         self.captures = False  # the forward is being captured in a CUDA graph
         self.recompiled = False  # compiled code has been dropped once, as it knew no hooks
         self.rows, self.count = 0, 1  # of a stacked batch: its rows, 0 before a module has seen it, and its points
+        self.slicing = ""  # the module that runs on one of its slices after the other now
         self.runs = [range(1)]  # of neighbouring points that are the same
         self.most_runs = 1  # of a forward so far
         self.modules = list(self.model.modules())
@@ -84,7 +85,7 @@ class Scratch(Perturbation):
         self.forwards = [forward_of(use.module) for use in self.uses]
 
     def is_current(self) -> bool:
-        if self.hooks is None:
+        if self.hooks is None:  # released: a step will say so
             return True
         now = [forward_of(use.module) for use in self.uses]
         return now == self.forwards and self.hooks.come_first() and all(s.is_in_place() for s in self.stacked)
@@ -147,7 +148,8 @@ class Scratch(Perturbation):
 
     def begin(self, merge_key: int) -> None:
         super().begin(merge_key)
-        # Another optimizer's fading window would scale outputs with our biases in them, and knows only those of W.
+        # Another optimizer's fading window scales its layers' outputs, but for the biases, which it takes to be the
+        # model's: ours are others in a forward.
         for client in clients_of(self.biased):
             if client is not self and client.fades:
                 client.merge()
@@ -198,7 +200,7 @@ class Scratch(Perturbation):
 
     def forward(self, call: Callable[[], T]) -> T:
         self.calls = [1 if self.dry else 0] * len(self.uses)
-        self.active, self.captures, self.rows = True, False, 0
+        self.active, self.captures, self.rows, self.slicing = True, False, 0, ""
         self.must_repeat, self.source = False, set()
         watched = self.watched
         training = tuple([module.training for module in self.modules])
@@ -209,7 +211,7 @@ class Scratch(Perturbation):
                 # A compiled function around the model runs uncompiled meanwhile.
                 self.searching = self.watched = True
                 self.must_repeat = self.has_fast_paths
-                with StrayUses(self.weights, self._readable, self.arena.is_free), uncompiled():
+                with StrayUses(self.weights, self._readable, self.arena.is_stale), uncompiled():
                     result = call()
             self.checked.add(training)
         finally:

@@ -23,6 +23,7 @@ class Filler(Protocol):
     """What fills the parameters of a module for one of the points."""
 
     rows: int  # leading dimension of the stacked batch; 0 before a module has seen it
+    slicing: str  # the module that runs on one slice after the other now, if any
     count: int  # of points, each with a slice of the rows
     runs: list[range]  # of neighbouring points that are the same
 
@@ -40,8 +41,6 @@ class Filler(Protocol):
 class StackedForward:
     """Replaces a module's ``forward``: if parameters are filled, each slice of rows runs on those of its point."""
 
-    transparent = True  # the module computes what its class says
-
     def __init__(self, filler: Filler, use: ModuleUse) -> None:
         self.filler, self.use = filler, use
         self.own = use.module.__dict__.get("forward")
@@ -49,6 +48,11 @@ class StackedForward:
         self.row_wise = row_wise(use)
         self.removed = False
         use.module.forward = self  # type: ignore[method-assign, assignment]
+
+    @property
+    def transparent(self) -> bool:
+        """Whether the module computes what its class says."""
+        return self.own is None or getattr(self.own, "transparent", False)
 
     def is_in_place(self) -> bool:
         """Whether the module has it, or another that has it."""
@@ -82,7 +86,7 @@ class StackedForward:
         if isinstance(use.module, nn.Embedding):
             args, kwargs = tree_map_only(Tensor, self._repeated, (args, kwargs))
         rows = next((t.shape[0] for t in tensors_in((args, kwargs)) if t.dim()), 0)
-        check_rows(filler, type(use.module).__name__, rows)
+        check_rows(filler, use, rows)
         if self.row_wise is not None and self._moves_vectors(refs):
             x, *others = (*args, *kwargs.values())
             if not others and isinstance(x, Tensor) and x.dim() > 1 and x.layout == torch.strided and not x.is_nested:
@@ -91,16 +95,19 @@ class StackedForward:
         size = rows // filler.count
         for number, run in enumerate(filler.runs):
             filler.push(use, refs, number)
+            filler.slicing = use.name or type(use.module).__name__
             for slices in [run] if use.kind is not None else [range(i, i + 1) for i in run]:
                 own_args, own_kwargs = _rows_of((args, kwargs), rows, slice(slices.start * size, slices.stop * size))
                 result = self.forward(*own_args, **own_kwargs)
                 kept = filler.detached_output(result)
                 results.append(result if kept is None else kept)
             filler.pop()
+            filler.slicing = ""
         return _stack(results)
 
     def _moves_vectors(self, refs: Sequence[ParamRef]) -> bool:
-        return all(ref.owner is self.use.module and ref.parameter.dim() == 1 for ref in refs)
+        vectors = all(ref.owner is self.use.module and ref.parameter.dim() == 1 for ref in refs)
+        return vectors and (self.use.kind is None or [ref.name for ref in refs] == ["bias"])
 
     def _of_rows(self, ref: ParamRef, x: Tensor) -> Tensor:
         """A vector at each row's point, (rows, 1, ..., 1, size)."""
@@ -122,12 +129,18 @@ def forward_of(module: nn.Module) -> tuple[Any, type]:
     return own, type(module)
 
 
-def check_rows(filler: Filler, module: str, rows: int) -> None:
+def check_rows(filler: Filler, use: ModuleUse, rows: int) -> None:
     """Refuse a module whose number of rows shows that they are not those of the stacked batch."""
+    if filler.slicing:
+        raise RuntimeError(
+            f"points: {use.name!r} is called by {filler.slicing!r}, which has parameters of its own that move, and so "
+            f"runs on one of {filler.count} slices after the other; accepted: parameters that move in one of the two. "
+            "Freeze the others, or run one point at a time (members=1)"
+        )
     filler.rows = filler.rows or rows
     if rows == 0 or rows % filler.count or rows % filler.rows:
         raise RuntimeError(
-            f"points: a {module} got {rows} rows, the forward began with {filler.rows}, for {filler.count} points; "
+            f"points: {use.name!r} got {rows} rows, the forward began with {filler.rows}, for {filler.count} points; "
             f"accepted: a batch torch.cat([batch] * members), whose rows are {filler.count} equal slices, in models "
             "whose layers keep them apart, in order. Run one point at a time (members=1)"
         )

@@ -154,6 +154,21 @@ class ForwardState:
         for buffer in {id(b): b for _, before in self.tables for b in before.values() if b is not None}.values():
             self._note(buffer)
 
+    @contextlib.contextmanager
+    def other_random_numbers(self) -> Iterator[None]:
+        """Forwards start from RNG states some draws further on: those that draw have other losses."""
+        rng, cuda = self.rng, self.cuda
+        try:
+            self.restore()
+            torch.rand(8, device="cpu")
+            self.rng, self.cuda = torch.get_rng_state(), {}
+            for device in cuda:
+                torch.rand(8, device=device)
+                self.cuda[device] = torch.cuda.get_rng_state(device)
+            yield
+        finally:
+            self.rng, self.cuda = rng, cuda
+
     def _note(self, buffer: Tensor) -> None:
         if not _writable(buffer) or self._shares_elements(buffer):
             return

@@ -114,8 +114,22 @@ class MeanRMSNorm(LlamaRMSNorm):
         return super().forward(x) * self.weight.mean()
 
 
-LAYERS = {"linear": nn.Linear(8, 8), "conv1d": Conv1D(8, 8), "layer_norm": nn.LayerNorm(8), "rms_norm": LlamaRMSNorm(8)}
-ONE_BY_ONE = {"strict_rms_norm": StrictRMSNorm(8), "mean_rms_norm": MeanRMSNorm(8)}
+class Gained(nn.Linear):
+    """Its forward is that of its base, and knows nothing of the other vector."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.gain = nn.Parameter(torch.ones(8))
+
+
+LAYERS = {
+    "linear": nn.Linear(8, 8),
+    "conv1d": Conv1D(8, 8),
+    "layer_norm": nn.LayerNorm(8),
+    "rms_norm": LlamaRMSNorm(8),
+    "torch_rms_norm": nn.RMSNorm(8, eps=1e-6),
+}
+ONE_BY_ONE = {"strict_rms_norm": StrictRMSNorm(8), "mean_rms_norm": MeanRMSNorm(8), "gained": Gained()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -146,6 +160,39 @@ def test_a_layer_of_which_only_vectors_move(layer, dtype, monkeypatch):
     stacked = torch.cat([plus.chunk(2)[0], minus.chunk(2)[1]])
     torch.testing.assert_close(outputs[2][0], stacked, rtol=torch.finfo(dtype).eps, atol=32 * 2.0**-24)
     assert not torch.equal(plus, minus)
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5])
+@pytest.mark.parametrize("case", PAIRABLE)
+def test_a_model_that_draws_random_numbers(case, p):
+    """However little they do to the losses; in evaluation mode it draws none."""
+    model = seeded(Rows, torch.relu, True, nn.Dropout(p))
+    optimizer, before = make(case, model, members=2), snapshot(model)
+    rows = lambda: rows_of(model, 2)()  # noqa: E731
+    message = r"^closure: draws random numbers, so that slices at the same weights have other losses"
+    refused(RuntimeError, message, lambda: take_steps(optimizer, model, 1, lambda _: rows() * 1e-3))
+    assert_same_weights(model, before)
+    model.eval()
+    optimizer.step(rows)
+
+
+class Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.inner = nn.Parameter(torch.ones(8)), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x * self.scale)
+
+
+@pytest.mark.parametrize("case", PAIRABLE)
+def test_modules_that_move_inside_one_another(case):
+    model = nn.Sequential(nn.Linear(8, 8), seeded(Around))
+    optimizer = make(case, model, members=2)
+    message = r"^points: '1\.inner' is called by '1', which has parameters of its own that move"
+    refused(RuntimeError, message, lambda: optimizer.step(rows_of(model, 2)))
+    model[1].scale.requires_grad_(False)
+    optimizer.step(rows_of(model, 2))
 
 
 def rows_of(model: nn.Module, copies: int):
