@@ -177,13 +177,17 @@ class Nothing(Tiny):
         super().zo_loss(batch, batch_idx)
 
 
+def test_a_loss_that_is_none(tmp_path):
+    with pytest.raises(TypeError, match=r"^zo_loss: returned NoneType; accepted: a scalar tensor"):
+        fit(Nothing(), tmp_path, validate=False)
+
+
 def test_the_order_of_the_classes():
     with pytest.raises(TypeError, match=r"^Late: got ZOLightningMixin behind LightningModule"):
         type("Late", (lightning.LightningModule, ZOLightningMixin), {})
 
 
 @pytest.mark.parametrize("cls, options, message", [
-    (Nothing, {"validate": False}, "zo_loss: returned NoneType; accepted: a scalar tensor"),
     (Plateau, {}, "configure_optimizers: got ReduceLROnPlateau"),
     (Tiny, {"accumulate_grad_batches": 2}, "accumulate_grad_batches"),
     (Tiny, {"gradient_clip_val": 1.0}, "gradient_clip_val"),
