@@ -25,9 +25,9 @@ cpu_alone = pytest.mark.skipif("cpu" not in BACKENDS, reason="of the C++ extensi
 
 def rows(condition=lambda row: True):
     found = {name: row for name, row in ROWS.items() if condition(row)}
-    if interpreter.ON:  # a call takes seconds there: every op, and every sixth row of those with several
+    if interpreter.ON:  # a call takes seconds there: every op, and every third row of those with several
         first = {row.op: name for name, row in reversed(found.items())}.values()
-        found = {name: row for i, (name, row) in enumerate(found.items()) if i % 6 == 0 or name in first}
+        found = {name: row for i, (name, row) in enumerate(found.items()) if i % 3 == 0 or name in first}
     return pytest.mark.parametrize("row", [pytest.param(row, id=name) for name, row in found.items()])
 
 
@@ -67,9 +67,9 @@ def test_any_two_values_of_two_factors_meet_in_a_setting():
 
 
 @pytest.mark.parametrize("backend", OTHERS)
-# The interpreter and sanitizers take long: there a row has every seventh or every second setting, and, as rows have 15,
+# The interpreter and sanitizers take long: there a row has every fourth or every second setting, and, as rows have 15,
 # others than the row before. Without them, all run.
-@pytest.mark.parametrize("name", [*CASES][:: 7 if interpreter.ON else 2 if SANITIZED else 1])
+@pytest.mark.parametrize("name", [*CASES][:: 4 if interpreter.ON else 2 if SANITIZED else 1])
 def test_bits_are_those_of_the_reference(name, backend):
     """Empty and ragged sizes, every dtype, rounding and layout; the memory around is compared too."""
     assert_all_same(run(CASES[name], backend), run(CASES[name], "reference"))

@@ -114,8 +114,8 @@ def test_losses_are_averaged_once_where_a_forward_is_repeated(mode, monkeypatch)
     assert len(means) == 6 and len(forwards) == 7
 
 
-@pytest.mark.slow(seconds=25)
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.slow(seconds=15)
+@pytest.mark.parametrize("kind", ["llama", "opt", "gpt2", "bert"])
 def test_a_killed_run_resumes_to_the_same_bits(kind):
     command = [sys.executable, "-W", "ignore", str(TESTS / "support" / "trainer_killed.py"), kind]
     path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
