@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune as prune_module
 
 from pgap_kernels.optim import PGAP, MeZO
+from pgap_kernels.perturbation import LINEAR, kind_of
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -318,3 +319,24 @@ def test_a_model_that_is_changed_between_steps(change, case, members):
         optimizer.step(closure)
         losses.append(optimizer.last.losses)
     assert losses[1] == pytest.approx(losses[0], abs=1e-5) and abs(losses[0][0] - losses[0][1]) > 1e-3
+
+
+def test_a_replaced_forward_under_one_that_runs_slices():
+    """Another optimizer still sees that it was replaced."""
+    model = seeded(Net)
+    model.middle.forward = lambda x: F.linear(x, 3 * model.middle.weight, model.middle.bias)
+    optimizer = make("pgap-folded", model, members=2)
+    optimizer.step(lambda: F.cross_entropy(model(INPUTS.repeat(2, 1)), LABELS.repeat(2), reduction="none"))
+    assert "forward" in model.first.__dict__ and kind_of(model.first) == LINEAR
+    assert kind_of(model.middle) is None
+
+
+@pytest.mark.filterwarnings("default::DeprecationWarning")  # torch's own, of what torch.func imports
+def test_forward_derivatives_in_a_closure():
+    losses = []
+    for mode in ("inplace", "scratch"):
+        model = seeded(Net)
+        optimizer = make("mezo-scratch", model, eps=1e-2, mode=mode)
+        optimizer.step(lambda model=model: torch.func.jvp(model, (INPUTS,), (INPUTS,))[1].square().mean())
+        losses.append(optimizer.last.losses)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0][0] != losses[0][1]
