@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 
 import pytest
 import torch
@@ -331,8 +332,10 @@ def test_a_replaced_forward_under_one_that_runs_slices():
     assert kind_of(model.middle) is None
 
 
-@pytest.mark.filterwarnings("default::DeprecationWarning")  # torch's own, of what torch.func imports
 def test_forward_derivatives_in_a_closure():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of what it imports for them
+        torch.func.jvp(torch.sin, (INPUTS,), (INPUTS,))
     losses = []
     for mode in ("inplace", "scratch"):
         model = seeded(Net)
