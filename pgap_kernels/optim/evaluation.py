@@ -242,6 +242,7 @@ class Evaluation:
         The number of rows cannot tell (a sequence-first layer may have as many), so the first forward that moves some
         weight is tried out: with the first slice moved, and with the last, as what comes first may be all that others
         see, or all unseen. A method that moves other layers in each step may at first move those behind the mixing.
+        Both start from other random numbers, so that a forward that draws is refused, too.
         """
         flags, count = self.state.flags(), len(points)
         checked = self.checked_slices.setdefault(flags, set())

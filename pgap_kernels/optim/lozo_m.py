@@ -26,8 +26,8 @@ class LOZOM(LOZO):
         where v changes:  N <- N (v_old^T v_new) / n  before that
 
     Everything that is not a matrix takes dense noise, with a dense moment of the same rule. State: v and N, (m + n) r
-    floats of a matrix; a moment of the size of other weights, all float32. Where ``window`` is 1 the
-    published code starts N anew in every step; here it is projected.
+    floats of a matrix; a moment of the size of other weights, all float32. Where ``window`` is 1 the published code
+    starts N anew in every step; here it is projected.
 
     Args:
         params, lr, eps, weight_decay, **options: as in ``LOZO``.

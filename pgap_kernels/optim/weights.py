@@ -168,7 +168,8 @@ class ModelSnapshot:
     Attributes:
         parameters: a fingerprint of those that are trained.
         modules: of the model.
-        owners: where the modules have the optimizer's parameters: a dict, the key in it, the parameter.
+        ours: ids of the optimizer's parameters.
+        owners: where the modules have them: a dict, the key in it, the parameter.
         kinds: dtype, device and shape of each weight, by the id of its tensor.
     """
 
@@ -192,11 +193,11 @@ class ModelSnapshot:
             fingerprint(param_groups) == self.parameters
             and modules_of(model) == self.modules
             and all(owner.get(name) is p for owner, name, p in self.owners)
-            and self._slots() == len(self.owners)  # a weight may have been tied to one more
+            and self._count_owners() == len(self.owners)  # a weight may have been tied to one more
         )
 
-    def _slots(self) -> int:
-        """How many slots of modules have one of the optimizer's parameters."""
+    def _count_owners(self) -> int:
+        """How many places in modules have one of the optimizer's parameters now."""
         tables = (module._parameters for module in self.modules if isinstance(module._parameters, dict))
         return sum(id(p) in self.ours for table in tables for p in table.values())
 

@@ -41,7 +41,7 @@ class Arena:
         """Uninitialised contiguous memory of a tensor's shape and dtype, to be given back before any taken earlier."""
         device, begin = like.device, self.top[like.device]
         end = begin + padded_bytes(like)
-        # What is being taken is not stale.
+        # ``StrayUses`` would find it stale, as it lies beyond the top until it is handed out.
         with torch._C.DisableTorchFunction():
             taken = self._memory_for(like, begin, end)
         self.top[device] = end  # last: what could not be had is not given back either

@@ -193,6 +193,7 @@ class Hooks:
     def __init__(self, model: nn.Module, uses: Sequence[ModuleUse], client: HookClient) -> None:
         take_over((use.module for use in uses), client.weights)
         self.client = client
+        # Of each module, its hooks and those of others, in the order in which torch calls them.
         self.tables = [hooks for use in uses for hooks in (use.module._forward_pre_hooks, use.module._forward_hooks)]
         self.adapters = AdapterReaders(model.modules(), client)
         self.handles = []
@@ -207,8 +208,9 @@ class Hooks:
             ]
 
     def come_first(self) -> bool:
-        """Whether no hook that somebody else has registered since runs before them, on what they change."""
-        first = [next(iter(hooks.values()), None) for hooks in self.tables]  # asked before every step: mostly ours
+        """Whether no hook that somebody else has registered since runs before ours: it would see a module's own
+        weights, or an output to which nothing has been added yet."""
+        first = [next(iter(hooks.values()), None) for hooks in self.tables]  # mostly ours, and asked before every step
         if all(getattr(hook, "client", None) is self.client for hook in first):
             return True
         return all(_leads(hooks.values(), self.client) for hooks in self.tables)

@@ -94,7 +94,7 @@ class Residual:
                 zeros = torch.zeros_like(w.tensor, dtype=torch.int16, memory_format=torch.contiguous_format)
                 self.planes[w.name] = zeros
         self.largest = max((w.tensor.numel() for w in weights), default=0)
-        # Weights and their versions as we left them.
+        # Weights and their versions as we left them; those of ``before``, which serves no more, go on.
         self.left: dict[str, tuple[int, int | None]] = {} if before is None else before.left
 
     def note(self, weights: Sequence[Weight]) -> None:
